@@ -1,0 +1,63 @@
+"""Every exception the package raises on purpose. Each names the thing, the numbers and the way out."""
+
+from __future__ import annotations
+
+import os
+
+
+class SSDOffloadError(RuntimeError):
+    """Base of all errors raised by lightning_ssd."""
+
+
+class ConfigurationError(SSDOffloadError, ValueError):
+    """A setting that cannot be honoured; the message names the setting and the way out."""
+
+
+class MemoryPlanError(SSDOffloadError):
+    """The memory budget cannot work; the message names the smallest budget that would."""
+
+
+class StoreError(SSDOffloadError):
+    """The run directory cannot be used (locked, no permission, no space)."""
+
+
+class ResidencyError(SSDOffloadError):
+    """A unit was asked to make an illegal move, or its memory is still referenced from outside."""
+
+
+class CorruptionError(SSDOffloadError):
+    """Bytes read back differ from the bytes written; names unit, file, parameter and offset."""
+
+
+class CheckpointError(SSDOffloadError):
+    """A checkpoint is incomplete, malformed, or does not fit the model."""
+
+
+class NonFiniteGradientError(SSDOffloadError):
+    """A gradient holds NaN or Inf and nothing (such as a loss scaler) is there to handle it."""
+
+
+class IoError(SSDOffloadError, OSError):
+    """A disk operation failed.
+
+    Attributes:
+        path: File the operation was on.
+        offset: Byte offset in the file.
+        nbytes: Bytes asked for.
+        errno: The operating system's error number.
+    """
+
+    def __init__(self, errno: int, path: str, offset: int, nbytes: int, what: str = "transfer") -> None:
+        message = f"{what} of {nbytes} bytes at offset {offset} of {path!r} failed: {os.strerror(errno)} (errno {errno})"
+        super().__init__(message)
+        self.errno = errno
+        self.path = path
+        self.offset = offset
+        self.nbytes = nbytes
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class DeadlineError(IoError):
+    """A disk operation did not finish in the time allowed; it is still in flight."""
