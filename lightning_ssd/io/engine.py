@@ -1,0 +1,292 @@
+"""The contract of the disk transport: a store file, one asynchronous transfer, an engine. Bytes only; no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from lightning_ssd.errors import ConfigurationError, IoError
+from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes
+
+
+@dataclass(frozen=True)
+class IOOptions:
+    """How bytes travel between disk and host memory. Plain values; `validate` checks them, the constructor does not.
+
+    Attributes:
+        engine: Which engine; "auto" takes the fastest that works here.
+        depth: Pieces in flight at most, over all transfers of an engine.
+        block_nbytes: Size of a piece; larger transfers are split. A multiple of 4096.
+        num_threads: Threads of the "posix" and "python" engines.
+        direct: O_DIRECT; "auto" uses it where the file system has it, "on" refuses to run without.
+        deadline_s: How long a wait without a deadline of its own may take before it raises `DeadlineError`.
+    """
+
+    engine: Literal["auto", "uring", "posix", "python"] = "auto"
+    depth: int = 16
+    block_nbytes: int | str = "4MiB"
+    num_threads: int = 4
+    direct: Literal["auto", "on", "off"] = "auto"
+    deadline_s: float = 120.0
+
+
+def validate(options: IOOptions) -> None:
+    """Check every value of ``options``.
+
+    Raises:
+        ConfigurationError: Names the first option that cannot be honoured and what it may be.
+    """
+    _require(
+        options.engine in ("auto", "uring", "posix", "python"), "engine", options.engine, "auto, uring, posix, python"
+    )
+    _require(options.direct in ("auto", "on", "off"), "direct", options.direct, "auto, on, off")
+    _require(1 <= options.depth <= 4096, "depth", options.depth, "1 to 4096")
+    _require(1 <= options.num_threads <= 256, "num_threads", options.num_threads, "1 to 256")
+    _require(options.deadline_s > 0, "deadline_s", options.deadline_s, "a number of seconds above 0")
+    try:
+        block_nbytes = parse_nbytes(options.block_nbytes)
+    except ValueError as error:
+        raise ConfigurationError(f"io option block_nbytes: {error}") from None
+    in_range = BLOCK_NBYTES <= block_nbytes <= 1 << 30 and block_nbytes % BLOCK_NBYTES == 0
+    _require(in_range, "block_nbytes", options.block_nbytes, f"a multiple of {BLOCK_NBYTES} up to 1GiB")
+
+
+def _require(ok: bool, option: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigurationError(f"io option {option}={value!r} cannot work; it may be: {allowed}")
+
+
+@dataclass(frozen=True)
+class IOStats:
+    """What an engine has moved since it was made. Bytes are the callers' (logical), of transfers that succeeded.
+
+    Attributes:
+        read_nbytes: Bytes read.
+        written_nbytes: Bytes written.
+        num_reads: Read transfers that succeeded.
+        num_writes: Write transfers that succeeded.
+        read_busy_s: Seconds with at least one read in flight.
+        write_busy_s: Seconds with at least one write in flight.
+    """
+
+    read_nbytes: int = 0
+    written_nbytes: int = 0
+    num_reads: int = 0
+    num_writes: int = 0
+    read_busy_s: float = 0.0
+    write_busy_s: float = 0.0
+
+
+class File:
+    """An open store file of exact length. Close it only when no transfer on it is in flight.
+
+    Attributes:
+        path: Where the file is (as last renamed).
+        nbytes: Its exact length.
+        direct_fd: For whole 4096-byte blocks: O_DIRECT, or buffered where refused or not asked for; -1 once closed.
+        tail_fd: Buffered, for the bytes past the last 4096 boundary; -1 once closed.
+        is_direct: Whether ``direct_fd`` is O_DIRECT.
+        writable: Whether it was opened for writing.
+    """
+
+    def __init__(self, path: str, nbytes: int, *, direct_fd: int, tail_fd: int, writable: bool) -> None:
+        self.path = path
+        self.nbytes = nbytes
+        self.direct_fd = direct_fd
+        self.tail_fd = tail_fd
+        self.is_direct = direct_fd != tail_fd
+        self.writable = writable
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], nbytes: int, *, direct: bool) -> File:
+        """Create a new file of exactly ``nbytes`` with its space reserved.
+
+        Args:
+            path: Must not exist yet.
+            nbytes: Length, above 0.
+            direct: Use O_DIRECT where the file system has it.
+
+        Raises:
+            IoError: No space, no permission, or the path exists. Nothing is left behind.
+        """
+        if nbytes <= 0:
+            raise ValueError(f"a store file needs a positive length, got {nbytes}")
+        path = os.fspath(path)
+        with _as_io_error(path, 0, nbytes, "create"):
+            tail_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                _reserve(tail_fd, nbytes)
+                direct_fd = _open_direct(path, os.O_RDWR, direct, tail_fd)
+            except BaseException:
+                os.close(tail_fd)
+                os.unlink(path)
+                raise
+        return cls(path, nbytes, direct_fd=direct_fd, tail_fd=tail_fd, writable=True)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, direct: bool, writable: bool) -> File:
+        """Open an existing file; its length is what the file system says now.
+
+        Args:
+            path: The file.
+            direct: Use O_DIRECT where the file system has it.
+            writable: Open for reading and writing, else for reading.
+
+        Raises:
+            IoError: The file cannot be opened.
+        """
+        path = os.fspath(path)
+        mode = os.O_RDWR if writable else os.O_RDONLY
+        with _as_io_error(path, 0, 0, "open"):
+            tail_fd = os.open(path, mode)
+            try:
+                nbytes = os.fstat(tail_fd).st_size
+                direct_fd = _open_direct(path, mode, direct, tail_fd)
+            except BaseException:
+                os.close(tail_fd)
+                raise
+        return cls(path, nbytes, direct_fd=direct_fd, tail_fd=tail_fd, writable=writable)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.tail_fd < 0
+
+    def sync(self) -> None:
+        """Make what was written durable (fdatasync).
+
+        Raises:
+            IoError: The disk refused; what was written since the last sync may be lost.
+        """
+        with _as_io_error(self.path, 0, self.nbytes, "sync"):
+            os.fdatasync(self.tail_fd)  # sync: waits for the disk
+
+    def rename(self, new_path: str | os.PathLike[str]) -> None:
+        """Move the file inside its file system, replacing what ``new_path`` names; open descriptors stay valid."""
+        new_path = os.fspath(new_path)
+        with _as_io_error(self.path, 0, self.nbytes, "rename"):
+            os.rename(self.path, new_path)
+        self.path = new_path
+
+    def close(self) -> None:
+        """Close the descriptors; a second call does nothing."""
+        direct_fd, tail_fd = self.direct_fd, self.tail_fd
+        self.direct_fd = self.tail_fd = -1
+        if tail_fd >= 0:
+            os.close(tail_fd)
+        if direct_fd not in (-1, tail_fd):
+            os.close(direct_fd)
+
+    def __repr__(self) -> str:
+        return f"File({self.path!r}, {self.nbytes} bytes, {'direct' if self.is_direct else 'buffered'})"
+
+
+class Transfer(Protocol):
+    """One asynchronous disk operation, with its error inside. It completes whether or not anyone waits."""
+
+    def done(self) -> bool:
+        """Whether it is over, well or badly; once True, the engine no longer touches the memory."""
+        ...
+
+    def wait(self, deadline_s: float | None = None) -> None:
+        """Block until the operation is over. May be called again; a failed transfer raises its error every time.
+
+        Args:
+            deadline_s: Seconds to wait at most; None takes the engine's `IOOptions.deadline_s`.
+
+        Raises:
+            IoError: The operation failed; names the path, and offset and bytes of the piece that did.
+            DeadlineError: Time ran out. The operation is still in flight and still owns the memory.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """Moves bytes between files and host memory. Safe to use from many threads; not usable after a fork.
+
+    ``offset`` and ``address`` are multiples of 4096; ``nbytes`` is any positive number inside the file. A read may fill
+    memory up to the next multiple of 4096 and is complete at ``nbytes``; end of file before that is EIO. A write sends
+    whole blocks through ``File.direct_fd`` and the rest through ``File.tail_fd``. ``keep`` is held until the
+    operation is over. Misuse (alignment, range, closed file or engine) raises ValueError at once.
+
+    Attributes:
+        name: Which engine this is.
+        reason: Why it was chosen, one sentence.
+    """
+
+    name: str
+    reason: str
+
+    def read(self, file: File, offset: int, address: int, nbytes: int, *, keep: object = None) -> Transfer:
+        """Start reading ``nbytes`` at ``offset`` of ``file`` into memory at ``address``."""
+        ...
+
+    def write(self, file: File, offset: int, address: int, nbytes: int, *, keep: object = None) -> Transfer:
+        """Start writing ``nbytes`` of memory at ``address`` to ``offset`` of ``file``."""
+        ...
+
+    def stats(self) -> IOStats:
+        """What was moved so far."""
+        ...
+
+    def close(self) -> None:
+        """Wait for everything in flight, then end the threads; a second call does nothing."""
+        ...
+
+
+def check_request(file: File, offset: int, address: int, nbytes: int, *, is_write: bool) -> None:
+    """Refuse a request that is a mistake of the caller.
+
+    Raises:
+        ValueError: Names the argument and the rule it breaks.
+    """
+    if file.closed:
+        raise ValueError(f"{file.path!r} is closed")
+    if is_write and not file.writable:
+        raise ValueError(f"{file.path!r} was opened for reading only")
+    if offset % BLOCK_NBYTES or address % BLOCK_NBYTES or address <= 0:
+        raise ValueError(f"offset {offset} and address {address:#x} must be multiples of {BLOCK_NBYTES}, address not 0")
+    if nbytes <= 0 or offset < 0 or offset + nbytes > file.nbytes:
+        raise ValueError(f"{nbytes} bytes at offset {offset} do not lie inside {file.path!r} of {file.nbytes} bytes")
+
+
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    # Not os.posix_fallocate: where the file system cannot reserve, glibc imitates it by writing every block.
+    libc = ctypes.CDLL(None, use_errno=True)
+    while libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+        code = ctypes.get_errno()
+        if code in _UNSUPPORTED:
+            os.ftruncate(fd, nbytes)
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+def _open_direct(path: str, mode: int, direct: bool, tail_fd: int) -> int:
+    if not direct:
+        return tail_fd
+    try:
+        return os.open(path, mode | os.O_DIRECT)
+    except OSError as error:
+        if error.errno in _NO_DIRECT:
+            return tail_fd
+        raise
+
+
+@contextmanager
+def _as_io_error(path: str, offset: int, nbytes: int, what: str) -> Iterator[None]:
+    try:
+        yield
+    except IoError:
+        raise
+    except OSError as error:
+        raise IoError(error.errno or errno.EIO, path, offset, nbytes, what) from error

@@ -1,0 +1,222 @@
+"""The slow, obvious engine: a thread pool over preadv and pwrite. Every other engine is tested against it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from lightning_ssd.errors import DeadlineError, IoError
+from lightning_ssd.io.engine import File, IOOptions, IOStats, check_request
+from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes, round_down, round_up
+
+
+class PythonEngine:
+    """`Engine` in plain Python. ``num_threads`` pieces are in flight at most."""
+
+    name = "python"
+
+    def __init__(self, options: IOOptions, *, reason: str = "asked for") -> None:
+        self.reason = reason
+        self._block_nbytes = parse_nbytes(options.block_nbytes)
+        self._deadline_s = options.deadline_s
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)  # a piece was queued, or the engine closes
+        self._pieces: deque[_Piece] = deque()
+        self._closing = False
+        self._meters = {False: _Meter(), True: _Meter()}  # by is_write
+        num_threads = min(options.num_threads, options.depth)
+        self._threads = [
+            threading.Thread(target=self._work, name=f"lightning-ssd-io-{i}", daemon=True) for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def read(self, file: File, offset: int, address: int, nbytes: int, *, keep: object = None) -> PythonTransfer:
+        """See `Engine.read`."""
+        return self._start(file, offset, address, nbytes, keep, is_write=False)
+
+    def write(self, file: File, offset: int, address: int, nbytes: int, *, keep: object = None) -> PythonTransfer:
+        """See `Engine.write`."""
+        return self._start(file, offset, address, nbytes, keep, is_write=True)
+
+    def stats(self) -> IOStats:
+        """See `Engine.stats`."""
+        with self._lock:
+            reads, writes = self._meters[False], self._meters[True]
+            now = time.monotonic()
+            return IOStats(
+                read_nbytes=reads.nbytes,
+                written_nbytes=writes.nbytes,
+                num_reads=reads.num_done,
+                num_writes=writes.num_done,
+                read_busy_s=reads.busy_s(now),
+                write_busy_s=writes.busy_s(now),
+            )
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        with self._lock:
+            self._closing = True
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()  # sync: waits for the disk
+
+    def _start(
+        self, file: File, offset: int, address: int, nbytes: int, keep: object, *, is_write: bool
+    ) -> PythonTransfer:
+        check_request(file, offset, address, nbytes, is_write=is_write)
+        starts = range(0, nbytes, self._block_nbytes)
+        transfer = PythonTransfer(file.path, offset, nbytes, len(starts), keep, self._deadline_s)
+        pieces = [
+            _Piece(
+                transfer=transfer,
+                is_write=is_write,
+                direct_fd=file.direct_fd,
+                tail_fd=file.tail_fd,
+                offset=offset + start,
+                address=address + start,
+                nbytes=min(self._block_nbytes, nbytes - start),
+            )
+            for start in starts
+        ]
+        with self._lock:
+            if self._closing:
+                raise ValueError("the engine is closed")
+            self._meters[is_write].start(time.monotonic())
+            self._pieces.extend(pieces)
+            self._wake.notify(len(pieces))
+        return transfer
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                while not self._pieces and not self._closing:
+                    self._wake.wait()
+                if not self._pieces:
+                    return
+                piece = self._pieces.popleft()
+                failed = piece.transfer.failure is not None
+            failure = None if failed else piece.run()
+            with self._lock:
+                piece.transfer.failure = piece.transfer.failure or failure
+                piece.transfer.num_pieces_left -= 1
+                if piece.transfer.num_pieces_left == 0:
+                    meter = self._meters[piece.is_write]
+                    meter.stop(time.monotonic(), piece.transfer.nbytes, ok=piece.transfer.failure is None)
+                    piece.transfer.finish()
+            del piece  # an idle worker must not keep the transfer, or the caller's memory, alive
+
+
+class PythonTransfer:
+    """`Transfer` of `PythonEngine`. ``failure`` and ``num_pieces_left`` belong to the engine's lock."""
+
+    def __init__(
+        self, path: str, offset: int, nbytes: int, num_pieces: int, keep: object, default_deadline_s: float
+    ) -> None:
+        self.path = path
+        self.offset = offset
+        self.nbytes = nbytes
+        self.num_pieces_left = num_pieces
+        self.failure: _Failure | None = None
+        self._keep = keep
+        self._default_deadline_s = default_deadline_s
+        self._over = threading.Event()
+
+    def done(self) -> bool:
+        """See `Transfer.done`."""
+        return self._over.is_set()
+
+    def wait(self, deadline_s: float | None = None) -> None:
+        """See `Transfer.wait`."""
+        if not self._over.wait(
+            self._default_deadline_s if deadline_s is None else deadline_s
+        ):  # sync: waits for the disk
+            raise DeadlineError(errno.ETIMEDOUT, self.path, self.offset, self.nbytes)
+        if self.failure is not None:
+            raise IoError(self.failure.errno, self.path, self.failure.offset, self.failure.nbytes)
+
+    def finish(self) -> None:
+        """Let go of the caller's memory and wake who waits; called once, by the engine."""
+        self._keep = None
+        self._over.set()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    errno: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a transfer that one thread moves."""
+
+    transfer: PythonTransfer
+    is_write: bool
+    direct_fd: int
+    tail_fd: int
+    offset: int
+    address: int
+    nbytes: int
+
+    def run(self) -> _Failure | None:
+        """Move the bytes; the failure, if any, is of this piece."""
+        try:
+            self._move()
+        except OSError as error:
+            return _Failure(error.errno or errno.EIO, self.offset, self.nbytes)
+        return None
+
+    def _move(self) -> None:
+        body_nbytes = round_down(self.nbytes) if self.is_write else round_up(self.nbytes)
+        done = 0
+        while done < self.nbytes:
+            # A short result may end off a block boundary, where O_DIRECT cannot go on; the buffered descriptor can.
+            direct = done < body_nbytes and done % BLOCK_NBYTES == 0
+            end = body_nbytes if direct else self.nbytes
+            memory = (ctypes.c_char * (end - done)).from_address(self.address + done)
+            moved = self._move_once(self.direct_fd if direct else self.tail_fd, memory, self.offset + done)
+            if moved == 0:
+                raise OSError(errno.EIO, "end of file inside the extent")
+            done += moved
+
+    def _move_once(self, fd: int, memory: ctypes.Array[ctypes.c_char], offset: int) -> int:
+        while True:
+            try:
+                return os.pwritev(fd, [memory], offset) if self.is_write else os.preadv(fd, [memory], offset)
+            except (BlockingIOError, InterruptedError):
+                continue
+
+
+class _Meter:
+    """Bytes and busy time of one direction; belongs to the engine's lock."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.num_done = 0
+        self._num_in_flight = 0
+        self._busy_s = 0.0
+        self._busy_since = 0.0
+
+    def start(self, now: float) -> None:
+        if self._num_in_flight == 0:
+            self._busy_since = now
+        self._num_in_flight += 1
+
+    def stop(self, now: float, nbytes: int, *, ok: bool) -> None:
+        self._num_in_flight -= 1
+        if self._num_in_flight == 0:
+            self._busy_s += now - self._busy_since
+        if ok:
+            self.nbytes += nbytes
+            self.num_done += 1
+
+    def busy_s(self, now: float) -> float:
+        """Seconds with something in flight, the current stretch included."""
+        return self._busy_s + (now - self._busy_since if self._num_in_flight else 0.0)
