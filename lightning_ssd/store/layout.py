@@ -1,0 +1,145 @@
+"""Where every byte of one kind of one unit lives, on disk and in memory. Pure arithmetic: sizes and offsets in bytes.
+
+All tensors of a unit have one dtype per kind, and every kind keeps them in the same order. So element ``i`` of the
+unit is element ``i`` of each of its files, and a range of elements is one contiguous range of bytes in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from lightning_ssd.sizes import BLOCK_NBYTES, round_up
+from lightning_ssd.store.header import ITEMSIZE, TensorEntry, encode_header
+
+CHECK_NBYTES = 1 << 20
+"""Bytes of the data section under one CRC32C."""
+
+MEMORY_ALIGNMENT = 64
+"""Alignment of a tensor in a buffer: what torch's own allocator gives, so that compute picks the same code paths."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Name and shape of one parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of one parameter that lies in a range of a unit's elements."""
+
+    index: int  # which parameter of the unit
+    begin: int  # first element, counted in the unit
+    end: int
+    offset: int  # first element, counted in the parameter
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """One kind of one unit: the file that holds it and the buffer that it is read into.
+
+    Attributes:
+        unit: Name of the unit.
+        kind: What the tensors are: ``param``, ``master``, ``exp_avg``, ...
+        dtype: Safetensors dtype of every tensor.
+        entries: One per parameter, in file order; offsets count from the data section.
+        header: Bytes before the data section, a multiple of 4096.
+        numel: Elements of all parameters.
+        places: Byte offset in the buffer of each parameter, a multiple of 64. Equal to its file offset where that is
+            aligned; the others are moved, after the read, behind the last block.
+        buffer_nbytes: Bytes of the buffer, a multiple of 4096.
+    """
+
+    unit: str
+    kind: str
+    dtype: str
+    entries: tuple[TensorEntry, ...]
+    header: bytes
+    numel: int
+    places: tuple[int, ...]
+    buffer_nbytes: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def data_begin(self) -> int:
+        """Offset of the data section in the file."""
+        return len(self.header)
+
+    @property
+    def data_nbytes(self) -> int:
+        """Bytes of the data section."""
+        return self.numel * self.itemsize
+
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes of the file."""
+        return self.data_begin + self.data_nbytes
+
+    def segments(self, begin: int, end: int) -> Iterator[Segment]:
+        """Parts of parameters in elements ``[begin, end)`` of the unit; empty parameters have none."""
+        for index, entry in enumerate(self.entries):
+            first, last = entry.begin // self.itemsize, entry.end // self.itemsize
+            low, high = max(first, begin), min(last, end)
+            if low < high:
+                yield Segment(index, low, high, low - first)
+
+
+def file_order(shapes: Iterable[Shape], itemsize: int) -> list[Shape]:
+    """Order in which parameters stand in a unit's files: those that keep their successors aligned come first."""
+    return sorted(shapes, key=lambda shape: shape.numel * itemsize % MEMORY_ALIGNMENT != 0)
+
+
+def lay_out(unit: str, kind: str, shapes: Sequence[Shape], dtype: str) -> UnitLayout:
+    """Lay out the tensors ``shapes`` (in file order) of one kind of a unit.
+
+    Raises:
+        CheckpointError: If two parameters share a name or a size is out of range.
+    """
+    itemsize = ITEMSIZE[dtype]
+    entries: list[TensorEntry] = []
+    position = 0
+    for shape in shapes:
+        end = position + shape.numel * itemsize
+        entries.append(TensorEntry(shape.name, dtype, shape.shape, position, end))
+        position = end
+    header = encode_header(entries, {"unit": unit, "kind": kind, "format": "pt"})
+    places, buffer_nbytes = _places(entries, position)
+    return UnitLayout(unit, kind, dtype, tuple(entries), header, position // itemsize, places, buffer_nbytes)
+
+
+def chunks(numel: int, chunk_numel: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most ``chunk_numel`` elements that cover ``[0, numel)``."""
+    for begin in range(0, numel, chunk_numel):
+        yield begin, min(begin + chunk_numel, numel)
+
+
+def _places(entries: Sequence[TensorEntry], data_nbytes: int) -> tuple[tuple[int, ...], int]:
+    places = []
+    moved_to = round_up(data_nbytes)
+    for entry in entries:
+        if entry.begin % MEMORY_ALIGNMENT == 0 or entry.nbytes == 0:
+            places.append(entry.begin)
+        else:
+            places.append(moved_to)
+            moved_to = round_up(moved_to + entry.nbytes, MEMORY_ALIGNMENT)
+    return tuple(places), max(round_up(moved_to), BLOCK_NBYTES)
