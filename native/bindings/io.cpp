@@ -1,0 +1,75 @@
+// Binds the I/O engines; lightning_ssd/io/native_engines.py turns them into the package's Engine and Transfer.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
+
+#include <cerrno>
+#include <memory>
+#include <optional>
+#include <system_error>
+#include <tuple>
+
+#include "io/engine.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace lightning_ssd::io;
+
+namespace {
+
+std::byte* at(uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
+
+std::shared_ptr<Transfer> start(Engine& engine, bool is_write, int direct_fd, int tail_fd, uint64_t offset,
+                                uintptr_t address, size_t nbytes) {
+  return engine.start({is_write ? Direction::write : Direction::read, direct_fd, tail_fd, offset, at(address), nbytes});
+}
+
+std::optional<std::tuple<int, uint64_t, size_t>> failure(const Transfer& transfer) {
+  if (!transfer.done() || !transfer.failure()) return std::nullopt;
+  const Failure failure = *transfer.failure();
+  return std::make_tuple(failure.error, failure.offset, failure.nbytes);
+}
+
+auto stats(const Engine& engine) {
+  const Stats stats = engine.stats();
+  return std::make_tuple(stats.read_nbytes, stats.written_nbytes, stats.num_reads, stats.num_writes, stats.read_busy_s,
+                         stats.write_busy_s);
+}
+
+void raise_os_error(const std::exception_ptr& pointer, void*) {
+  try {
+    std::rethrow_exception(pointer);
+  } catch (const std::system_error& error) {
+    PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.code().value(), error.what()).ptr());
+  }
+}
+
+}  // namespace
+
+void bind_io(nb::module_& module) {
+  nb::register_exception_translator(raise_os_error);
+  using Release = nb::call_guard<nb::gil_scoped_release>;
+
+  nb::class_<Transfer>(module, "IoTransfer", "One asynchronous operation; it completes whether or not anyone waits.")
+      .def("done", &Transfer::done)
+      .def("wait_for", &Transfer::wait_for, "seconds"_a, Release(), "Wait at most this long; returns done().")
+      .def("failure", &failure, "(errno, offset, nbytes) of the first piece that failed, once done.");
+
+  nb::class_<Engine>(module, "IoEngine", "Moves bytes between descriptors and memory; not usable after a fork.")
+      .def("start", &start, "is_write"_a, "direct_fd"_a, "tail_fd"_a, "offset"_a, "address"_a, "nbytes"_a, Release())
+      .def(
+          "register_memory",
+          [](Engine& engine, uintptr_t address, size_t nbytes) { return engine.register_memory(at(address), nbytes); },
+          "address"_a, "nbytes"_a, Release(), "Pin memory once that most requests use; False where refused.")
+      .def("stats", &stats, "The fields of IOStats, in order.")
+      .def("close", &Engine::close, Release(), "Wait for what is in flight and end the threads.");
+
+  module.def(
+      "make_posix_engine",
+      [](size_t block_nbytes, size_t num_threads) { return make_posix_engine(block_nbytes, num_threads); },
+      "block_nbytes"_a, "num_threads"_a);
+  module.def("make_uring_engine", &make_uring_engine, "block_nbytes"_a, "depth"_a,
+             "Raises OSError where io_uring is missing, forbidden or too old.");
+}

@@ -1,0 +1,109 @@
+#include "io/backlog.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+namespace lightning_ssd::io {
+
+bool Transfer::wait_for(double seconds) {
+  if (done()) return true;
+  std::unique_lock lock(mutex_);
+  over_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return done(); });  // sync: waits for the disk
+  return done();
+}
+
+void Transfer::finish() {
+  {
+    std::lock_guard lock(mutex_);
+    done_.store(true, std::memory_order_release);
+  }
+  over_.notify_all();
+}
+
+std::shared_ptr<Transfer> Backlog::push(const Request& request) {
+  auto transfer = std::make_shared<Transfer>(request);
+  std::lock_guard lock(mutex_);
+  if (closed_) throw std::invalid_argument("the engine is closed");
+  works_.push_back({transfer, 0});
+  meter(request.direction).start();
+  arrived_.notify_all();
+  return transfer;
+}
+
+std::optional<Piece> Backlog::take() {
+  std::lock_guard lock(mutex_);
+  if (works_.empty()) return std::nullopt;
+  return take_front();
+}
+
+std::optional<Piece> Backlog::wait_and_take() {
+  std::unique_lock lock(mutex_);
+  arrived_.wait(lock, [this] { return closed_ || !works_.empty(); });  // sync: waits for callers
+  if (works_.empty()) return std::nullopt;
+  return take_front();
+}
+
+void Backlog::over(const Piece& piece, int error) {
+  std::lock_guard lock(mutex_);
+  Transfer& transfer = *piece.transfer();
+  if (error != 0) {
+    if (!transfer.failure_) transfer.failure_ = piece.failure(error);
+    if (waits(transfer)) works_.pop_front();
+  }
+  // Pieces still in flight own the memory: the transfer is done when the last of them is over, failed or not.
+  if (--transfer.num_pieces_in_flight_ > 0 || waits(transfer)) return;
+  meter(transfer.request().direction).stop(transfer.request().nbytes, !transfer.failure_);
+  transfer.finish();
+}
+
+void Backlog::close() {
+  std::lock_guard lock(mutex_);
+  closed_ = true;
+  arrived_.notify_all();
+}
+
+bool Backlog::finished() const {
+  std::lock_guard lock(mutex_);
+  return closed_ && works_.empty();
+}
+
+Stats Backlog::stats() const {
+  std::lock_guard lock(mutex_);
+  return {reads_.nbytes(), writes_.nbytes(), reads_.num_done(), writes_.num_done(), reads_.busy_s(), writes_.busy_s()};
+}
+
+Piece Backlog::take_front() {
+  Work& work = works_.front();
+  const size_t nbytes = work.transfer->request().nbytes;
+  const size_t piece_nbytes = std::min(block_nbytes_, nbytes - work.next_start);
+  Piece piece(work.transfer, work.next_start, piece_nbytes);
+  work.transfer->num_pieces_in_flight_ += 1;
+  work.next_start += piece_nbytes;
+  if (work.next_start == nbytes) works_.pop_front();
+  return piece;
+}
+
+bool Backlog::waits(const Transfer& begun) const {
+  // Pieces are taken from the front only, so a transfer that was begun is at the front or fully taken.
+  return !works_.empty() && works_.front().transfer.get() == &begun;
+}
+
+void Meter::start() {
+  if (num_in_flight_++ == 0) busy_since_ = Clock::now();
+}
+
+void Meter::stop(size_t nbytes, bool ok) {
+  if (--num_in_flight_ == 0) busy_ += Clock::now() - busy_since_;
+  if (!ok) return;
+  nbytes_ += nbytes;
+  num_done_ += 1;
+}
+
+double Meter::busy_s() const {
+  auto busy = busy_;
+  if (num_in_flight_ > 0) busy += Clock::now() - busy_since_;
+  return busy.count();
+}
+
+}  // namespace lightning_ssd::io

@@ -1,0 +1,18 @@
+// The system calls of the posix engine, behind an interface so that tests can shorten them and make them fail.
+#pragma once
+
+#include <sys/types.h>
+
+#include "io/piece.hpp"
+
+namespace lightning_ssd::io {
+
+class System {
+ public:
+  virtual ~System() = default;
+
+  // One pread or pwrite; bytes moved, or a negative errno. Called from several threads.
+  virtual ssize_t transfer(const Attempt& attempt);
+};
+
+}  // namespace lightning_ssd::io
