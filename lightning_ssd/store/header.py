@@ -1,8 +1,8 @@
 """The header of a safetensors file: names, dtypes, shapes and byte ranges. Pure arithmetic in bytes; opens nothing.
 
-A file is: 8 bytes of header length (little endian), a JSON header padded with spaces so that the data section starts on a
-4096-byte boundary (direct I/O needs that; the format allows it), then the tensors, one after the other without holes.
-Files read here may come from anywhere, so every number is checked before it is used.
+A file is: 8 bytes of header length (little endian), a JSON header padded with spaces so that the data section starts on
+a 4096-byte boundary (direct I/O needs that; the format allows it), then the tensors, one after the other without
+holes. Files read here may come from anywhere, so every number is checked before it is used.
 """
 
 from __future__ import annotations
