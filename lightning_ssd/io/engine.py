@@ -212,7 +212,8 @@ class Engine(Protocol):
     ``offset`` and ``address`` are multiples of 4096; ``nbytes`` is any positive number inside the file. A read may fill
     memory up to the next multiple of 4096 and is complete at ``nbytes``; end of file before that is EIO. A write sends
     whole blocks through ``File.direct_fd`` and the rest through ``File.tail_fd``. ``keep`` is held until the
-    operation is over. Misuse (alignment, range, closed file or engine) raises ValueError at once.
+    operation is over, and let go when that is noticed: in `Transfer.done` or `Transfer.wait`, or at the next use of the
+    engine. Misuse (alignment, range, closed file or engine) raises ValueError at once.
 
     Attributes:
         name: Which engine this is.
@@ -228,6 +229,14 @@ class Engine(Protocol):
 
     def write(self, file: File, offset: int, address: int, nbytes: int, *, keep: object = None) -> Transfer:
         """Start writing ``nbytes`` of memory at ``address`` to ``offset`` of ``file``."""
+        ...
+
+    def register_memory(self, address: int, nbytes: int) -> bool:
+        """Tell the engine about memory that most transfers use, so that it is pinned once and not for each of them.
+
+        Call at most once; the memory must outlive the engine. Returns False where the engine or the system does not
+        do it: everything works the same, for a little more CPU time.
+        """
         ...
 
     def stats(self) -> IOStats:
@@ -253,6 +262,16 @@ def check_request(file: File, offset: int, address: int, nbytes: int, *, is_writ
         raise ValueError(f"offset {offset} and address {address:#x} must be multiples of {BLOCK_NBYTES}, address not 0")
     if nbytes <= 0 or offset < 0 or offset + nbytes > file.nbytes:
         raise ValueError(f"{nbytes} bytes at offset {offset} do not lie inside {file.path!r} of {file.nbytes} bytes")
+
+
+def check_process(made_in: int) -> None:
+    """Refuse to use an engine after a fork: its threads stayed with the parent, so a transfer would never end.
+
+    Raises:
+        ValueError: If ``made_in`` is not this process.
+    """
+    if os.getpid() != made_in:
+        raise ValueError("the engine was made before a fork and its threads are not in this process; make another here")
 
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)

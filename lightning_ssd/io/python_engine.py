@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from lightning_ssd.errors import DeadlineError, IoError
-from lightning_ssd.io.engine import File, IOOptions, IOStats, check_request
+from lightning_ssd.io.engine import File, IOOptions, IOStats, check_process, check_request
 from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes, round_down, round_up
 
 
@@ -28,6 +28,7 @@ class PythonEngine:
         self._wake = threading.Condition(self._lock)  # a piece was queued, or the engine closes
         self._pieces: deque[_Piece] = deque()
         self._closing = False
+        self._pid = os.getpid()
         self._meters = {False: _Meter(), True: _Meter()}  # by is_write
         num_threads = min(options.num_threads, options.depth)
         self._threads = [
@@ -43,6 +44,10 @@ class PythonEngine:
     def write(self, file: File, offset: int, address: int, nbytes: int, *, keep: object = None) -> PythonTransfer:
         """See `Engine.write`."""
         return self._start(file, offset, address, nbytes, keep, is_write=True)
+
+    def register_memory(self, address: int, nbytes: int) -> bool:
+        """See `Engine.register_memory`; of no use here."""
+        return False
 
     def stats(self) -> IOStats:
         """See `Engine.stats`."""
@@ -70,8 +75,11 @@ class PythonEngine:
         self, file: File, offset: int, address: int, nbytes: int, keep: object, *, is_write: bool
     ) -> PythonTransfer:
         check_request(file, offset, address, nbytes, is_write=is_write)
+        check_process(self._pid)
         starts = range(0, nbytes, self._block_nbytes)
-        transfer = PythonTransfer(file.path, offset, nbytes, len(starts), keep, self._deadline_s)
+        transfer = PythonTransfer(
+            file.path, offset, nbytes, num_pieces=len(starts), keep=keep, deadline_s=self._deadline_s
+        )
         pieces = [
             _Piece(
                 transfer=transfer,
@@ -116,15 +124,15 @@ class PythonTransfer:
     """`Transfer` of `PythonEngine`. ``failure`` and ``num_pieces_left`` belong to the engine's lock."""
 
     def __init__(
-        self, path: str, offset: int, nbytes: int, num_pieces: int, keep: object, default_deadline_s: float
+        self, path: str, offset: int, nbytes: int, *, num_pieces: int, keep: object, deadline_s: float
     ) -> None:
         self.path = path
         self.offset = offset
         self.nbytes = nbytes
         self.num_pieces_left = num_pieces
-        self.failure: _Failure | None = None
+        self.failure: Failure | None = None
         self._keep = keep
-        self._default_deadline_s = default_deadline_s
+        self._deadline_s = deadline_s
         self._over = threading.Event()
 
     def done(self) -> bool:
@@ -133,9 +141,7 @@ class PythonTransfer:
 
     def wait(self, deadline_s: float | None = None) -> None:
         """See `Transfer.wait`."""
-        if not self._over.wait(
-            self._default_deadline_s if deadline_s is None else deadline_s
-        ):  # sync: waits for the disk
+        if not self._over.wait(self._deadline_s if deadline_s is None else deadline_s):  # sync: waits for the disk
             raise DeadlineError(errno.ETIMEDOUT, self.path, self.offset, self.nbytes)
         if self.failure is not None:
             raise IoError(self.failure.errno, self.path, self.failure.offset, self.failure.nbytes)
@@ -147,7 +153,9 @@ class PythonTransfer:
 
 
 @dataclass(frozen=True)
-class _Failure:
+class Failure:
+    """Why a transfer failed, and at which piece."""
+
     errno: int
     offset: int
     nbytes: int
@@ -165,12 +173,12 @@ class _Piece:
     address: int
     nbytes: int
 
-    def run(self) -> _Failure | None:
+    def run(self) -> Failure | None:
         """Move the bytes; the failure, if any, is of this piece."""
         try:
             self._move()
         except OSError as error:
-            return _Failure(error.errno or errno.EIO, self.offset, self.nbytes)
+            return Failure(error.errno or errno.EIO, self.offset, self.nbytes)
         return None
 
     def _move(self) -> None:

@@ -10,6 +10,7 @@ import warnings
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import Engine, File, IOOptions, validate
+from lightning_ssd.io.native_engines import make_posix_engine, make_uring_engine
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.sizes import BLOCK_NBYTES
 
@@ -23,17 +24,32 @@ def make_engine(options: IOOptions) -> Engine:
     validate(options)
     if options.engine == "python":
         return PythonEngine(options, reason="python: asked for by io option engine='python'")
-    missing = "the native extension is not built"
+    if not native_is_built():
+        return _without_native(options)
+    if options.engine == "posix":
+        return make_posix_engine(options, reason="posix: asked for by io option engine='posix'")
+    try:
+        return make_uring_engine(options, reason="uring: io_uring works here and costs the least CPU time per transfer")
+    except OSError as error:
+        refusal = f"io_uring is refused here ({error})"
+        if options.engine == "uring":
+            raise ConfigurationError(f"io option engine='uring', but {refusal}; use engine='auto'") from error
+        return make_posix_engine(options, reason=f"posix: {refusal}")
+
+
+def native_is_built() -> bool:
+    """Whether the native module is there; importing `_extension` says so, once, if it is not."""
+    from lightning_ssd import _extension
+
+    return _extension._native is not None
+
+
+def _without_native(options: IOOptions) -> Engine:
+    missing = "the native module was not built"
     if options.engine != "auto":
-        raise ConfigurationError(
-            f"io option engine={options.engine!r} does not work here: {missing}; use engine='auto'"
-        )
-    warnings.warn(
-        f"lightning_ssd: {missing}; disk transfers use Python threads, which costs CPU time per transfer and "
-        "contends for the interpreter lock. Reinstall with a C++ compiler to get the fast engines.",
-        stacklevel=2,
-    )
-    return PythonEngine(options, reason=f"python: {missing}")
+        way_out = "install with a C++20 compiler, or use engine='auto'"
+        raise ConfigurationError(f"io option engine={options.engine!r}, but {missing}; {way_out}")
+    return PythonEngine(options, reason=f"python: {missing}, so transfers cost CPU time under the interpreter lock")
 
 
 def use_direct(options: IOOptions, directory: str | os.PathLike[str]) -> bool:

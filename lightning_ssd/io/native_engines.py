@@ -1,0 +1,129 @@
+"""The engines of the native module ("uring", "posix") as `Engine` and `Transfer`; they need no interpreter lock."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from lightning_ssd.errors import DeadlineError, IoError
+from lightning_ssd.io.engine import File, IOOptions, IOStats, check_process, check_request
+from lightning_ssd.sizes import parse_nbytes
+
+if TYPE_CHECKING:
+    from lightning_ssd._native import IoEngine, IoTransfer
+
+_SIGNAL_CHECK_S = 0.2
+"""A wait returns to the interpreter this often, so that Ctrl-C is heard while the disk hangs."""
+
+
+def make_uring_engine(options: IOOptions, *, reason: str) -> NativeEngine:
+    """The engine over io_uring: one thread, ``depth`` pieces in flight.
+
+    Raises:
+        OSError: io_uring is missing, forbidden or too old.
+    """
+    from lightning_ssd import _native
+
+    native = _native.make_uring_engine(block_nbytes=parse_nbytes(options.block_nbytes), depth=options.depth)
+    return NativeEngine("uring", native, options, reason=reason)
+
+
+def make_posix_engine(options: IOOptions, *, reason: str) -> NativeEngine:
+    """The engine over pread and pwrite: ``num_threads`` pieces in flight, but never more than ``depth``."""
+    from lightning_ssd import _native
+
+    num_threads = min(options.num_threads, options.depth)
+    native = _native.make_posix_engine(block_nbytes=parse_nbytes(options.block_nbytes), num_threads=num_threads)
+    return NativeEngine("posix", native, options, reason=reason)
+
+
+class NativeEngine:
+    """`Engine` over one of the native module's."""
+
+    def __init__(self, name: str, native: IoEngine, options: IOOptions, *, reason: str) -> None:
+        self.name = name
+        self.reason = reason
+        self._native = native
+        self._deadline_s = options.deadline_s
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._keeping: list[NativeTransfer] = []  # in flight, with memory to keep alive, waited for or not
+
+    def read(self, file: File, offset: int, address: int, nbytes: int, *, keep: object = None) -> NativeTransfer:
+        """See `Engine.read`."""
+        return self._start(file, offset, address, nbytes, keep, is_write=False)
+
+    def write(self, file: File, offset: int, address: int, nbytes: int, *, keep: object = None) -> NativeTransfer:
+        """See `Engine.write`."""
+        return self._start(file, offset, address, nbytes, keep, is_write=True)
+
+    def register_memory(self, address: int, nbytes: int) -> bool:
+        """See `Engine.register_memory`."""
+        return self._native.register_memory(address, nbytes)
+
+    def stats(self) -> IOStats:
+        """See `Engine.stats`."""
+        self._let_go()
+        return IOStats(*self._native.stats())
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._native.close()  # sync: waits for the disk
+        self._let_go()
+
+    def _start(
+        self, file: File, offset: int, address: int, nbytes: int, keep: object, *, is_write: bool
+    ) -> NativeTransfer:
+        check_request(file, offset, address, nbytes, is_write=is_write)
+        check_process(self._pid)
+        self._let_go()
+        native = self._native.start(is_write, file.direct_fd, file.tail_fd, offset, address, nbytes)
+        transfer = NativeTransfer(native, file.path, offset, nbytes, keep, self._deadline_s)
+        if keep is not None:
+            with self._lock:
+                self._keeping.append(transfer)
+        return transfer
+
+    def _let_go(self) -> None:
+        # Swept here, not by the thread that completes transfers: dropping a Python object would make it wait for the
+        # interpreter lock, and the disk would wait with it.
+        with self._lock:
+            self._keeping = [transfer for transfer in self._keeping if not transfer.done()]
+
+
+class NativeTransfer:
+    """`Transfer` of `NativeEngine`."""
+
+    def __init__(
+        self, native: IoTransfer, path: str, offset: int, nbytes: int, keep: object, default_deadline_s: float
+    ) -> None:
+        self.path = path
+        self.offset = offset
+        self.nbytes = nbytes
+        self._native = native
+        self._keep = keep
+        self._default_deadline_s = default_deadline_s
+
+    def done(self) -> bool:
+        """See `Transfer.done`."""
+        if not self._native.done():
+            return False
+        self._keep = None
+        return True
+
+    def wait(self, deadline_s: float | None = None) -> None:
+        """See `Transfer.wait`."""
+        left_s = self._default_deadline_s if deadline_s is None else deadline_s
+        end_s = time.monotonic() + left_s
+        while not self._native.wait_for(max(0.0, min(left_s, _SIGNAL_CHECK_S))):  # sync: waits for the disk
+            left_s = end_s - time.monotonic()
+            if left_s <= 0:
+                raise DeadlineError(errno.ETIMEDOUT, self.path, self.offset, self.nbytes)
+        self._keep = None
+        failure = self._native.failure()
+        if failure is not None:
+            code, offset, nbytes = failure
+            raise IoError(code, self.path, offset, nbytes)
