@@ -1,0 +1,3 @@
+"""CRC32C of host memory."""
+
+from lightning_ssd.optim.kernels import crc32c as crc32c

@@ -1,0 +1,159 @@
+"""The host memory that we lend: one anonymous mapping of exact size, cut into buffers; bytes, 4096-aligned.
+
+Nothing is allocated while training. Each buffer has one owner; it returns to the pool by `Pool.give_back`, at once or,
+if a tensor on it is still alive, as soon as that tensor dies and somebody needs the space.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_ssd.errors import ResidencyError
+from lightning_ssd.memory.views import Views, address_of
+from lightning_ssd.sizes import BLOCK_NBYTES, fmt, round_up
+
+
+class Buffer:
+    """One lent piece of a pool.
+
+    Attributes:
+        offset: First byte, counted in the pool.
+        address: The same as an address.
+        nbytes: Length.
+        owner: Who holds it, for messages.
+    """
+
+    def __init__(self, memory: mmap.mmap, base: int, offset: int, nbytes: int, owner: str) -> None:
+        self._memory = memory
+        self._views = Views(memory)
+        self.offset = offset
+        self.address = base + offset
+        self.nbytes = nbytes
+        self.owner = owner
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """A tensor of ``shape`` at byte ``offset`` of this buffer; the buffer is in use as long as it lives."""
+        return self._views.tensor(self.offset + offset, dtype, shape)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a tensor on this buffer, or a view of one, still exists."""
+        return self._views.in_use
+
+    def fill(self, byte: int) -> None:
+        """Overwrite every byte."""
+        ctypes.memset(self.address, byte, self.nbytes)
+
+
+class Pool:
+    """Buffers of any size out of ``nbytes`` of anonymous memory, first fit, neighbours joined.
+
+    Args:
+        nbytes: Size of the pool.
+        name: What messages call it.
+        poison: Fill what comes back with NaN bytes (0xFF), so that a use after return shows (for tests).
+    """
+
+    def __init__(self, nbytes: int, name: str, *, poison: bool = False) -> None:
+        self.nbytes = round_up(max(nbytes, BLOCK_NBYTES))
+        self.name = name
+        self._poison = poison
+        self._memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._base = address_of(self._memory)
+        self._free: list[tuple[int, int]] = [(0, self.nbytes)]  # (offset, nbytes), by offset
+        self._lent: dict[int, Buffer] = {}  # by offset
+        self._lingering: list[Buffer] = []  # given back while a tensor on them was alive
+
+    def try_lend(self, nbytes: int, owner: str) -> Buffer | None:
+        """A buffer of at least ``nbytes``, or None if there is no room now."""
+        self._collect()
+        need = round_up(max(nbytes, 1))
+        for i, (offset, room) in enumerate(self._free):
+            if room >= need:
+                rest = [(offset + need, room - need)] if room > need else []
+                self._free[i : i + 1] = rest
+                buffer = Buffer(self._memory, self._base, offset, need, owner)
+                self._lent[offset] = buffer
+                return buffer
+        return None
+
+    def lend(self, nbytes: int, owner: str, make_room: Callable[[], bool] | None = None) -> Buffer:
+        """A buffer of at least ``nbytes``.
+
+        Args:
+            nbytes: Bytes needed.
+            owner: Who asks, for messages.
+            make_room: Called while there is no room; gives something back and returns True, or returns False.
+
+        Raises:
+            ResidencyError: There is no room and none can be made.
+        """
+        while True:
+            buffer = self.try_lend(nbytes, owner)
+            if buffer is not None:
+                return buffer
+            if make_room is None or not make_room():
+                raise ResidencyError(self._no_room(nbytes, owner))
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Return a buffer. While a tensor on it is alive it lingers: nobody gets it before that tensor is gone."""
+        if self._lent.pop(buffer.offset, None) is not buffer:
+            raise ResidencyError(f"{self.name}: buffer of {buffer.owner} was given back twice")
+        if buffer.in_use:
+            self._lingering.append(buffer)
+        else:
+            self._reclaim(buffer)
+
+    @property
+    def num_lent(self) -> int:
+        """Buffers that have an owner now."""
+        return len(self._lent)
+
+    @property
+    def lingering(self) -> list[str]:
+        """Owners of buffers that were given back but are still referenced by a tensor somewhere."""
+        self._collect()
+        return [buffer.owner for buffer in self._lingering]
+
+    def close(self) -> None:
+        """Let go of the memory; it is unmapped when the last tensor on it dies."""
+        self._free = []
+        self._lent = {}
+        self._lingering = []
+        del self._memory
+
+    def _collect(self) -> None:
+        still: list[Buffer] = []
+        for buffer in self._lingering:
+            if buffer.in_use:
+                still.append(buffer)
+            else:
+                self._reclaim(buffer)
+        self._lingering = still
+
+    def _reclaim(self, buffer: Buffer) -> None:
+        if self._poison:
+            buffer.fill(0xFF)
+        spans = sorted([*self._free, (buffer.offset, buffer.nbytes)])
+        joined = [spans[0]]
+        for offset, nbytes in spans[1:]:
+            last_offset, last_nbytes = joined[-1]
+            if last_offset + last_nbytes == offset:
+                joined[-1] = (last_offset, last_nbytes + nbytes)
+            else:
+                joined.append((offset, nbytes))
+        self._free = joined
+
+    def _no_room(self, nbytes: int, owner: str) -> str:
+        held = ", ".join(f"{b.owner} {fmt(b.nbytes)}" for b in self._lent.values()) or "nothing"
+        kept = ", ".join(f"{b.owner} {fmt(b.nbytes)}" for b in self._lingering) or "nothing"
+        return (
+            f"{owner} needs {fmt(nbytes)} of {self.name} memory ({fmt(self.nbytes)} in all); in use: {held}; "
+            f"released but still referenced by tensors kept outside: {kept}; "
+            "raise host_memory, cut smaller units with units=..., or do not keep views of parameters"
+        )

@@ -1,0 +1,48 @@
+"""Tensors on memory that we own: each has a storage of its own, and it can be told when nobody uses it any more."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Views:
+    """Tensors lent on one piece of memory, and whether any of them, or a view of one, is still alive.
+
+    A tensor's storage keeps a ctypes array alive, the array keeps ``memory`` alive, and a weak reference to the array
+    dies with the last tensor on the storage. So memory goes back only when torch is done with it, whoever kept a view:
+    the user, a saved tensor, a hook.
+    """
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._refs: list[weakref.ref[ctypes.Array[ctypes.c_char]]] = []
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """A tensor of ``shape`` whose storage starts at byte ``offset`` of the memory and ends where it ends."""
+        numel = 1
+        for size in shape:
+            numel *= size
+        with torch.inference_mode(False):
+            if numel == 0:
+                return torch.empty(tuple(shape), dtype=dtype)
+            nbytes = numel * dtype.itemsize
+            exported = (ctypes.c_char * nbytes).from_buffer(self._memory, offset)
+            self._refs.append(weakref.ref(exported))
+            return torch.frombuffer(exported, dtype=dtype, count=numel).view(tuple(shape))
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a tensor made here, or a view of one, still exists."""
+        self._refs = [ref for ref in self._refs if ref() is not None]
+        return bool(self._refs)
+
+
+def address_of(memory: mmap.mmap) -> int:
+    """Address of the first byte of a mapping. The caller keeps the mapping alive."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,0 +1,287 @@
+"""Named state in files: every unit and kind has one current generation, an immutable safetensors file.
+
+A new generation is written beside the current one and takes its place by `commit`; the superseded file is recycled for
+the next generation of the same size, or only unlinked if a checkpoint or a mapping still names it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_ssd.errors import CorruptionError, IoError, StoreError
+from lightning_ssd.io.checksum import crc32c
+from lightning_ssd.io.engine import Engine, File, Transfer
+from lightning_ssd.memory.pool import Pool
+from lightning_ssd.sizes import BLOCK_NBYTES, fmt
+from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.layout import CHECK_NBYTES, UnitLayout, chunks
+from lightning_ssd.store.run_directory import RunDirectory
+
+STAGING_NBYTES = 8 << 20
+"""Memory used to stream tensors into files and files into files."""
+
+
+@dataclass
+class Generation:
+    """One written version of one kind of one unit: one file.
+
+    Attributes:
+        layout: What is where in the file.
+        file: The open file.
+        checks: CRC32C of each `CHECK_NBYTES` of the data section, None where not written yet or not kept.
+        is_mapped: Somebody may hold a writable view of its bytes: never link it, never recycle it.
+    """
+
+    layout: UnitLayout
+    file: File
+    checks: list[int | None] = field(default_factory=list)
+    is_mapped: bool = False
+
+
+class StateStore:
+    """Generations on one or several disks.
+
+    Args:
+        directories: One per disk, used in turn.
+        engine: Moves the bytes.
+        direct: Open files with O_DIRECT, one flag per directory.
+        verify: Keep checksums of what is written and check every read against them.
+    """
+
+    def __init__(self, directories: list[RunDirectory], engine: Engine, *, direct: list[bool], verify: bool) -> None:
+        self._directories = directories
+        self._direct = direct
+        self.engine = engine
+        self.verify = verify
+        self._current: dict[tuple[str, str], Generation] = {}
+        self._free: dict[int, list[File]] = defaultdict(list)  # by length
+        self._numbers = itertools.count()
+        self._staging = Pool(STAGING_NBYTES, "staging")
+
+    # -- generations ---------------------------------------------------------------------------------------------
+
+    def current(self, unit: str, kind: str) -> Generation | None:
+        """The newest committed generation, None if there is none."""
+        return self._current.get((unit, kind))
+
+    def kinds(self, unit: str) -> list[str]:
+        """Kinds of which ``unit`` has a generation."""
+        return [kind for name, kind in self._current if name == unit]
+
+    def generations(self) -> list[Generation]:
+        """Every current generation."""
+        return list(self._current.values())
+
+    def begin(self, layout: UnitLayout) -> Generation:
+        """A new generation whose data section is still to be written; its space is reserved.
+
+        Raises:
+            StoreError: The disk is full.
+            IoError: The disk failed.
+        """
+        number = next(self._numbers)
+        slug = re.sub(r"[^A-Za-z0-9._-]", "_", layout.unit)[-80:]
+        name = f"{number:08d}-{slug}.{layout.kind}.safetensors"
+        file = self._file(name, layout.file_nbytes, number % len(self._directories))
+        num_checks = -(-layout.data_nbytes // CHECK_NBYTES) if self.verify else 0
+        os.pwrite(file.tail_fd, layout.header, 0)
+        return Generation(layout, file, [None] * num_checks)
+
+    def commit(self, generation: Generation) -> None:
+        """Make a completely written generation the current one; the one it replaces is recycled or unlinked."""
+        key = (generation.layout.unit, generation.layout.kind)
+        previous = self._current.get(key)
+        self._current[key] = generation
+        if previous is not None:
+            self._retire(previous)
+
+    def abandon(self, generation: Generation) -> None:
+        """Drop a generation that was begun and will not be committed. No transfer on it may be in flight."""
+        self._retire(generation)
+
+    def forget(self, unit: str, kind: str) -> None:
+        """Drop the current generation of a kind, as if it had never been written."""
+        generation = self._current.pop((unit, kind), None)
+        if generation is not None:
+            self._retire(generation)
+
+    # -- bytes ---------------------------------------------------------------------------------------------------
+
+    def read(self, generation: Generation, offset: int, address: int, nbytes: int, *, keep: object = None) -> Transfer:
+        """Start reading ``nbytes`` at ``offset`` of the data section; with `verify`, waiting checks them.
+
+        ``offset`` is a multiple of `CHECK_NBYTES`; memory is needed up to the next multiple of 4096.
+        """
+        where = generation.layout.data_begin + offset
+        transfer = self.engine.read(generation.file, where, address, nbytes, keep=keep)
+        return _CheckedRead(transfer, generation, offset, address, nbytes) if generation.checks else transfer
+
+    def write(self, generation: Generation, offset: int, address: int, nbytes: int, *, keep: object = None) -> Transfer:
+        """Start writing ``nbytes`` at ``offset`` of the data section of a generation that is not committed yet.
+
+        ``offset`` is a multiple of `CHECK_NBYTES`, and so is ``nbytes`` unless it reaches the end.
+        """
+        if generation.checks:
+            for begin, end in chunks(nbytes, CHECK_NBYTES):
+                check = crc32c(address + begin, end - begin)
+                generation.checks[(offset + begin) // CHECK_NBYTES] = check
+        return self.engine.write(generation.file, generation.layout.data_begin + offset, address, nbytes, keep=keep)
+
+    def put(self, layout: UnitLayout, source: Callable[[int], Tensor | None]) -> Generation:
+        """Write and commit a generation from tensors, streamed through a small staging buffer.
+
+        Args:
+            layout: What to write.
+            source: The tensor of each parameter, by index, flat or shaped; converted to the layout's dtype.
+                None stands for zeros.
+        """
+        generation = self.begin(layout)
+        dtype = dtype_of(layout.dtype)
+        buffer = self._staging.lend(STAGING_NBYTES, f"staging of {layout.unit}")
+        try:
+            flats: dict[int, Tensor | None] = {}
+            for begin, end in chunks(layout.numel, STAGING_NBYTES // layout.itemsize):
+                staged = buffer.tensor(0, dtype, (end - begin,))
+                for segment in layout.segments(begin, end):
+                    if segment.index not in flats:
+                        found = source(segment.index)
+                        flats = {segment.index: None if found is None else found.detach().reshape(-1)}
+                    flat = flats[segment.index]
+                    part = staged[segment.begin - begin : segment.end - begin]
+                    if flat is None:
+                        part.zero_()
+                    else:
+                        part.copy_(flat[segment.offset : segment.offset + segment.numel])
+                self.write(generation, begin * layout.itemsize, buffer.address, staged.nbytes).wait()  # sync: staging
+                del staged, part
+        except BaseException:
+            self.abandon(generation)
+            raise
+        finally:
+            self._staging.give_back(buffer)
+        self.commit(generation)
+        return generation
+
+    def map(self, generation: Generation, *, private: bool) -> mmap.mmap:
+        """Map the whole file, writable. With ``private`` what is written stays in memory and never reaches the file."""
+        if not private:
+            generation.is_mapped = True
+            generation.checks = [None] * len(generation.checks)  # whoever maps it may write
+        flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
+        return mmap.mmap(
+            generation.file.tail_fd,
+            generation.file.nbytes,
+            flags=flags,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
+
+    # -- room and end --------------------------------------------------------------------------------------------
+
+    def require_free(self, nbytes: int, what: str) -> None:
+        """Refuse before work starts what cannot fit.
+
+        Raises:
+            StoreError: Names what is needed, what is free and the way out.
+        """
+        free = sum(_free_nbytes(directory.path) for directory in self._directories)
+        if free < nbytes:
+            places = ", ".join(repr(os.path.dirname(directory.path)) for directory in self._directories)
+            raise StoreError(
+                f"{what} needs {fmt(nbytes)} on disk, {places} has {fmt(free)} free; "
+                "free space there or choose another nvme_path"
+            )
+
+    @property
+    def nbytes_on_disk(self) -> int:
+        """Bytes of all current generations and of files waiting to be recycled."""
+        spare = sum(nbytes * len(files) for nbytes, files in self._free.items())
+        return spare + sum(generation.file.nbytes for generation in self._current.values())
+
+    def close(self, *, remove: bool) -> None:
+        """Close all files; with ``remove`` delete the run directories. The engine is not closed."""
+        for generation in self._current.values():
+            generation.file.close()
+        for files in self._free.values():
+            for file in files:
+                file.close()
+        self._current.clear()
+        self._free.clear()
+        for directory in self._directories:
+            directory.close(remove=remove)
+
+    def _file(self, name: str, nbytes: int, disk: int) -> File:
+        directory = self._directories[disk].path
+        for i, file in enumerate(spare := self._free.get(nbytes, [])):
+            if os.path.dirname(file.path) == directory:
+                del spare[i]
+                file.rename(os.path.join(directory, name))
+                return file
+        try:
+            return File.create(os.path.join(directory, name), nbytes, direct=self._direct[disk])
+        except IoError as error:
+            raise StoreError(
+                f"cannot reserve {fmt(nbytes)} in {directory!r} ({fmt(_free_nbytes(directory))} free): {error}; "
+                "free space there or choose another nvme_path; the last checkpoint is whole"
+            ) from error
+
+    def _retire(self, generation: Generation) -> None:
+        file = generation.file
+        linked = os.fstat(file.tail_fd).st_nlink > 1
+        if linked or generation.is_mapped:
+            os.unlink(file.path)
+            file.close()
+        else:
+            self._free[file.nbytes].append(file)
+
+
+class _CheckedRead:
+    """A read whose bytes are compared with the checksums of what was written, once, when it is waited for."""
+
+    def __init__(self, transfer: Transfer, generation: Generation, offset: int, address: int, nbytes: int) -> None:
+        self._transfer = transfer
+        self._generation = generation
+        self._offset = offset
+        self._address = address
+        self._nbytes = nbytes
+        self._is_checked = False
+
+    def done(self) -> bool:
+        return self._transfer.done()
+
+    def wait(self, deadline_s: float | None = None) -> None:
+        self._transfer.wait(deadline_s)
+        if self._is_checked:
+            return
+        for begin, end in chunks(self._nbytes, CHECK_NBYTES):
+            whole = end - begin == min(CHECK_NBYTES, self._generation.layout.data_nbytes - self._offset - begin)
+            expected = self._generation.checks[(self._offset + begin) // CHECK_NBYTES]
+            if whole and expected is not None and crc32c(self._address + begin, end - begin) != expected:
+                raise CorruptionError(self._message(self._offset + begin))
+        self._is_checked = True
+
+    def _message(self, offset: int) -> str:
+        layout = self._generation.layout
+        names = [e.name for e in layout.entries if e.begin < offset + CHECK_NBYTES and e.end > offset]
+        return (
+            f"unit {layout.unit!r}, kind {layout.kind!r}: the {CHECK_NBYTES} bytes at offset {offset} of the data in "
+            f"{self._generation.file.path!r} are not the bytes that were written (parameters {', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''}); the disk or its controller corrupts data: "
+            "stop using it and resume from the last checkpoint"
+        )
+
+
+def _free_nbytes(path: str) -> int:
+    stat = os.statvfs(path)
+    return stat.f_bavail * stat.f_frsize
+
+
+assert STAGING_NBYTES % CHECK_NBYTES == 0
+assert CHECK_NBYTES % BLOCK_NBYTES == 0

@@ -1,0 +1,208 @@
+"""Recompute: a unit's forward keeps its inputs only; backward runs that forward again for the tensors it saved.
+
+[Note: recompute] A forward under a `Frame` packs each tensor that autograd saves as a number. The first unpack in
+backward calls the module again, with the same inputs, generator state, autocast state and buffers, through the same
+hooks (so through the same fetch), and collects what autograd saves this time; the n-th of these is the n-th of the
+first run. The second run's own graph is thrown away. Method: Chen et al., "Training Deep Nets with Sublinear Memory
+Cost", arXiv 1604.06174.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_REMEDY = "set activations='keep' in the strategy to keep its activations instead"
+
+
+class Frame:
+    """One forward of one module that will be run again in backward.
+
+    Attributes:
+        name: The unit's name, for messages.
+        module: What to call again.
+    """
+
+    def __init__(self, name: str, module: nn.Module, args: Any, kwargs: Any, device: torch.device, rerun: Rerun):
+        self.name = name
+        self.module = module
+        self._args = args
+        self._kwargs = kwargs
+        self._device = device
+        self._rerun = rerun
+        self._inputs = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
+        self._generators = _generator_states(device)
+        self._autocast = _autocast_states(device)
+        self._buffers = [(m, n, b, b.clone()) for m, n, b in _buffers(module)]
+        self._saved: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self._values: list[Tensor] | None = None
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def pack(self, tensor: Tensor) -> _Saved:
+        """Forget a tensor that autograd saves; remember its place."""
+        self._saved.append((tensor.shape, tensor.dtype, tensor.device))
+        return _Saved(self, len(self._saved) - 1)
+
+    def end_forward(self) -> None:
+        """The forward is over: keep old values of the buffers it changed, and check that its inputs are as they were.
+
+        Raises:
+            RuntimeError: If it changed an input in place.
+        """
+        self._buffers = [item for item in self._buffers if not torch.equal(item[2], item[3])]
+        self._require_same_inputs("its own forward changed an input in place")
+
+    @property
+    def inputs(self) -> Iterator[Tensor]:
+        """Tensors among the arguments."""
+        return (t for t, _ in self._inputs)
+
+    # -- backward ------------------------------------------------------------------------------------------------
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the recomputed tensors are in memory."""
+        return self._values is not None
+
+    def unpack(self, saved: _Saved) -> Tensor:
+        """The tensor that was packed, recomputed now if it is not in memory."""
+        return saved.frame.value(saved.index)
+
+    def value(self, index: int) -> Tensor:
+        """The ``index``-th saved tensor."""
+        if self._values is None:
+            self._require_same_inputs("a later operation changed an input of it in place")
+            self._values = self._recompute()
+        return self._values[index]
+
+    def drop(self) -> None:
+        """Forget the recomputed tensors; if autograd asks again, they are computed again."""
+        self._values = None
+
+    def _recompute(self) -> list[Tensor]:
+        values: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> int:
+            values.append(tensor.detach())
+            return len(values) - 1
+
+        def unpack(index: int) -> Tensor:
+            raise RuntimeError(f"unit {self.name!r}: backward inside its own forward cannot be recomputed; {_REMEDY}")
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_generators_at(self._generators, self._device))
+            for device_type, (enabled, dtype, cache) in self._autocast.items():
+                stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            stack.enter_context(self._old_buffers())
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+            self._rerun(self, lambda: self.module(*self._args, **self._kwargs))
+        self._require_same_saved(values)
+        return values
+
+    @contextmanager
+    def _old_buffers(self) -> Iterator[None]:
+        # Copies, so that the second run cannot change what the first has already changed.
+        old = {(m, n): value for m, n, _, value in self._buffers}
+        live = list(_buffers(self.module))
+        for m, n, b in live:
+            m._buffers[n] = old.get((m, n), b).clone()
+        try:
+            yield
+        finally:
+            for m, n, b in live:
+                m._buffers[n] = b
+
+    def _require_same_inputs(self, what: str) -> None:
+        if any(t._version != version for t, version in self._inputs):
+            raise RuntimeError(f"unit {self.name!r} cannot be recomputed: {what}; {_REMEDY}")
+
+    def _require_same_saved(self, values: list[Tensor]) -> None:
+        found = [(t.shape, t.dtype, t.device) for t in values]
+        if found != self._saved:
+            where = next((i for i, (a, b) in enumerate(zip(self._saved, found, strict=False)) if a != b), None)
+            detail = (
+                f"{len(self._saved)} tensors were saved, then {len(found)}"
+                if where is None
+                else f"tensor {where} was {self._saved[where][:2]}, then {found[where][:2]}"
+            )
+            raise RuntimeError(
+                f"unit {self.name!r}: its forward does something else the second time ({detail}); does it depend on "
+                f"state outside it, such as a cache? {_REMEDY}"
+            )
+
+
+class _Saved:
+    """Stands for the ``index``-th tensor saved under ``frame``."""
+
+    __slots__ = ("frame", "index")
+
+    def __init__(self, frame: Frame, index: int) -> None:
+        self.frame = frame
+        self.index = index
+
+
+Rerun = Callable[[Frame, Callable[[], object]], None]
+"""Runs a frame's module again; holds its units until the frame's backward is over."""
+
+
+def without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments without key-value caches of generation: a forward that adds to one cannot be run twice."""
+    found = {k for k, v in kwargs.items() if hasattr(v, "get_seq_length") and hasattr(v, "update")}
+    if not found:
+        return kwargs
+    return {k: None if k in found else (False if k == "use_cache" else v) for k, v in kwargs.items()}
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors inside nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for m in module.modules():
+        for name, buffer in m._buffers.items():
+            if buffer is not None:
+                yield m, name, buffer
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _set_generator_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+@contextmanager
+def _generators_at(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    before = _generator_states(device)
+    _set_generator_states(states, device)
+    try:
+        yield
+    finally:
+        _set_generator_states(before, device)
+
+
+def _autocast_states(device: torch.device) -> dict[str, tuple[bool, torch.dtype, bool]]:
+    return {
+        kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled())
+        for kind in {device.type, "cpu"}
+    }

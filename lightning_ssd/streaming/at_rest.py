@@ -1,0 +1,72 @@
+"""Values of a unit outside a step: tensors on a mapping of its file, and whether the user wrote to them.
+
+[Note: at rest, written] A file that no checkpoint names is mapped shared: what the user writes lands in it. Its
+modification time is set to zero when it is mapped, so any time found later, after `msync`, means a write. A file
+that a checkpoint names is mapped private: what the user writes stays in memory, on pages that no longer belong to the
+file, which bit 61 of ``/proc/self/pagemap`` tells. Assigning ``p.data`` is seen by the address.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ssd.memory.views import Views, address_of
+from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.state_store import Generation, StateStore
+
+_PAGE = mmap.PAGESIZE
+_FILE_PAGE = 1 << 61
+_PRESENT_OR_SWAPPED = (1 << 63) | (1 << 62)
+
+
+class AtRest:
+    """One mapping of a generation, with a tensor for each parameter.
+
+    Attributes:
+        generation: What is mapped.
+        tensors: One per parameter, in file order, each with a storage of its own.
+    """
+
+    def __init__(self, store: StateStore, generation: Generation) -> None:
+        self.generation = generation
+        self._fd = generation.file.tail_fd
+        self.is_private = os.fstat(self._fd).st_nlink > 1
+        self._memory = store.map(generation, private=self.is_private)
+        if not self.is_private:
+            os.utime(self._fd, ns=(os.fstat(self._fd).st_atime_ns, 0))
+        views = Views(self._memory)
+        layout = generation.layout
+        dtype = dtype_of(layout.dtype)
+        self.tensors: tuple[Tensor, ...] = tuple(
+            views.tensor(layout.data_begin + entry.begin, dtype, entry.shape) for entry in layout.entries
+        )
+
+    def is_assigned(self, params: Sequence[nn.Parameter]) -> bool:
+        """Whether the user gave a parameter other memory (``p.data = ...``) than the mapping."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return any(p.data_ptr() != t.data_ptr() for p, t in zip(params, self.tensors, strict=True) if t.numel())
+
+    def was_written(self) -> bool:
+        """Whether the user wrote into the mapping. For a shared one, everything written is in the file afterwards."""
+        if self.is_private:
+            return self._has_private_pages()
+        self._memory.flush()  # sync: msync, so that the file's time tells of every write
+        return os.fstat(self._fd).st_mtime_ns != 0
+
+    def drop_pages(self) -> None:
+        """Let the kernel take the pages back now; clean pages cost a new read if they are looked at again."""
+        if not self.is_private:
+            self._memory.madvise(mmap.MADV_DONTNEED)
+
+    def _has_private_pages(self) -> bool:
+        first = address_of(self._memory) // _PAGE
+        num_pages = -(-len(self._memory) // _PAGE)
+        with open("/proc/self/pagemap", "rb") as pagemap:
+            pagemap.seek(first * 8)
+            flags = memoryview(pagemap.read(num_pages * 8)).cast("Q")
+        return any(flag & _PRESENT_OR_SWAPPED and not flag & _FILE_PAGE for flag in flags)

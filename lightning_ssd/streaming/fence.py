@@ -1,0 +1,91 @@
+"""Parameters at rest: a thin `nn.Parameter` class whose first operation on values asks its owner to bring them.
+
+[Note: at rest] While a unit is not in use, its parameters view one shared placeholder of NaN bytes that costs no
+memory, and have the class made here. Metadata (shape, dtype, device, ``requires_grad``, ``grad``, hooks) is answered as
+it is. Any other operation first calls `Fence.wake`, which turns the parameters it touches into plain `nn.Parameter`s
+on real values: inside a step by fetching the unit to the device, outside by mapping the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Fence(Protocol):
+    """Brings parameters at rest to life."""
+
+    def wake(self, params: list[nn.Parameter]) -> None:
+        """Make ``params`` plain parameters on their current values, all at the same time."""
+        ...
+
+
+def fenced_class(fence: Fence) -> type[nn.Parameter]:
+    """The class of parameters at rest that ``fence`` looks after."""
+
+    class ParameterAtRest(nn.Parameter):
+        @classmethod
+        def __torch_function__(
+            cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func not in _METADATA:
+                asleep = [p for p in _tensors((args, kwargs)) if type(p) is ParameterAtRest]
+                fence.wake(asleep)
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+            # Not through __torch_function__: nn.Parameter looks at type(self) before it touches a value.
+            if id(self) in memo:
+                return memo[id(self)]  # type: ignore[no-any-return]
+            fence.wake([self])
+            return nn.Parameter.__deepcopy__(self, memo)  # type: ignore[no-any-return, no-untyped-call]
+
+    return ParameterAtRest
+
+
+def _tensors(value: Any) -> Iterator[Any]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _accessors() -> Iterator[Any]:
+    read_only = (
+        "shape dtype device layout ndim itemsize nbytes grad_fn is_leaf is_cpu is_cuda is_meta is_mps is_mkldnn "
+        "is_nested is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu is_mtia is_ipu is_maia names name "
+        "output_nr retains_grad _version _base _has_symbolic_sizes_strides"
+    )
+    writable = "requires_grad grad _grad _backward_hooks _post_accumulate_grad_hooks grad_dtype"
+    for name in (read_only + " " + writable).split():
+        attribute = getattr(Tensor, name, None)
+        if hasattr(attribute, "__get__"):
+            yield attribute.__get__
+        if name in writable.split() and hasattr(attribute, "__set__"):
+            yield attribute.__set__
+            yield attribute.__delete__
+
+
+def _functions() -> Iterator[Any]:
+    methods = (
+        "size dim ndimension numel nelement stride is_contiguous element_size storage_offset requires_grad_ "
+        "register_hook register_post_accumulate_grad_hook is_floating_point is_complex is_signed is_inference "
+        "get_device has_names dim_order __len__ _is_view new_zeros new_ones new_empty new_full new_tensor"
+    )
+    functions = (
+        "numel is_floating_point is_complex is_signed is_inference get_device empty_like zeros_like ones_like "
+        "full_like rand_like randn_like randint_like result_type can_cast promote_types"
+    )
+    yield from (getattr(Tensor, name) for name in methods.split() if hasattr(Tensor, name))
+    yield from (getattr(torch, name) for name in functions.split() if hasattr(torch, name))
+
+
+_METADATA = frozenset([*_accessors(), *_functions()])

@@ -1,0 +1,181 @@
+"""Cutting a model into units: parameters that move together, and the modules whose forward needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Union
+
+import torch
+from torch import nn
+
+from lightning_ssd.errors import ConfigurationError
+
+UnitPolicy = Union[str, Sequence[str], Callable[[str, nn.Module], bool]]
+"""``"auto"``, class names of modules that become units, or ``(name, module) -> bool``."""
+
+REST = "rest"
+"""Name of the unit that holds small leftovers."""
+
+# Modules whose forward reads parameters of their children without calling them.
+_ATOMIC = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@dataclass
+class UnitSpec:
+    """What one unit will hold.
+
+    Attributes:
+        name: Unique; the module's name, with a suffix where a module has several units.
+        names: Full parameter names; a tied parameter has its first name.
+        params: The parameters, all of one dtype and all trainable or all frozen.
+        modules: Modules that need the unit during their forward.
+        block: The repeated block that the unit is part of, None for leftovers.
+        sticky: Small leftovers: once fetched, the unit stays to the end of the step.
+    """
+
+    name: str
+    names: list[str] = field(default_factory=list)
+    params: list[nn.Parameter] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
+    block: nn.Module | None = None
+    sticky: bool = False
+
+
+def partition(root: nn.Module, *, policy: UnitPolicy = "auto", min_numel: int = 1_000_000) -> list[UnitSpec]:
+    """Cut ``root`` into units.
+
+    Repeated blocks become units; other modules with at least ``min_numel`` parameters of their own become units; what
+    is left is one sticky unit. A tied parameter belongs to the first module that has it.
+
+    Args:
+        root: The model.
+        policy: Overrides which modules are blocks.
+        min_numel: Elements from which a leftover module is a unit of its own.
+
+    Raises:
+        ConfigurationError: If a parameter cannot be managed, or a policy matches nothing.
+    """
+    whole = _blocks(root, policy) | {m for m in root.modules() if isinstance(m, _ATOMIC)}
+    owner: dict[nn.Parameter, UnitSpec] = {}
+    groups: list[_Group] = []
+    rest = _Group(REST, block=None, sticky=True)
+    for name, module, own in _loaders(root, whole):
+        fresh = [(n, p) for n, p in own if p not in owner]
+        for n, p in fresh:
+            _require_manageable(n, p)
+            owner[p] = _PENDING
+        small = module not in whole and sum(p.numel() for _, p in fresh) < max(min_numel, 1)
+        group = rest if small else _Group(name, block=module if module in whole else None)
+        group.members += [(n, p, module) for n, p in fresh]
+        if fresh and not small:
+            groups.append(group)
+    specs = [spec for group in [*groups, rest] for spec in group.specs()]
+    owner = {p: spec for spec in specs for p in spec.params}
+    _attach_users(root, owner, whole)
+    return specs
+
+
+_PENDING = UnitSpec("pending")
+
+
+@dataclass
+class _Group:
+    """Parameters that one module (or, for the rest, several) loads; one unit for each dtype and trainability."""
+
+    name: str
+    block: nn.Module | None
+    sticky: bool = False
+    members: list[tuple[str, nn.Parameter, nn.Module]] = field(default_factory=list)
+
+    def specs(self) -> list[UnitSpec]:
+        dtypes = {p.dtype for _, p, _ in self.members}
+        found: dict[str, UnitSpec] = {}
+        for full_name, param, module in self.members:
+            name = self.name + ("" if param.requires_grad else "+frozen")
+            if len(dtypes) > 1:
+                name += "+" + str(param.dtype).removeprefix("torch.")
+            spec = found.setdefault(name, UnitSpec(name, block=self.block, sticky=self.sticky))
+            spec.names.append(full_name)
+            spec.params.append(param)
+            if module not in spec.modules:
+                spec.modules.append(module)
+        return list(found.values())
+
+
+def _loaders(root: nn.Module, whole: set[nn.Module]) -> Iterator[tuple[str, nn.Module, list[tuple[str, nn.Parameter]]]]:
+    """Modules that load parameters for their forward, each with the parameters it loads, in the order of the model."""
+
+    def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[str, nn.Parameter]]]]:
+        params = list(module.named_parameters(prefix=name, recurse=module in whole))
+        if params:
+            yield name or "root", module, params
+        if module not in whole:
+            for child_name, child in module.named_children():
+                yield from visit(f"{name}.{child_name}" if name else child_name, child)
+
+    return visit("", root)
+
+
+def _attach_users(root: nn.Module, owner: dict[nn.Parameter, UnitSpec], whole: set[nn.Module]) -> None:
+    """A module that holds a parameter of a unit which no module around it loads (a tied one) loads it itself."""
+
+    def visit(module: nn.Module, around: tuple[nn.Module, ...]) -> None:
+        inside = (*around, module) if module in whole else around
+        for param in module.parameters(recurse=False):
+            users = owner[param].modules
+            if module not in users and not any(outer in users for outer in inside):
+                users.append(module)
+        for child in module.children():
+            visit(child, inside)
+
+    visit(root, ())
+
+
+def _blocks(root: nn.Module, policy: UnitPolicy) -> set[nn.Module]:
+    if policy == "auto":
+        return set(_repeated(root))
+    if callable(policy):
+        found = {m for n, m in root.named_modules() if m is not root and policy(n, m)}
+    else:
+        names = [policy] if isinstance(policy, str) else list(policy)
+        found = {m for m in root.modules() if type(m).__name__ in names}
+        missing = set(names) - {type(m).__name__ for m in found}
+        if missing:
+            classes = sorted({type(m).__name__ for m in root.modules()})
+            raise ConfigurationError(
+                f"units names the class(es) {sorted(missing)}, the model has none of them; it has: {', '.join(classes)}"
+            )
+    return {m for m in found if any(True for _ in m.parameters())}
+
+
+def _repeated(root: nn.Module) -> Iterator[nn.Module]:
+    """Outermost children of a ModuleList or Sequential that occur there at least twice with the same parameters."""
+    if isinstance(root, (nn.ModuleList, nn.Sequential)):
+        forms: dict[object, list[nn.Module]] = {}
+        for child in root.children():
+            shapes = tuple((n, tuple(p.shape)) for n, p in child.named_parameters())
+            if shapes and not isinstance(child, (nn.ModuleList, nn.Sequential)):
+                forms.setdefault((type(child), shapes), []).append(child)
+        alike = [m for same in forms.values() if len(same) > 1 for m in same]
+        yield from alike
+        rest = [child for child in root.children() if child not in set(alike)]
+    else:
+        rest = list(root.children())
+    for child in rest:
+        yield from _repeated(child)
+
+
+def _require_manageable(name: str, param: nn.Parameter) -> None:
+    if isinstance(param, nn.parameter.UninitializedParameter):
+        raise ConfigurationError(
+            f"parameter {name!r} has no shape yet (a lazy module); run one forward of the model, or give the module "
+            "its sizes, before the Trainer starts"
+        )
+    if type(param) is not nn.Parameter:
+        raise ConfigurationError(
+            f"parameter {name!r} is a {type(param).__name__}, a special tensor class; strategy='ssd_offload' streams "
+            "plain torch.nn.Parameter only: load the model without quantised or wrapped weights"
+        )
+    if param.layout != torch.strided:
+        raise ConfigurationError(f"parameter {name!r} is {param.layout}; only strided (dense) parameters are streamed")

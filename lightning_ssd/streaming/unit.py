@@ -1,0 +1,103 @@
+"""One unit: parameters that move together, and where their values are now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum, auto
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ssd.errors import ResidencyError
+from lightning_ssd.io.engine import Transfer
+from lightning_ssd.memory.pool import Buffer
+from lightning_ssd.store.dtypes import dtype_of, name_of
+from lightning_ssd.store.layout import Shape, UnitLayout, file_order, lay_out
+from lightning_ssd.store.state_store import Generation
+from lightning_ssd.streaming.at_rest import AtRest
+from lightning_ssd.streaming.partition import UnitSpec
+
+
+class Residency(Enum):
+    """Where a unit's parameter values are, beside the store."""
+
+    ON_DISK = auto()  # no memory held; the store has the only copy
+    READING = auto()  # one buffer, lent to the engine
+    STAGED = auto()  # bytes in the buffer, no parameter views them: prefetched, or kept as cache
+    RESIDENT = auto()  # parameters view device memory
+
+
+_LEGAL = frozenset(
+    {
+        (Residency.ON_DISK, Residency.READING),
+        (Residency.READING, Residency.STAGED),
+        (Residency.READING, Residency.ON_DISK),  # the read failed
+        (Residency.STAGED, Residency.RESIDENT),
+        (Residency.STAGED, Residency.ON_DISK),
+        (Residency.RESIDENT, Residency.STAGED),
+        (Residency.RESIDENT, Residency.ON_DISK),
+    }
+)
+
+
+class Unit:
+    """One unit of a model.
+
+    Attributes:
+        name: Unique name.
+        names: Full names of the parameters, in file order.
+        params: The parameters, in file order.
+        layout: Of the kind ``param``: what a fetch reads.
+        modules: Modules that need the unit in their forward.
+        block: The repeated block it belongs to, or None.
+        sticky: Stays resident to the end of the step once fetched.
+        state: Where the values are. Only `move` assigns it.
+        buffer: The host buffer, in every state but ON_DISK (on a GPU, in READING and STAGED only).
+        transfer: The read under way, in READING.
+        generation: What the buffer holds or will hold.
+        num_holds: How many users want it resident now.
+        at_rest: The mapping of its file while a parameter is awake outside a step.
+        parked: What each parameter views at rest; NaN bytes that cost nothing.
+    """
+
+    def __init__(self, spec: UnitSpec, placeholder: Sequence[Tensor] = ()) -> None:
+        self.name = spec.name
+        dtype = spec.params[0].dtype
+        by_name = dict(zip(spec.names, spec.params, strict=True))
+        shapes = file_order((Shape(n, tuple(p.shape)) for n, p in by_name.items()), dtype.itemsize)
+        self.names = tuple(shape.name for shape in shapes)
+        self.params: tuple[nn.Parameter, ...] = tuple(by_name[name] for name in self.names)
+        self.shapes = tuple(shapes)
+        self.layout = lay_out(self.name, "param", shapes, name_of(dtype))
+        self.modules = list(spec.modules)
+        self.block = spec.block
+        self.sticky = spec.sticky
+        self.state = Residency.ON_DISK
+        self.buffer: Buffer | None = None
+        self.transfer: Transfer | None = None
+        self.generation: Generation | None = None
+        self.num_holds = 0
+        self.at_rest: AtRest | None = None
+        self.parked: tuple[Tensor, ...] = tuple(placeholder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters at rest."""
+        return dtype_of(self.layout.dtype)
+
+    def move(self, to: Residency) -> None:
+        """Change ``state``.
+
+        Raises:
+            ResidencyError: If there is no such move.
+        """
+        if (self.state, to) not in _LEGAL:
+            raise ResidencyError(f"unit {self.name!r}: {self.state.name} -> {to.name} is not a move")
+        self.state = to
+
+    def layout_of(self, kind: str, dtype: str) -> UnitLayout:
+        """Layout of another kind of this unit: the same parameters in the same order."""
+        return lay_out(self.name, kind, self.shapes, dtype)
+
+    def __repr__(self) -> str:
+        return f"Unit({self.name!r}, {self.layout.numel} x {self.layout.dtype}, {self.state.name})"
