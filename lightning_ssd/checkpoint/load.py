@@ -1,0 +1,343 @@
+"""Reading a checkpoint: tensors that lie in the mapped files, small state, and a check of every byte."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
+from lightning_ssd.checkpoint.directory import open_inside, recover
+from lightning_ssd.checkpoint.manifest import (
+    MANIFEST,
+    ODD,
+    REST,
+    STATE,
+    FileRecord,
+    Manifest,
+    OptimizerRecord,
+    decode_manifest,
+)
+from lightning_ssd.checkpoint.mapped import MappedFile
+from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
+from lightning_ssd.checkpoint.writer import Progress
+from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.sizes import MiB
+from lightning_ssd.store.dtypes import dtype_of
+
+_MAX_MANIFEST_NBYTES = 4 * 1024 * MiB
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `CheckpointReader.verify` compared.
+
+    Attributes:
+        nbytes: Bytes whose checksums matched.
+        unchecked: Files that were saved without checksums.
+    """
+
+    nbytes: int
+    unchecked: tuple[str, ...]
+
+
+class CheckpointReader:
+    """A checkpoint directory, checked before anything in it is used.
+
+    Attributes:
+        directory: Its absolute path.
+        manifest: What it says it holds.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Open a checkpoint; files are mapped when a tensor of theirs is first asked for.
+
+        Raises:
+            CheckpointError: If it is no checkpoint, or a file is missing or of another size than the manifest says.
+        """
+        self.directory = os.path.abspath(os.fspath(directory))
+        self._mapped: dict[str, MappedFile] = {}
+        recover(self.directory)
+        with ExitStack() as on_error:
+            self._fd = _open_directory(self.directory)
+            on_error.callback(self.close)
+            self.manifest = self._read_manifest()
+            self._check_sizes()
+            on_error.pop_all()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the directory; tensors that were handed out stay valid."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        for mapped in self._mapped.values():
+            mapped.close()
+        self._mapped.clear()
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the parameters in unit files, in the order of the files."""
+        return tuple(self.manifest.parameters)
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """Which kinds of a parameter there are."""
+        return tuple(self._places(name))
+
+    def tensor(self, name: str, kind: str) -> Tensor:
+        """One kind of a parameter, in place; writing to it never reaches the file ([Note: private mapping]).
+
+        Raises:
+            CheckpointError: If there is none, or its file is not as the manifest says.
+        """
+        places = self._places(name)
+        if kind not in places:
+            raise CheckpointError(f"{self.directory}: parameter {name!r} has {', '.join(places)}, no {kind!r}")
+        return self._map(places[kind][0]).tensor(name)
+
+    def value(self, name: str) -> Tensor:
+        """A parameter in the dtype it had at rest: in place if a file holds it so, else converted from the master."""
+        places = self._places(name)
+        forms = [kind for kind in ("master", "param") if kind in places]
+        if not forms:
+            raise CheckpointError(f"{self.directory}: parameter {name!r} has neither param nor master")
+        dtype = self.manifest.dtypes.get(name, places[forms[0]][1].dtype)
+        exact = next((kind for kind in forms if places[kind][1].dtype == dtype), None)
+        if exact is not None:
+            return self.tensor(name, exact)
+        return self.tensor(name, forms[0]).to(dtype_of(dtype))
+
+    def path_of(self, record: FileRecord) -> str:
+        """Absolute path of a unit file; it is immutable, so it may be linked, and must not be written."""
+        return os.path.join(self.directory, record.path)
+
+    def rest(self) -> dict[str, Tensor]:
+        """Buffers, unmanaged tensors and odd-shaped optimizer state, checked against their checksum; in place.
+
+        Raises:
+            CorruptionError: If the bytes are not those that were written.
+        """
+        mapped = self._mapped.get(REST)
+        if mapped is None:
+            with _Closing(self._open_small(REST)) as fd:
+                mapped = self._mapped[REST] = MappedFile(fd, self._where(REST))
+        found = {name: mapped.tensor(name) for name in mapped.header.entries}
+        if ODD in self.manifest.small_files:
+            found.update(self._load(ODD, weights_only=True, safe_globals=()))
+        return found
+
+    def state(self, weights_only: bool | None = None, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:
+        """What `save` was given as ``state``; its tensors lie in the mapped file.
+
+        Args:
+            weights_only: False unpickles whatever the file names, which runs its code; only for files you trust.
+            safe_globals: Classes allowed beside torch's own list.
+
+        Raises:
+            CheckpointError: If the state holds a class that is not allowed.
+            CorruptionError: If the bytes are not those that were written.
+        """
+        state: dict[str, Any] = self._load(STATE, weights_only is not False, safe_globals)["state"]
+        return state
+
+    def optimizers(self, weights_only: bool | None = None) -> list[OptimizerRecord]:
+        """The optimizer records, as `save` was given them."""
+        pickled: Mapping[str, Any] = {}
+        if any(map(needs_pickled, self.manifest.optimizers)):
+            pickled = self._load(STATE, weights_only is not False, ())["hyper"]
+        return [decode_optimizer(record, pickled) for record in self.manifest.optimizers]
+
+    def drop(self) -> None:
+        """Give back the memory of all pages that were looked at."""
+        for mapped in self._mapped.values():
+            mapped.drop()
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Read every byte and compare it with the checksums, through one buffer of 1 MiB.
+
+        Raises:
+            CorruptionError: If a byte differs; names file, parameter and offset.
+            CheckpointError: If a header is not what the manifest says.
+        """
+        done, unchecked = 0, []
+        for name in self.manifest.small_files:
+            os.close(self._open_small(name))
+            done += self.manifest.small_files[name].nbytes
+        for record in self.manifest.files:
+            self._map(record)
+            if record.checksums is None:
+                unchecked.append(record.path)
+                continue
+            self._verify_file(record, done, progress)
+            done += record.nbytes
+        return VerifyReport(done, tuple(unchecked))
+
+    def _verify_file(self, record: FileRecord, done: int, progress: Progress | None) -> None:
+        assert record.checksums is not None
+        with _Closing(self._open(record)) as fd:
+            for index, expected in enumerate(record.checksums):
+                offset = record.data_begin + index * PIECE_NBYTES
+                piece = _pread(fd, min(PIECE_NBYTES, record.nbytes - offset), offset, self._where(record.path))
+                if checksum(piece) != expected:
+                    raise CorruptionError(self._damage(record, index * PIECE_NBYTES))
+                os.posix_fadvise(fd, offset, PIECE_NBYTES, os.POSIX_FADV_DONTNEED)
+                if progress is not None:
+                    progress(done + offset + len(piece), self.manifest.nbytes)
+
+    def _damage(self, record: FileRecord, begin: int) -> str:
+        hit = [e for e in record.entries if e.begin < begin + PIECE_NBYTES and e.end > begin]
+        names = ", ".join(repr(entry.name) for entry in hit[:4]) + (f" and {len(hit) - 4} more" if len(hit) > 4 else "")
+        return (
+            f"{self._where(record.path)}: the 1 MiB at offset {record.data_begin + begin} is damaged; "
+            f"it holds {record.kind} of {names}"
+        )
+
+    def _read_manifest(self) -> Manifest:
+        with _Closing(open_inside(self._fd, MANIFEST, self.directory)) as fd:
+            nbytes = os.fstat(fd).st_size
+            if nbytes > _MAX_MANIFEST_NBYTES:
+                raise CheckpointError(f"{self._where(MANIFEST)}: {nbytes} bytes are no manifest")
+            return decode_manifest(_pread(fd, nbytes, 0, self._where(MANIFEST)), self._where(MANIFEST))
+
+    def _check_sizes(self) -> None:
+        for record in self.manifest.files:
+            os.close(self._open(record))
+        for name in self.manifest.small_files:
+            os.close(self._open_small(name, compare=False))
+
+    def _places(self, name: str) -> Mapping[str, Any]:
+        places = self.manifest.parameters.get(self.manifest.aliases.get(name, name))
+        if places is None:
+            raise CheckpointError(f"{self.directory} holds no parameter {name!r}")
+        return places
+
+    def _map(self, record: FileRecord) -> MappedFile:
+        mapped = self._mapped.get(record.path)
+        if mapped is None:
+            with _Closing(self._open(record)) as fd:
+                mapped = MappedFile(fd, self._where(record.path))
+            same = tuple(sorted(mapped.header.entries.values(), key=_order)) == tuple(
+                sorted(record.entries, key=_order)
+            )
+            if not same or mapped.header.data_begin != record.data_begin:
+                raise CheckpointError(
+                    f"{self._where(record.path)}: its header does not list {record.parameters} as the manifest does"
+                )
+            self._mapped[record.path] = mapped
+        return mapped
+
+    def _open(self, record: FileRecord) -> int:
+        """A unit file of the right size, open."""
+        where = f"{self.directory}: {record.kind} of {record.parameters}"
+        fd = open_inside(self._open_directory_fd(), record.path, where)
+        nbytes = os.fstat(fd).st_size
+        if nbytes != record.nbytes:
+            os.close(fd)
+            raise CheckpointError(f"{where}: {record.path!r} has {nbytes} bytes, not {record.nbytes}")
+        return fd
+
+    def _open_small(self, name: str, *, compare: bool = True) -> int:
+        """A small file of the right size, open; with ``compare``, also of the right checksum."""
+        small = self.manifest.small_files[name]
+        fd = open_inside(self._open_directory_fd(), name, self.directory)
+        with ExitStack() as on_error:
+            on_error.callback(os.close, fd)
+            nbytes = os.fstat(fd).st_size
+            if nbytes != small.nbytes:
+                raise CheckpointError(f"{self._where(name)} has {nbytes} bytes, not {small.nbytes}")
+            actual = 0
+            for offset in range(0, nbytes if compare else 0, PIECE_NBYTES):
+                actual = checksum(_pread(fd, min(PIECE_NBYTES, nbytes - offset), offset, self._where(name)), actual)
+            if compare and actual != small.checksum:
+                raise CorruptionError(
+                    f"{self._where(name)} is damaged: its {nbytes} bytes have checksum {actual:08x}, "
+                    f"not {small.checksum:08x}"
+                )
+            on_error.pop_all()
+        return fd
+
+    def _open_directory_fd(self) -> int:
+        if self._fd < 0:
+            raise CheckpointError(f"the reader of {self.directory!r} was closed")
+        return self._fd
+
+    def _load(self, name: str, weights_only: bool, safe_globals: Sequence[Any]) -> dict[str, Any]:
+        with _Closing(self._open_small(name)) as fd:
+            return load_pickle(f"/proc/self/fd/{fd}", self._where(name), weights_only, safe_globals)
+
+    def _where(self, name: str) -> str:
+        return os.path.join(self.directory, name)
+
+
+def load_pickle(path: str, where: str, weights_only: bool, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:
+    """Load a torch file; its tensors lie in the mapped file.
+
+    Raises:
+        CheckpointError: If it is no such file, or names a class that is not allowed.
+    """
+    try:
+        with torch.inference_mode(False), torch.serialization.safe_globals(list(safe_globals)):
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
+        what = (found[1] or found[2]) if found else "something beside tensors and plain values"
+        raise CheckpointError(
+            f"{where} holds {what}, which is not loaded from files one may not trust. If you trust this file, "
+            f"pass weights_only=False, or allow the class with torch.serialization.add_safe_globals([...])"
+        ) from error
+    except (RuntimeError, EOFError, AttributeError, ModuleNotFoundError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{where} cannot be read as a torch file: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{where} holds a {type(loaded).__name__}, not a dictionary")
+    return loaded
+
+
+class _Closing:
+    """A descriptor that is closed on leaving."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> int:
+        return self._fd
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+def _order(entry: Any) -> tuple[int, int, str]:
+    return entry.begin, entry.end, entry.name
+
+
+def _open_directory(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{path!r} is not a checkpoint directory: {error.strerror}") from error
+
+
+def _pread(fd: int, nbytes: int, offset: int, where: str) -> bytes:
+    pieces: list[bytes] = []
+    missing = nbytes
+    while missing:
+        piece = os.pread(fd, missing, offset + nbytes - missing)
+        if not piece:
+            raise CheckpointError(f"{where} ended at byte {offset + nbytes - missing} while it was read")
+        pieces.append(piece)
+        missing -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

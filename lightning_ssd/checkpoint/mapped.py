@@ -1,0 +1,105 @@
+"""A safetensors file as tensors that lie where the file is mapped: no bytes are read before they are looked at.
+
+[Note: private mapping] The file is mapped once, MAP_PRIVATE: clean pages are the page cache's, not ours, and a write to
+a tensor copies the page it hits and never reaches the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_ssd.errors import CheckpointError
+from lightning_ssd.sizes import round_down, round_up
+from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.header import PREFIX_NBYTES, Header, TensorEntry, decode_data_begin, decode_header
+
+
+def read_header(fd: int, where: str) -> Header:
+    """Read and check the header of an open safetensors file.
+
+    Raises:
+        CheckpointError: If it is malformed or does not fit the file's size.
+    """
+    file_nbytes = os.fstat(fd).st_size
+    data_begin = decode_data_begin(os.pread(fd, PREFIX_NBYTES, 0), file_nbytes, where)
+    return decode_header(os.pread(fd, data_begin, 0), file_nbytes, where)
+
+
+class MappedFile:
+    """A checked, mapped safetensors file. Tensors it gave stay valid after `close`.
+
+    Attributes:
+        header: What the file holds.
+        where: What messages call it.
+    """
+
+    def __init__(self, fd: int, where: str) -> None:
+        """Check and map the file behind ``fd``, which stays the caller's and may be closed afterwards.
+
+        Raises:
+            CheckpointError: If it is no well-formed safetensors file.
+        """
+        self.where = where
+        self.header = read_header(fd, where)
+        self._bytes: npt.NDArray[np.uint8] | None = map_bytes(fd, self.header.data_begin + self.header.data_nbytes)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor, in place, with a storage of its own; see [Note: private mapping].
+
+        One that does not lie at a multiple of its item size (never in files of ours) is a copy in host memory.
+        """
+        if self._bytes is None:
+            raise CheckpointError(f"{self.where} was closed")
+        entry = self.header.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.where} holds no parameter {name!r}")
+        return _view(self._bytes, self.header.data_begin, entry)
+
+    def drop(self, name: str | None = None) -> None:
+        """Give back the memory of pages that were looked at; values written through a tensor are lost with them."""
+        if self._bytes is None:
+            return
+        begin, end = 0, self._bytes.nbytes
+        if name is not None:
+            entry = self.header.entries[name]
+            begin, end = (self.header.data_begin + offset for offset in (entry.begin, entry.end))
+        drop_pages(self._bytes.ctypes.data + begin, end - begin)
+
+    def close(self) -> None:
+        """Let go of the mapping; it ends with the last tensor that lies in it."""
+        self._bytes = None
+
+
+def map_bytes(fd: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Map an open file, privately; the mapping lives as long as the array or anything made from it."""
+    # torch maps by path and keeps no descriptor, so thousands of files can be mapped at once; the path through /proc
+    # reaches the very file that was checked, not another that took its name.
+    with torch.inference_mode(False):
+        storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{fd}", shared=False, nbytes=nbytes)
+        flat = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
+        array: npt.NDArray[np.uint8] = flat.numpy()
+        return array
+
+
+def drop_pages(address: int, nbytes: int) -> None:
+    """Unmap the whole pages of a private file mapping from memory; the next look reads them from the file again."""
+    begin = round_up(address, mmap.PAGESIZE)
+    end = round_down(address + nbytes, mmap.PAGESIZE)
+    if end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _view(data: npt.NDArray[np.uint8], data_begin: int, entry: TensorEntry) -> Tensor:
+    dtype = dtype_of(entry.dtype)
+    raw = data[data_begin + entry.begin : data_begin + entry.end]
+    if raw.ctypes.data % dtype.itemsize:
+        raw = raw.copy()
+    with torch.inference_mode(False):
+        return torch.from_numpy(raw).view(dtype).view(entry.shape)

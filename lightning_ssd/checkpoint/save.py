@@ -1,0 +1,298 @@
+"""Freezing a training state into a directory: hard links to generations, a small state file, a manifest last.
+
+Order: unit files (linked, or copied where they cannot be), rest, state; all of them and their directories made durable;
+the manifest, durable; then one rename. Whoever dies on the way leaves the previous checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
+from lightning_ssd.checkpoint.directory import Recycle, moved_aside_name, staging, sync_directory
+from lightning_ssd.checkpoint.manifest import (
+    MANIFEST,
+    ODD,
+    REST,
+    STATE,
+    UNITS,
+    FileRecord,
+    Manifest,
+    OptimizerRecord,
+    SmallFile,
+    UnitFile,
+    decode_manifest,
+    encode_manifest,
+)
+from lightning_ssd.checkpoint.values import encode_optimizer
+from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress, StreamWriter, new_file, write_tensors
+from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.store.dtypes import TORCH_DTYPE
+
+_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What saving did.
+
+    Attributes:
+        nbytes_linked: Bytes of unit files that were hard-linked.
+        nbytes_written: Bytes that were written.
+        seconds: How long it took.
+        moved_aside: New name of a plain file that had the checkpoint's name, or None.
+    """
+
+    nbytes_linked: int
+    nbytes_written: int
+    seconds: float
+    moved_aside: str | None
+
+
+def save(
+    directory: str | os.PathLike[str],
+    files: Sequence[UnitFile],
+    rest: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    optimizers: Sequence[OptimizerRecord],
+    *,
+    step: int,
+    codec: str = "float32",
+    world_size: int = 1,
+    dtypes: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    recycle: Recycle | None = None,
+    progress: Progress | None = None,
+) -> SaveReport:
+    """Save a checkpoint; an existing one of that name is replaced in one step once the new one is durable.
+
+    Args:
+        directory: Where. A plain file of that name is renamed to ``NAME.replaced``, a symlink is replaced.
+        files: The generations; nobody may write to a linkable one any more.
+        rest: Tensors that are in no unit file, by state-dict name; optimizer state of a shape other than its
+            parameter's as ``optimizer.<i>.<parameter>.<key>``.
+        state: What else Lightning wants kept.
+        optimizers: One record per optimizer, in Lightning's order.
+        step: Global step.
+        codec: Form of state on disk.
+        world_size: Processes that train together.
+        dtypes: Safetensors dtype each parameter has at rest, where both ``param`` and ``master`` exist or neither has
+            that dtype. Default: the dtype of ``master`` if there is one, else of ``param``.
+        aliases: Further names of tied tensors -> the name under which the tensor is in ``files`` or ``rest``.
+        recycle: Takes unit files of a replaced checkpoint that nothing else links; see `directory.Recycle`.
+        progress: Called with bytes done and bytes in all.
+
+    Raises:
+        CheckpointError: If it could not be saved. What was there before is untouched then.
+        CorruptionError: If a generation that had to be copied does not match its checksums.
+    """
+    begin_s = time.monotonic()
+    target = os.path.abspath(os.fspath(directory))
+    moved_aside = moved_aside_name(target)
+    job = _Job(progress, sum(file.nbytes for file in files))
+    try:
+        with staging(target, recycle) as path:
+            records = _place_units(path, files, job)
+            encoded, small = _write_small_files(path, rest, state, optimizers, job)
+            manifest = Manifest(
+                step=step,
+                created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                versions=_versions(),
+                codec=codec,
+                world_size=world_size,
+                files=records,
+                dtypes=dict(dtypes or {}),
+                aliases=dict(aliases or {}),
+                optimizers=encoded,
+                small_files=small,
+            )
+            _write_manifest(path, manifest, job)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {target!r} could not be saved: {error}; a checkpoint of that name is as it was"
+        ) from error
+    return SaveReport(job.nbytes_linked, job.nbytes_written, time.monotonic() - begin_s, moved_aside)
+
+
+@dataclass
+class _Job:
+    """Bytes on their way."""
+
+    progress: Progress | None
+    total_nbytes: int
+    nbytes_linked: int = 0
+    nbytes_written: int = 0
+
+    def report(self, written: int = 0, linked: int = 0) -> None:
+        self.nbytes_written += written
+        self.nbytes_linked += linked
+        if self.progress is not None:
+            self.progress(min(self.nbytes_linked + self.nbytes_written, self.total_nbytes), self.total_nbytes)
+
+
+def _place_units(path: str, files: Sequence[UnitFile], job: _Job) -> tuple[FileRecord, ...]:
+    units = os.path.join(path, UNITS)
+    os.mkdir(units, 0o700)
+    records: list[FileRecord] = []
+    for index, file in enumerate(files):
+        plain = re.sub(r"[^A-Za-z0-9._-]", "_", f"{file.unit}.{file.kind}")[:120]
+        name = f"{index:05d}-{plain}.safetensors"
+        checksums = _place(file, os.path.join(units, name), job)
+        records.append(
+            FileRecord(f"{UNITS}/{name}", file.nbytes, file.unit, file.kind, file.data_begin, file.entries, checksums)
+        )
+    sync_directory(units)
+    return tuple(records)
+
+
+def _place(file: UnitFile, to: str, job: _Job) -> tuple[int, ...] | None:
+    """Link or copy one generation; return the checksums of what is in the checkpoint now."""
+    fd = os.open(file.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != file.nbytes:
+            raise CheckpointError(
+                f"{file.kind} of unit {file.unit!r}: {file.source!r} has {found.st_size} bytes, "
+                f"its header and data have {file.nbytes}"
+            )
+        if file.linkable and _link(file.source, to, found):
+            os.fdatasync(fd)
+            job.report(linked=file.nbytes)
+            return file.checksums
+        return _copy(fd, file, to, job)
+    finally:
+        os.close(fd)
+
+
+def _link(source: str, to: str, found: os.stat_result) -> bool:
+    try:
+        os.link(source, to, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in _CANNOT_LINK:
+            return False
+        raise
+    # The path may have been recycled since it was opened: the checkpoint would hold another generation.
+    if not os.path.samestat(os.lstat(to), found):
+        raise CheckpointError(f"{source!r} was replaced while a checkpoint linked it")
+    return True
+
+
+def _copy(fd: int, file: UnitFile, to: str, job: _Job) -> tuple[int, ...]:
+    """Copy through one buffer of 1 MiB, comparing with the checksums of a generation that cannot have changed."""
+    expected = file.checksums if file.linkable else None
+    checksums: list[int] = []
+    with new_file(to) as out:
+        if file.nbytes:
+            os.posix_fallocate(out, 0, file.nbytes)
+        writer = StreamWriter(out)
+        offset = 0
+        while offset < file.nbytes:
+            # The first piece is the header, so that the others are the manifest's pieces of the data section.
+            nbytes = file.data_begin if offset == 0 else min(PIECE_NBYTES, file.nbytes - offset)
+            piece = _read_exactly(fd, nbytes, offset, file)
+            if offset:
+                checksums.append(checksum(piece))
+                _compare(checksums, expected, file, offset)
+            writer.write(piece)
+            offset += nbytes
+            job.report(written=nbytes)
+            if offset % FLUSH_NBYTES < PIECE_NBYTES:
+                os.posix_fadvise(fd, 0, offset, os.POSIX_FADV_DONTNEED)
+        writer.finish()
+    return tuple(checksums)
+
+
+def _read_exactly(fd: int, nbytes: int, offset: int, file: UnitFile) -> bytes:
+    pieces: list[bytes] = []
+    missing = nbytes
+    while missing:
+        piece = os.pread(fd, missing, offset + nbytes - missing)
+        if not piece:
+            raise CheckpointError(f"{file.source!r} ends at byte {offset + nbytes - missing} of {file.nbytes}")
+        pieces.append(piece)
+        missing -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _compare(checksums: list[int], expected: tuple[int, ...] | None, file: UnitFile, offset: int) -> None:
+    index = len(checksums) - 1
+    if expected is None or (index < len(expected) and expected[index] == checksums[index]):
+        return
+    begin = index * PIECE_NBYTES
+    names = [entry.name for entry in file.entries if entry.begin < begin + PIECE_NBYTES and entry.end > begin]
+    raise CorruptionError(
+        f"{file.kind} of unit {file.unit!r} is damaged on disk: the 1 MiB at offset {offset} of {file.source!r} "
+        f"({', '.join(map(repr, names[:4]))}) has another checksum than when it was written"
+    )
+
+
+def _write_small_files(
+    path: str, rest: Mapping[str, Tensor], state: Mapping[str, Any], optimizers: Sequence[OptimizerRecord], job: _Job
+) -> tuple[tuple[OptimizerRecord, ...], dict[str, SmallFile]]:
+    """Write rest and state; return the encoded optimizer records and what was written."""
+    pickled: dict[str, Any] = {}
+    encoded = tuple(encode_optimizer(record, index, pickled) for index, record in enumerate(optimizers))
+    odd = {name: tensor for name, tensor in rest.items() if not _is_plain(tensor)}
+    small: dict[str, SmallFile] = {}
+    with _small_file(path, REST, small, job) as writer:
+        write_tensors(writer, {name: tensor for name, tensor in rest.items() if name not in odd})
+    with _small_file(path, STATE, small, job) as writer:
+        torch.save({"state": dict(state), "hyper": pickled}, cast(IO[bytes], writer))
+    if odd:
+        with _small_file(path, ODD, small, job) as writer:
+            torch.save({name: tensor.detach() for name, tensor in odd.items()}, cast(IO[bytes], writer))
+    return encoded, small
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a safetensors file can hold the tensor; complex128, sparse and subclassed ones go to ``odd.pt``."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and tensor.layout == torch.strided
+        and tensor.dtype in TORCH_DTYPE.values()
+    )
+
+
+@contextmanager
+def _small_file(path: str, name: str, small: dict[str, SmallFile], job: _Job) -> Iterator[StreamWriter]:
+    """A file that is durable, and entered in ``small``, on leaving."""
+    with new_file(os.path.join(path, name)) as fd:
+        writer = StreamWriter(fd, checksummed=True)
+        yield writer
+        writer.finish()
+    small[name] = SmallFile(writer.nbytes, writer.checksum)
+    job.report(written=writer.nbytes)
+
+
+def _write_manifest(path: str, manifest: Manifest, job: _Job) -> None:
+    text = encode_manifest(manifest)
+    # What we wrote must be what we can read: a name or number that the reader refuses is found now, not at resume.
+    decode_manifest(text, "the manifest to be written")
+    sync_directory(path)
+    with new_file(os.path.join(path, MANIFEST)) as fd:
+        writer = StreamWriter(fd)
+        writer.write(text)
+        writer.finish()
+    sync_directory(path)
+    job.report(written=len(text))
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("lightning-ssd")
+    except PackageNotFoundError:
+        own = "not installed"
+    return {"lightning_ssd": own, "torch": torch.__version__}

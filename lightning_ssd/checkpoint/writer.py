@@ -1,0 +1,120 @@
+"""Files written once, front to back, in bounded memory: checksummed on the way, out of the page cache after."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_ssd.checkpoint.checksum import Bytes, checksum
+from lightning_ssd.sizes import MiB
+from lightning_ssd.store.dtypes import name_of
+from lightning_ssd.store.header import ITEMSIZE, TensorEntry, encode_header
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+FLUSH_NBYTES = 64 * MiB
+"""Written bytes after which the page cache is emptied: its dirty part stays bounded and nobody else's pages go."""
+
+_WRITE_NBYTES = 4 * MiB
+
+
+class StreamWriter:
+    """A file being written; a file object as far as ``torch.save`` is concerned.
+
+    Attributes:
+        nbytes: Bytes written.
+        checksum: CRC32C of all of them, or 0 without ``checksummed``.
+    """
+
+    def __init__(self, fd: int, *, checksummed: bool = False, on_flush: Callable[[int], None] | None = None) -> None:
+        """Write to ``fd``, which stays the caller's; ``on_flush`` is called with ``nbytes`` every 64 MiB."""
+        self.nbytes = 0
+        self.checksum = 0
+        self._fd = fd
+        self._checksummed = checksummed
+        self._on_flush = on_flush
+        self._flushed_nbytes = 0
+
+    def write(self, data: Bytes) -> int:
+        """Append all of ``data``."""
+        view = np.frombuffer(data, dtype=np.uint8)
+        for begin in range(0, view.nbytes, _WRITE_NBYTES):
+            self._write_piece(view[begin : begin + _WRITE_NBYTES])
+        return view.nbytes
+
+    def flush(self) -> None:
+        """Nothing is held back; file objects have this method."""
+
+    def finish(self) -> None:
+        """Make the file durable and leave no page of it in the cache."""
+        os.fsync(self._fd)
+        self._drop()
+
+    def _write_piece(self, piece: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+        if self._checksummed:
+            self.checksum = checksum(piece, self.checksum)
+        while piece.nbytes:
+            written = os.write(self._fd, piece.data)
+            self.nbytes += written
+            piece = piece[written:]
+        if self.nbytes - self._flushed_nbytes >= FLUSH_NBYTES:
+            os.fdatasync(self._fd)
+            self._drop()
+
+    def _drop(self) -> None:
+        os.posix_fadvise(self._fd, self._flushed_nbytes, self.nbytes - self._flushed_nbytes, os.POSIX_FADV_DONTNEED)
+        self._flushed_nbytes = self.nbytes
+        if self._on_flush is not None:
+            self._on_flush(self.nbytes)
+
+
+@contextmanager
+def new_file(path: str) -> Iterator[int]:
+    """A file that did not exist, open for writing, readable by its owner only."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def lay_out(items: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorEntry, ...]:
+    """Place tensors, given as name, dtype and shape, without holes, by falling item size: all are aligned."""
+    entries: list[TensorEntry] = []
+    position = 0
+    for name, dtype, shape in sorted(items, key=lambda item: -ITEMSIZE[item[1]]):
+        numel = 1
+        for size in shape:
+            numel *= size
+        end = position + numel * ITEMSIZE[dtype]
+        entries.append(TensorEntry(name, dtype, shape, position, end))
+        position = end
+    return tuple(entries)
+
+
+def write_tensors(
+    writer: StreamWriter,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    after_each: Callable[[str], None] | None = None,
+) -> None:
+    """Write a safetensors file, one tensor after the other; the mapping is asked for each when its turn comes."""
+    entries = lay_out((name, name_of(t.dtype), tuple(t.shape)) for name, t in tensors.items())
+    writer.write(encode_header(entries, metadata))
+    for entry in entries:
+        writer.write(as_bytes(tensors[entry.name]))
+        if after_each is not None:
+            after_each(entry.name)
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """The bytes of a tensor: where they lie, or of a contiguous copy on the host."""
+    with torch.inference_mode(False):
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        return flat.view(torch.uint8).numpy()
