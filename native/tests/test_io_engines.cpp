@@ -280,7 +280,7 @@ void test_close_completes_what_was_accepted(const MakeEngine& make_engine) {
   TestFile file(kNbytes);
   auto engine = make_engine([](size_t num_calls) { return num_calls % 5 ? Outcome{} : Outcome{.error = EAGAIN}; });
   std::deque<Memory> memories;
-  for (size_t i = 0; i < kNumThreads; ++i) memories.emplace_back(4 * kPieceNbytes);
+  for (size_t i = 0; i < kNumThreads; ++i) memories.emplace_back(kNumEach * 4 * kPieceNbytes);
   std::vector<std::vector<std::shared_ptr<Transfer>>> transfers(kNumThreads);
   std::atomic<size_t> num_refused = 0;
   std::vector<std::thread> threads;
@@ -288,7 +288,8 @@ void test_close_completes_what_was_accepted(const MakeEngine& make_engine) {
     threads.emplace_back([&, i] {
       for (size_t j = 0; j < kNumEach; ++j) {
         try {
-          transfers[i].push_back(engine->start(file.request(Direction::read, 0, memories[i].data(), kNbytes)));
+          std::byte* data = memories[i].data() + j * 4 * kPieceNbytes;
+          transfers[i].push_back(engine->start(file.request(Direction::read, 0, data, kNbytes)));
         } catch (const std::invalid_argument&) {
           num_refused += 1;
         }
