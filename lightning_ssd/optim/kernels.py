@@ -7,14 +7,18 @@ updates do not move autograd's version counters.
 
 from __future__ import annotations
 
+import ctypes
+import math
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_ssd._extension import _native
 from lightning_ssd.optim import reference
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def adam_(
@@ -56,7 +60,8 @@ def adam_(
     _check_update(param, grad, out, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     if step < 1:
         raise ValueError(f"step counts from 1, got {step}")
-    reference.adam_(
+    update = _native_adam_ if is_native() else reference.adam_
+    update(
         param,
         grad,
         exp_avg,
@@ -114,7 +119,8 @@ def sgd_(
         _check_update(param, grad, out)
     else:
         _check_update(param, grad, out, momentum=momentum)
-    reference.sgd_(
+    update = _native_sgd_ if is_native() else reference.sgd_
+    update(
         param,
         grad,
         momentum,
@@ -139,7 +145,10 @@ def sum_of_squares(t: Tensor) -> tuple[float, bool]:
         ValueError: If the tensor's dtype, shape, device or layout does not fit.
     """
     _check("t", t, None)
-    return reference.sum_of_squares(t)
+    if not is_native():
+        return reference.sum_of_squares(t)
+    total = float(_native.sum_of_squares(t.data_ptr(), _code(t), t.numel()))
+    return total, math.isfinite(total)  # a sum of finite float32 squares is far below float64's largest
 
 
 def convert_(dst: Tensor, src: Tensor) -> None:
@@ -150,7 +159,10 @@ def convert_(dst: Tensor, src: Tensor) -> None:
     """
     _check("src", src, None)
     _check("dst", dst, src.numel())
-    reference.convert_(dst, src)
+    if is_native():
+        _native.convert(dst.data_ptr(), _code(dst), src.data_ptr(), _code(src), src.numel())
+    else:
+        reference.convert_(dst, src)
 
 
 def crc32c(address: int, nbytes: int, initial: int = 0) -> int:
@@ -166,18 +178,28 @@ def crc32c(address: int, nbytes: int, initial: int = 0) -> int:
     """
     if nbytes < 0 or not 0 <= initial < 2**32 or (address <= 0 and nbytes > 0):
         raise ValueError(f"cannot checksum {nbytes} bytes at address {address} from {initial}")
+    if is_native():
+        return int(_native.crc32c(address, nbytes, initial))
     return reference.crc32c(address, nbytes, initial)
+
+
+def supports(*, amsgrad: bool = False, capturable: bool = False, differentiable: bool = False) -> bool:
+    """Whether ``adam_`` covers an optimizer with these settings; for any other, run its own ``step``."""
+    return not (amsgrad or capturable or differentiable)
 
 
 def is_native() -> bool:
     """Whether the native kernels are in use."""
-    return False
+    return _native is not None
 
 
 @cache
 def is_bit_equal_to_torch() -> bool:
-    """Whether these kernels give the bits of torch.optim's for-loop path on this machine; checked once."""
-    return True
+    """Whether these kernels give the bits of torch.optim's for-loop path on this machine; tried once, on random data.
+
+    Without the native module they do: they are the same torch operations.
+    """
+    return all(_same_bits(numel, grad_dtype) for numel in (1, 15, 1003, 40_007) for grad_dtype in _DTYPES)
 
 
 def set_num_threads(n: int) -> None:
@@ -188,10 +210,14 @@ def set_num_threads(n: int) -> None:
     """
     if n < 1:
         raise ValueError(f"at least one thread is needed, got {n}")
+    if is_native():
+        _native.set_num_kernel_threads(n)
 
 
 def describe() -> str:
     """What does the work, for the start-up summary: ``'native avx512, 2 threads'``."""
+    if is_native():
+        return f"native {_native.kernel_level()}, {_native.num_kernel_threads()} threads"
     return f"torch, {torch.get_num_threads()} threads"
 
 
@@ -209,7 +235,7 @@ def _check(name: str, t: Tensor, numel: int | None, *, master: bool = False) -> 
     """Raise unless ``t`` is a flat host tensor of a dtype we know and of ``numel`` elements if given."""
     if master and t.dtype != torch.float32:
         raise ValueError(f"{name} must be float32, got {t.dtype}")
-    if t.dtype not in _DTYPE_CODES:
+    if t.dtype not in _DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {t.dtype}")
     if t.device.type != "cpu":
         raise ValueError(f"{name} must be on the cpu, is on {t.device}")
@@ -217,3 +243,140 @@ def _check(name: str, t: Tensor, numel: int | None, *, master: bool = False) -> 
         raise ValueError(f"{name} must be 1D and contiguous, has shape {tuple(t.shape)} and strides {t.stride()}")
     if numel is not None and t.numel() != numel:
         raise ValueError(f"{name} must have {numel} elements like its partner, has {t.numel()}")
+
+
+def _native_adam_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    out: Tensor | None,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: float,
+) -> None:
+    beta1, beta2 = betas
+    sqrt_form, external_sqrt = _torch_sqrt()
+    # All in Python floats, as torch.optim has it: rounded to float32 once, below.
+    _native.adam(
+        param.data_ptr(),
+        grad.data_ptr(),
+        _code(grad),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        *_out_arguments(out),
+        param.numel(),
+        grad_scale=grad_scale,
+        maximize=maximize,
+        decay=1 - lr * weight_decay if decoupled else 1.0,
+        penalty=0.0 if decoupled else weight_decay,
+        beta1=beta1,
+        beta2=beta2,
+        step_size=lr / (1 - beta1**step),
+        bias2_sqrt=(1 - beta2**step) ** 0.5,
+        eps=eps,
+        sqrt_form=sqrt_form,
+        external_sqrt=external_sqrt,
+    )
+
+
+def _native_sgd_(
+    param: Tensor,
+    grad: Tensor,
+    momentum: Tensor | None,
+    *,
+    out: Tensor | None,
+    lr: float,
+    momentum_factor: float,
+    dampening: float,
+    nesterov: bool,
+    weight_decay: float,
+    maximize: bool,
+    first_step: bool,
+    grad_scale: float,
+) -> None:
+    _native.sgd(
+        param.data_ptr(),
+        grad.data_ptr(),
+        _code(grad),
+        0 if momentum is None else momentum.data_ptr(),
+        *_out_arguments(out),
+        param.numel(),
+        grad_scale=grad_scale,
+        maximize=maximize,
+        penalty=weight_decay,
+        momentum_factor=momentum_factor,
+        dampening=dampening,
+        nesterov=nesterov,
+        first_step=first_step,
+        lr=lr,
+    )
+
+
+def _code(t: Tensor) -> Any:
+    return getattr(_native.Dtype, _DTYPES[t.dtype])
+
+
+def _out_arguments(out: Tensor | None) -> tuple[int, Any]:
+    return (0, _native.Dtype.float32) if out is None else (out.data_ptr(), _code(out))
+
+
+@cache
+def _torch_sqrt() -> tuple[Any, int]:
+    """How torch takes float32 square roots here: the form that gives its bits, and a function if none of ours does.
+
+    A torch with MKL uses MKL's root, which is not correctly rounded and depends on the CPU; any other uses the exact.
+    """
+    try:
+        function = ctypes.CDLL(torch._C.__file__).vmsSqrt
+    except (OSError, AttributeError):
+        return _native.SqrtForm.ieee, 0
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
+    return _native.matching_sqrt(address), address
+
+
+def _same_bits(numel: int, grad_dtype: torch.dtype) -> bool:
+    """Whether one AdamW and one SGD step on random state equal the reference's, bit for bit."""
+    generator = torch.Generator().manual_seed(numel)
+    state = torch.randn(4, numel, generator=generator)
+    state[2].square_()
+    grad = state[3].to(grad_dtype)
+    ours, theirs = state.clone(), state.clone()
+    for tensors, adam, sgd in ((ours, adam_, sgd_), (theirs, reference.adam_, reference.sgd_)):
+        param, exp_avg, exp_avg_sq, momentum = tensors.unbind()
+        adam(
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            out=None,
+            step=7,
+            lr=1e-2,
+            betas=(0.9, 0.99),
+            eps=1e-8,
+            weight_decay=0.1,
+            decoupled=True,
+            maximize=False,
+            grad_scale=0.7,
+        )
+        sgd(
+            param,
+            grad,
+            momentum,
+            out=None,
+            lr=1e-2,
+            momentum_factor=0.9,
+            dampening=0.1,
+            nesterov=True,
+            weight_decay=0.1,
+            maximize=False,
+            first_step=False,
+            grad_scale=0.7,
+        )
+    return torch.equal(ours.view(torch.int32), theirs.view(torch.int32))

@@ -1,0 +1,80 @@
+// AVX2 with FMA and F16C: eight floats at a time.
+#include <immintrin.h>
+
+#include "optim/kernels.hpp"
+
+namespace lightning_ssd::optim {
+namespace {
+
+struct Simd {
+  using Floats = __m256;
+  using Doubles = __m256d;
+  static constexpr size_t kWidth = 8;
+
+  static Floats load(const float* from) { return _mm256_loadu_ps(from); }
+  static void store(float* to, Floats value) { _mm256_storeu_ps(to, value); }
+  static Floats set(float value) { return _mm256_set1_ps(value); }
+  static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+  static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats negate(Floats a) { return _mm256_xor_ps(a, set(-0.0f)); }
+  static Floats sqrt(Floats a) { return _mm256_sqrt_ps(a); }
+
+  // See [Note: the refined square root] in scalar.cpp.
+  static Floats refined_sqrt(Floats value) {
+    const Floats estimate = _mm256_rsqrt_ps(value);
+    const Floats root = mul(value, estimate);
+    const Floats half_reciprocal = mul(estimate, set(0.5f));
+    const Floats error = sub(set(0.5f), mul(root, half_reciprocal));
+    const Floats root1 = add(root, mul(root, error));
+    const Floats half_reciprocal1 = add(half_reciprocal, mul(half_reciprocal, error));
+    const Floats residual = sub(value, mul(root1, root1));
+    const Floats refined = add(root1, mul(half_reciprocal1, residual));
+    const __m256i bits = _mm256_castps_si256(value);  // signed: negative numbers are below the first normal one
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x00800000), bits);
+    const __m256i above = _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(0x7f7ff000 - 1));
+    const __m256 special = _mm256_castsi256_ps(_mm256_or_si256(below, above));
+    return _mm256_movemask_ps(special) == 0 ? refined : _mm256_blendv_ps(refined, sqrt(value), special);
+  }
+
+  static Floats load_bfloat16(const uint16_t* from) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static void store_bfloat16(uint16_t* to, Floats value) {
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    const __m256i wide = _mm256_srli_epi32(_mm256_or_si256(rounded, nan), 16);
+    const __m128i low = _mm256_castsi256_si128(wide);
+    const __m128i high = _mm256_extracti128_si256(wide, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi32(low, high));
+  }
+  static Floats load_float16(const uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static void store_float16(uint16_t* to, Floats value) {
+    const __m128i bits = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
+  }
+
+  static Doubles load_doubles(const double* from) { return _mm256_loadu_pd(from); }
+  static void store_doubles(double* to, Doubles value) { _mm256_storeu_pd(to, value); }
+  static Doubles low_doubles(Floats value) { return _mm256_cvtps_pd(_mm256_castps256_ps128(value)); }
+  static Doubles high_doubles(Floats value) { return _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1)); }
+  static Doubles add_square(Doubles sum, Doubles value) { return _mm256_fmadd_pd(value, value, sum); }  // exact product
+};
+
+}  // namespace
+}  // namespace lightning_ssd::optim
+
+#include "optim/simd_body.hpp"
+
+namespace lightning_ssd::optim {
+
+const Kernels kAvx2Kernels = {"avx2", adam, sgd, add_squares, convert, sqrt_array};
+
+}  // namespace lightning_ssd::optim
