@@ -32,6 +32,7 @@ from lightning_ssd.checkpoint.writer import Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.header import TensorEntry
 
 _MAX_MANIFEST_NBYTES = 4 * 1024 * MiB
 
@@ -112,15 +113,20 @@ class CheckpointReader:
 
     def value(self, name: str) -> Tensor:
         """A parameter in the dtype it had at rest: in place if a file holds it so, else converted from the master."""
-        places = self._places(name)
-        forms = [kind for kind in ("master", "param") if kind in places]
-        if not forms:
-            raise CheckpointError(f"{self.directory}: parameter {name!r} has neither param nor master")
-        dtype = self.manifest.dtypes.get(name, places[forms[0]][1].dtype)
-        exact = next((kind for kind in forms if places[kind][1].dtype == dtype), None)
-        if exact is not None:
-            return self.tensor(name, exact)
-        return self.tensor(name, forms[0]).to(dtype_of(dtype))
+        dtype = self.dtype_at_rest(name)
+        kind, exact = self._form(name, dtype)
+        return self.tensor(name, kind) if exact else self.tensor(name, kind).to(dtype_of(dtype))
+
+    def dtype_at_rest(self, name: str) -> str:
+        """Safetensors dtype of `value`."""
+        stored = self.manifest.aliases.get(name, name)
+        kind, _ = self._form(name, "")
+        return self.manifest.dtypes.get(stored, self._places(name)[kind][1].dtype)
+
+    def is_in_place(self, name: str) -> bool:
+        """Whether `value` needs no conversion; true of everything that is not in a unit file."""
+        stored = self.manifest.aliases.get(name, name)
+        return stored not in self.manifest.parameters or self._form(name, self.dtype_at_rest(name))[1]
 
     def path_of(self, record: FileRecord) -> str:
         """Absolute path of a unit file; it is immutable, so it may be linked, and must not be written."""
@@ -166,6 +172,12 @@ class CheckpointReader:
         """Give back the memory of all pages that were looked at."""
         for mapped in self._mapped.values():
             mapped.drop()
+
+    def drop_parameter(self, name: str) -> None:
+        """Give back the memory of one parameter's pages, of all kinds."""
+        for record, _ in self._places(name).values():
+            if record.path in self._mapped:
+                self._mapped[record.path].drop(name)
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Read every byte and compare it with the checksums, through one buffer of 1 MiB.
@@ -220,11 +232,20 @@ class CheckpointReader:
         for name in self.manifest.small_files:
             os.close(self._open_small(name, compare=False))
 
-    def _places(self, name: str) -> Mapping[str, Any]:
+    def _places(self, name: str) -> Mapping[str, tuple[FileRecord, TensorEntry]]:
         places = self.manifest.parameters.get(self.manifest.aliases.get(name, name))
         if places is None:
             raise CheckpointError(f"{self.directory} holds no parameter {name!r}")
         return places
+
+    def _form(self, name: str, dtype: str) -> tuple[str, bool]:
+        """The kind that holds a parameter's value in ``dtype``, or else the most exact one; and whether it does."""
+        places = self._places(name)
+        forms = [kind for kind in ("master", "param") if kind in places]
+        if not forms:
+            raise CheckpointError(f"{self.directory}: parameter {name!r} has neither param nor master")
+        exact = next((kind for kind in forms if places[kind][1].dtype == dtype), None)
+        return (forms[0], False) if exact is None else (exact, True)
 
     def _map(self, record: FileRecord) -> MappedFile:
         mapped = self._mapped.get(record.path)

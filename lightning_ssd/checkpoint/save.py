@@ -1,7 +1,7 @@
 """Freezing a training state into a directory: hard links to generations, a small state file, a manifest last.
 
-Order: unit files (linked, or copied where they cannot be), rest, state; all of them and their directories made durable;
-the manifest, durable; then one rename. Whoever dies on the way leaves the previous checkpoint as it was.
+Order: unit files (linked, or copied where they cannot be), rest, state, the manifest; all of them and their directories
+made durable; then one rename. Whoever dies on the way leaves the previous checkpoint as it was.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -38,7 +38,14 @@ from lightning_ssd.checkpoint.manifest import (
     encode_manifest,
 )
 from lightning_ssd.checkpoint.values import encode_optimizer
-from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress, StreamWriter, new_file, write_tensors
+from lightning_ssd.checkpoint.writer import (
+    FLUSH_NBYTES,
+    Progress,
+    StreamWriter,
+    lay_out_tensors,
+    new_file,
+    write_tensors,
+)
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.store.dtypes import TORCH_DTYPE
 
@@ -120,6 +127,7 @@ def save(
                 small_files=small,
             )
             _write_manifest(path, manifest, job)
+            _make_durable(path, (*small, MANIFEST))
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {target!r} could not be saved: {error}; a checkpoint of that name is as it was"
@@ -154,7 +162,6 @@ def _place_units(path: str, files: Sequence[UnitFile], job: _Job) -> tuple[FileR
         records.append(
             FileRecord(f"{UNITS}/{name}", file.nbytes, file.unit, file.kind, file.data_begin, file.entries, checksums)
         )
-    sync_directory(units)
     return tuple(records)
 
 
@@ -168,8 +175,9 @@ def _place(file: UnitFile, to: str, job: _Job) -> tuple[int, ...] | None:
                 f"{file.kind} of unit {file.unit!r}: {file.source!r} has {found.st_size} bytes, "
                 f"its header and data have {file.nbytes}"
             )
+        # Before the link, which dirties the inode: a generation that is durable already then costs no commit.
+        os.fdatasync(fd)
         if file.linkable and _link(file.source, to, found):
-            os.fdatasync(fd)
             job.report(linked=file.nbytes)
             return file.checksums
         return _copy(fd, file, to, job)
@@ -248,7 +256,8 @@ def _write_small_files(
     odd = {name: tensor for name, tensor in rest.items() if not _is_plain(tensor)}
     small: dict[str, SmallFile] = {}
     with _small_file(path, REST, small, job) as writer:
-        write_tensors(writer, {name: tensor for name, tensor in rest.items() if name not in odd})
+        plain = {name: tensor for name, tensor in rest.items() if name not in odd}
+        write_tensors(writer, lay_out_tensors(plain), plain.__getitem__)
     with _small_file(path, STATE, small, job) as writer:
         torch.save({"state": dict(state), "hyper": pickled}, cast(IO[bytes], writer))
     if odd:
@@ -268,11 +277,10 @@ def _is_plain(tensor: Tensor) -> bool:
 
 @contextmanager
 def _small_file(path: str, name: str, small: dict[str, SmallFile], job: _Job) -> Iterator[StreamWriter]:
-    """A file that is durable, and entered in ``small``, on leaving."""
+    """A file that is entered in ``small`` on leaving."""
     with new_file(os.path.join(path, name)) as fd:
         writer = StreamWriter(fd, checksummed=True)
         yield writer
-        writer.finish()
     small[name] = SmallFile(writer.nbytes, writer.checksum)
     job.report(written=writer.nbytes)
 
@@ -281,13 +289,21 @@ def _write_manifest(path: str, manifest: Manifest, job: _Job) -> None:
     text = encode_manifest(manifest)
     # What we wrote must be what we can read: a name or number that the reader refuses is found now, not at resume.
     decode_manifest(text, "the manifest to be written")
-    sync_directory(path)
     with new_file(os.path.join(path, MANIFEST)) as fd:
-        writer = StreamWriter(fd)
-        writer.write(text)
-        writer.finish()
-    sync_directory(path)
+        StreamWriter(fd).write(text)
     job.report(written=len(text))
+
+
+def _make_durable(path: str, names: Iterable[str]) -> None:
+    """Make the small files and the directories durable, all at the end: the file system then commits them together."""
+    for name in names:
+        fd = os.open(os.path.join(path, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    sync_directory(os.path.join(path, UNITS))
+    sync_directory(path)
 
 
 def _versions() -> dict[str, str]:

@@ -98,19 +98,22 @@ def lay_out(items: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorEn
     return tuple(entries)
 
 
+def lay_out_tensors(tensors: Mapping[str, Tensor]) -> tuple[TensorEntry, ...]:
+    """Place tensors that are at hand."""
+    return lay_out((name, name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items())
+
+
 def write_tensors(
     writer: StreamWriter,
-    tensors: Mapping[str, Tensor],
+    entries: Iterable[TensorEntry],
+    tensor_of: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
-    after_each: Callable[[str], None] | None = None,
 ) -> None:
-    """Write a safetensors file, one tensor after the other; the mapping is asked for each when its turn comes."""
-    entries = lay_out((name, name_of(t.dtype), tuple(t.shape)) for name, t in tensors.items())
-    writer.write(encode_header(entries, metadata))
-    for entry in entries:
-        writer.write(as_bytes(tensors[entry.name]))
-        if after_each is not None:
-            after_each(entry.name)
+    """Write a safetensors file, asking for one tensor after the other."""
+    ordered = tuple(entries)
+    writer.write(encode_header(ordered, metadata))
+    for entry in ordered:
+        writer.write(as_bytes(tensor_of(entry.name)))
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
