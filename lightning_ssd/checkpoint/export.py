@@ -121,7 +121,7 @@ def to_safetensors(
         names, left_out = strip_prefix(view, prefix_to_strip)
         if not names:
             raise CheckpointError(
-                f"no tensor of {reader.directory!r} begins with {prefix_to_strip!r}; names are like {next(iter(view), '')!r}"
+                f"no tensor of {reader.directory!r} begins with {prefix_to_strip!r}; there is {next(iter(view), '')!r}"
             )
         shards = cut_shards(view, names, parse_nbytes(max_shard))
         total = sum(shard.nbytes for shard in shards)

@@ -1,0 +1,94 @@
+"""``lightning-ssd export``: a checkpoint as one Lightning ``.ckpt``, or as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning_ssd.checkpoint.export import ExportReport, consolidate, to_safetensors
+from lightning_ssd.cli.output import ProgressLine, error_line, line
+from lightning_ssd.sizes import fmt, parse_nbytes
+
+NAME = "export"
+HELP = "Write a checkpoint as one Lightning .ckpt file, or as a Hugging Face folder of safetensors."
+
+_FILE_SUFFIXES = (".ckpt", ".pt", ".pth")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("checkpoint", help="checkpoint directory")
+    parser.add_argument("output", help="a file that ends in .ckpt, .pt or .pth; anything else is a folder")
+    parser.add_argument(
+        "--format", choices=("auto", "ckpt", "safetensors"), default="auto", help="default: by the output's name"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing .ckpt file")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="load classes of your own from the saved state (runs code from the file; .ckpt only)",
+    )
+    parser.add_argument(
+        "--max-shard", type=_size, default="5GB", metavar="SIZE", help="bytes per safetensors file (default 5GB)"
+    )
+    parser.add_argument(
+        "--strip-prefix", default="", metavar="PREFIX", help="front of the names to remove, such as 'model.'"
+    )
+    parser.add_argument("--config-from", metavar="FOLDER", help="copy configuration and tokenizer files from here")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export."""
+    to_file = arguments.format == "ckpt" or (
+        arguments.format == "auto" and str(arguments.output).endswith(_FILE_SUFFIXES)
+    )
+    with _progress() as progress:
+        report = _export_file(arguments, progress) if to_file else _export_folder(arguments, progress)
+    for path in report.files:
+        line(path)
+    error_line(f"exported {fmt(report.nbytes)} in {len(report.files)} file(s)")
+    if report.left_out:
+        names = ", ".join(report.left_out[:8]) + (", ..." if len(report.left_out) > 8 else "")
+        error_line(f"left out, as they do not begin with {arguments.strip_prefix!r}: {names}")
+    return 0
+
+
+def _export_file(arguments: argparse.Namespace, progress: ProgressLine) -> ExportReport:
+    return consolidate(
+        arguments.checkpoint,
+        arguments.output,
+        overwrite=arguments.overwrite,
+        weights_only=not arguments.trust,
+        progress=progress,
+    )
+
+
+def _export_folder(arguments: argparse.Namespace, progress: ProgressLine) -> ExportReport:
+    return to_safetensors(
+        arguments.checkpoint,
+        arguments.output,
+        max_shard=arguments.max_shard,
+        prefix_to_strip=arguments.strip_prefix,
+        config_from=arguments.config_from,
+        progress=progress,
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        nbytes = parse_nbytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not nbytes:
+        raise argparse.ArgumentTypeError("a file of 0 bytes holds no tensor")
+    return nbytes
+
+
+@contextmanager
+def _progress() -> Iterator[ProgressLine]:
+    progress = ProgressLine("written")
+    try:
+        yield progress
+    finally:
+        progress.finish()
