@@ -66,7 +66,7 @@ def _new_since(before: _Held) -> list[str]:
         f"{word} {key} ({text})"
         for word, old, new in zip(("thread", "file", "process"), before, now, strict=True)
         for key, text in new.items()
-        if old.get(key) != text
+        if key not in old or (word == "file" and old[key] != text)  # descriptors are used again, the other numbers not
     ]
 
 
@@ -79,8 +79,9 @@ def _threads() -> dict[int, str]:
     threads = {}
     for task in os.listdir("/proc/self/task"):
         name = python_names.get(int(task)) or f"native, {_read(f'/proc/self/task/{task}/comm')}"
-        # tqdm starts one daemon thread per process at its first bar; torch one per accelerator at the first backward.
-        if not name.startswith(("TMonitor ", "native, pt_autograd", "native, cuda")):
+        # tqdm starts one daemon thread per process at its first bar; torch one per accelerator at the first backward;
+        # the optimizer kernels start theirs at the first large update. None of them ends before the process.
+        if not name.startswith(("TMonitor ", "native, pt_autograd", "native, cuda", "native, ssd-kernel")):
             threads[int(task)] = name
     return threads
 
