@@ -1,5 +1,6 @@
 """Native I/O engines and optimizer kernels."""
 
+import enum
 
 
 class IoTransfer:
@@ -31,3 +32,45 @@ def make_posix_engine(block_nbytes: int, num_threads: int) -> IoEngine: ...
 
 def make_uring_engine(block_nbytes: int, depth: int) -> IoEngine:
     """Raises OSError where io_uring is missing, forbidden or too old."""
+
+class Dtype(enum.Enum):
+    """Element type of an array."""
+
+    float32 = 0
+
+    bfloat16 = 1
+
+    float16 = 2
+
+class SqrtForm(enum.Enum):
+    """How Adam takes square roots; see docs/design/numerics.md."""
+
+    ieee = 0
+
+    refined = 1
+
+    external = 2
+
+def adam(param: int, grad: int, grad_dtype: Dtype, exp_avg: int, exp_avg_sq: int, out: int, out_dtype: Dtype, numel: int, *, grad_scale: float, maximize: bool, decay: float, penalty: float, beta1: float, beta2: float, step_size: float, bias2_sqrt: float, eps: float, sqrt_form: SqrtForm, external_sqrt: int) -> None: ...
+
+def sgd(param: int, grad: int, grad_dtype: Dtype, momentum: int, out: int, out_dtype: Dtype, numel: int, *, grad_scale: float, maximize: bool, penalty: float, momentum_factor: float, dampening: float, nesterov: bool, first_step: bool, lr: float) -> None: ...
+
+def sum_of_squares(data: int, dtype: Dtype, numel: int) -> float: ...
+
+def convert(dst: int, dst_dtype: Dtype, src: int, src_dtype: Dtype, numel: int) -> None: ...
+
+def crc32c(data: int, nbytes: int, initial: int = 0) -> int: ...
+
+def matching_sqrt(function: int) -> SqrtForm: ...
+
+def num_kernel_threads() -> int: ...
+
+def set_num_kernel_threads(num: int) -> None: ...
+
+def kernel_levels() -> list[str]:
+    """Kernel levels of this CPU, slowest first."""
+
+def kernel_level() -> str:
+    """The active kernel level."""
+
+def set_kernel_level(name: str) -> None: ...

@@ -163,6 +163,8 @@ class File:
         Raises:
             IoError: The disk refused; what was written since the last sync may be lost.
         """
+        if self.closed:
+            raise ValueError(f"{self.path!r} is closed")
         with _as_io_error(self.path, 0, self.nbytes, "sync"):
             os.fdatasync(self.tail_fd)  # sync: waits for the disk
 

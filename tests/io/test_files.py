@@ -55,7 +55,7 @@ def test_rename_and_close(tmp_store: Path) -> None:
     file.sync()
     file.close()
     file.close()
-    with pytest.raises(IoError, match="sync"):
+    with pytest.raises(ValueError, match="is closed"):
         file.sync()
     with pytest.raises(IoError, match="open"):
         File.open(tmp_store / "old", direct=True, writable=False)
