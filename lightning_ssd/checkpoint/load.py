@@ -109,7 +109,8 @@ class CheckpointReader:
         places = self._places(name)
         if kind not in places:
             raise CheckpointError(f"{self.directory}: parameter {name!r} has {', '.join(places)}, no {kind!r}")
-        return self._map(places[kind][0]).tensor(name)
+        record, entry = places[kind]
+        return self._map(record).tensor(entry.name)
 
     def value(self, name: str) -> Tensor:
         """A parameter in the dtype it had at rest: in place if a file holds it so, else converted from the master."""
@@ -175,9 +176,9 @@ class CheckpointReader:
 
     def drop_parameter(self, name: str) -> None:
         """Give back the memory of one parameter's pages, of all kinds."""
-        for record, _ in self._places(name).values():
+        for record, entry in self._places(name).values():
             if record.path in self._mapped:
-                self._mapped[record.path].drop(name)
+                self._mapped[record.path].drop(entry.name)
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Read every byte and compare it with the checksums, through one buffer of 1 MiB.
