@@ -28,6 +28,7 @@ Recycle = Callable[[str], bool]
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
 _UNIT_FILE = re.compile(r"\d{5,}-[^/]*\.safetensors")
 
 
@@ -38,8 +39,10 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
         if not stat.S_ISREG(os.lstat(manifest).st_mode):
             return False
         fd = os.open(manifest, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return False
+        raise
     try:
         return f'"format":"{FORMAT}"'.encode() in os.pread(fd, 256, 0)
     finally:
@@ -231,6 +234,9 @@ def _make_staging(target: str) -> tuple[str, int]:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
+        except OSError:
+            os.rmdir(path)
+            raise
         # Another process may take the directory for stale between mkdir and flock, and remove it: then try again.
         locked = _try_lock(lock)
         if locked is None or (locked and os.path.isdir(path)):

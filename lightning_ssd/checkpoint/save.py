@@ -103,7 +103,8 @@ def save(
         progress: Called with bytes done and bytes in all.
 
     Raises:
-        CheckpointError: If it could not be saved. What was there before is untouched then.
+        CheckpointError: If it could not be saved. The one that was there is still whole then (or, if only its removal
+            failed, the new one is).
         CorruptionError: If a generation that had to be copied does not match its checksums.
     """
     begin_s = time.monotonic()
@@ -130,7 +131,7 @@ def save(
             _make_durable(path, (*small, MANIFEST))
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint {target!r} could not be saved: {error}; a checkpoint of that name is as it was"
+            f"checkpoint {target!r} could not be saved: {error}; one of that name that was there is still whole"
         ) from error
     return SaveReport(job.nbytes_linked, job.nbytes_written, time.monotonic() - begin_s, moved_aside)
 

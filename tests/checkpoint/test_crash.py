@@ -1,0 +1,139 @@
+"""A process that dies, or a disk that fails, at any call of `save`: the old checkpoint or the new one is whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ssd.checkpoint import directory
+from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.errors import CheckpointError
+from tests.checkpoint.support import Training, assert_whole
+
+CALLS = (
+    "open", "mkdir", "link", "write", "pread", "fsync", "fdatasync", "posix_fallocate", "rename", "unlink", "rmdir",
+)  # fmt: skip
+RENAMING_CALLS = ("rename", "unlink", "rmdir", "fsync")
+DIED = 77
+
+
+@pytest.fixture
+def fast(tmp_store: Path) -> Iterator[Path]:
+    """In memory: dying loses no page cache, so a slow disk would only make the same test slower."""
+    path = Path("/dev/shm") / f"lightning-ssd-crash-{os.getpid()}-{os.urandom(4).hex()}"
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def training(fast: Path) -> Training:
+    (fast / "live").mkdir()
+    training = Training(fast / "live", shapes={"a": {"a.weight": (90, 70)}, "b": {"b.bias": (5,)}})
+    training.advance()
+    return training
+
+
+def at_call(
+    number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *, can_exchange: bool
+) -> list[str]:
+    """Have ``action`` happen before the ``number``-th system call; returns the calls made, as they are made."""
+    made: list[str] = []
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            made.append(name)
+            if len(made) == number:
+                action()
+            return call(*args, **kwargs)
+
+        return run
+
+    # Without exchange only the last part differs: there it is enough to try what changes names.
+    for name in CALLS if can_exchange else RENAMING_CALLS:
+        monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
+    exchange = directory._exchange if can_exchange else lambda first, second: False
+    monkeypatch.setattr(directory, "_exchange", counted("exchange", exchange))
+    return made
+
+
+def die_at(number: int, training: Training, target: Path, can_exchange: bool) -> bool:
+    """Save in a child process that ends, without a word, before its ``number``-th call; False if it made fewer."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with suppress(BaseException), pytest.MonkeyPatch.context() as patch:
+            at_call(number, lambda: os._exit(DIED), patch, can_exchange=can_exchange)
+            training.save(target)
+            code = 0
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, DIED)
+    return code == DIED
+
+
+@pytest.mark.parametrize("can_exchange", [True, False], ids=["exchange", "two renames"])
+def test_dying_at_any_call(training: Training, fast: Path, can_exchange: bool) -> None:
+    target = fast / "last.ckpt"
+    training.save(target)
+    old_training, old = replace(training), training.step
+    training.advance()
+    training.files[0] = replace(training.files[0], linkable=False)
+    outcomes: list[int] = []
+    while die_at(len(outcomes) + 1, training, target, can_exchange):
+        with CheckpointReader(target) as reader:
+            outcomes.append(reader.manifest.step)
+        assert_whole(target, training, outcomes[-1])
+        # What the dead one left behind goes with the next save, which starts the next round from the old step.
+        old_training.save(target)
+        assert sorted(os.listdir(fast)) == ["last.ckpt", "live"]
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {old, training.step}
+    assert_whole(target, training, training.step)
+
+
+def test_dying_before_there_was_a_checkpoint(training: Training, fast: Path) -> None:
+    target = fast / "first.ckpt"
+    number = 1
+    while die_at(number, training, target, True):
+        if target.exists():
+            assert_whole(target, training, training.step)
+            shutil.rmtree(target)
+        number += 5
+    assert sorted(os.listdir(fast)) == ["first.ckpt", "live"]
+
+
+def test_a_failing_disk_at_any_call(training: Training, fast: Path) -> None:
+    target = fast / "last.ckpt"
+    training.save(target)
+    old_training, old = replace(training), training.step
+    training.advance()
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    outcomes: list[int] = []
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            made = at_call(len(outcomes) + 1, fail, patch, can_exchange=True)
+            with suppress(CheckpointError):
+                training.save(target)
+        if len(made) <= len(outcomes):
+            break
+        with CheckpointReader(target) as reader:
+            outcomes.append(reader.manifest.step)
+        assert_whole(target, training, outcomes[-1])
+        if outcomes[-1] == old:
+            assert sorted(os.listdir(fast)) == ["last.ckpt", "live"], f"call {len(outcomes)} left something behind"
+        else:
+            old_training.save(target)
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {old, training.step}
