@@ -246,7 +246,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Wait for everything in flight, then end the threads; a second call does nothing."""
+        """Wait for everything in flight, then end the threads; does nothing a second time, or in a forked child."""
         ...
 
 

@@ -65,6 +65,8 @@ class PythonEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
+        if os.getpid() != self._pid:
+            return  # a forked child has none of the threads, and the lock may have been held at the fork
         with self._lock:
             self._closing = True
             self._wake.notify_all()

@@ -3,13 +3,13 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
-#include <nanobind/stl/unique_ptr.h>
+#include <unistd.h>
 
-#include <cerrno>
 #include <memory>
 #include <optional>
 #include <system_error>
 #include <tuple>
+#include <utility>
 
 #include "io/engine.hpp"
 
@@ -21,9 +21,33 @@ namespace {
 
 std::byte* at(uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
 
-std::shared_ptr<Transfer> start(Engine& engine, bool is_write, int direct_fd, int tail_fd, uint64_t offset,
+// An engine and the process that its threads are in. After a fork, the child's copy has no threads and may have locks
+// that were held: there it is leaked, not destroyed, because destroying it would wait for ever.
+class OwnedEngine {
+ public:
+  explicit OwnedEngine(std::unique_ptr<Engine> engine) : engine_(std::move(engine)), owner_(getpid()) {}
+  OwnedEngine(OwnedEngine&&) = default;
+  ~OwnedEngine() {
+    if (!is_mine()) engine_.release();
+  }
+
+  Engine& operator*() const { return *engine_; }
+
+  void close() {
+    if (is_mine()) engine_->close();
+  }
+
+ private:
+  bool is_mine() const { return getpid() == owner_; }
+
+  std::unique_ptr<Engine> engine_;
+  pid_t owner_;
+};
+
+std::shared_ptr<Transfer> start(OwnedEngine& engine, bool is_write, int direct_fd, int tail_fd, uint64_t offset,
                                 uintptr_t address, size_t nbytes) {
-  return engine.start({is_write ? Direction::write : Direction::read, direct_fd, tail_fd, offset, at(address), nbytes});
+  return (*engine).start(
+      {is_write ? Direction::write : Direction::read, direct_fd, tail_fd, offset, at(address), nbytes});
 }
 
 std::optional<std::tuple<int, uint64_t, size_t>> failure(const Transfer& transfer) {
@@ -32,8 +56,8 @@ std::optional<std::tuple<int, uint64_t, size_t>> failure(const Transfer& transfe
   return std::make_tuple(failure.error, failure.offset, failure.nbytes);
 }
 
-auto stats(const Engine& engine) {
-  const Stats stats = engine.stats();
+auto stats(const OwnedEngine& engine) {
+  const Stats stats = (*engine).stats();
   return std::make_tuple(stats.read_nbytes, stats.written_nbytes, stats.num_reads, stats.num_writes, stats.read_busy_s,
                          stats.write_busy_s);
 }
@@ -57,19 +81,23 @@ void bind_io(nb::module_& module) {
       .def("wait_for", &Transfer::wait_for, "seconds"_a, Release(), "Wait at most this long; returns done().")
       .def("failure", &failure, "(errno, offset, nbytes) of the first piece that failed, once done.");
 
-  nb::class_<Engine>(module, "IoEngine", "Moves bytes between descriptors and memory; not usable after a fork.")
+  nb::class_<OwnedEngine>(module, "IoEngine", "Moves bytes between descriptors and memory; not usable after a fork.")
       .def("start", &start, "is_write"_a, "direct_fd"_a, "tail_fd"_a, "offset"_a, "address"_a, "nbytes"_a, Release())
       .def(
           "register_memory",
-          [](Engine& engine, uintptr_t address, size_t nbytes) { return engine.register_memory(at(address), nbytes); },
+          [](OwnedEngine& engine, uintptr_t address, size_t nbytes) {
+            return (*engine).register_memory(at(address), nbytes);
+          },
           "address"_a, "nbytes"_a, Release(), "Pin memory once that most requests use; False where refused.")
       .def("stats", &stats, "The fields of IOStats, in order.")
-      .def("close", &Engine::close, Release(), "Wait for what is in flight and end the threads.");
+      .def("close", &OwnedEngine::close, Release(), "Wait for what is in flight and end the threads.");
 
   module.def(
       "make_posix_engine",
-      [](size_t block_nbytes, size_t num_threads) { return make_posix_engine(block_nbytes, num_threads); },
+      [](size_t block_nbytes, size_t num_threads) { return OwnedEngine(make_posix_engine(block_nbytes, num_threads)); },
       "block_nbytes"_a, "num_threads"_a);
-  module.def("make_uring_engine", &make_uring_engine, "block_nbytes"_a, "depth"_a,
-             "Raises OSError where io_uring is missing, forbidden or too old.");
+  module.def(
+      "make_uring_engine",
+      [](size_t block_nbytes, size_t depth) { return OwnedEngine(make_uring_engine(block_nbytes, depth)); },
+      "block_nbytes"_a, "depth"_a, "Raises OSError where io_uring is missing, forbidden or too old.");
 }

@@ -68,7 +68,7 @@ class Transfer {
   std::condition_variable over_;
 };
 
-// Thread-safe. Not usable after a fork: the threads stay with the parent, so a child must neither use nor destroy one.
+// Thread-safe. The threads stay with the parent of a fork: the child must neither use its copy nor destroy it.
 class Engine {
  public:
   virtual ~Engine() = default;

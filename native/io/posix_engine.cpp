@@ -9,6 +9,7 @@
 
 #include "io/backlog.hpp"
 #include "io/system.hpp"
+#include "io/thread.hpp"
 
 namespace lightning_ssd::io {
 
@@ -27,7 +28,7 @@ class PosixEngine final : public Engine {
   PosixEngine(size_t block_nbytes, size_t num_threads, std::unique_ptr<System> system)
       : backlog_(block_nbytes), system_(std::move(system)) {
     try {
-      for (size_t i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
+      for (size_t i = 0; i < num_threads; ++i) threads_.push_back(start_thread("ssd-io", [this] { work(); }));
     } catch (...) {
       PosixEngine::close();  // a thread that was started and not joined would end the process
       throw;

@@ -7,6 +7,7 @@
 
 #include "io/backlog.hpp"
 #include "io/ring.hpp"
+#include "io/thread.hpp"
 
 namespace lightning_ssd::io {
 
@@ -17,7 +18,7 @@ class RingEngine final : public Engine {
   RingEngine(size_t block_nbytes, size_t depth, std::unique_ptr<Ring> ring)
       : backlog_(block_nbytes), ring_(std::move(ring)), slots_(depth) {
     for (size_t slot = depth; slot > 0; --slot) free_slots_.push_back(slot - 1);
-    thread_ = std::thread([this] { drive(); });
+    thread_ = start_thread("ssd-io", [this] { drive(); });
   }
 
   ~RingEngine() override { RingEngine::close(); }

@@ -72,7 +72,8 @@ enum Opcode : uint8_t { kReadFixed = 4, kWriteFixed = 5, kRead = 22, kWrite = 23
 
 inline constexpr uint64_t kOffsetOfRings = 0;  // mmap offsets
 inline constexpr uint64_t kOffsetOfEntries = 0x10000000;
-inline constexpr uint32_t kFeatureSingleMmap = 1u << 0;  // both rings in one mapping (Linux 5.4)
+inline constexpr uint32_t kFeatureSingleMmap = 1u << 0;     // both rings in one mapping (Linux 5.4)
+inline constexpr uint32_t kFeatureResourceTags = 1u << 10;  // since Linux 5.13
 inline constexpr uint32_t kEnterGetEvents = 1u << 0;
 inline constexpr uint32_t kRegisterBuffers = 0;  // opcodes of the register call
 inline constexpr uint32_t kRegisterProbe = 8;

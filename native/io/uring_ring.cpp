@@ -125,6 +125,8 @@ class UringRing final : public Ring {
   }
 
   bool register_memory(std::byte* data, size_t nbytes) override {
+    // Before Linux 5.13 registering waits until nothing is in flight, which never is: the wake-up read always waits.
+    if (!(params_.features & uring::kFeatureResourceTags)) return false;
     std::vector<iovec> slices;
     for (size_t start = 0; start < nbytes; start += kSliceNbytes) {
       slices.push_back({data + start, std::min(kSliceNbytes, nbytes - start)});

@@ -28,6 +28,9 @@ using namespace lightning_ssd::io;
 
 namespace {
 
+constexpr size_t kPieceNbytes = 4 * kBlockNbytes;
+constexpr size_t kDepth = 3;  // pieces in flight
+
 struct Outcome {                // of one call
   size_t at_most = ~size_t{0};  // bytes moved
   int error = 0;                // instead of moving anything
@@ -38,13 +41,20 @@ class Script {
  public:
   explicit Script(std::function<Outcome(size_t)> outcome) : outcome_(std::move(outcome)) {}
 
-  Outcome next() {
+  Outcome begin() {
     std::lock_guard lock(mutex_);
+    CHECK(++num_in_flight_ <= kDepth);
     return outcome_(num_calls_++);
+  }
+
+  void end() {
+    std::lock_guard lock(mutex_);
+    num_in_flight_ -= 1;
   }
 
  private:
   std::mutex mutex_;
+  size_t num_in_flight_ = 0;
   size_t num_calls_ = 0;
   std::function<Outcome(size_t)> outcome_;
 };
@@ -75,9 +85,11 @@ class ScriptedSystem final : public System {
   explicit ScriptedSystem(std::shared_ptr<Script> script) : script_(std::move(script)) {}
 
   ssize_t transfer(const Attempt& attempt) override {
-    const Outcome outcome = script_->next();
-    const auto result = made_up(outcome, attempt);
-    return result ? *result : System::transfer(shortened(outcome, attempt));
+    const Outcome outcome = script_->begin();
+    const auto made_up_result = made_up(outcome, attempt);
+    const ssize_t result = made_up_result ? *made_up_result : System::transfer(shortened(outcome, attempt));
+    script_->end();
+    return result;
   }
 
  private:
@@ -90,7 +102,7 @@ class ScriptedRing final : public Ring {
       : script_(std::move(script)), real_(std::move(real)) {}
 
   void push(const Attempt& attempt, uint64_t tag) override {
-    const Outcome outcome = script_->next();
+    const Outcome outcome = script_->begin();
     const auto result = made_up(outcome, attempt);
     if (!result) return real_->push(shortened(outcome, attempt), tag);
     made_up_.push_back({tag, *result});
@@ -98,9 +110,14 @@ class ScriptedRing final : public Ring {
   }
 
   std::optional<Completion> pop() override {
-    if (made_up_.empty()) return real_->pop();
-    const Completion completion = made_up_.front();
-    made_up_.pop_front();
+    std::optional<Completion> completion;
+    if (made_up_.empty()) {
+      completion = real_->pop();
+    } else {
+      completion = made_up_.front();
+      made_up_.pop_front();
+    }
+    if (completion) script_->end();
     return completion;
   }
 
@@ -153,22 +170,22 @@ class BlockingRing final : public Ring {
   std::vector<Completion> completions_;
 };
 
-constexpr size_t kPieceNbytes = 4 * kBlockNbytes;
 using MakeEngine = std::function<std::unique_ptr<Engine>(std::function<Outcome(size_t)>)>;
 
 std::unique_ptr<Engine> scripted_posix(std::function<Outcome(size_t)> outcome) {
   auto script = std::make_shared<Script>(std::move(outcome));
-  return make_posix_engine(kPieceNbytes, 3, std::make_unique<ScriptedSystem>(script));
+  return make_posix_engine(kPieceNbytes, kDepth, std::make_unique<ScriptedSystem>(script));
 }
 
 std::unique_ptr<Engine> scripted_blocking_ring(std::function<Outcome(size_t)> outcome) {
   auto script = std::make_shared<Script>(std::move(outcome));
-  return make_ring_engine(kPieceNbytes, 3, std::make_unique<ScriptedRing>(script, std::make_unique<BlockingRing>()));
+  return make_ring_engine(kPieceNbytes, kDepth,
+                          std::make_unique<ScriptedRing>(script, std::make_unique<BlockingRing>()));
 }
 
 std::unique_ptr<Engine> scripted_uring(std::function<Outcome(size_t)> outcome) {
   auto script = std::make_shared<Script>(std::move(outcome));
-  return make_ring_engine(kPieceNbytes, 3, std::make_unique<ScriptedRing>(script, make_uring_ring(3)));
+  return make_ring_engine(kPieceNbytes, kDepth, std::make_unique<ScriptedRing>(script, make_uring_ring(kDepth)));
 }
 
 bool has_uring() {
@@ -262,6 +279,48 @@ void test_failure_names_the_piece(const MakeEngine& make_engine, Outcome bad, in
   CHECK(after->wait_for(60) && !after->failure());  // the engine lives on
 }
 
+// A failed transfer is done only when none of its pieces can still touch the memory.
+void test_failure_waits_for_pieces_in_flight() {
+  Memory memory(4 * kPieceNbytes);
+  TestFile file(4 * kPieceNbytes);
+  std::mutex mutex;
+  std::condition_variable changed;
+  size_t num_begun = 0;
+  bool is_released = false;
+  class Gated final : public System {
+   public:
+    explicit Gated(std::function<void()> wait) : wait_(std::move(wait)) {}
+    ssize_t transfer(const Attempt& attempt) override {
+      if (attempt.offset == kPieceNbytes) return -EIO;
+      wait_();
+      return System::transfer(attempt);
+    }
+
+   private:
+    std::function<void()> wait_;
+  };
+  auto gate = [&] {
+    std::unique_lock lock(mutex);
+    num_begun += 1;
+    changed.notify_all();
+    changed.wait(lock, [&] { return is_released; });
+  };
+  auto engine = make_posix_engine(kPieceNbytes, 2, std::make_unique<Gated>(gate));
+  auto read = engine->start(file.request(Direction::read, 0, memory.data(), 4 * kPieceNbytes));
+  {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return num_begun == 1; });  // the first piece; the second fails beside it
+  }
+  CHECK(!read->wait_for(0.05));
+  {
+    std::lock_guard lock(mutex);
+    is_released = true;
+    changed.notify_all();
+  }
+  CHECK(read->wait_for(60) && read->failure() && read->failure()->error == EIO);
+  CHECK(read->failure()->offset == kPieceNbytes && num_begun == 1);  // the rest was never started
+}
+
 void test_real_end_of_file(const MakeEngine& make_engine) {
   Memory memory(4 * kPieceNbytes);
   auto engine = make_engine([](size_t) { return Outcome{}; });
@@ -338,6 +397,7 @@ int main() {
     test_real_end_of_file(make_engine);
     test_close_completes_what_was_accepted(make_engine);
   }
+  test_failure_waits_for_pieces_in_flight();
   if (has_uring()) test_registered_memory();
   return 0;
 }

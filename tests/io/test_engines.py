@@ -241,12 +241,15 @@ def test_a_forked_child_is_told(make: MakeEngine, tmp_store: Path) -> None:
     with created(tmp_store / "file", BLOCK_NBYTES) as file, running(make) as engine:
         child = os.fork()
         if child == 0:
+            status = 1
             try:
                 engine.read(file, 0, memory.address, 1)
             except ValueError as error:
-                os._exit(0 if "fork" in str(error) else 2)
+                engine.close()
+                del engine
+                status = 0 if "fork" in str(error) else 2
             finally:
-                os._exit(1)
+                os._exit(status)
         assert os.waitpid(child, 0)[1] == 0
         engine.read(file, 0, memory.address, 1).wait()
 
