@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,15 @@ from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.mapped import drop_pages, map_bytes
 from lightning_ssd.checkpoint.shards import HF_INDEX, Shard, cut_shards, index_text, strip_prefix
 from lightning_ssd.checkpoint.state_dict import StateDictView, split_rest
-from lightning_ssd.checkpoint.writer import Progress, StreamWriter, as_bytes, lay_out, new_file, write_tensors
+from lightning_ssd.checkpoint.writer import (
+    Progress,
+    StreamWriter,
+    as_bytes,
+    lay_out,
+    new_file,
+    write_pickle,
+    write_tensors,
+)
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.sizes import parse_nbytes, round_up
 
@@ -80,7 +88,7 @@ def consolidate(
         with _new_beside(target) as (fd, temporary):
             total = reader.manifest.nbytes
             writer = StreamWriter(fd, on_flush=_dropper(reader, spill, progress, total))
-            torch.save(content, cast(IO[bytes], writer))
+            write_pickle(writer, content)
             writer.finish()
             os.replace(temporary, target)
         sync_directory(os.path.dirname(target))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ from lightning_ssd.checkpoint.writer import (
     StreamWriter,
     lay_out_tensors,
     new_file,
+    write_pickle,
     write_tensors,
 )
 from lightning_ssd.errors import CheckpointError, CorruptionError
@@ -260,10 +261,10 @@ def _write_small_files(
         plain = {name: tensor for name, tensor in rest.items() if name not in odd}
         write_tensors(writer, lay_out_tensors(plain), plain.__getitem__)
     with _small_file(path, STATE, small, job) as writer:
-        torch.save({"state": dict(state), "hyper": pickled}, cast(IO[bytes], writer))
+        write_pickle(writer, {"state": dict(state), "hyper": pickled})
     if odd:
         with _small_file(path, ODD, small, job) as writer:
-            torch.save({name: tensor.detach() for name, tensor in odd.items()}, cast(IO[bytes], writer))
+            write_pickle(writer, {name: tensor.detach() for name, tensor in odd.items()})
     return encoded, small
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import Bytes, checksum
+from lightning_ssd.errors import CheckpointError
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import name_of
 from lightning_ssd.store.header import ITEMSIZE, TensorEntry, encode_header
@@ -30,12 +33,14 @@ class StreamWriter:
     Attributes:
         nbytes: Bytes written.
         checksum: CRC32C of all of them, or 0 without ``checksummed``.
+        error: Why a write failed, or None.
     """
 
     def __init__(self, fd: int, *, checksummed: bool = False, on_flush: Callable[[int], None] | None = None) -> None:
         """Write to ``fd``, which stays the caller's; ``on_flush`` is called with ``nbytes`` every 64 MiB."""
         self.nbytes = 0
         self.checksum = 0
+        self.error: OSError | None = None
         self._fd = fd
         self._checksummed = checksummed
         self._on_flush = on_flush
@@ -44,8 +49,12 @@ class StreamWriter:
     def write(self, data: Bytes) -> int:
         """Append all of ``data``."""
         view = np.frombuffer(data, dtype=np.uint8)
-        for begin in range(0, view.nbytes, _WRITE_NBYTES):
-            self._write_piece(view[begin : begin + _WRITE_NBYTES])
+        try:
+            for begin in range(0, view.nbytes, _WRITE_NBYTES):
+                self._write_piece(view[begin : begin + _WRITE_NBYTES])
+        except OSError as error:
+            self.error = error
+            raise
         return view.nbytes
 
     def flush(self) -> None:
@@ -114,6 +123,21 @@ def write_tensors(
     writer.write(encode_header(ordered, metadata))
     for entry in ordered:
         writer.write(as_bytes(tensor_of(entry.name)))
+
+
+def write_pickle(writer: StreamWriter, content: Mapping[str, Any]) -> None:
+    """Write what ``torch.load`` reads; tensors go from where they lie to the file.
+
+    Raises:
+        CheckpointError: If something in ``content`` cannot be pickled.
+    """
+    try:
+        torch.save(content, cast(IO[bytes], writer))
+    except (RuntimeError, pickle.PicklingError, AttributeError, TypeError) as error:
+        # torch closes its archive when a write fails, fails at that as well, and shows only the second error.
+        if writer.error is not None:
+            raise writer.error from error
+        raise CheckpointError(f"part of the training state cannot be pickled: {error}") from error
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

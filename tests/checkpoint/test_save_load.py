@@ -85,6 +85,12 @@ def test_state_with_a_class_of_the_user_says_the_way_out(training: Training, tmp
         assert reader.state(weights_only=False)["hyper_parameters"]["path"] == Path("x")
 
 
+def test_state_that_cannot_be_pickled_is_a_sentence(training: Training, tmp_store: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be pickled.*lambda"):
+        save(tmp_store / "c", training.files, {}, {"hyper_parameters": {"f": lambda: 0}}, [], step=1)
+    assert os.listdir(tmp_store) == ["live"]
+
+
 def test_other_file_system_and_unfinished_writers_get_a_copy(
     training: Training, tmp_store: Path, memory_disk: Path
 ) -> None:

@@ -1,0 +1,208 @@
+"""Exports are read by the programs they are for: torch, Lightning, safetensors, transformers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_ssd.checkpoint.export import consolidate, to_safetensors
+from lightning_ssd.checkpoint.manifest import OptimizerRecord
+from lightning_ssd.checkpoint.save import save
+from lightning_ssd.errors import CheckpointError
+from tests.checkpoint.support import Training, write_generation
+
+
+class Model(pl.LightningModule):
+    """Two parameter groups in another order than the module's, a buffer, tied weights."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.first = nn.Linear(width, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.last = nn.Linear(width, width)
+        self.last.weight = self.first.weight
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        loss = (self.last(self.norm(self.first(batch))) - batch).square().mean()
+        self.losses = [*getattr(self, "losses", []), loss.item()]
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": [self.norm.weight, self.norm.bias], "weight_decay": 0.0}]
+        groups.append({"params": [self.first.bias, self.first.weight, self.last.bias]})
+        optimizer = torch.optim.AdamW(groups, lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+def fit(model: Model, epochs: int, folder: Path, ckpt_path: Path | None = None) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, default_root_dir=folder, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    data = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    trainer.fit(model, DataLoader(data, batch_size=4), ckpt_path=ckpt_path)  # type: ignore[arg-type]
+    return trainer
+
+
+def checkpoint_of(model: Model, trainer: pl.Trainer, folder: Path) -> Path:
+    """What the strategy does when Lightning saves."""
+    content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    (optimizer,) = trainer.optimizers
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [{**g, "params": [names[p] for p in g["params"]]} for g in optimizer.param_groups]
+    state = {names[p]: {"step": float(s["step"])} for p, s in optimizer.state.items()}
+    (folder / "live").mkdir()
+    files = []
+    for unit in ("first", "norm", "last"):
+        mine = {name: p for p, name in names.items() if name.startswith(unit)}
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            tensors = {n: (p.detach() if kind == "master" else optimizer.state[p][kind]) for n, p in mine.items()}
+            files.append(write_generation(folder / "live" / f"{unit}.{kind}", tensors, unit=unit, kind=kind))
+    record = OptimizerRecord("torch.optim.adamw.AdamW", groups, state, ["exp_avg", "exp_avg_sq"])
+    rest = dict(model.named_buffers())
+    del content["state_dict"], content["optimizer_states"]
+    save(
+        folder / "c", files, rest, content, [record], step=trainer.global_step, aliases={"last.weight": "first.weight"}
+    )
+    return folder / "c"
+
+
+def test_lightning_loads_and_resumes_a_consolidated_file(tmp_store: Path) -> None:
+    torch.manual_seed(1)
+    model = Model()
+    trainer = fit(model, 2, tmp_store)
+    plain = tmp_store / "plain.ckpt"
+    trainer.save_checkpoint(plain)
+    out = tmp_store / "out.ckpt"
+    consolidate(checkpoint_of(model, trainer, tmp_store), out)
+
+    ours, theirs = (torch.load(path) for path in (out, plain))
+    assert set(ours) == set(theirs)
+    assert set(ours["state_dict"]) == set(theirs["state_dict"])
+    assert ours["optimizer_states"][0]["param_groups"] == theirs["optimizer_states"][0]["param_groups"]
+    state, expected = (x["optimizer_states"][0]["state"] for x in (ours, theirs))
+    assert sorted(state) == sorted(expected)
+    for number, entry in expected.items():
+        assert set(state[number]) == set(entry)
+        assert all(torch.equal(state[number][key], entry[key]) for key in entry)
+    assert ours["state_dict"]["last.weight"].data_ptr() == ours["state_dict"]["first.weight"].data_ptr()
+
+    loaded = Model.load_from_checkpoint(out)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    losses = []
+    for path in (plain, out):
+        resumed = Model()
+        fit(resumed, 4, tmp_store, ckpt_path=path)
+        losses.append(resumed.losses)
+    assert losses[0] == losses[1]
+    with pytest.raises(CheckpointError, match="exists"):
+        consolidate(tmp_store / "c", out)
+    assert not [name for name in os.listdir(tmp_store) if "tmp" in name]
+
+
+def test_transformers_loads_an_exported_folder(tmp_store: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=2, n_head=2))
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    tokens = torch.arange(10)[None]
+    for name, model, dtype in (("gpt2", gpt2, torch.float32), ("llama", llama.bfloat16(), torch.bfloat16)):
+        model.eval()
+        folder = tmp_store / name
+        folder.mkdir()
+        wrapped = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+        # As under bf16-true: the parameter at rest is bf16, only the float32 master is in the checkpoint.
+        unit = write_generation(folder / "u", {n: p.float() for n, p in wrapped.items()}, unit="all", kind="master")
+        every = {f"model.{n}" for n in model.state_dict()}
+        aliases = {"model.lm_head.weight": "model.transformer.wte.weight"} if every - set(wrapped) else {}
+        dtypes = {n: "BF16" for n in wrapped} if dtype == torch.bfloat16 else {}
+        save(folder / "c", [unit], {"weight": torch.ones(3)}, {}, [], step=1, aliases=aliases, dtypes=dtypes)
+        model.config.save_pretrained(folder / "config")
+        (folder / "config" / "model.safetensors").write_text("not this one")
+        report = to_safetensors(
+            folder / "c", folder / "hf", prefix_to_strip="model.", config_from=folder / "config", max_shard=1500
+        )
+        assert report.left_out == ("weight",)
+        assert len(report.files) > 2
+        loaded, info = type(model).from_pretrained(folder / "hf", output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert next(loaded.parameters()).dtype == dtype
+        assert torch.equal(loaded.eval()(tokens).logits, model(tokens).logits)
+        consolidate(folder / "c", folder / "out.ckpt")
+        content = torch.load(folder / "out.ckpt")
+        assert all(torch.equal(content["state_dict"][n], p) for n, p in wrapped.items())
+        assert {t.dtype for n, t in content["state_dict"].items() if n in wrapped} == {dtype}
+
+
+def test_one_file_if_it_fits(training: Training, tmp_store: Path) -> None:
+    training.save(tmp_store / "c")
+    report = to_safetensors(tmp_store / "c", tmp_store / "hf")
+    assert [os.path.basename(path) for path in report.files] == ["model.safetensors"]
+    with safe_open(report.files[0], "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == {"a.weight", "a.none", "b.scale", "b.bias", "head.weight", "buffer"}
+        assert torch.equal(file.get_tensor("head.weight"), training.tensors("a", "master", 1)["a.weight"])
+    with pytest.raises(CheckpointError, match="no tensor"):
+        to_safetensors(tmp_store / "c", tmp_store / "other", prefix_to_strip="nothing.")
+    with pytest.raises(CheckpointError, match=r"exists|not replaced"):
+        to_safetensors(tmp_store / "c", tmp_store / "c")
+
+
+class AnonymousMemory:
+    """Peak of anonymous memory, in bytes, while it is entered; sampled every 2 ms."""
+
+    def __enter__(self) -> AnonymousMemory:
+        self.start_nbytes = self.peak_nbytes = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def growth_nbytes(self) -> int:
+        return self.peak_nbytes - self.start_nbytes
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.002):
+            self.peak_nbytes = max(self.peak_nbytes, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
+
+
+def test_no_memory_in_proportion_to_the_model(tmp_store: Path) -> None:
+    nbytes = 192 << 20
+    path = tmp_store / "big"
+    tensors = {f"w{i}": torch.full((nbytes // 32,), float(i)) for i in range(8)}
+    unit = write_generation(path, tensors, unit="u", kind="master")
+    del tensors
+    dtypes = {f"w{i}": "BF16" for i in range(4)}  # half of it has to be converted
+    save(tmp_store / "c", [unit], {}, {}, [], step=1, dtypes=dtypes)
+    with AnonymousMemory() as memory:
+        consolidate(tmp_store / "c", tmp_store / "out.ckpt")
+        to_safetensors(tmp_store / "c", tmp_store / "hf")
+    # Slack: one converted tensor (12 MiB), a piece on its way, Python's own.
+    assert memory.growth_nbytes < 48 << 20
