@@ -68,7 +68,7 @@ float lerp(float start, float end, float weight) {
   if (std::fabs(weight) < 0.5f) {
     return std::fma(weight, difference, start);
   }
-  return std::fma(-difference, 1.0f - weight, end);
+  return std::fma(weight - 1.0f, difference, end);  // not the reverse signs: they would turn -0 into 0
 }
 
 void adam(const AdamUpdate& u, size_t begin, size_t end) {

@@ -96,7 +96,7 @@ template <Dtype kGrad, class Update, class Lanes>
   if (__builtin_fabsf(weight) < 0.5f) {
     return Simd::fma(Simd::set(weight), difference, start);
   }
-  return Simd::fma(Simd::negate(difference), Simd::set(1.0f - weight), end);
+  return Simd::fma(Simd::set(weight - 1.0f), difference, end);
 }
 
 template <Dtype kGrad>

@@ -1,5 +1,6 @@
 #include "optim/thread_pool.hpp"
 
+#include <pthread.h>
 #include <unistd.h>
 #if defined(__linux__)
 #include <sched.h>
@@ -100,6 +101,9 @@ class ThreadPool {
   }
 
   void work(size_t part, size_t seen) {
+#if defined(__linux__)
+    pthread_setname_np(pthread_self(), "ssd-kernel");  // so that tools, and our tests for leaks, know whose it is
+#endif
     std::unique_lock lock(mutex_);
     for (;;) {
       start_.wait(lock, [&] { return stopping_ || round_ != seen; });
