@@ -2,10 +2,12 @@
 
 import enum
 
+
 class IoTransfer:
     """One asynchronous operation; it completes whether or not anyone waits."""
 
     def done(self) -> bool: ...
+
     def wait_for(self, seconds: float) -> bool:
         """Wait at most this long; returns done()."""
 
@@ -15,9 +17,8 @@ class IoTransfer:
 class IoEngine:
     """Moves bytes between descriptors and memory; not usable after a fork."""
 
-    def start(
-        self, is_write: bool, direct_fd: int, tail_fd: int, offset: int, address: int, nbytes: int
-    ) -> IoTransfer: ...
+    def start(self, is_write: bool, direct_fd: int, tail_fd: int, offset: int, address: int, nbytes: int) -> IoTransfer: ...
+
     def register_memory(self, address: int, nbytes: int) -> bool:
         """Pin memory once that most requests use; False where refused."""
 
@@ -28,6 +29,7 @@ class IoEngine:
         """Wait for what is in flight and end the threads."""
 
 def make_posix_engine(block_nbytes: int, num_threads: int) -> IoEngine: ...
+
 def make_uring_engine(block_nbytes: int, depth: int) -> IoEngine:
     """Raises OSError where io_uring is missing, forbidden or too old."""
 
@@ -49,52 +51,22 @@ class SqrtForm(enum.Enum):
 
     external = 2
 
-def adam(
-    param: int,
-    grad: int,
-    grad_dtype: Dtype,
-    exp_avg: int,
-    exp_avg_sq: int,
-    out: int,
-    out_dtype: Dtype,
-    numel: int,
-    *,
-    grad_scale: float,
-    maximize: bool,
-    decay: float,
-    penalty: float,
-    beta1: float,
-    beta2: float,
-    step_size: float,
-    bias2_sqrt: float,
-    eps: float,
-    sqrt_form: SqrtForm,
-    external_sqrt: int,
-) -> None: ...
-def sgd(
-    param: int,
-    grad: int,
-    grad_dtype: Dtype,
-    momentum: int,
-    out: int,
-    out_dtype: Dtype,
-    numel: int,
-    *,
-    grad_scale: float,
-    maximize: bool,
-    penalty: float,
-    momentum_factor: float,
-    dampening: float,
-    nesterov: bool,
-    first_step: bool,
-    lr: float,
-) -> None: ...
+def adam(param: int, grad: int, grad_dtype: Dtype, exp_avg: int, exp_avg_sq: int, out: int, out_dtype: Dtype, numel: int, *, grad_scale: float, maximize: bool, decay: float, penalty: float, beta1: float, beta2: float, step_size: float, bias2_sqrt: float, eps: float, sqrt_form: SqrtForm, external_sqrt: int) -> None: ...
+
+def sgd(param: int, grad: int, grad_dtype: Dtype, momentum: int, out: int, out_dtype: Dtype, numel: int, *, grad_scale: float, maximize: bool, penalty: float, momentum_factor: float, dampening: float, nesterov: bool, first_step: bool, lr: float) -> None: ...
+
 def sum_of_squares(data: int, dtype: Dtype, numel: int) -> float: ...
+
 def convert(dst: int, dst_dtype: Dtype, src: int, src_dtype: Dtype, numel: int) -> None: ...
+
 def crc32c(data: int, nbytes: int, initial: int = 0) -> int: ...
+
 def matching_sqrt(function: int) -> SqrtForm: ...
+
 def num_kernel_threads() -> int: ...
+
 def set_num_kernel_threads(num: int) -> None: ...
+
 def kernel_levels() -> list[str]:
     """Kernel levels of this CPU, slowest first."""
 
