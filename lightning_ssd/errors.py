@@ -48,7 +48,9 @@ class IoError(SSDOffloadError, OSError):
     """
 
     def __init__(self, errno: int, path: str, offset: int, nbytes: int, what: str = "transfer") -> None:
-        message = f"{what} of {nbytes} bytes at offset {offset} of {path!r} failed: {os.strerror(errno)} (errno {errno})"
+        message = (
+            f"{what} of {nbytes} bytes at offset {offset} of {path!r} failed: {os.strerror(errno)} (errno {errno})"
+        )
         super().__init__(message)
         self.errno = errno
         self.path = path

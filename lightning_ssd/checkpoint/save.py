@@ -12,6 +12,7 @@ import re
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -50,6 +51,7 @@ from lightning_ssd.checkpoint.writer import (
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.store.dtypes import TORCH_DTYPE
 
+_NUM_SYNCS = 16
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -156,6 +158,7 @@ class _Job:
 def _place_units(path: str, files: Sequence[UnitFile], job: _Job) -> tuple[FileRecord, ...]:
     units = os.path.join(path, UNITS)
     os.mkdir(units, 0o700)
+    _sync_sources(files, os.stat(units).st_dev)
     records: list[FileRecord] = []
     for index, file in enumerate(files):
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", f"{file.unit}.{file.kind}")[:120]
@@ -165,6 +168,25 @@ def _place_units(path: str, files: Sequence[UnitFile], job: _Job) -> tuple[FileR
             FileRecord(f"{UNITS}/{name}", file.nbytes, file.unit, file.kind, file.data_begin, file.entries, checksums)
         )
     return tuple(records)
+
+
+def _sync_sources(files: Sequence[UnitFile], device: int) -> None:
+    """Make the generations that will be linked durable; before any is, as a link dirties the inode again."""
+
+    def sync(path: str) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            found = os.fstat(fd)
+            # One that is linked already is in a checkpoint and was made durable then: generations are immutable.
+            if found.st_nlink == 1 and found.st_dev == device:
+                os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    # Side by side: the disk answers one flush for many, where one after the other each waits for its own.
+    with ThreadPoolExecutor(_NUM_SYNCS, thread_name_prefix="checkpoint-sync") as pool:
+        for future in [pool.submit(sync, file.source) for file in files if file.linkable]:
+            future.result()
 
 
 def _place(file: UnitFile, to: str, job: _Job) -> tuple[int, ...] | None:
@@ -177,8 +199,6 @@ def _place(file: UnitFile, to: str, job: _Job) -> tuple[int, ...] | None:
                 f"{file.kind} of unit {file.unit!r}: {file.source!r} has {found.st_size} bytes, "
                 f"its header and data have {file.nbytes}"
             )
-        # Before the link, which dirties the inode: a generation that is durable already then costs no commit.
-        os.fdatasync(fd)
         if file.linkable and _link(file.source, to, found):
             job.report(linked=file.nbytes)
             return file.checksums

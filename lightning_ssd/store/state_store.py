@@ -36,7 +36,7 @@ class Generation:
     Attributes:
         layout: What is where in the file.
         file: The open file.
-        checks: CRC32C of each `CHECK_NBYTES` of the data section, None where not written yet or not kept.
+        checks: CRC32C of each `CHECK_NBYTES` of the data section, None where not written yet or not known.
         is_mapped: Somebody may hold a writable view of its bytes: never link it, never recycle it.
     """
 
@@ -53,7 +53,7 @@ class StateStore:
         directories: One per disk, used in turn.
         engine: Moves the bytes.
         direct: Open files with O_DIRECT, one flag per directory.
-        verify: Keep checksums of what is written and check every read against them.
+        verify: Check every read against the checksums of what was written.
     """
 
     def __init__(self, directories: list[RunDirectory], engine: Engine, *, direct: list[bool], verify: bool) -> None:
@@ -65,6 +65,11 @@ class StateStore:
         self._free: dict[int, list[File]] = defaultdict(list)  # by length
         self._numbers = itertools.count()
         self._staging = Pool(STAGING_NBYTES, "staging")
+
+    @property
+    def spill_directory(self) -> str:
+        """Where files that are no generations may be made."""
+        return self._directories[0].path
 
     # -- generations ---------------------------------------------------------------------------------------------
 
@@ -91,7 +96,7 @@ class StateStore:
         slug = re.sub(r"[^A-Za-z0-9._-]", "_", layout.unit)[-80:]
         name = f"{number:08d}-{slug}.{layout.kind}.safetensors"
         file = self._file(name, layout.file_nbytes, number % len(self._directories))
-        num_checks = -(-layout.data_nbytes // CHECK_NBYTES) if self.verify else 0
+        num_checks = -(-layout.data_nbytes // CHECK_NBYTES)
         os.pwrite(file.tail_fd, layout.header, 0)
         return Generation(layout, file, [None] * num_checks)
 
@@ -122,17 +127,15 @@ class StateStore:
         """
         where = generation.layout.data_begin + offset
         transfer = self.engine.read(generation.file, where, address, nbytes, keep=keep)
-        return _CheckedRead(transfer, generation, offset, address, nbytes) if generation.checks else transfer
+        return _CheckedRead(transfer, generation, offset, address, nbytes) if self.verify else transfer
 
     def write(self, generation: Generation, offset: int, address: int, nbytes: int, *, keep: object = None) -> Transfer:
         """Start writing ``nbytes`` at ``offset`` of the data section of a generation that is not committed yet.
 
         ``offset`` is a multiple of `CHECK_NBYTES`, and so is ``nbytes`` unless it reaches the end.
         """
-        if generation.checks:
-            for begin, end in chunks(nbytes, CHECK_NBYTES):
-                check = crc32c(address + begin, end - begin)
-                generation.checks[(offset + begin) // CHECK_NBYTES] = check
+        for begin, end in chunks(nbytes, CHECK_NBYTES):
+            generation.checks[(offset + begin) // CHECK_NBYTES] = crc32c(address + begin, end - begin)
         return self.engine.write(generation.file, generation.layout.data_begin + offset, address, nbytes, keep=keep)
 
     def put(self, layout: UnitLayout, source: Callable[[int], Tensor | None]) -> Generation:

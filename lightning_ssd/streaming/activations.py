@@ -159,6 +159,11 @@ def without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: None if k in found else (False if k == "use_cache" else v) for k, v in kwargs.items()}
 
 
+def keeps_activations(module: nn.Module) -> bool:
+    """Whether ``module`` must keep its activations: it works in place and may change its own inputs."""
+    return any(getattr(m, "inplace", False) is True for m in module.modules())
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Tensors inside nested tuples, lists and dicts."""
     if isinstance(value, Tensor):

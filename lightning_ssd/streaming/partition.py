@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Union
 
 import torch
 from torch import nn
 
 from lightning_ssd.errors import ConfigurationError
 
-UnitPolicy = Union[str, Sequence[str], Callable[[str, nn.Module], bool]]
+UnitPolicy = str | Sequence[str] | Callable[[str, nn.Module], bool]
 """``"auto"``, class names of modules that become units, or ``(name, module) -> bool``."""
 
 REST = "rest"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import Enum, auto
 
 import torch
@@ -60,9 +59,10 @@ class Unit:
         parked: What each parameter views at rest; NaN bytes that cost nothing.
     """
 
-    def __init__(self, spec: UnitSpec, placeholder: Sequence[Tensor] = ()) -> None:
+    def __init__(self, spec: UnitSpec, dtype: torch.dtype | None = None) -> None:
         self.name = spec.name
-        dtype = spec.params[0].dtype
+        if dtype is None or not spec.params[0].is_floating_point():
+            dtype = spec.params[0].dtype
         by_name = dict(zip(spec.names, spec.params, strict=True))
         shapes = file_order((Shape(n, tuple(p.shape)) for n, p in by_name.items()), dtype.itemsize)
         self.names = tuple(shape.name for shape in shapes)
@@ -78,7 +78,7 @@ class Unit:
         self.generation: Generation | None = None
         self.num_holds = 0
         self.at_rest: AtRest | None = None
-        self.parked: tuple[Tensor, ...] = tuple(placeholder)
+        self.parked: tuple[Tensor, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,241 @@
+"""The user's optimizer, adopted: it stays the same object and the only source of hyper-parameters; its step streams.
+
+On the instance (never on the class) ``step``, ``state_dict`` and ``load_state_dict`` are replaced; `StreamedOptimizer.
+release` undoes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from lightning_ssd.errors import CheckpointError, ConfigurationError
+from lightning_ssd.optim.pipeline import ParameterUpdate, Pipeline, master_dtype
+from lightning_ssd.optim.rules import Rule
+from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.streaming.at_rest import AtRest
+from lightning_ssd.streaming.gradients import params_with_grad
+from lightning_ssd.streaming.streamer import Streamer
+from lightning_ssd.streaming.unit import Unit
+
+
+class StreamedOptimizer:
+    """Runs the step of one optimizer over streamed units.
+
+    Args:
+        optimizer: The user's.
+        rule: What an update does.
+        units: All units, in forward order.
+        store: Where states are.
+        keep_master: Keep a float32 master of 16-bit parameters.
+
+    Raises:
+        ConfigurationError: If the optimizer has a parameter that is not the model's.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, rule: Rule, units: list[Unit], store: StateStore, *, keep_master: bool
+    ) -> None:
+        self.optimizer = optimizer
+        self.rule = rule
+        self._store = store
+        self._keep_master = keep_master
+        self._places = {param: (unit, i) for unit in units for i, param in enumerate(unit.params)}
+        self._scalars: dict[nn.Parameter, dict[str, Any]] = {}
+        self._initialised: dict[nn.Parameter, set[str]] = {}
+        self._captured: dict[int, dict[str, Any]] = {}  # hyper-parameters of this step, by group
+        self._after: dict[int, dict[str, Any]] = {}  # the same as the rule left them
+        self._pipeline: Pipeline | None = None
+        self._streamer: Streamer | None = None
+        for i, group in enumerate(optimizer.param_groups):
+            for param in group["params"]:
+                if param not in self._places:
+                    raise ConfigurationError(
+                        f"optimizer {type(optimizer).__name__} has, in group {i}, a parameter of shape "
+                        f"{tuple(param.shape)} that is not a parameter of the LightningModule; register it there"
+                    )
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def adopt(self) -> None:
+        """Take over the optimizer's step and state."""
+        step = self._make_step()
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        self.optimizer.step = step  # type: ignore[method-assign]
+        self.optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
+        self.optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign, assignment]
+
+    def connect(self, pipeline: Pipeline, streamer: Streamer) -> None:
+        """From now on steps can run."""
+        self._pipeline = pipeline
+        self._streamer = streamer
+
+    def release(self) -> None:
+        """Give the optimizer its own step back; ``state_dict`` goes on to show what is in the store."""
+        self._pipeline = self._streamer = None
+        self.optimizer.__dict__.pop("step", None)
+
+    # -- step ----------------------------------------------------------------------------------------------------
+
+    def update(self, unit: Unit, grads: Mapping[int, Tensor]) -> None:
+        """Update the parameters of ``unit`` that this optimizer owns and that have a gradient."""
+        assert self._pipeline is not None
+        assert self._streamer is not None
+        groups = self._groups()
+        parts: dict[int, ParameterUpdate] = {}
+        for index, grad in grads.items():
+            param = unit.params[index]
+            group = groups.get(param)
+            if group is None:
+                continue
+            options = dict(self._options(group))
+            self._after[group] = options
+            scalars = self._scalars.setdefault(param, {})
+            parts[index] = ParameterUpdate(grad, options, scalars, self._initialised.setdefault(param, set()))
+        if parts:
+            self._streamer.settle(unit)
+            self._pipeline.update(unit, self.rule, parts)
+            self._streamer.superseded(unit)
+
+    def owns(self, unit: Unit) -> bool:
+        """Whether every trainable parameter of ``unit`` is this optimizer's."""
+        groups = self._groups()
+        return all(p in groups for p in unit.params if p.requires_grad)
+
+    def _make_step(self) -> Callable[..., Any]:
+        optimizer = self.optimizer
+
+        def step(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+            hooks = chain(_global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values())
+            for hook in hooks:
+                hook(optimizer, (closure, *args), kwargs)
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._finish_step()
+            after = chain(optimizer._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values())
+            for hook in after:
+                hook(optimizer, (closure, *args), kwargs)
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+            return loss
+
+        return step
+
+    def _finish_step(self) -> None:
+        for unit, grads in params_with_grad(self._units()):
+            self.update(unit, grads)
+        for group, options in self._after.items():  # a class may count in its group
+            for key, value in options.items():
+                if value is not self._captured[group][key]:
+                    self.optimizer.param_groups[group][key] = value
+        self._captured.clear()
+        self._after.clear()
+
+    def _options(self, group: int) -> dict[str, Any]:
+        if group not in self._captured:
+            options = self.optimizer.param_groups[group]
+            self._captured[group] = {key: value for key, value in options.items() if key != "params"}
+        return self._captured[group]
+
+    def _params(self) -> Iterable[nn.Parameter]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def _units(self) -> Iterable[Unit]:
+        return {self._places[p][0].name: self._places[p][0] for p in self._params()}.values()
+
+    def _groups(self) -> dict[nn.Parameter, int]:
+        return {p: i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """What is kept beside full-shaped states, by parameter name."""
+        return {self._name(p): dict(s) for p, s in self._scalars.items() if s}
+
+    def initialised(self) -> dict[str, set[str]]:
+        """Kinds of full-shaped states that each parameter has, by parameter name."""
+        return {self._name(p): set(kinds) for p, kinds in self._initialised.items() if kinds}
+
+    def groups_by_name(self) -> list[dict[str, Any]]:
+        """Parameter groups with names in place of parameters."""
+        return [{**group, "params": [self._name(p) for p in group["params"]]} for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, with state tensors mapped from the store."""
+        state: dict[int, dict[str, Any]] = {}
+        maps: dict[tuple[str, str], AtRest] = {}
+        for number, param in enumerate(self._params()):
+            found = dict(self._scalars.get(param, {}))
+            unit, index = self._places[param]
+            for kind in sorted(self._initialised.get(param, ())):
+                key = (unit.name, kind)
+                if key not in maps:
+                    generation = self._store.current(*key)
+                    assert generation is not None, key
+                    maps[key] = AtRest(self._store, generation)
+                found[kind] = maps[key].tensors[index]
+            if found:
+                state[number] = found
+        groups = []
+        numbers = iter(range(sum(1 for _ in self._params())))
+        for group in self.optimizer.param_groups:
+            groups.append({**group, "params": [next(numbers) for _ in group["params"]]})
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`; tensors are streamed into the store unit by unit.
+
+        Raises:
+            CheckpointError: If the state does not fit the optimizer.
+        """
+        saved_groups = state_dict["param_groups"]
+        groups = self.optimizer.param_groups
+        sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
+        if sizes != saved_sizes:
+            raise CheckpointError(
+                f"the optimizer state is for groups of {saved_sizes} parameters, {type(self.optimizer).__name__} has "
+                f"groups of {sizes}; configure_optimizers must be as it was when the checkpoint was saved"
+            )
+        loaded: dict[nn.Parameter, dict[str, Any]] = {}
+        for group, saved in zip(groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+            for param, number in zip(group["params"], saved["params"], strict=True):
+                if number in state_dict["state"]:
+                    loaded[param] = state_dict["state"][number]
+        self._take(loaded)
+
+    def _take(self, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        by_unit: dict[str, Unit] = {}
+        for param, values in loaded.items():
+            unit, _ = self._places[param]
+            by_unit[unit.name] = unit
+            full = {k for k, v in values.items() if _is_full(v, param)}
+            self._initialised[param] = full
+            self._scalars[param] = {k: v for k, v in values.items() if k not in full}
+        for unit in by_unit.values():
+            for kind in sorted({kind for p in unit.params for kind in self._initialised.get(p, ())}):
+                self._take_kind(unit, kind, [loaded.get(p, {}).get(kind) for p in unit.params])
+
+    def _take_kind(self, unit: Unit, kind: str, tensors: list[Tensor | None]) -> None:
+        layout = unit.layout_of(kind, master_dtype(unit, keep_master=self._keep_master))
+        wanted = dtype_of(layout.dtype)
+        for name, tensor in zip(unit.names, tensors, strict=True):
+            if tensor is not None and tensor.dtype != wanted and tensor.dtype.itemsize > wanted.itemsize:
+                raise CheckpointError(f"state {kind!r} of {name!r} is {tensor.dtype}, the run keeps {wanted}")
+        self._store.put(layout, lambda i: tensors[i])
+
+    def _name(self, param: nn.Parameter) -> str:
+        unit, index = self._places[param]
+        return unit.names[index]
+
+
+def _is_full(value: Any, param: nn.Parameter) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == param.shape and value.is_floating_point()

@@ -1,0 +1,116 @@
+"""What is refused, or warned about, before anything starts; each message names the setting and the way out."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.memory.limits import AUTO_SHARE, available_nbytes
+from lightning_ssd.sizes import parse_nbytes
+
+PATH_VARIABLE = "LIGHTNING_SSD_PATH"
+
+
+def require_one_process(world_size: int, num_devices: int, num_nodes: int) -> None:
+    """Refuse more than one process until units are sharded over ranks."""
+    if max(world_size, num_devices, num_nodes) > 1:
+        raise ConfigurationError(
+            f"strategy='ssd_offload' runs one process on one device in this version, the Trainer asks for "
+            f"{num_devices} device(s) on {num_nodes} node(s) (world size {world_size}); set devices=1, num_nodes=1"
+        )
+
+
+def require_device(device: torch.device) -> None:
+    """Refuse devices we have no route to."""
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(
+            f"strategy='ssd_offload' runs on accelerator='cpu' or 'gpu' (CUDA), not on {device.type!r}"
+        )
+
+
+def require_choices(settings: dict[str, Any]) -> None:
+    """Refuse values outside the documented ones."""
+    allowed: dict[str, tuple[Any, ...]] = {
+        "activations": ("auto", "recompute", "keep"),
+        "overlap": ("auto", "off"),
+        "update": ("auto", "native", "torch"),
+        "state": ("fp32",),
+        "verify_reads": ("auto", True, False),
+    }
+    for name, values in allowed.items():
+        if settings[name] not in values:
+            raise ConfigurationError(f"{name}={settings[name]!r} is unknown; it may be {', '.join(map(repr, values))}")
+    for name in ("window", "quantum"):
+        value = settings[name]
+        if value != "auto" and not (isinstance(value, int) and value >= 1):
+            raise ConfigurationError(f"{name}={value!r} is unknown; it may be 'auto' or a number of units from 1")
+    if settings["min_unit_numel"] < 0:
+        raise ConfigurationError(f"min_unit_numel={settings['min_unit_numel']} must not be negative")
+    if settings["quantum"] not in ("auto", 1):
+        raise ConfigurationError("quantum: only 1 (one unit per transfer, also 'auto') is implemented in this version")
+    if settings["device_memory"] != "auto":
+        raise ConfigurationError(
+            "device_memory cannot be bounded in this version; leave it at 'auto' (on the CPU device, host_memory "
+            "bounds everything)"
+        )
+
+
+def host_budget(host_memory: int | str) -> int | None:
+    """Bytes that ``host_memory`` allows; None for ``"min"``.
+
+    Raises:
+        ConfigurationError: If it is no size, or more than this process may take.
+    """
+    if host_memory == "min":
+        return None
+    available = available_nbytes()
+    if host_memory == "auto":
+        return int(available * AUTO_SHARE)
+    try:
+        budget = parse_nbytes(host_memory)
+    except ValueError as error:
+        raise ConfigurationError(f"host_memory: {error}; or 'auto' or 'min'") from None
+    if budget > available:
+        raise ConfigurationError(
+            f"host_memory={host_memory!r} is {budget} bytes, this process can take {available} (the machine's and "
+            "its control group's limits): set a smaller one, or 'auto'"
+        )
+    return budget
+
+
+def store_roots(nvme_path: list[str] | str | None, default_root: str) -> list[str]:
+    """Directories for the live store."""
+    chosen = nvme_path or os.environ.get(PATH_VARIABLE) or os.path.join(default_root, ".ssd_offload")
+    paths = [chosen] if isinstance(chosen, str) else list(chosen)
+    if len(set(map(os.path.realpath, paths))) < len(paths):
+        raise ConfigurationError(f"nvme_path={paths} names a directory twice")
+    return [os.path.abspath(path) for path in paths]
+
+
+def memory_file_system(path: str) -> str | None:
+    """Name of the file system of ``path`` if it lives in memory."""
+    found, kind = "", ""
+    real = os.path.realpath(path)
+    with open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            _, point, this_kind = line.split()[:3]
+            point = point.encode().decode("unicode_escape")
+            inside = real == point or real.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= len(found):
+                found, kind = point, this_kind
+    return kind if kind in ("tmpfs", "ramfs") else None
+
+
+def require_no_compile(module: nn.Module) -> None:
+    """Refuse compiled modules: the compiler would trace through hooks that must run."""
+    compiled = getattr(module, "_compiler_ctx", None) is not None
+    inner = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
+    if compiled or inner:
+        raise ConfigurationError(
+            "the module is wrapped by torch.compile; strategy='ssd_offload' moves parameters by hooks that a compiled "
+            "forward would not run: pass the module without torch.compile"
+        )

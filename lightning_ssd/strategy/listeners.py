@@ -1,0 +1,37 @@
+"""Whether anybody may look at gradients between backward and the update: then they must be visible as ``.grad``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_MODULE_HOOKS = (
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "configure_gradient_clipping",
+    "backward",
+    "on_before_zero_grad",
+)
+_CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+_STOCK = ("lightning.pytorch.core.", "pytorch_lightning.core.", "lightning.pytorch.callbacks.callback")
+_STOCK_CALLBACK = "pytorch_lightning.callbacks.callback"
+
+
+def gradient_listener(trainer: Any, module: Any) -> str | None:
+    """Who may look at gradients, in words; None if nobody does."""
+    if trainer.gradient_clip_val:
+        return "gradient_clip_val"
+    for name in _MODULE_HOOKS:
+        if _is_overridden(module, name):
+            return f"{type(module).__name__}.{name}"
+    for callback in trainer.callbacks:
+        for name in _CALLBACK_HOOKS:
+            if _is_overridden(callback, name):
+                return f"{type(callback).__name__}.{name}"
+    return None
+
+
+def _is_overridden(obj: Any, name: str) -> bool:
+    if name in vars(obj):
+        return True
+    owner = next((cls for cls in type(obj).__mro__ if name in vars(cls)), None)
+    return owner is not None and not owner.__module__.startswith((*_STOCK, _STOCK_CALLBACK))

@@ -1,0 +1,152 @@
+"""The precision plugin: a stock plugin inside, except that parameters change dtype on their way into the store."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_ssd.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.plugins.precision import Precision as _Base
+else:
+    _Base = object
+
+_TRUE_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+_SUPPORTED = ("32-true", "bf16-mixed", "16-mixed", *_TRUE_DTYPES)
+
+
+class PrecisionMixin(_Base):
+    """Precision for streamed models. `Trainer(precision=...)` makes one by itself; build it to set ``master_dtype``.
+
+    Args:
+        precision: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``, ``"bf16-true"``, ``"16-true"`` or ``"64-true"``.
+        device: Device type of autocast in the mixed precisions.
+        master_dtype: With 16-bit parameters, ``"fp32"`` keeps a float32 master that is updated and rounded to the
+            parameter each step; ``"param"`` updates the 16-bit values themselves, as plain Lightning does.
+    """
+
+    def __init__(
+        self,
+        precision: str = "32-true",
+        device: str = "cpu",
+        master_dtype: Literal["fp32", "param"] = "fp32",
+        *,
+        inner: Any = None,
+    ) -> None:
+        self.inner = inner
+        self.precision = precision if inner is None else inner.precision  # type: ignore[assignment]
+        self.device = device
+        self.master_dtype = master_dtype
+
+    def prepare(self, stock: dict[str, Any]) -> None:
+        """Make the stock plugin that does the arithmetic, from the namespace's classes.
+
+        Raises:
+            ConfigurationError: If the precision is not one we can honour.
+        """
+        if self.master_dtype not in ("fp32", "param"):
+            raise ConfigurationError(f"master_dtype={self.master_dtype!r} is unknown; it may be 'fp32' or 'param'")
+        if self.precision not in _SUPPORTED:
+            raise ConfigurationError(
+                f"precision={self.precision!r} is not supported by strategy='ssd_offload'; use one of "
+                f"{', '.join(_SUPPORTED)}"
+            )
+        if self.inner is None:
+            if self.precision.endswith("-mixed"):
+                self.inner = stock["MixedPrecision"](self.precision, self.device)
+            elif self.precision == "64-true":
+                self.inner = stock["DoublePrecision"]()
+            elif self.precision in _TRUE_DTYPES:
+                self.inner = stock["HalfPrecision"](self.precision)
+            else:
+                self.inner = stock["Precision"]()
+
+    @property
+    def param_dtype(self) -> torch.dtype | None:
+        """Dtype that floating parameters get in the store; None leaves them as they are."""
+        return _TRUE_DTYPES.get(self.precision)
+
+    @property
+    def scaler(self) -> Any:
+        """The loss scaler, None if there is none."""
+        return getattr(self.inner, "scaler", None)
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Convert buffers now; parameters are converted while they stream into the store, never all in memory."""
+        dtype = self.param_dtype
+        if dtype is not None:
+            for m in module.modules():
+                for name, buffer in m._buffers.items():
+                    if buffer is not None and buffer.is_floating_point():
+                        m._buffers[name] = buffer.to(dtype)
+        return module
+
+    # The rest is the stock plugin's.
+
+    def connect(self, model: Any, optimizers: Any, lr_schedulers: Any) -> Any:  # noqa: D102
+        return self.inner.connect(model, optimizers, lr_schedulers)
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:  # noqa: D102
+        return self.inner.tensor_init_context()  # type: ignore[no-any-return]
+
+    def module_init_context(self) -> AbstractContextManager[Any]:  # noqa: D102
+        return self.inner.module_init_context()  # type: ignore[no-any-return]
+
+    def forward_context(self) -> AbstractContextManager[Any]:  # noqa: D102
+        return self.inner.forward_context()  # type: ignore[no-any-return]
+
+    def train_step_context(self) -> AbstractContextManager[Any]:  # noqa: D102
+        return self.inner.train_step_context()  # type: ignore[no-any-return]
+
+    def val_step_context(self) -> AbstractContextManager[Any]:  # noqa: D102
+        return self.inner.val_step_context()  # type: ignore[no-any-return]
+
+    def test_step_context(self) -> AbstractContextManager[Any]:  # noqa: D102
+        return self.inner.test_step_context()  # type: ignore[no-any-return]
+
+    def predict_step_context(self) -> AbstractContextManager[Any]:  # noqa: D102
+        return self.inner.predict_step_context()  # type: ignore[no-any-return]
+
+    def convert_input(self, data: Any) -> Any:  # noqa: D102
+        return self.inner.convert_input(data)
+
+    def convert_output(self, data: Any) -> Any:  # noqa: D102
+        return self.inner.convert_output(data)
+
+    def pre_backward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        return self.inner.pre_backward(*args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        self.inner.backward(*args, **kwargs)
+
+    def post_backward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        return self.inner.post_backward(*args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        return self.inner.optimizer_step(*args, **kwargs)
+
+    def clip_gradients(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        self.inner.clip_gradients(*args, **kwargs)
+
+    def main_params(self, optimizer: Any) -> Any:  # noqa: D102
+        return self.inner.main_params(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return self.inner.state_dict()  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self.inner.load_state_dict(state_dict)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
+        self.inner.on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
+        self.inner.on_load_checkpoint(checkpoint)
+
+    def teardown(self) -> None:  # noqa: D102
+        if self.inner is not None:
+            self.inner.teardown()

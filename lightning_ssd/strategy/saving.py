@@ -1,0 +1,150 @@
+"""Between Lightning's checkpoint dictionary and a checkpoint directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_ssd.checkpoint import save as saving
+from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.directory import remove as remove
+from lightning_ssd.checkpoint.export import optimizer_state
+from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
+from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
+from lightning_ssd.checkpoint.state_dict import StateDictView, split_rest
+from lightning_ssd.errors import CheckpointError
+from lightning_ssd.store.state_store import Generation
+from lightning_ssd.strategy.session import Session
+from lightning_ssd.streaming.unit import Unit
+
+MASTERS = "ssd_offload_masters"
+"""Key under which an opened checkpoint carries float32 masters of 16-bit parameters, by parameter name."""
+
+
+def state_dict(module: nn.Module) -> dict[str, Any]:
+    """The module's state dict with the parameters themselves in it, so that no value is read to make it.
+
+    A module whose own ``state_dict`` takes no ``keep_vars`` is asked plainly; that maps the parameters' files.
+    """
+    try:
+        return dict(module.state_dict(keep_vars=True))
+    except TypeError:
+        return dict(module.state_dict())
+
+
+def save(session: Session, checkpoint: dict[str, Any], path: Any) -> None:
+    """Save what Lightning dumped as a checkpoint directory.
+
+    Raises:
+        CheckpointError: If it could not be saved; what was there before is untouched.
+    """
+    small = dict(checkpoint)
+    tensors: Mapping[str, Any] = small.pop("state_dict")
+    has_optimizers = small.pop("optimizer_states", None) is not None
+    places = {param: (unit, i) for unit in session.units for i, param in enumerate(unit.params)}
+    with session.settled():
+        rest: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}
+        units: dict[str, Unit] = {}
+        for name, value in tensors.items():
+            if isinstance(value, nn.Parameter) and value in places:
+                unit, index = places[value]
+                units[unit.name] = unit
+                if name != unit.names[index]:
+                    aliases[name] = unit.names[index]
+            elif isinstance(value, Tensor):
+                rest[name] = value.detach().cpu()
+            else:
+                small.setdefault("state_dict_extra", {})[name] = value
+        files = [_unit_file(g) for g in _generations(session, units, with_state=has_optimizers)]
+        records = _records(session, rest) if has_optimizers else []
+        dtypes = {n: unit.layout.dtype for unit in units.values() for n in unit.names}
+        step = int(small.get("global_step", 0))
+        saving.save(os.fspath(path), files, rest, small, records, step=step, dtypes=dtypes, aliases=aliases)
+
+
+def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
+    """Open a checkpoint directory, or a plain ``.ckpt``, as Lightning's dictionary with mapped tensors.
+
+    A directory is read once to compare its checksums before anything is used.
+
+    Raises:
+        CheckpointError: If it is incomplete or malformed.
+        CorruptionError: If a byte differs from what was saved; names file, parameter and offset.
+    """
+    name = os.path.abspath(os.fspath(path))
+    if not is_checkpoint(name):
+        if os.path.isdir(name):
+            raise CheckpointError(
+                f"{name!r} is a directory without a manifest: no checkpoint of strategy='ssd_offload', or one whose "
+                "saving was interrupted"
+            )
+        return load_pickle(name, name, weights_only is not False)
+    reader = CheckpointReader(name)  # stays open as long as a tensor maps its files
+    reader.verify()
+    checkpoint = reader.state(weights_only)
+    weights = {**dict(StateDictView(reader)), **checkpoint.pop("state_dict_extra", {})}
+    checkpoint["state_dict"] = weights
+    _, odd = split_rest(reader)
+    records = reader.optimizers(weights_only)
+    if records or "lr_schedulers" in checkpoint:
+        checkpoint["optimizer_states"] = [
+            optimizer_state(record, _full(reader, record), odd.get(i, {})) for i, record in enumerate(records)
+        ]
+    names = [n for n in reader.parameter_names if "master" in reader.kinds(n)]
+    checkpoint[MASTERS] = {n: reader.tensor(n, "master") for n in names}
+    return checkpoint
+
+
+def _full(reader: CheckpointReader, record: OptimizerRecord) -> Any:
+    def full(name: str, kind: str) -> Tensor:
+        if name not in record.state or kind not in reader.kinds(name):
+            raise KeyError(name)
+        return reader.tensor(name, kind)
+
+    return full
+
+
+def _generations(session: Session, units: Mapping[str, Unit], *, with_state: bool) -> Iterator[Generation]:
+    for unit in session.units:
+        if unit.name in units:
+            for kind in session.store.kinds(unit.name):
+                generation = session.store.current(unit.name, kind)
+                if generation is not None and (with_state or kind == "param"):
+                    yield generation
+
+
+def _unit_file(generation: Generation) -> UnitFile:
+    layout = generation.layout
+    checks = [check for check in generation.checks if check is not None]
+    return UnitFile(
+        unit=layout.unit,
+        kind=layout.kind,
+        source=generation.file.path,
+        linkable=not generation.is_mapped,
+        entries=layout.entries,
+        checksums=tuple(checks) if len(checks) == len(generation.checks) else None,
+        data_begin=layout.data_begin,
+    )
+
+
+def _records(session: Session, rest: dict[str, Tensor]) -> list[OptimizerRecord]:
+    records = []
+    for number, adopted in enumerate(session.optimizers):
+        initialised = adopted.initialised()
+        scalars = adopted.scalars()
+        state: dict[str, dict[str, Any]] = {}
+        for name in {**initialised, **scalars}:
+            state[name] = {}
+            for key, value in scalars.get(name, {}).items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    rest[f"optimizer.{number}.{name}.{key}"] = value
+                else:
+                    state[name][key] = value
+        kinds = sorted({kind for found in initialised.values() for kind in found})
+        class_name = f"{type(adopted.optimizer).__module__}.{type(adopted.optimizer).__qualname__}"
+        records.append(OptimizerRecord(class_name, adopted.groups_by_name(), state, kinds))
+    return records

@@ -1,0 +1,337 @@
+"""The parts, put together for one model: store, plan, pools, streamer, sink, pipeline, adopted optimizers.
+
+A session begins when the Trainer sets the strategy up. At teardown it goes to rest: no hooks, threads or pools, but the
+files stay, so that a checkpoint can still be saved; they go when the next session begins or the process ends.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.io.engine import Engine, IOOptions, IOStats
+from lightning_ssd.io.select import make_engine, use_direct
+from lightning_ssd.memory.plan import MemoryPlan, UnitSize, make_plan
+from lightning_ssd.memory.pool import Pool
+from lightning_ssd.optim.pipeline import Pipeline, master_dtype, state_nbytes_per_numel
+from lightning_ssd.optim.rules import choose_rule
+from lightning_ssd.optim.streamed import StreamedOptimizer
+from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
+from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.streaming.activations import keeps_activations
+from lightning_ssd.streaming.fetch import make_route
+from lightning_ssd.streaming.gradients import GradientSink, Mode
+from lightning_ssd.streaming.nursery import Nursery
+from lightning_ssd.streaming.partition import UnitPolicy, partition
+from lightning_ssd.streaming.placeholder import placeholders
+from lightning_ssd.streaming.streamer import Streamer
+from lightning_ssd.streaming.unit import Unit
+from lightning_ssd.trace import Trace
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user set, checked. Sizes in bytes.
+
+    Attributes:
+        roots: Directories for the live store, one per disk.
+        budget_nbytes: Host memory; None for the smallest plan that works.
+        device: Where compute runs.
+        units: Which modules become units.
+        min_unit_numel: Elements from which a leftover is a unit of its own.
+        recompute: Blocks run their forward again in backward.
+        stream_updates: Updates may run during backward.
+        update: ``"auto"``, ``"native"`` or ``"torch"``.
+        window: Units fetched ahead of use.
+        verify: Check every read against checksums.
+        io: Disk transport.
+        param_dtype: Dtype of floating parameters in the store; None leaves them as they are.
+        keep_master: Keep a float32 master of 16-bit parameters.
+        keep_store: Leave the files when the run ends.
+    """
+
+    roots: list[str]
+    budget_nbytes: int | None
+    device: torch.device
+    units: UnitPolicy
+    min_unit_numel: int
+    recompute: bool
+    stream_updates: bool
+    update: str
+    window: int
+    verify: bool
+    io: IOOptions
+    param_dtype: torch.dtype | None
+    keep_master: bool
+    keep_store: bool
+
+
+class Session:
+    """One model under the strategy.
+
+    Attributes:
+        settings: What the user set.
+        trace: Order of events.
+        engine: Moves bytes between disk and memory.
+        store: The files.
+        units: The model's units, in order.
+        plan: Memory, once `start` was called.
+        streamer: Moves units, once `start` was called.
+        sink: Takes gradients.
+        optimizers: The adopted optimizers, in Lightning's order.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.trace = Trace()
+        self.engine: Engine = make_engine(settings.io)
+        try:
+            self.store = self._make_store()
+        except BaseException:
+            self.engine.close()
+            raise
+        self.units: list[Unit] = []
+        self.plan: MemoryPlan | None = None
+        self.streamer: Streamer | None = None
+        self.sink: GradientSink | None = None
+        self.optimizers: list[StreamedOptimizer] = []
+        self._pools: list[Pool] = []
+        self._pipeline: Pipeline | None = None
+        self._streaming_for: StreamedOptimizer | None = None
+        self.nursery = Nursery(self.store.spill_directory)
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def place(self, module: nn.Module) -> None:
+        """Cut ``module`` into units and write their values into the store; initialises what is on the meta device."""
+        self.nursery.materialise(module)
+        specs = partition(module, policy=self.settings.units, min_numel=self.settings.min_unit_numel)
+        self.units = [Unit(spec, self.settings.param_dtype) for spec in specs]
+        self.store.require_free(sum(unit.layout.file_nbytes for unit in self.units), "placing the parameters")
+        blocks = {unit.block for unit in self.units if unit.block is not None}
+        self.streamer = Streamer(
+            self.units,
+            store=self.store,
+            device=self.settings.device,
+            recompute={b for b in blocks if self.settings.recompute and not keeps_activations(b)},
+            window=self.settings.window,
+            trace=self.trace,
+        )
+        parked = placeholders(self.units, self.store.spill_directory)
+        for unit in self.units:
+            self._place_unit(unit)
+            unit.parked = parked[unit.name]
+            self.streamer.park(unit)
+
+    def _place_unit(self, unit: Unit) -> None:
+        for param in unit.params:
+            if param.is_cuda:
+                param.data = param.data.cpu()
+        self.store.put(unit.layout, lambda i: unit.params[i].data)
+
+    def adopt(self, optimizer: Optimizer) -> StreamedOptimizer:
+        """Take over an optimizer; if the session is running its steps work at once."""
+        for adopted in self.optimizers:
+            if adopted.optimizer is optimizer:
+                return adopted
+        rule = choose_rule(optimizer, self.settings.update)
+        adopted = StreamedOptimizer(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master)
+        adopted.adopt()
+        if self._pipeline is not None and self.streamer is not None:
+            adopted.connect(self._pipeline, self.streamer)
+        self.optimizers.append(adopted)
+        return adopted
+
+    def start(self, module: nn.Module) -> None:
+        """Decide and take the memory, hook the modules.
+
+        Raises:
+            MemoryPlanError: If the budget cannot work.
+            StoreError: If the disk cannot hold the run.
+        """
+        assert self.streamer is not None
+        self.plan = self._make_plan(module)
+        self.store.require_free(self.disk_nbytes, "the optimizer state and generations being written")
+        params, updates = Pool(self.plan.param_nbytes, "parameter"), Pool(self.plan.update_nbytes, "update")
+        self._pools = [params, updates]
+        self.sink = GradientSink(None if self.plan.keep_grads else self.store.spill_directory, self._on_complete)
+        self._pipeline = Pipeline(
+            self.store,
+            updates,
+            chunk_numel=self.plan.chunk_numel,
+            depth=self.plan.depth,
+            keep_master=self.settings.keep_master,
+            trace=self.trace,
+        )
+        for adopted in self.optimizers:
+            adopted.connect(self._pipeline, self.streamer)
+        route = make_route(self.settings.device)
+        self.streamer.start(pool=params, route=route, sink=self.sink, keep_cache=self.plan.keep_cache)
+
+    def rest(self) -> None:
+        """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
+        if self.streamer is not None:
+            self.streamer.stop()
+        if self.sink is not None:
+            self.sink.close()
+        for adopted in self.optimizers:
+            adopted.release()
+        for pool in self._pools:
+            pool.close()
+        self._pools = []
+        self.engine.close()
+
+    def close(self) -> None:
+        """Remove the files (or keep them, if asked for). Parameters that map them keep their values."""
+        self.rest()
+        self.store.close(remove=not self.settings.keep_store)
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, the files hold every value, also those that the user changed at rest; works after `rest` too."""
+        assert self.streamer is not None
+        awake = [unit for unit in self.units if unit.at_rest is not None]
+        resting = not self._pools
+        if resting:
+            self.store.engine = make_engine(self.settings.io)
+        try:
+            for unit in awake:
+                self.streamer.settle(unit)
+            yield
+        finally:
+            if resting:
+                self.streamer.stop()
+                self.store.engine.close()
+
+    def take_masters(self, masters: Mapping[str, Tensor]) -> None:
+        """Stream float32 masters of 16-bit parameters, by parameter name, into the store."""
+        for unit in self.units:
+            dtype = master_dtype(unit, keep_master=self.settings.keep_master)
+            if dtype != unit.layout.dtype and all(name in masters for name in unit.names):
+                names = unit.names
+                self.store.put(unit.layout_of("master", dtype), lambda i, names=names: masters[names[i]])  # type: ignore[misc]
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    def stream_updates_for(self, optimizer: Optimizer | None) -> None:
+        """From now on gradients of units that are complete update them at once, or (None) stay visible."""
+        assert self.sink is not None
+        self._streaming_for = None if optimizer is None else self.adopt(optimizer)
+        self.sink.mode = Mode.VISIBLE if optimizer is None else Mode.STREAMED
+
+    def _on_complete(self, unit: Unit, grads: dict[int, Tensor]) -> None:
+        assert self._streaming_for is not None
+        self._streaming_for.update(unit, grads)
+
+    # -- numbers -------------------------------------------------------------------------------------------------
+
+    @property
+    def disk_nbytes(self) -> int:
+        """Bytes that the run still needs on disk: optimizer state, generations being written, waiting gradients."""
+        state = sum(self._state_nbytes(unit) * unit.layout.numel for unit in self._trained())
+        in_flight = max(
+            (self._state_nbytes(u) * u.layout.numel + u.layout.data_nbytes for u in self._trained()), default=0
+        )
+        spilled = sum(unit.layout.data_nbytes for unit in self._trained())
+        return state + in_flight + spilled
+
+    def stats(self) -> IOStats:
+        """What was read and written so far."""
+        return self.engine.stats()
+
+    def _trained(self) -> list[Unit]:
+        owned = {p for adopted in self.optimizers for g in adopted.optimizer.param_groups for p in g["params"]}
+        return [unit for unit in self.units if any(p in owned and p.requires_grad for p in unit.params)]
+
+    def _num_kinds(self, unit: Unit) -> int:
+        kinds: set[str] = set()
+        mine = set(unit.params)
+        for adopted in self.optimizers:
+            for group in adopted.optimizer.param_groups:
+                if not mine.isdisjoint(group["params"]):
+                    kinds.update(adopted.rule.kinds(group))
+        return len(kinds)
+
+    def _state_nbytes(self, unit: Unit) -> int:
+        """Bytes per element of a unit's state on disk beyond the parameter itself."""
+        master = master_dtype(unit, keep_master=self.settings.keep_master)
+        extra = 0 if master == unit.layout.dtype else 4
+        return extra + self._num_kinds(unit) * max(4, unit.layout.itemsize)
+
+    def _make_plan(self, module: nn.Module) -> MemoryPlan:
+        trained = {unit.name for unit in self._trained()}
+        sizes = [
+            UnitSize(
+                unit.name,
+                unit.layout.buffer_nbytes,
+                unit.layout.data_nbytes if unit.name in trained else 0,
+                unit.layout.numel if unit.name in trained else 0,
+                state_nbytes_per_numel(unit, self._num_kinds(unit), keep_master=self.settings.keep_master),
+            )
+            for unit in self.units
+        ]
+        return make_plan(
+            sizes,
+            chains(module, self.units),
+            budget_nbytes=self.settings.budget_nbytes,
+            is_elementwise=all(adopted.rule.is_elementwise for adopted in self.optimizers),
+            grads_on_host=self.settings.device.type == "cpu",
+        )
+
+    def _make_store(self) -> StateStore:
+        # Each generation of each kind of each unit is an open file.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        directories: list[RunDirectory] = []
+        try:
+            for root in self.settings.roots:
+                warn_of_dead_runs(root)
+                directories.append(RunDirectory(root))
+            direct = [use_direct(self.settings.io, directory.path) for directory in directories]
+        except BaseException:
+            for directory in directories:
+                directory.close(remove=True)
+            raise
+        return StateStore(directories, self.engine, direct=direct, verify=self.settings.verify)
+
+
+def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:
+    """Units that modules nested in each other need at the same time; sticky units are in every chain."""
+    users: dict[nn.Module, list[Unit]] = {}
+    for unit in units:
+        for user in unit.modules:
+            users.setdefault(user, []).append(unit)
+    always = [unit.name for unit in units if unit.sticky]
+    found: list[list[str]] = [always] if always else []
+
+    def visit(inner: nn.Module, held: list[str]) -> None:
+        here = held + [unit.name for unit in users.get(inner, []) if unit.name not in held]
+        if len(here) > len(held):
+            found.append(here)
+        for child in inner.children():
+            visit(child, here)
+
+    visit(module, always)
+    if not found:
+        raise ConfigurationError("the model has no parameters to stream")
+    return found
+
+
+def report(session: Session) -> dict[str, Any]:
+    """Figures of a running session, for the start-up summary and tests."""
+    assert session.plan is not None
+    return {
+        "num_units": len(session.units),
+        "numel": sum(unit.layout.numel for unit in session.units),
+        "plan": session.plan,
+        "disk_nbytes": session.disk_nbytes + session.store.nbytes_on_disk,
+        "engine": session.engine.reason,
+    }

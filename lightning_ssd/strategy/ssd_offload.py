@@ -1,0 +1,437 @@
+"""What Lightning sees: one strategy. Behaviour without a namespace; the faces add Lightning's base classes.
+
+Everything it does is handed to a `Session`; this file only says when.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, Union, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.io.engine import IOOptions, IOStats
+from lightning_ssd.optim import kernels
+from lightning_ssd.strategy import guards
+from lightning_ssd.strategy.listeners import gradient_listener
+from lightning_ssd.strategy.precision import PrecisionMixin
+from lightning_ssd.strategy.resume import Resume
+from lightning_ssd.strategy.saving import load, remove, save, state_dict
+from lightning_ssd.strategy.session import Session, Settings
+from lightning_ssd.strategy.summary import summary
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy as _Base
+else:
+    _Base = object
+
+
+class StrategyMixin(_Base):
+    """Streams parameters, optimizer state, gradients and activations through NVMe SSDs.
+
+    Args:
+        accelerator: As in every Lightning strategy; so are the next four.
+        parallel_devices: The one device to use.
+        cluster_environment: Where ranks come from; one process in this version.
+        checkpoint_io: Not supported, since checkpoints are hard links to the store: leave it unset.
+        precision_plugin: A precision plugin; `Trainer(precision=...)` sets it.
+        nvme_path: Directory, or one per disk, for the live store. Default: ``$LIGHTNING_SSD_PATH``, else
+            ``.ssd_offload`` under the Trainer's ``default_root_dir``.
+        host_memory: Bytes (int, or text such as ``"16GiB"``) of host memory that may be used; ``"auto"`` takes half of
+            what the machine and the control group leave; ``"min"`` takes the smallest plan that works and keeps
+            nothing in memory.
+        device_memory: Only ``"auto"`` in this version.
+        units: ``"auto"``, or class names of the modules that are streamed as one unit each.
+        min_unit_numel: Modules outside repeated blocks with at least this many parameters are units of their own;
+            smaller ones share a unit that stays in memory during a step.
+        activations: ``"recompute"`` runs each block's forward again in backward, ``"keep"`` keeps what it saved;
+            ``"auto"`` recomputes, except blocks that work in place.
+        overlap: ``"auto"`` updates units during backward where that is exact; ``"off"`` updates after it.
+        update: ``"native"`` uses the fused kernels (Adam, AdamW, SGD), ``"torch"`` the optimizer's own class on one
+            parameter at a time (bit-equal to plain torch); ``"auto"`` is native where there is a kernel.
+        state: Form of the optimizer state on disk; ``"fp32"``.
+        window: Units fetched ahead of use; ``"auto"`` is one.
+        quantum: Units moved per transfer; ``"auto"`` is one.
+        verify_reads: Check every byte read against a checksum; ``"auto"`` does where the kernel is native.
+        io: Disk transport.
+        keep_store: Leave the live store on disk when the run ends.
+    """
+
+    strategy_name = "ssd_offload"
+    # Set by the faces: Lightning's stock precision classes, by name, and the root of its logger names.
+    _stock_precision: Mapping[str, Any]
+    _precision_class: type[PrecisionMixin]
+    _namespace: str
+
+    def __init__(
+        self,
+        accelerator: Any = None,
+        parallel_devices: Any = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        *,
+        nvme_path: Union[list[str], str, None] = None,  # noqa: UP007  jsonargparse tries members in this order
+        host_memory: Union[int, str] = "auto",  # noqa: UP007
+        device_memory: Union[int, str] = "auto",  # noqa: UP007
+        units: Union[list[str], str] = "auto",  # noqa: UP007
+        min_unit_numel: int = 1_000_000,
+        activations: Literal["auto", "recompute", "keep"] = "auto",
+        overlap: Literal["auto", "off"] = "auto",
+        update: Literal["auto", "native", "torch"] = "auto",
+        state: Literal["fp32"] = "fp32",
+        window: Union[int, Literal["auto"]] = "auto",  # noqa: UP007
+        quantum: Union[int, Literal["auto"]] = "auto",  # noqa: UP007
+        verify_reads: Union[bool, Literal["auto"]] = "auto",  # noqa: UP007
+        io: IOOptions = IOOptions(),  # noqa: B008  frozen
+        keep_store: bool = False,
+    ) -> None:
+        self._session: Session | None = None
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        self.num_nodes = 1
+        self._settings: dict[str, Any] = {
+            "nvme_path": nvme_path,
+            "host_memory": host_memory,
+            "device_memory": device_memory,
+            "units": units,
+            "min_unit_numel": min_unit_numel,
+            "activations": activations,
+            "overlap": overlap,
+            "update": update,
+            "state": state,
+            "window": window,
+            "quantum": quantum,
+            "verify_reads": verify_reads,
+            "io": io,
+            "keep_store": keep_store,
+        }
+        self._resume = Resume()
+        self._closer: Callable[[], None] | None = None
+
+    # -- one process -------------------------------------------------------------------------------------------
+
+    @property
+    def is_distributed(self) -> bool:
+        """One process: no sampler is replaced, no reduction is made."""
+        return False
+
+    @property
+    def root_device(self) -> torch.device:
+        """Where compute runs."""
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """What a distributed sampler would be made with."""
+        return {"num_replicas": 1, "rank": 0}
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """The identity."""
+        return tensor
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """The identity."""
+        return decision
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """The identity."""
+        return tensor
+
+    def barrier(self, name: str | None = None) -> None:
+        """Nobody to wait for."""
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The identity."""
+        return obj
+
+    # -- setup -------------------------------------------------------------------------------------------------
+
+    @property
+    def precision_plugin(self) -> Any:
+        """The precision plugin; a stock one is put inside ours."""
+        return self._precision_plugin if self._precision_plugin is not None else self._stock_precision["Precision"]()
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Any) -> None:
+        if plugin is not None and not isinstance(plugin, PrecisionMixin):
+            plugin = self._precision_class(inner=plugin)  # type: ignore[call-arg]
+        if plugin is not None:
+            plugin.prepare(self._stock_precision)
+        self._precision_plugin = plugin
+
+    @property
+    def session(self) -> Session:
+        """The parts, once the Trainer has set the environment up."""
+        if self._session is None:
+            raise ConfigurationError("strategy='ssd_offload' has no session yet: the Trainer has not started")
+        return self._session
+
+    def stats(self) -> IOStats:
+        """What was read from and written to disk since the Trainer started, bytes and seconds."""
+        return self.session.stats()
+
+    def setup_environment(self) -> None:
+        """Check the settings, and make the run directory."""
+        assert self.accelerator is not None
+        guards.require_choices(self._settings)
+        guards.require_one_process(self.world_size, len(self.parallel_devices or []), self.num_nodes)
+        guards.require_device(self.root_device)
+        if self._checkpoint_io is not None:
+            raise ConfigurationError(
+                f"the checkpoint plugin {type(self._checkpoint_io).__name__} cannot be used with "
+                "strategy='ssd_offload', whose checkpoints are directories of hard links: remove it from plugins"
+            )
+        super().setup_environment()
+        assert self.lightning_module is not None
+        self._resume.begin(is_fit=self.lightning_module.trainer.state.fn == "fit")
+        previous, self._session = self._session, Session(self._checked_settings())
+        if previous is not None:
+            previous.close()
+        if self._closer is not None:
+            atexit.unregister(self._closer)
+        self._closer = self.session.close
+        atexit.register(self._closer)
+
+    def _checked_settings(self) -> Settings:
+        chosen = self._settings
+        assert self.lightning_module is not None
+        roots = guards.store_roots(chosen["nvme_path"], self.lightning_module.trainer.default_root_dir)
+        for root in roots:
+            in_memory = guards.memory_file_system(root)
+            if in_memory:
+                warnings.warn(
+                    f"nvme_path={root!r} is on {in_memory}, which lives in memory: nothing is saved by streaming "
+                    "there, and host_memory does not count it; choose a directory on a disk",
+                    stacklevel=2,
+                )
+        plugin = self.precision_plugin
+        return Settings(
+            roots=roots,
+            budget_nbytes=guards.host_budget(chosen["host_memory"]),
+            device=self.root_device,
+            units=chosen["units"],
+            min_unit_numel=chosen["min_unit_numel"],
+            recompute=chosen["activations"] != "keep",
+            stream_updates=chosen["overlap"] == "auto",
+            update=chosen["update"],
+            window=1 if chosen["window"] == "auto" else chosen["window"],
+            verify=kernels.is_native() if chosen["verify_reads"] == "auto" else chosen["verify_reads"],
+            io=chosen["io"],
+            param_dtype=plugin.param_dtype,
+            keep_master=plugin.master_dtype == "fp32",
+            keep_store=chosen["keep_store"],
+        )
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """While ``configure_model`` runs, parameters are mapped files as they are registered."""
+        with ExitStack() as stack:
+            if self._session is not None:
+                stack.enter_context(self._session.nursery.armed())
+            yield
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """For `trainer.init_module()`: tensors are made on the host, in the precision's dtype."""
+        with ExitStack() as stack:
+            stack.enter_context(self.precision_plugin.tensor_init_context())
+            if self._session is not None:
+                stack.enter_context(self._session.nursery.armed())
+            yield
+
+    def setup(self, trainer: Any) -> None:
+        """Place the model in the store, adopt the optimizers, plan the memory, hook the modules."""
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        guards.require_no_compile(self.lightning_module)
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.lightning_module)
+        self.session.place(self.lightning_module)
+        self.model_to_device()
+        if trainer.state.fn == "fit":
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        self.session.start(self.lightning_module)
+        logging.getLogger(f"{self._namespace}.ssd_offload").info(summary(self.session))
+
+    def model_to_device(self) -> None:
+        """Move buffers; parameters go to the device unit by unit."""
+        assert self.lightning_module is not None
+        for module in self.lightning_module.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.root_device)
+            if hasattr(module, "_device"):
+                module._device = self.root_device
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The user's optimizers, adopted."""
+        return self._optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        if self._session is not None and self._session.streamer is not None:
+            for optimizer in optimizers:
+                if isinstance(optimizer, Optimizer) and optimizer.param_groups:
+                    self._session.adopt(optimizer)
+        _optimizers_setter(self)(optimizers)
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's step; parameters come and go."""
+        with self._stepping("train"):
+            return super().training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's step; parameters come and go."""
+        with self._stepping("eval", ends=True):
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's step; parameters come and go."""
+        with self._stepping("eval", ends=True):
+            return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's step; parameters come and go."""
+        with self._stepping("eval", ends=True):
+            return super().predict_step(*args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Run backward; units come again, gradients go."""
+        with self._stepping(""):
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        """Run the step; where nobody may look at gradients, units are updated during its backward."""
+        session = self.session
+        if self._may_stream_updates(optimizer):
+            session.stream_updates_for(optimizer)
+        try:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        finally:
+            session.stream_updates_for(None)
+            assert session.streamer is not None
+            session.streamer.end_step()
+
+    @contextmanager
+    def _stepping(self, kind: str, *, ends: bool = False) -> Iterator[None]:
+        streamer = self.session.streamer
+        assert streamer is not None
+        with streamer.step(kind):
+            yield
+        if ends:
+            streamer.end_step()
+
+    def _may_stream_updates(self, optimizer: Optimizer) -> bool:
+        module = self.lightning_module
+        assert module is not None
+        return (
+            self.session.settings.stream_updates
+            and module.automatic_optimization
+            and len(self.optimizers) == 1
+            and self.precision_plugin.scaler is None
+            and gradient_listener(module.trainer, module) is None
+        )
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are restored before they are placed, so finetuning and averaging callbacks see them."""
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state, with streamed parameters as they are: at rest, unread."""
+        assert self.lightning_module is not None
+        return state_dict(self.lightning_module)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state, with tensors mapped from the store."""
+        inner = getattr(optimizer, "_optimizer", optimizer)
+        return cast(dict[str, Any], inner.state_dict())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save a checkpoint directory: hard links to the store, and a little beside them."""
+        if storage_options is not None:
+            raise ConfigurationError("storage_options are not used by strategy='ssd_offload'; leave them out")
+        assert self.lightning_module is not None
+        save(self.session, {**checkpoint, **self._resume.state(self.lightning_module.trainer)}, filepath)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors stay mapped until they are placed."""
+        checkpoint = load(checkpoint_path, weights_only)
+        self._resume.take(checkpoint)
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load weights before they are placed; what is on the meta device takes the mapped tensors as they are."""
+        assert self.lightning_module is not None
+        self.session.nursery.load(self.lightning_module, checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Stream optimizer state, and float32 masters, into the store."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+        self.session.take_masters(checkpoint.get("ssd_offload_masters", {}))
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint directory of ours, or a plain checkpoint file."""
+        if is_checkpoint(filepath):
+            remove(filepath)
+        else:
+            super().remove_checkpoint(filepath)
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Make a DataLoader resumable, so that training goes on with the next batch after a restart."""
+        assert self.lightning_module is not None
+        return self._resume.watch(dataloader) if self.lightning_module.trainer.training else dataloader
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """After a restart, the last moment to set the generators."""
+        self._resume.begin_batch()
+
+    # -- end ---------------------------------------------------------------------------------------------------
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Drop what the failed step held."""
+        if self._session is not None and self._session.streamer is not None:
+            self._session.streamer.abort_step()
+
+    def teardown(self) -> None:
+        """Hooks, threads and memory go; parameters are plain again, on mappings of their files."""
+        if self._session is not None:
+            self._session.rest()
+        if self.lightning_module is not None:
+            for module in self.lightning_module.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = buffer.cpu()
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+        if self.cluster_environment is not None:
+            self.cluster_environment.teardown()
+
+
+def _optimizers_setter(strategy: Any) -> Callable[[list[Optimizer]], None]:
+    base = next(cls for cls in type(strategy).__mro__ if cls.__name__ == "Strategy" and "optimizers" in vars(cls))
+    setter = vars(base)["optimizers"].fset
+    return lambda optimizers: setter(strategy, optimizers)

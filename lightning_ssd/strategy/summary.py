@@ -1,0 +1,33 @@
+"""What is said at the start: what lives where, within which budget."""
+
+from __future__ import annotations
+
+from lightning_ssd.optim import kernels
+from lightning_ssd.sizes import fmt
+from lightning_ssd.strategy.session import Session
+
+
+def summary(session: Session) -> str:
+    """The plan of a started session, a few lines."""
+    plan, settings = session.plan, session.settings
+    assert plan is not None
+    numel = sum(unit.layout.numel for unit in session.units)
+    largest = max(session.units, key=lambda unit: unit.layout.data_nbytes)
+    budget = "the smallest plan" if settings.budget_nbytes is None else f"host_memory={fmt(settings.budget_nbytes)}"
+    lines = [
+        f"ssd_offload: {numel:,} parameters in {len(session.units)} units, the largest {largest.name!r} with "
+        f"{fmt(largest.layout.data_nbytes)}",
+        f"  host memory: {fmt(plan.host_nbytes)} of {budget} (smallest that works: {fmt(plan.smallest_nbytes)}): "
+        f"parameters {fmt(plan.param_nbytes)}, gradients {fmt(plan.grad_nbytes)}, update {fmt(plan.update_nbytes)}, "
+        f"staging {fmt(plan.staging_nbytes)}",
+        f"  disk: {fmt(session.store.nbytes_on_disk + session.disk_nbytes)} in {', '.join(settings.roots)} "
+        f"({session.engine.reason})",
+    ]
+    for adopted in session.optimizers:
+        name = type(adopted.optimizer).__name__
+        if adopted.rule.is_elementwise:
+            equal = "bit-equal" if kernels.is_bit_equal_to_torch() else "within 1 ulp an operation of"
+            lines.append(f"  update: {name} by {kernels.describe()}, {equal} torch's for-loop {name} on this machine")
+        else:
+            lines.append(f"  update: {name} runs its own class, one parameter at a time (bit-equal to plain torch)")
+    return "\n".join(lines)

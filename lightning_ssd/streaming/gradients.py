@@ -1,0 +1,176 @@
+"""The sink: takes gradients off the device as they arrive; keeps them visible, or hands on complete units.
+
+[Note: gradients] Inside the optimizer's step, when nobody may look at gradients, a unit whose gradients are all there
+is handed on at once (`Mode.STREAMED`) and its memory is freed. Otherwise gradients wait as ``.grad``
+(`Mode.VISIBLE`), in memory or, past the budget, on a mapped file that the kernel may write back: no anonymous memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+from collections.abc import Callable, Iterable
+from enum import Enum, auto
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.io.engine import File
+from lightning_ssd.memory.views import Views, address_of
+from lightning_ssd.store.layout import MEMORY_ALIGNMENT
+from lightning_ssd.streaming.unit import Unit
+
+
+class Mode(Enum):
+    """What becomes of a gradient."""
+
+    VISIBLE = auto()  # it stays ``.grad`` until the user's zero_grad
+    STREAMED = auto()  # it goes to `GradientSink.on_complete` with the rest of its unit, and ``.grad`` is None
+
+
+class GradientSink:
+    """Where the gradients of all units go.
+
+    Args:
+        spill_directory: Where waiting gradients are mapped; None keeps them in memory.
+        on_complete: Called in `Mode.STREAMED` with a unit and its gradients by parameter index.
+    """
+
+    def __init__(self, spill_directory: str | None, on_complete: Callable[[Unit, dict[int, Tensor]], None]) -> None:
+        self.mode = Mode.VISIBLE
+        self._spill_directory = spill_directory
+        self._on_complete = on_complete
+        self._handles: dict[nn.Parameter, RemovableHandle] = {}
+        self._arrived: dict[str, set[int]] = {}  # parameters whose gradient this backward has brought, by unit
+        self._uses: dict[str, int] = {}  # forwards of each unit whose backward has not ended
+        self._units: dict[str, Unit] = {}
+        self._spills: dict[str, _Spill] = {}
+        self._numbers = itertools.count()
+
+    def watch(self, unit: Unit, on_backward: Callable[[], None]) -> None:
+        """From now on take the gradients of ``unit``; parameters that start to require grad later are taken up then."""
+        for index, param in enumerate(unit.params):
+            if param.requires_grad and param not in self._handles:
+                self._handles[param] = param.register_post_accumulate_grad_hook(
+                    _Arrival(self, unit, index, on_backward)
+                )
+
+    def used(self, unit: Unit) -> None:
+        """``unit`` runs a forward with grad: one more backward will come."""
+        self._uses[unit.name] = self._uses.get(unit.name, 0) + 1
+
+    def arrive(self, unit: Unit, index: int, param: Tensor) -> None:
+        """The gradient of parameter ``index`` is complete for this pass of autograd."""
+        grad = param.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise ConfigurationError(
+                f"parameter {unit.names[index]!r} has a sparse gradient; strategy='ssd_offload' needs dense ones: "
+                "use sparse=False in its nn.Embedding"
+            )
+        self._units[unit.name] = unit
+        arrived = self._arrived.setdefault(unit.name, set())
+        arrived.add(index)
+        if self.mode is Mode.VISIBLE:
+            self._keep(unit, index, param, grad)
+        elif self._uses.get(unit.name, 0) == 1 and len(arrived) == sum(p.requires_grad for p in unit.params):
+            self._hand_on(unit)
+
+    def end_backward(self) -> None:
+        """No more gradients come from this backward: what is not handed on yet is complete too."""
+        if self.mode is Mode.STREAMED:
+            for name in list(self._arrived):
+                self._hand_on(self._units[name])
+        self._arrived.clear()
+        self._uses.clear()
+
+    def is_complete(self, unit: Unit) -> bool:
+        """Whether every trainable parameter of ``unit`` has its gradient of this backward."""
+        arrived = self._arrived.get(unit.name)
+        return arrived is None or len(arrived) == sum(p.requires_grad for p in unit.params)
+
+    def close(self) -> None:
+        """Remove the hooks. Waiting gradients stay visible."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        for spill in self._spills.values():
+            spill.close()
+        self._spills.clear()
+
+    def _hand_on(self, unit: Unit) -> None:
+        self._arrived.pop(unit.name, None)
+        grads = {i: p.grad for i, p in enumerate(unit.params) if p.grad is not None}
+        for param in unit.params:
+            param.grad = None
+        self._on_complete(unit, grads)
+
+    def _keep(self, unit: Unit, index: int, param: Tensor, grad: Tensor) -> None:
+        if self._spill_directory is None or grad.numel() == 0:
+            return
+        spill = self._spills.get(unit.name)
+        if spill is not None and spill.holds(index, grad):
+            return
+        if spill is None or spill.dtype != grad.dtype or spill.is_looked_at(index):
+            if spill is not None:
+                spill.close()
+            spill = self._spills[unit.name] = _Spill(self._spill_directory, next(self._numbers), unit, grad.dtype)
+        param.grad = spill.copy(index, grad)
+
+
+class _Arrival:
+    """The hook of one parameter."""
+
+    def __init__(self, sink: GradientSink, unit: Unit, index: int, on_backward: Callable[[], None]) -> None:
+        self._sink = sink
+        self._unit = unit
+        self._index = index
+        self._on_backward = on_backward
+
+    def __call__(self, param: Tensor) -> None:
+        self._on_backward()
+        self._sink.arrive(self._unit, self._index, param)
+
+
+class _Spill:
+    """A mapped, unlinked file as large as the gradients of one unit."""
+
+    def __init__(self, directory: str, number: int, unit: Unit, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._shapes = [shape.shape for shape in unit.shapes]
+        sizes = (-(-shape.numel * dtype.itemsize // MEMORY_ALIGNMENT) * MEMORY_ALIGNMENT for shape in unit.shapes)
+        self._offsets = list(itertools.accumulate(sizes, initial=0))
+        path = os.path.join(directory, f"{number:08d}-grad.safetensors")
+        self._file = File.create(path, max(self._offsets[-1], 1), direct=False)
+        os.unlink(path)
+        self._memory = mmap.mmap(self._file.tail_fd, self._file.nbytes)
+        self._base = address_of(self._memory)
+        self._views = [Views(self._memory) for _ in unit.shapes]
+
+    def holds(self, index: int, grad: Tensor) -> bool:
+        """Whether ``grad`` lives here: autograd has added to it in place."""
+        return grad.data_ptr() == self._base + self._offsets[index]
+
+    def is_looked_at(self, index: int) -> bool:
+        """Whether the user kept an earlier gradient of this parameter; it must keep its values."""
+        return self._views[index].in_use
+
+    def copy(self, index: int, grad: Tensor) -> Tensor:
+        """A copy of ``grad`` that lives here."""
+        kept = self._views[index].tensor(self._offsets[index], self.dtype, self._shapes[index])
+        return kept.copy_(grad.detach())
+
+    def close(self) -> None:
+        """Close the file; its bytes live as long as a gradient views them."""
+        self._file.close()
+
+
+def params_with_grad(units: Iterable[Unit]) -> Iterable[tuple[Unit, dict[int, Tensor]]]:
+    """Units that have a visible gradient, with their gradients by parameter index."""
+    for unit in units:
+        grads = {i: p.grad for i, p in enumerate(unit.params) if p.grad is not None}
+        if grads:
+            yield unit, grads

@@ -1,0 +1,111 @@
+"""Parameters that are being created: each is a mapping of a file of its own, so that no model is ever in memory.
+
+While a nursery is armed, every parameter that a module registers is moved into it, whoever creates and fills it:
+``configure_model``, `trainer.init_module()`, Hugging Face's ``from_pretrained``. Files are unlinked at once; they go
+when the values have moved into the store.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.io.engine import File
+from lightning_ssd.memory.views import Views
+from lightning_ssd.sizes import MiB
+
+MIN_NBYTES = MiB // 4
+"""Parameters below this stay where they were made: a mapping costs a page and a descriptor."""
+
+
+class Nursery:
+    """Makes mapped parameters in ``directory``."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._numbers = itertools.count()
+        self._ours: set[int] = set()  # addresses of the mappings made here
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """Inside, parameters are mapped files as soon as they are registered."""
+        handle = register_module_parameter_registration_hook(self._on_register)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def materialise(self, root: nn.Module) -> None:
+        """Replace parameters on the meta device by mapped ones and let their modules initialise them.
+
+        Raises:
+            ConfigurationError: If a module cannot initialise its own parameters; names it.
+        """
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for name, module in list(root.named_modules()):
+            mine = {k: p for k, p in module._parameters.items() if p is not None and p.is_meta}
+            fresh = [p for p in mine.values() if p not in made]
+            if fresh or any(b is not None and b.is_meta for b in module._buffers.values()):
+                _require_initialiser(name, module)
+            for key, param in mine.items():
+                if param not in made:
+                    made[param] = self._mapped(param)
+                module._parameters[key] = made[param]
+            for key, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[key] = fresh_buffer = torch.empty_like(buffer, device="cpu")
+                    fresh += [fresh_buffer]  # type: ignore[list-item]
+            if fresh:
+                module.reset_parameters()  # type: ignore[operator]
+
+    def load(self, root: nn.Module, weights: Mapping[str, Any], *, strict: bool) -> None:
+        """`Module.load_state_dict`; into a model on the meta device, mapped tensors go as they are, without a copy."""
+        names: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        for module in root.modules():
+            for key, param in module._parameters.items():
+                if param is not None and param.is_meta:
+                    names.setdefault(param, []).append((module, key))
+        root.load_state_dict(weights, strict=strict, assign=bool(names))
+        for places in names.values():  # assigning gave each name a parameter of its own: tie them again
+            module, key = places[0]
+            for other, other_key in places[1:]:
+                other._parameters[other_key] = module._parameters[key]
+
+    def _on_register(self, module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if type(param) is not nn.Parameter or param.is_meta or param.nbytes < MIN_NBYTES:
+            return None
+        if param.device.type != "cpu" or param.data_ptr() in self._ours or not param.is_contiguous():
+            return None
+        mapped = self._mapped(param)
+        with torch.no_grad():
+            mapped.copy_(param)
+        return mapped
+
+    def _mapped(self, param: nn.Parameter) -> nn.Parameter:
+        path = os.path.join(self._directory, f"nursery-{next(self._numbers):08d}.safetensors")
+        file = File.create(path, max(param.nbytes, 1), direct=False)
+        os.unlink(path)
+        memory = mmap.mmap(file.tail_fd, file.nbytes)
+        file.close()
+        tensor = Views(memory).tensor(0, param.dtype, tuple(param.shape))
+        self._ours.add(tensor.data_ptr())
+        with torch.inference_mode(False):
+            return nn.Parameter(tensor, requires_grad=param.requires_grad)
+
+
+def _require_initialiser(name: str, module: nn.Module) -> None:
+    if not callable(getattr(module, "reset_parameters", None)):
+        raise ConfigurationError(
+            f"module {name!r} ({type(module).__name__}) has parameters or buffers on the meta device and no "
+            "reset_parameters() to give them values; add one, load weights into it, or build it outside "
+            "torch.device('meta') in configure_model (there, parameters are mapped to files as they are made)"
+        )
