@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -165,7 +164,7 @@ def fresh_python(entry_point_dir: Path) -> Callable[..., str]:
         code: str, *, package: Path = REPOSITORY, path: tuple[Path, ...] = (), installed: bool = True, **env: str
     ) -> str:
         """Run ``code`` with the package in directory ``package``, and torch and Lightning only if ``installed``."""
-        site = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))) if installed else ()
+        site = [entry for entry in sys.path if entry.endswith("-packages")] if installed else []
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("LIGHTNING_SSD", "PL_"))}
         environment.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
         environment |= env | {"PYTHONPATH": os.pathsep.join(map(str, (*path, package, entry_point_dir, *site)))}
