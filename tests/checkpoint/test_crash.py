@@ -111,6 +111,16 @@ def test_dying_before_there_was_a_checkpoint(training: Training, fast: Path) -> 
     assert sorted(os.listdir(fast)) == ["first.ckpt", "live"]
 
 
+def save_fails(training: Training, target: Path) -> bool:
+    try:
+        training.save(target)
+    except CheckpointError as raised:
+        if "No space left" not in str(raised):
+            raise
+        return True
+    return False
+
+
 def test_a_failing_disk_at_any_call(training: Training, fast: Path) -> None:
     target = fast / "last.ckpt"
     training.save(target)
@@ -121,11 +131,11 @@ def test_a_failing_disk_at_any_call(training: Training, fast: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     outcomes: list[int] = []
+    late = 0
     while True:
         with pytest.MonkeyPatch.context() as patch:
             made = at_call(len(outcomes) + 1, fail, patch, can_exchange=True)
-            with suppress(CheckpointError):
-                training.save(target)
+            failed = save_fails(training, target)
         if len(made) <= len(outcomes):
             break
         with CheckpointReader(target) as reader:
@@ -134,6 +144,9 @@ def test_a_failing_disk_at_any_call(training: Training, fast: Path) -> None:
         if outcomes[-1] == old:
             assert sorted(os.listdir(fast)) == ["last.ckpt", "live"], f"call {len(outcomes)} left something behind"
         else:
+            late += failed
             old_training.save(target)
-    assert outcomes == sorted(outcomes)
+    # Some failures do no harm (a parent directory that exists need not be made); after the new name only removing the
+    # old checkpoint can fail.
     assert set(outcomes) == {old, training.step}
+    assert 0 < late < 20
