@@ -24,7 +24,7 @@ from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.mapped import drop_pages, map_bytes
 from lightning_ssd.checkpoint.shards import HF_INDEX, Shard, cut_shards, index_text, strip_prefix
-from lightning_ssd.checkpoint.state_dict import StateDictView, split_rest
+from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, StateDictView, split_rest
 from lightning_ssd.checkpoint.writer import (
     Progress,
     StreamWriter,
@@ -82,8 +82,8 @@ def consolidate(
         content = dict(reader.state(weights_only))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         spill = _Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
-        content["state_dict"] = _state_dict(reader, spill)
-        if "optimizer_states" in content or reader.manifest.optimizers:
+        content["state_dict"] = {**_state_dict(reader, spill), **content.pop(STATE_DICT_EXTRA, {})}
+        if "lr_schedulers" in content or reader.manifest.optimizers:
             content["optimizer_states"] = _optimizer_states(reader, weights_only)
         with _new_beside(target) as (fd, temporary):
             total = reader.manifest.nbytes
@@ -164,7 +164,7 @@ def optimizer_state(
     state: dict[int, dict[str, Any]] = {}
     for name, number in numbers.items():
         entry = {key: _as_torch_keeps_it(key, value) for key, value in record.state.get(name, {}).items()}
-        for kind in record.kinds:
+        for kind in record.kinds if name in record.state else ():
             try:
                 entry[kind] = full(name, kind)
             except KeyError:

@@ -73,7 +73,8 @@ class OptimizerRecord:
     Attributes:
         class_name: Qualified class name.
         param_groups: Hyper-parameters of each group; ``params`` is the list of parameter names, in order.
-        state: Per parameter name, what is scalar: numbers, None, tensors of no dimension.
+        state: Per parameter name, what is scalar: numbers, None, tensors of no dimension. Empty if nothing is; a
+            parameter without an entry was never updated, whatever its unit files hold.
         kinds: Kinds of unit files that are this optimizer's states of the parameter's own shape.
     """
 

@@ -14,6 +14,9 @@ from lightning_ssd.store.header import ITEMSIZE
 
 OPTIMIZER_PREFIX = "optimizer."
 
+STATE_DICT_EXTRA = "state_dict_extra"
+"""Key of the saved state under which the entries of the module's state dict lie that are no tensors."""
+
 
 class StateDictView(Mapping[str, Tensor]):
     """Parameters, aliases of tied ones and buffers of an open checkpoint; a tensor is mapped when it is asked for.

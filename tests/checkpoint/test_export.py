@@ -27,10 +27,17 @@ class Model(pl.LightningModule):
     def __init__(self, width: int = 6) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.tokens = 7
         self.first = nn.Linear(width, width)
         self.norm = nn.BatchNorm1d(width)
         self.last = nn.Linear(width, width)
         self.last.weight = self.first.weight
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"tokens": self.tokens}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.tokens = state["tokens"]
 
     def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
         loss = (self.last(self.norm(self.first(batch))) - batch).square().mean()
@@ -70,6 +77,7 @@ def checkpoint_of(model: Model, trainer: pl.Trainer, folder: Path) -> Path:
             files.append(write_generation(folder / "live" / f"{unit}.{kind}", tensors, unit=unit, kind=kind))
     record = OptimizerRecord("torch.optim.adamw.AdamW", groups, state, ["exp_avg", "exp_avg_sq"])
     rest = dict(model.named_buffers())
+    content["state_dict_extra"] = {"_extra_state": {"tokens": 7}}
     del content["state_dict"], content["optimizer_states"]
     save(
         folder / "c", files, rest, content, [record], step=trainer.global_step, aliases={"last.weight": "first.weight"}
@@ -98,7 +106,7 @@ def test_lightning_loads_and_resumes_a_consolidated_file(tmp_store: Path) -> Non
     assert ours["state_dict"]["last.weight"].data_ptr() == ours["state_dict"]["first.weight"].data_ptr()
 
     loaded = Model.load_from_checkpoint(out)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         assert torch.equal(loaded.state_dict()[name], tensor)
     losses = []
     for path in (plain, out):
