@@ -80,6 +80,7 @@ def consolidate(
         raise CheckpointError(f"{target!r} exists; choose another name, or have a file replaced with overwrite=True")
     with CheckpointReader(directory) as reader, ExitStack() as stack, _os_errors(target):
         content = dict(reader.state(weights_only))
+        _drop_empty_loader_states(content)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         spill = _Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
         content["state_dict"] = {**_state_dict(reader, spill), **content.pop(STATE_DICT_EXTRA, {})}
@@ -173,6 +174,18 @@ def optimizer_state(
         if entry:
             state[number] = entry
     return {"state": state, "param_groups": groups}
+
+
+def _drop_empty_loader_states(content: dict[str, Any]) -> None:
+    """Leave out the empty states of data loaders that our strategy made resumable; it keeps their place elsewhere.
+
+    A plain Trainer has no loader that takes a state, and refuses a checkpoint with more states than such loaders.
+    """
+    loop: Any = content
+    for key in ("loops", "fit_loop", "state_dict"):
+        loop = loop.get(key) if isinstance(loop, dict) else None
+    if isinstance(loop, dict) and isinstance(loop.get("combined_loader"), list):
+        loop["combined_loader"] = [state for state in loop["combined_loader"] if state != {}]
 
 
 def _as_torch_keeps_it(key: str, value: Any) -> Any:

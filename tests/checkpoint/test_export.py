@@ -78,6 +78,7 @@ def checkpoint_of(model: Model, trainer: pl.Trainer, folder: Path) -> Path:
     record = OptimizerRecord("torch.optim.adamw.AdamW", groups, state, ["exp_avg", "exp_avg_sq"])
     rest = dict(model.named_buffers())
     content["state_dict_extra"] = {"_extra_state": {"tokens": 7}}
+    content["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{}]  # of a loader the strategy made resumable
     del content["state_dict"], content["optimizer_states"]
     save(
         folder / "c", files, rest, content, [record], step=trainer.global_step, aliases={"last.weight": "first.weight"}
