@@ -88,8 +88,9 @@ class Pipeline:
                 self._in_chunks(unit, rule, parts, files)
             else:
                 self._in_whole(unit, rule, parts, files)
-        for part in parts.values():
-            part.initialised.update(rule.kinds(part.options))
+        if rule.is_elementwise:
+            for part in parts.values():
+                part.initialised.update(rule.kinds(part.options))
         self._trace.mark("updated", unit.name)
 
     # -- elementwise ---------------------------------------------------------------------------------------------

@@ -149,13 +149,14 @@ class TorchRule:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._kinds: dict[bool, tuple[str, ...]] = {}
 
     def kinds(self, options: Options) -> tuple[str, ...]:
-        """See `Rule.kinds`; found by updating a parameter of one element."""
-        param = torch.nn.Parameter(torch.zeros(2, 2))
+        """See `Rule.kinds`; found by updating a tiny vector and a tiny matrix."""
         states: dict[str, Tensor] = {}
-        self.update(param.data, torch.zeros(2, 2), states, {}, dict(options), is_first=True)
+        for shape in ((2,), (2, 2)):
+            zeros = torch.zeros(shape)
+            self.update(zeros, torch.zeros(shape), found := {}, {}, dict(options), is_first=True)
+            states |= found
         return tuple(states)
 
     def begin(self, scalars: dict[str, Any], options: Options) -> None:

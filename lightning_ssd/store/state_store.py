@@ -208,6 +208,23 @@ class StateStore:
         spare = sum(nbytes * len(files) for nbytes, files in self._free.items())
         return spare + sum(generation.file.nbytes for generation in self._current.values())
 
+    def suspend(self) -> None:
+        """Close all files without forgetting them; recycled ones are removed. A second call does nothing."""
+        for generation in self._current.values():
+            generation.file.close()
+        for files in self._free.values():
+            for file in files:
+                os.unlink(file.path)
+                file.close()
+        self._free.clear()
+
+    def resume(self, engine: Engine) -> None:
+        """Open the files again after `suspend`."""
+        self.engine = engine
+        for generation in self._current.values():
+            path, disk = generation.file.path, self._disk_of(generation.file)
+            generation.file = File.open(path, direct=self._direct[disk], writable=True)
+
     def close(self, *, remove: bool) -> None:
         """Close all files; with ``remove`` delete the run directories. The engine is not closed."""
         for generation in self._current.values():
@@ -223,7 +240,7 @@ class StateStore:
     def _file(self, name: str, nbytes: int, disk: int) -> File:
         directory = self._directories[disk].path
         for i, file in enumerate(spare := self._free.get(nbytes, [])):
-            if os.path.dirname(file.path) == directory:
+            if self._disk_of(file) == disk:
                 del spare[i]
                 file.rename(os.path.join(directory, name))
                 return file
@@ -234,6 +251,10 @@ class StateStore:
                 f"cannot reserve {fmt(nbytes)} in {directory!r} ({fmt(_free_nbytes(directory))} free): {error}; "
                 "free space there or choose another nvme_path; the last checkpoint is whole"
             ) from error
+
+    def _disk_of(self, file: File) -> int:
+        folder = os.path.dirname(file.path)
+        return next(i for i, directory in enumerate(self._directories) if directory.path == folder)
 
     def _retire(self, generation: Generation) -> None:
         file = generation.file

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lightning_ssd.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from lightning.pytorch.plugins.precision import Precision as _Base
-else:
-    _Base = object
+from lightning_ssd.strategy.bases import PrecisionBase
 
 _TRUE_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _SUPPORTED = ("32-true", "bf16-mixed", "16-mixed", *_TRUE_DTYPES)
 
 
-class PrecisionMixin(_Base):
+class PrecisionMixin(PrecisionBase):
     """Precision for streamed models. `Trainer(precision=...)` makes one by itself; build it to set ``master_dtype``.
 
     Args:

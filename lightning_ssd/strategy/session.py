@@ -7,6 +7,7 @@ files stay, so that a checkpoint can still be saved; they go when the next sessi
 from __future__ import annotations
 
 import resource
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ class Session:
         self._pipeline: Pipeline | None = None
         self._streaming_for: StreamedOptimizer | None = None
         self.nursery = Nursery(self.store.spill_directory)
+        # Runs when nobody holds the session any more, at the latest when the process ends.
+        self._remove_files = weakref.finalize(self, self.store.close, remove=not settings.keep_store)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -187,12 +190,13 @@ class Session:
         for pool in self._pools:
             pool.close()
         self._pools = []
+        self.store.suspend()
         self.engine.close()
 
     def close(self) -> None:
         """Remove the files (or keep them, if asked for). Parameters that map them keep their values."""
         self.rest()
-        self.store.close(remove=not self.settings.keep_store)
+        self._remove_files()
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -201,7 +205,7 @@ class Session:
         awake = [unit for unit in self.units if unit.at_rest is not None]
         resting = not self._pools
         if resting:
-            self.store.engine = make_engine(self.settings.io)
+            self.store.resume(make_engine(self.settings.io))
         try:
             for unit in awake:
                 self.streamer.settle(unit)
@@ -209,6 +213,7 @@ class Session:
         finally:
             if resting:
                 self.streamer.stop()
+                self.store.suspend()
                 self.store.engine.close()
 
     def take_masters(self, masters: Mapping[str, Tensor]) -> None:

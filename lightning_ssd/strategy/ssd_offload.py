@@ -5,12 +5,11 @@ Everything it does is handed to a `Session`; this file only says when.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Union, cast
+from typing import Any, Literal, Union, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.optim import kernels
 from lightning_ssd.strategy import guards
+from lightning_ssd.strategy.bases import StrategyBase
 from lightning_ssd.strategy.listeners import gradient_listener
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.resume import Resume
@@ -28,13 +28,8 @@ from lightning_ssd.strategy.saving import load, remove, save, state_dict
 from lightning_ssd.strategy.session import Session, Settings
 from lightning_ssd.strategy.summary import summary
 
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import ParallelStrategy as _Base
-else:
-    _Base = object
 
-
-class StrategyMixin(_Base):
+class StrategyMixin(StrategyBase):
     """Streams parameters, optimizer state, gradients and activations through NVMe SSDs.
 
     Args:
@@ -120,7 +115,6 @@ class StrategyMixin(_Base):
             "keep_store": keep_store,
         }
         self._resume = Resume()
-        self._closer: Callable[[], None] | None = None
 
     # -- one process -------------------------------------------------------------------------------------------
 
@@ -202,10 +196,6 @@ class StrategyMixin(_Base):
         previous, self._session = self._session, Session(self._checked_settings())
         if previous is not None:
             previous.close()
-        if self._closer is not None:
-            atexit.unregister(self._closer)
-        self._closer = self.session.close
-        atexit.register(self._closer)
 
     def _checked_settings(self) -> Settings:
         chosen = self._settings

@@ -34,11 +34,11 @@ class AtRest:
 
     def __init__(self, store: StateStore, generation: Generation) -> None:
         self.generation = generation
-        self._fd = generation.file.tail_fd
-        self.is_private = os.fstat(self._fd).st_nlink > 1
+        fd = generation.file.tail_fd
+        self.is_private = os.fstat(fd).st_nlink > 1
         self._memory = store.map(generation, private=self.is_private)
         if not self.is_private:
-            os.utime(self._fd, ns=(os.fstat(self._fd).st_atime_ns, 0))
+            os.utime(fd, ns=(os.fstat(fd).st_atime_ns, 0))
         views = Views(self._memory)
         layout = generation.layout
         dtype = dtype_of(layout.dtype)
@@ -56,7 +56,7 @@ class AtRest:
         if self.is_private:
             return self._has_private_pages()
         self._memory.flush()  # sync: msync, so that the file's time tells of every write
-        return os.fstat(self._fd).st_mtime_ns != 0
+        return os.fstat(self.generation.file.tail_fd).st_mtime_ns != 0
 
     def drop_pages(self) -> None:
         """Let the kernel take the pages back now; clean pages cost a new read if they are looked at again."""

@@ -27,6 +27,8 @@ def fenced_class(fence: Fence) -> type[nn.Parameter]:
     """The class of parameters at rest that ``fence`` looks after."""
 
     class ParameterAtRest(nn.Parameter):
+        _fence = fence
+
         @classmethod
         def __torch_function__(
             cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
@@ -46,6 +48,17 @@ def fenced_class(fence: Fence) -> type[nn.Parameter]:
             return nn.Parameter.__deepcopy__(self, memo)  # type: ignore[no-any-return, no-untyped-call]
 
     return ParameterAtRest
+
+
+def wake_all(params: list[nn.Parameter]) -> None:
+    """Wake those of ``params`` that are at rest, all at the same time."""
+    by_fence: dict[int, tuple[Fence, list[nn.Parameter]]] = {}
+    for param in params:
+        fence = getattr(type(param), "_fence", None)
+        if fence is not None:
+            by_fence.setdefault(id(fence), (fence, []))[1].append(param)
+    for fence, asleep in by_fence.values():
+        fence.wake(asleep)
 
 
 def _tensors(value: Any) -> Iterator[Any]:

@@ -1,0 +1,44 @@
+"""Fixtures for tests that train."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lightning_ssd.memory.pool import Pool
+from lightning_ssd.strategy import session as session_module
+from lightning_ssd.strategy.session import Session
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer is filled with NaN bytes when it is returned, so that a late use shows in the numbers."""
+    monkeypatch.setattr(session_module, "Pool", functools.partial(Pool, poison=True))
+
+
+@pytest.fixture(autouse=True)
+def _sessions_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A session's files stay until the process ends, so that a checkpoint can be saved after fit; not in tests."""
+    made: list[Session] = []
+    init = Session.__init__
+
+    def recording(self: Session, *args: object, **kwargs: object) -> None:
+        init(self, *args, **kwargs)  # type: ignore[arg-type]
+        made.append(self)
+
+    monkeypatch.setattr(Session, "__init__", recording)
+    yield
+    for session in made:
+        session.close()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small lose more by waiting for threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,133 @@
+"""Training under the strategy equals plain Lightning to the bit.
+
+Everything streams: every module is a unit of its own, the memory plan is the smallest, and every buffer is filled
+with NaN bytes when it is returned, so that a late use would not go unnoticed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
+from tests.helpers.training import Images, Tokens, adamw, assert_equal, train
+
+
+def streamed(**kwargs: Any) -> SSDOffloadStrategy:
+    return SSDOffloadStrategy(**({"host_memory": "min", "min_unit_numel": 0, "update": "torch"} | kwargs))
+
+
+def frozen_gpt() -> nn.Module:
+    net = GPT(tie=True)
+    for module in (net.blocks[0], net.blocks[2].up):
+        module.requires_grad_(False)
+    return net
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "gpt": (GPT, lambda: Tokens(400)),
+    "tied": (lambda: GPT(tie=True), lambda: Tokens(400)),
+    "functional tie": (FunctionalTie, lambda: Tokens(400)),
+    "frozen": (frozen_gpt, lambda: Tokens(400)),
+    "dropout": (lambda: GPT(dropout=0.2), lambda: Tokens(400)),
+    "vit": (ViT, lambda: Images(400)),
+    "conv": (ConvNet, lambda: Images(400)),
+    "conv in place": (lambda: ConvNet(inplace=True), lambda: Images(400)),
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clip by norm": {"gradient_clip_val": 0.5},
+    "clip by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "accumulate": {"accumulate_grad_batches": 3},
+    "accumulate and clip": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("overlap", ["auto", "off"])
+def test_fifty_steps_are_equal(tmp_path: Path, model: str, overlap: str) -> None:
+    make_net, data = MODELS[model]
+    plain = train(tmp_path, make_net, data=data(), max_steps=50)
+    ours = train(tmp_path, make_net, streamed(overlap=overlap), data=data(), max_steps=50)
+    assert_equal(plain, ours)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_options_and_mixed_precision_are_equal(tmp_path: Path, options: str, precision: str) -> None:
+    make_net = functools.partial(GPT, tie=True)
+    kwargs = OPTIONS[options] | {"precision": precision, "max_steps": 20}
+    plain = train(tmp_path, make_net, **kwargs)
+    assert_equal(plain, train(tmp_path, make_net, streamed(), **kwargs))
+
+
+@pytest.mark.parametrize("min_unit_numel", [0, 1_000_000])
+@pytest.mark.parametrize("host_memory", ["min", "256MiB"])
+@pytest.mark.parametrize("activations", ["recompute", "keep"])
+def test_budget_cut_and_activations_do_not_matter(
+    tmp_path: Path, min_unit_numel: int, host_memory: str, activations: str
+) -> None:
+    make_net = functools.partial(GPT, tie=True, dropout=0.1)
+    plain = train(tmp_path, make_net, max_steps=10, gradient_clip_val=0.5)
+    strategy = streamed(min_unit_numel=min_unit_numel, host_memory=host_memory, activations=activations)
+    assert_equal(plain, train(tmp_path, make_net, strategy, max_steps=10, gradient_clip_val=0.5))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
+        functools.partial(torch.optim.Adam, lr=1e-3, weight_decay=0.01, amsgrad=True),
+        functools.partial(torch.optim.Adagrad, lr=1e-2),
+        functools.partial(torch.optim.RMSprop, lr=1e-3, momentum=0.5, centered=True),
+        functools.partial(torch.optim.Adafactor, lr=1e-2),
+        functools.partial(torch.optim.NAdam, lr=1e-3),
+    ],
+    ids=lambda make: make.func.__name__,
+)
+def test_any_optimizer_runs_as_its_own_class(tmp_path: Path, make: Callable[..., torch.optim.Optimizer]) -> None:
+    def optimizer(module: nn.Module) -> torch.optim.Optimizer:
+        return make(module.parameters())
+
+    plain = train(tmp_path, GPT, optimizer=optimizer)
+    assert_equal(plain, train(tmp_path, GPT, streamed(), optimizer=optimizer))
+
+
+def test_overlap_on_and_off_are_equal_with_native_kernels(tmp_path: Path) -> None:
+    runs = [train(tmp_path, GPT, streamed(update="native", overlap=o), max_steps=20) for o in ("auto", "off")]
+    assert_equal(*runs)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_native_kernels_stay_as_close_to_plain_as_torchs_fused(tmp_path: Path, precision: str) -> None:
+    def fused(module: nn.Module) -> torch.optim.Optimizer:
+        optimizer = adamw(module)
+        for group in optimizer.param_groups:
+            group["fused"] = True
+        return optimizer
+
+    def distance(a: Any, b: Any) -> float:
+        return max(float((a.weights[n].double() - b.weights[n].double()).abs().max()) for n in a.weights)
+
+    plain = train(tmp_path, GPT, max_steps=50, precision=precision)
+    reference = distance(plain, train(tmp_path, GPT, optimizer=fused, max_steps=50, precision=precision))
+    ours = distance(plain, train(tmp_path, GPT, streamed(update="native"), max_steps=50, precision=precision))
+    assert ours <= reference
+
+
+def test_validation_and_predict_use_the_current_weights(tmp_path: Path) -> None:
+    plain = train(tmp_path, GPT, validate=True, val_check_interval=3, max_steps=9, limit_val_batches=3)
+    ours = train(tmp_path, GPT, streamed(), validate=True, val_check_interval=3, max_steps=9, limit_val_batches=3)
+    assert plain.val_losses == ours.val_losses
+    assert_equal(plain, ours)
+    loader = torch.utils.data.DataLoader(Tokens(8), batch_size=4)
+    predictions = [result.trainer.predict(result.module, loader) for result in (plain, ours)]
+    assert all(torch.equal(a, b) for a, b in zip(*predictions, strict=True))
