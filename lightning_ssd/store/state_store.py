@@ -65,6 +65,7 @@ class StateStore:
         self._free: dict[int, list[File]] = defaultdict(list)  # by length
         self._numbers = itertools.count()
         self._staging = Pool(STAGING_NBYTES, "staging")
+        self._is_suspended = False
 
     @property
     def spill_directory(self) -> str:
@@ -186,6 +187,23 @@ class StateStore:
             prot=mmap.PROT_READ | mmap.PROT_WRITE,
         )
 
+    def recycle(self, path: str) -> bool:
+        """Take a file that nothing else links, such as one of a removed checkpoint, for generations to come.
+
+        Returns:
+            Whether it was moved here; False if no generation has its size, or enough such files wait already.
+        """
+        found = os.lstat(path)
+        alike = sum(generation.file.nbytes == found.st_size for generation in self._current.values())
+        disk = next((i for i, d in enumerate(self._directories) if os.stat(d.path).st_dev == found.st_dev), None)
+        if self._is_suspended or disk is None or len(self._free[found.st_size]) >= alike:
+            return False
+        name = f"{next(self._numbers):08d}-recycled.safetensors"
+        file = File.open(path, direct=self._direct[disk], writable=True)
+        file.rename(os.path.join(self._directories[disk].path, name))
+        self._free[file.nbytes].append(file)
+        return True
+
     # -- room and end --------------------------------------------------------------------------------------------
 
     def require_free(self, nbytes: int, what: str) -> None:
@@ -217,10 +235,12 @@ class StateStore:
                 os.unlink(file.path)
                 file.close()
         self._free.clear()
+        self._is_suspended = True
 
     def resume(self, engine: Engine) -> None:
         """Open the files again after `suspend`."""
         self.engine = engine
+        self._is_suspended = False
         for generation in self._current.values():
             path, disk = generation.file.path, self._disk_of(generation.file)
             generation.file = File.open(path, direct=self._direct[disk], writable=True)

@@ -72,8 +72,8 @@ class Resume:
 def _resumable(cls: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
     """A subclass of the loader's own class that knows where it is in its epoch; [Note: resume].
 
-    Its instances have ``epoch_begin`` (generator states when the iterator was made), ``num_batches`` (drawn from it) and
-    ``resume_from`` (the place in a checkpoint, until the first batch).
+    Its instances have ``epoch_begin`` (generator states when the iterator was made), ``num_batches`` (drawn from it)
+    and ``resume_from`` (the place in a checkpoint, until the first batch).
     """
     # Not a mixin: Python lets an object change its class only along single inheritance.
     members = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning_ssd.checkpoint.directory import remove as remove
 from lightning_ssd.checkpoint.export import optimizer_state
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
-from lightning_ssd.checkpoint.state_dict import StateDictView, split_rest
+from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, StateDictView, split_rest
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.state_store import Generation
 from lightning_ssd.strategy.session import Session
@@ -58,12 +59,24 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any) -> None:
             elif isinstance(value, Tensor):
                 rest[name] = value.detach().cpu()
             else:
-                small.setdefault("state_dict_extra", {})[name] = value
+                small.setdefault(STATE_DICT_EXTRA, {})[name] = value
         files = [_unit_file(g) for g in _generations(session, units, with_state=has_optimizers)]
         records = _records(session, rest) if has_optimizers else []
         dtypes = {n: unit.layout.dtype for unit in units.values() for n in unit.names}
         step = int(small.get("global_step", 0))
-        saving.save(os.fspath(path), files, rest, small, records, step=step, dtypes=dtypes, aliases=aliases)
+        done = saving.save(
+            os.fspath(path),
+            files,
+            rest,
+            small,
+            records,
+            step=step,
+            dtypes=dtypes,
+            aliases=aliases,
+            recycle=session.store.recycle,
+        )
+    if done.moved_aside is not None:
+        warnings.warn(f"a file had the checkpoint's name and is now {done.moved_aside!r}", stacklevel=2)
 
 
 def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
@@ -83,19 +96,18 @@ def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
                 "saving was interrupted"
             )
         return load_pickle(name, name, weights_only is not False)
-    reader = CheckpointReader(name)  # stays open as long as a tensor maps its files
-    reader.verify()
-    checkpoint = reader.state(weights_only)
-    weights = {**dict(StateDictView(reader)), **checkpoint.pop("state_dict_extra", {})}
-    checkpoint["state_dict"] = weights
-    _, odd = split_rest(reader)
-    records = reader.optimizers(weights_only)
-    if records or "lr_schedulers" in checkpoint:
-        checkpoint["optimizer_states"] = [
-            optimizer_state(record, _full(reader, record), odd.get(i, {})) for i, record in enumerate(records)
-        ]
-    names = [n for n in reader.parameter_names if "master" in reader.kinds(n)]
-    checkpoint[MASTERS] = {n: reader.tensor(n, "master") for n in names}
+    with CheckpointReader(name) as reader:  # mapped tensors outlive it
+        reader.verify()
+        checkpoint = reader.state(weights_only)
+        checkpoint["state_dict"] = {**dict(StateDictView(reader)), **checkpoint.pop(STATE_DICT_EXTRA, {})}
+        _, odd = split_rest(reader)
+        records = reader.optimizers(weights_only)
+        if records or "lr_schedulers" in checkpoint:
+            checkpoint["optimizer_states"] = [
+                optimizer_state(record, _full(reader, record), odd.get(i, {})) for i, record in enumerate(records)
+            ]
+        names = [n for n in reader.parameter_names if "master" in reader.kinds(n)]
+        checkpoint[MASTERS] = {n: reader.tensor(n, "master") for n in names}
     return checkpoint
 
 

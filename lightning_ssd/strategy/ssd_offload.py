@@ -385,7 +385,7 @@ class StrategyMixin(StrategyBase):
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint directory of ours, or a plain checkpoint file."""
         if is_checkpoint(filepath):
-            remove(filepath)
+            remove(filepath, None if self._session is None else self._session.store.recycle)
         else:
             super().remove_checkpoint(filepath)
 
