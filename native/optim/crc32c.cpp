@@ -11,7 +11,7 @@ namespace {
 
 using Matrix = std::array<uint32_t, 32>;  // over GF(2): the image of each bit of the register
 
-constexpr uint32_t apply(const Matrix& matrix, uint32_t vector) {
+constexpr uint32_t image_of(const Matrix& matrix, uint32_t vector) {
   uint32_t result = 0;
   for (size_t bit = 0; vector != 0; ++bit, vector >>= 1) {
     result ^= (vector & 1) ? matrix[bit] : 0;
@@ -28,14 +28,14 @@ constexpr ShiftTable shift_table(size_t nbytes) {  // nbytes is a power of two
   for (size_t num_bits = 1; num_bits < nbytes * 8; num_bits *= 2) {
     Matrix squared{};
     for (size_t bit = 0; bit < 32; ++bit) {
-      squared[bit] = apply(matrix, matrix[bit]);
+      squared[bit] = image_of(matrix, matrix[bit]);
     }
     matrix = squared;
   }
   ShiftTable table{};
   for (size_t byte = 0; byte < 4; ++byte) {
     for (uint32_t value = 0; value < 256; ++value) {
-      table[byte][value] = apply(matrix, value << (8 * byte));
+      table[byte][value] = image_of(matrix, value << (8 * byte));
     }
   }
   return table;

@@ -8,7 +8,7 @@ namespace {
 
 using Floats = Simd::Floats;
 constexpr size_t kWidth = Simd::kWidth;
-constexpr size_t kPassNumel = 1024;  // first and second pass over this many elements, so the second finds them in L1
+constexpr size_t kPassNumel = 1024;  // before and after an external function, which so finds its input in L1
 
 struct Full {  // number of lanes of a whole vector, known when compiling
   constexpr operator size_t() const { return kWidth; }
@@ -99,25 +99,20 @@ template <Dtype kGrad, class Update, class Lanes>
   return Simd::fma(Simd::set(weight - 1.0f), difference, end);
 }
 
-template <Dtype kGrad>
-void update_moments(const AdamUpdate& u, size_t begin, size_t end) {
-  each_vector(begin, end, [&u](size_t i, auto lanes) __attribute__((always_inline)) {
-    const Floats grad = effective_grad<kGrad>(u, i, lanes);
-    const Floats exp_avg = lerp(load_lanes<kFloat>(u.exp_avg, i, lanes), grad, u.weight1);
-    const Floats decayed = Simd::mul(load_lanes<kFloat>(u.exp_avg_sq, i, lanes), Simd::set(u.beta2));
-    const Floats exp_avg_sq = Simd::fma(Simd::mul(Simd::set(u.weight2), grad), grad, decayed);
-    store_lanes<kFloat>(u.exp_avg, i, lanes, exp_avg);
-    store_lanes<kFloat>(u.exp_avg_sq, i, lanes, exp_avg_sq);
-  });
-}
+struct Moments {
+  Floats exp_avg;
+  Floats exp_avg_sq;
+};
 
-template <SqrtForm kForm>
-[[gnu::always_inline]] inline Floats root_of(Floats value) {
-  if constexpr (kForm == SqrtForm::refined) {
-    return Simd::refined_sqrt(value);
-  } else {
-    return Simd::sqrt(value);
-  }
+template <Dtype kGrad, class Lanes>
+[[gnu::always_inline]] inline Moments update_moments(const AdamUpdate& u, size_t i, Lanes lanes) {
+  const Floats grad = effective_grad<kGrad>(u, i, lanes);
+  const Floats exp_avg = lerp(load_lanes<kFloat>(u.exp_avg, i, lanes), grad, u.weight1);
+  const Floats decayed = Simd::mul(load_lanes<kFloat>(u.exp_avg_sq, i, lanes), Simd::set(u.beta2));
+  const Floats exp_avg_sq = Simd::fma(Simd::mul(Simd::set(u.weight2), grad), grad, decayed);
+  store_lanes<kFloat>(u.exp_avg, i, lanes, exp_avg);
+  store_lanes<kFloat>(u.exp_avg_sq, i, lanes, exp_avg_sq);
+  return {exp_avg, exp_avg_sq};
 }
 
 template <class Update, class Lanes>
@@ -136,44 +131,59 @@ template <class Update, class Lanes>
   }
 }
 
-// `roots` holds the square roots for SqrtForm::external, from its element `begin` on.
+template <class Lanes>
+[[gnu::always_inline]] inline void update_param(const AdamUpdate& u, size_t i, Lanes lanes, Floats exp_avg,
+                                                Floats root) {
+  const Floats denominator = Simd::add(Simd::div(root, Simd::set(u.bias2_sqrt)), Simd::set(u.eps));
+  const Floats numerator = Simd::mul(Simd::set(u.step_size_negative), exp_avg);
+  Floats param = load_lanes<kFloat>(u.param, i, lanes);
+  if (u.decay != 1.0f) {
+    param = Simd::mul(param, Simd::set(u.decay));
+  }
+  emit(u, i, lanes, Simd::add(param, Simd::div(numerator, denominator)));
+}
+
 template <SqrtForm kForm>
-void update_param(const AdamUpdate& u, size_t begin, size_t end, const float* roots) {
-  each_vector(begin, end, [&u, begin, roots](size_t i, auto lanes) __attribute__((always_inline)) {
-    Floats root;
-    if constexpr (kForm == SqrtForm::external) {
-      root = load_lanes<kFloat>(roots, i - begin, lanes);
-    } else {
-      root = root_of<kForm>(load_lanes<kFloat>(u.exp_avg_sq, i, lanes));
-    }
-    const Floats denominator = Simd::add(Simd::div(root, Simd::set(u.bias2_sqrt)), Simd::set(u.eps));
-    const Floats numerator = Simd::mul(Simd::set(u.step_size_negative), load_lanes<kFloat>(u.exp_avg, i, lanes));
-    Floats param = load_lanes<kFloat>(u.param, i, lanes);
-    if (u.decay != 1.0f) {
-      param = Simd::mul(param, Simd::set(u.decay));
-    }
-    emit(u, i, lanes, Simd::add(param, Simd::div(numerator, denominator)));
+[[gnu::always_inline]] inline Floats root_of(Floats value) {
+  if constexpr (kForm == SqrtForm::refined) {
+    return Simd::refined_sqrt(value);
+  } else {
+    return Simd::sqrt(value);
+  }
+}
+
+template <Dtype kGrad, SqrtForm kForm>
+void adam_in_one_pass(const AdamUpdate& u, size_t begin, size_t end) {
+  each_vector(begin, end, [&u](size_t i, auto lanes) __attribute__((always_inline)) {
+    const Moments moments = update_moments<kGrad>(u, i, lanes);
+    update_param(u, i, lanes, moments.exp_avg, root_of<kForm>(moments.exp_avg_sq));
   });
 }
 
 template <Dtype kGrad>
-void adam_from(const AdamUpdate& u, size_t begin, size_t end) {
+void adam_around_external_sqrt(const AdamUpdate& u, size_t begin, size_t end) {
   alignas(64) float roots[kPassNumel];
   for (size_t first = begin; first < end; first += kPassNumel) {
     const size_t last = end - first < kPassNumel ? end : first + kPassNumel;
-    update_moments<kGrad>(u, first, last);
-    switch (u.sqrt_form) {
-      case SqrtForm::ieee:
-        update_param<SqrtForm::ieee>(u, first, last, nullptr);
-        break;
-      case SqrtForm::refined:
-        update_param<SqrtForm::refined>(u, first, last, nullptr);
-        break;
-      case SqrtForm::external:
-        u.external_sqrt(static_cast<int64_t>(last - first), u.exp_avg_sq + first, roots, kExternalSqrtMode);
-        update_param<SqrtForm::external>(u, first, last, roots);
-        break;
-    }
+    each_vector(first, last,
+                [&u](size_t i, auto lanes) __attribute__((always_inline)) { update_moments<kGrad>(u, i, lanes); });
+    u.external_sqrt(static_cast<int64_t>(last - first), u.exp_avg_sq + first, roots, kExternalSqrtMode);
+    each_vector(first, last, [&u, &roots, first](size_t i, auto lanes) __attribute__((always_inline)) {
+      const Floats exp_avg = load_lanes<kFloat>(u.exp_avg, i, lanes);
+      update_param(u, i, lanes, exp_avg, load_lanes<kFloat>(roots, i - first, lanes));
+    });
+  }
+}
+
+template <Dtype kGrad>
+void adam_from(const AdamUpdate& u, size_t begin, size_t end) {
+  switch (u.sqrt_form) {
+    case SqrtForm::ieee:
+      return adam_in_one_pass<kGrad, SqrtForm::ieee>(u, begin, end);
+    case SqrtForm::refined:
+      return adam_in_one_pass<kGrad, SqrtForm::refined>(u, begin, end);
+    case SqrtForm::external:
+      return adam_around_external_sqrt<kGrad>(u, begin, end);
   }
 }
 
