@@ -99,7 +99,7 @@ def crc32c(address: int, nbytes: int, initial: int) -> int:
     """CRC32C of ``nbytes`` bytes at ``address``, continuing from the CRC ``initial`` of the bytes before."""
     if nbytes == 0:
         return initial
-    data = np.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=np.uint8)
+    data = np.frombuffer(memoryview((ctypes.c_ubyte * nbytes).from_address(address)), dtype=np.uint8)
     lane_nbytes = nbytes // _LANES
     crc = np.array([initial ^ 0xFFFFFFFF], dtype=np.uint32)
     if lane_nbytes:
@@ -145,7 +145,7 @@ def _join(lanes: np.ndarray[Any, Any], lane_nbytes: int) -> np.ndarray[Any, Any]
 
 def _shift_matrix(nbytes: int) -> np.ndarray[Any, Any]:
     """Columns of the matrix over GF(2) that moves a register past ``nbytes`` zero bytes."""
-    power = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    power: np.ndarray[Any, Any] = np.uint32(1) << np.arange(32, dtype=np.uint32)
     result = power
     power = _advance(power, np.zeros((32, 1), dtype=np.uint8))
     while nbytes:
@@ -157,7 +157,7 @@ def _shift_matrix(nbytes: int) -> np.ndarray[Any, Any]:
 
 
 def _apply(matrix: np.ndarray[Any, Any], vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    result = np.zeros_like(vectors)
+    result: np.ndarray[Any, Any] = np.zeros_like(vectors)
     for bit in range(32):
         result ^= np.where((vectors >> np.uint32(bit)) & 1, matrix[bit], np.uint32(0))
     return result

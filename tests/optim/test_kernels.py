@@ -50,7 +50,8 @@ def bits(t: Tensor) -> Tensor:
 
 
 def same_bits(ours: list[Tensor | None], theirs: list[Tensor | None]) -> bool:
-    return all(a is b or torch.equal(bits(a), bits(b)) for a, b in zip(ours, theirs, strict=True))  # type: ignore[arg-type]
+    pairs = zip(ours, theirs, strict=True)
+    return all(a is b or (a is not None and b is not None and torch.equal(bits(a), bits(b))) for a, b in pairs)
 
 
 def random_tensors(numel: int, seed: int, *, specials: bool = False) -> dict[str, Tensor]:
