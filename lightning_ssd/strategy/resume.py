@@ -1,50 +1,55 @@
 """The place in the loop: generator states and the position in the training data, so that a resumed run goes on as if
 it had never stopped.
 
-[Note: resume] A training `DataLoader` is watched: when an epoch's iterator is made, the generator states of that moment
-are kept, and batches are counted. After a restart the first batch is asked for like this: generators are set as at the
-epoch's start, the iterator is made (so it shuffles as it did), batches already used are drawn and dropped, and then the
-generators are set as they were when the checkpoint was saved.
+[Note: resume] A training `DataLoader` is watched: the generator states when an epoch's iterator is made and when its
+first batch is drawn (then it shuffles) are kept, and batches are counted. After a restart the first batch is asked for
+like this: generators are set as they were then, the iterator is made (so it shuffles as it did), batches already used
+are drawn and dropped, and the generators are set as they were when the checkpoint was saved. Lightning skips a
+validation that was due right after the save; it is run here, since it moves the generators, schedulers and callbacks.
 """
 
 from __future__ import annotations
 
 import random
+from collections import deque
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_ssd.errors import CheckpointError
 
 KEY = "ssd_offload_resume"
+
+States = dict[str, Any]
+"""What `generator_states` returns."""
 
 
 class Resume:
     """Saves and restores the place in the loop."""
 
     def __init__(self) -> None:
-        self._pending: dict[str, Any] | None = None
-        self._loaders: list[Any] = []
+        self._restart: _Restart | None = None
+        self._places: list[_Place] = []
 
     def state(self, trainer: Any) -> dict[str, Any]:
         """What a checkpoint carries."""
         epoch_is_over = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         num_ahead = len(getattr(trainer.fit_loop._data_fetcher, "batches", None) or ())
-        loaders = [
-            {"begin": loader.epoch_begin, "num_batches": loader.num_batches, "num_ahead": num_ahead}
-            for loader in self._loaders
-        ]
+        loaders = [place.state(num_ahead) for place in self._places]
         return {KEY: {"generators": generator_states(), "epoch_is_over": epoch_is_over, "loaders": loaders}}
 
     def take(self, checkpoint: dict[str, Any]) -> None:
         """Remember what a checkpoint carries, for the loaders to come."""
-        self._pending = checkpoint.pop(KEY, None)
+        saved = checkpoint.pop(KEY, None)
+        self._restart = None if saved is None else _Restart(**saved)
 
     def begin(self, *, is_fit: bool) -> None:
         """The Trainer starts: loaders of an earlier run are not watched any more."""
-        self._loaders = []
+        self._places = []
         if not is_fit:
-            self._pending = None
+            self._restart = None
 
     def watch(self, loader: Any) -> Any:
         """Make a training `DataLoader` resumable; other iterables are left alone."""
@@ -53,32 +58,109 @@ class Resume:
             return loader
         if not is_ours:
             loader.__class__ = _resumable(type(loader))
-        place = None
-        if self._pending is not None and len(self._loaders) < len(self._pending["loaders"]):
-            place = {**self._pending, **self._pending["loaders"][len(self._loaders)]}
-        loader.resume_from = place
-        loader.epoch_begin = generator_states()
-        loader.num_batches = 0
-        self._loaders.append(loader)
+        loader._ssd_offload_place = place = _Place(loader, self._restart, len(self._places))
+        self._places.append(place)
         return loader
+
+    def start(self, trainer: Any) -> None:
+        """Training is about to start: go on from the generator states of the checkpoint."""
+        restart = self._restart
+        if restart is None:
+            return
+        fit_loop = trainer.fit_loop
+        restart.has_started = True
+        restart.in_epoch = fit_loop.restarted_mid_epoch
+        set_generator_states(restart.generators)
+        epoch_loop = fit_loop.epoch_loop
+        if epoch_loop.restarted_on_train_batch_end and epoch_loop._should_check_val_fx(fit_loop._data_fetcher):
+            trainer.validating = True
+            epoch_loop.val_loop.restarting = False
+            epoch_loop.val_loop.run()
+            trainer.training = True
+            restart.generators = generator_states()
 
     def begin_batch(self) -> None:
         """A training batch starts: where no loader of ours did it, the generators are set now."""
-        pending, self._pending = self._pending, None
-        if pending is not None and not self._loaders:
-            set_generator_states(pending["generators"])
+        restart, self._restart = self._restart, None
+        if restart is not None and not self._places:
+            set_generator_states(restart.generators)
+
+
+class _Restart:
+    """A run goes on from a checkpoint.
+
+    Attributes:
+        generators: States to go on from.
+        epoch_is_over: The checkpoint was saved after the last batch of an epoch.
+        loaders: What `_Place.state` returned, for each loader.
+        has_started: Training has started; Lightning draws ahead from a loader without length before that.
+        in_epoch: Lightning goes straight to the next batch, without hooks that begin an epoch.
+    """
+
+    def __init__(self, generators: States, epoch_is_over: bool, loaders: list[dict[str, Any]]) -> None:
+        self.generators = generators
+        self.epoch_is_over = epoch_is_over
+        self.loaders = loaders
+        self.has_started = False
+        self.in_epoch = False
+
+
+class _Place:
+    """Where a loader is in its epoch.
+
+    Attributes:
+        num_batches: Drawn from this epoch's iterator.
+        restart: What to go on from, until the first batch.
+        saved: This loader's part of it.
+    """
+
+    def __init__(self, loader: DataLoader[Any], restart: _Restart | None, number: int) -> None:
+        self._own = _own_generators(loader)
+        self._is_drawn_ahead = isinstance(loader.dataset, IterableDataset)
+        self.restart = restart if restart is not None and number < len(restart.loaders) else None
+        self.saved = self.restart.loaders[number] if self.restart is not None else {}
+        self.begin_epoch()
+
+    def state(self, num_ahead: int) -> dict[str, Any]:
+        """What a checkpoint carries; ``num_ahead`` batches were drawn but not used yet."""
+        return {
+            "begin": self._begin,
+            "first": self._first,
+            "own_begin": self._own_begin,
+            "own": [generator.get_state() for generator in self._own],
+            "num_batches": self.num_batches,
+            "ahead": list(self._draws)[len(self._draws) - num_ahead :],
+        }
+
+    def begin_epoch(self) -> None:
+        """An iterator is about to be made."""
+        self._begin = self._first = generator_states()
+        self._own_begin = [generator.get_state() for generator in self._own]
+        self._draws: deque[States] = deque(maxlen=2)  # states before the last draws
+        self.num_batches = 0
+
+    def draw(self, iterator: Any) -> Any:
+        """The next batch."""
+        if self.num_batches == 0:
+            self._first = generator_states()
+        if self._is_drawn_ahead:
+            self._draws.append(generator_states())
+        batch = next(iterator)
+        self.num_batches += 1
+        return batch
+
+    def set_own_generators(self, key: str) -> None:
+        """Set the generators that belong to the loader as they were."""
+        for generator, state in zip(self._own, self.saved[key], strict=False):
+            generator.set_state(state)
 
 
 def _resumable(cls: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
-    """A subclass of the loader's own class that knows where it is in its epoch; [Note: resume].
-
-    Its instances have ``epoch_begin`` (generator states when the iterator was made), ``num_batches`` (drawn from it)
-    and ``resume_from`` (the place in a checkpoint, until the first batch).
-    """
+    """A subclass of the loader's own class that knows where it is in its epoch; [Note: resume]."""
     # Not a mixin: Python lets an object change its class only along single inheritance.
     members = {
         "__module__": cls.__module__,
-        "__iter__": lambda self: _Batches(self, lambda: cls.__iter__(self)),
+        "__iter__": lambda self: _Batches(self._ssd_offload_place, lambda: cls.__iter__(self)),
         "_ssd_offload_plain_iter": cls.__iter__,
         # Lightning asks for these before it believes that a loader can go on in mid-epoch; `Resume` has the state.
         "state_dict": lambda self: {},
@@ -90,47 +172,67 @@ def _resumable(cls: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
 class _Batches:
     """One epoch's iterator. After a restart the inner one is made with the first batch, else at once."""
 
-    def __init__(self, loader: Any, make: Any) -> None:
-        self._loader = loader
+    def __init__(self, place: _Place, make: Any) -> None:
+        self._place = place
         self._make = make
         self._ahead: list[Any] = []  # drawn before the checkpoint, not used yet
         self._inner: Any = None
-        if loader.resume_from is None:
+        if place.restart is None:
             self._begin()
 
     def __iter__(self) -> _Batches:
         return self
 
     def __next__(self) -> Any:
-        if self._inner is None:
-            self._resume()
+        restart, self._place.restart = self._place.restart, None
+        if restart is not None:
+            self._resume(restart)
         if self._ahead:
             return self._ahead.pop(0)
-        batch = next(self._inner)
-        self._loader.num_batches += 1
+        batch = self._place.draw(self._inner)
+        if restart is not None and not restart.has_started:
+            restart.generators = generator_states()
         return batch
 
     def _begin(self) -> None:
-        self._loader.epoch_begin = generator_states()
-        self._loader.num_batches = 0
+        self._place.begin_epoch()
         self._inner = self._make()
 
-    def _resume(self) -> None:
-        place, self._loader.resume_from = self._loader.resume_from, None
-        if place is None or place["epoch_is_over"]:
-            if place is not None:
-                set_generator_states(place["generators"])
+    def _resume(self, restart: _Restart) -> None:
+        place = self._place
+        if not restart.epoch_is_over or restart.in_epoch or not restart.has_started:
+            set_generator_states(restart.generators)
+        if restart.epoch_is_over:
+            place.set_own_generators("own")
             self._begin()
             return
-        set_generator_states(place["begin"])
+        set_generator_states(place.saved["begin"])
+        place.set_own_generators("own_begin")
         self._begin()
-        num_used = place["num_batches"] - place["num_ahead"]
-        for number in range(place["num_batches"]):
-            batch = next(self._inner)
+        set_generator_states(place.saved["first"])
+        self._draw_again(place.saved["num_batches"], place.saved["ahead"])
+        set_generator_states(restart.generators)
+
+    def _draw_again(self, num_batches: int, ahead: list[States]) -> None:
+        num_used = num_batches - len(ahead)
+        for number in range(num_batches):
+            if number >= num_used:
+                set_generator_states(ahead[number - num_used])
+            try:
+                batch = self._place.draw(self._inner)
+            except StopIteration:
+                raise CheckpointError(
+                    f"the checkpoint was saved after {num_used} batches of an epoch, the training data loader has only "
+                    f"{number}: resume with the data and batch size it was saved with, or from the end of an epoch"
+                ) from None
             if number >= num_used:
                 self._ahead.append(batch)
-        self._loader.num_batches = place["num_batches"]
-        set_generator_states(place["generators"])
+
+
+def _own_generators(loader: DataLoader[Any]) -> list[torch.Generator]:
+    """Generators that only the loader draws from."""
+    found = [loader.generator, getattr(loader.sampler, "generator", None)]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def generator_states() -> dict[str, Any]:

@@ -394,6 +394,11 @@ class StrategyMixin(StrategyBase):
         assert self.lightning_module is not None
         return self._resume.watch(dataloader) if self.lightning_module.trainer.training else dataloader
 
+    def on_train_start(self) -> None:
+        """After a restart, go on from the generator states of the checkpoint."""
+        assert self.lightning_module is not None
+        self._resume.start(self.lightning_module.trainer)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """After a restart, the last moment to set the generators."""
         self._resume.begin_batch()
