@@ -37,8 +37,19 @@ def _cgroup_rooms() -> list[int]:
             folder = os.path.join(root, *parts[:depth])
             limits, useds = _lines(os.path.join(folder, limit)), _lines(os.path.join(folder, used))
             if limits and useds and limits[0].isdigit():
-                rooms.append(max(0, int(limits[0]) - int(useds[0])))
+                taken = max(0, int(useds[0]) - _reclaimable(os.path.join(folder, "memory.stat")))
+                rooms.append(max(0, int(limits[0]) - taken))
     return rooms
+
+
+def _reclaimable(path: str) -> int:
+    """Page cache of a group: counted as used, but the kernel gives it back when somebody needs memory.
+
+    Without this a group that has just written a checkpoint, or read a data set, looks full.
+    """
+    found = dict(line.split(maxsplit=1) for line in _lines(path))
+    # Version 1 gives the sums over a group and those inside it a name of their own; version 2 has only those.
+    return sum(int(found.get(f"total_{key}", found.get(key, 0))) for key in ("active_file", "inactive_file"))
 
 
 def _lines(path: str) -> list[str]:

@@ -22,7 +22,7 @@ from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.at_rest import AtRest
 from lightning_ssd.streaming.gradients import params_with_grad
-from lightning_ssd.streaming.streamer import Streamer
+from lightning_ssd.streaming.residency import Residents
 from lightning_ssd.streaming.unit import Unit
 
 
@@ -53,7 +53,7 @@ class StreamedOptimizer:
         self._captured: dict[int, dict[str, Any]] = {}  # hyper-parameters of this step, by group
         self._after: dict[int, dict[str, Any]] = {}  # the same as the rule left them
         self._pipeline: Pipeline | None = None
-        self._streamer: Streamer | None = None
+        self._residents: Residents | None = None
         for i, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
                 if param not in self._places:
@@ -72,14 +72,14 @@ class StreamedOptimizer:
         self.optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
         self.optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign, assignment]
 
-    def connect(self, pipeline: Pipeline, streamer: Streamer) -> None:
+    def connect(self, pipeline: Pipeline, residents: Residents) -> None:
         """From now on steps can run."""
         self._pipeline = pipeline
-        self._streamer = streamer
+        self._residents = residents
 
     def release(self) -> None:
         """Give the optimizer its own step back; ``state_dict`` goes on to show what is in the store."""
-        self._pipeline = self._streamer = None
+        self._pipeline = self._residents = None
         self.optimizer.__dict__.pop("step", None)
 
     # -- step ----------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class StreamedOptimizer:
     def update(self, unit: Unit, grads: Mapping[int, Tensor]) -> None:
         """Update the parameters of ``unit`` that this optimizer owns and that have a gradient."""
         assert self._pipeline is not None
-        assert self._streamer is not None
+        assert self._residents is not None
         groups = self._groups()
         parts: dict[int, ParameterUpdate] = {}
         for index, grad in grads.items():
@@ -100,9 +100,9 @@ class StreamedOptimizer:
             scalars = self._scalars.setdefault(param, {})
             parts[index] = ParameterUpdate(grad, options, scalars, self._initialised.setdefault(param, set()))
         if parts:
-            self._streamer.settle(unit)
+            self._residents.settle(unit)
             self._pipeline.update(unit, self.rule, parts)
-            self._streamer.superseded(unit)
+            self._residents.superseded(unit)
 
     def owns(self, unit: Unit) -> bool:
         """Whether every trainable parameter of ``unit`` is this optimizer's."""

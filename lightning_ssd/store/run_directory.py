@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lightning_ssd.errors import StoreError
@@ -42,39 +44,34 @@ class RunDirectory:
         self.path = os.path.join(root, name)
         try:
             os.makedirs(root, exist_ok=True)
-            os.mkdir(self.path, 0o700)
-            self._lock_fd = _lock(os.path.join(self.path, _LOCK), create=True)
+            self._lock_fd = _make(self.path)
         except OSError as error:
             raise StoreError(
                 f"cannot make a run directory in nvme_path={root!r}: {error.strerror}; "
                 "choose a directory on a local disk that this user may write to"
             ) from error
-        os.write(self._lock_fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
     def close(self, *, remove: bool) -> None:
         """Give up the lock; with ``remove`` delete the directory. A second call does nothing."""
         if self._lock_fd < 0:
             return
-        if remove:
-            _remove(self.path)
-        os.close(self._lock_fd)
-        self._lock_fd = -1
+        try:
+            if remove:
+                _remove(self.path)
+        finally:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
 
 def dead_runs(root: str) -> list[DeadRun]:
     """Run directories under ``root`` whose lock nobody holds."""
     found = []
     for entry in sorted(os.scandir(root), key=lambda e: e.name) if os.path.isdir(root) else []:
-        lock_path = os.path.join(entry.path, _LOCK)
-        if not entry.name.startswith(_PREFIX) or not entry.is_dir(follow_symlinks=False):
-            continue
-        try:
-            fd = _lock(lock_path, create=False)
-        except OSError:
-            continue  # alive, or not ours
-        os.close(fd)
-        nbytes = sum(e.stat(follow_symlinks=False).st_blocks * 512 for e in os.scandir(entry.path))
-        found.append(DeadRun(entry.path, nbytes))
+        if entry.name.startswith(_PREFIX) and entry.is_dir(follow_symlinks=False):
+            with suppress(OSError):  # alive, not ours, or gone while we looked
+                fd = _lock(os.path.join(entry.path, _LOCK), create=False)
+                os.close(fd)
+                found.append(DeadRun(entry.path, _nbytes(entry.path)))
     return found
 
 
@@ -90,6 +87,28 @@ def warn_of_dead_runs(root: str) -> None:
         )
 
 
+def _make(path: str) -> int:
+    """Make the directory with its lock held from the moment on at which it can be seen; the lock's descriptor."""
+    folder, name = os.path.split(path)
+    hidden = os.path.join(folder, f".new-{name}")
+    os.mkdir(hidden, 0o700)
+    lock_fd = -1
+    try:
+        lock_fd = _lock(os.path.join(hidden, _LOCK), create=True)
+        os.write(lock_fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        os.rename(hidden, path)
+    except BaseException:
+        if lock_fd >= 0:
+            os.close(lock_fd)
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    return lock_fd
+
+
+def _nbytes(path: str) -> int:
+    return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(path))
+
+
 def _lock(path: str, *, create: bool) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
     try:
@@ -102,6 +121,8 @@ def _lock(path: str, *, create: bool) -> int:
 
 def _remove(path: str) -> None:
     # Only what we created: plain files with our endings, then the directory if that left it empty.
+    if not os.path.isdir(path):
+        return  # the user was faster
     for entry in list(os.scandir(path)):
         if entry.name == _LOCK or entry.name.endswith(".safetensors"):
             os.unlink(entry.path)

@@ -6,12 +6,15 @@ the next generation of the same size, or only unlinked if a checkpoint or a mapp
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import mmap
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -37,13 +40,15 @@ class Generation:
         layout: What is where in the file.
         file: The open file.
         checks: CRC32C of each `CHECK_NBYTES` of the data section, None where not written yet or not known.
-        is_mapped: Somebody may hold a writable view of its bytes: never link it, never recycle it.
+        is_mapped: Somebody may hold a view that writes to the file: never link it.
+        is_viewed: Somebody may hold a view of any sort, which must keep its values: never recycle it.
     """
 
     layout: UnitLayout
     file: File
     checks: list[int | None] = field(default_factory=list)
     is_mapped: bool = False
+    is_viewed: bool = False
 
 
 class StateStore:
@@ -98,8 +103,13 @@ class StateStore:
         name = f"{number:08d}-{slug}.{layout.kind}.safetensors"
         file = self._file(name, layout.file_nbytes, number % len(self._directories))
         num_checks = -(-layout.data_nbytes // CHECK_NBYTES)
-        os.pwrite(file.tail_fd, layout.header, 0)
-        return Generation(layout, file, [None] * num_checks)
+        generation = Generation(layout, file, [None] * num_checks)
+        try:
+            _write_all(file, layout.header)
+        except BaseException:
+            self.abandon(generation)
+            raise
+        return generation
 
     def commit(self, generation: Generation) -> None:
         """Make a completely written generation the current one; the one it replaces is recycled or unlinked."""
@@ -175,28 +185,33 @@ class StateStore:
         return generation
 
     def map(self, generation: Generation, *, private: bool) -> mmap.mmap:
-        """Map the whole file, writable. With ``private`` what is written stays in memory and never reaches the file."""
+        """Map the whole file, writable; works while suspended too.
+
+        With ``private`` what is written stays in memory and never reaches the file.
+        """
+        generation.is_viewed = True
         if not private:
             generation.is_mapped = True
             generation.checks = [None] * len(generation.checks)  # whoever maps it may write
         flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
-        return mmap.mmap(
-            generation.file.tail_fd,
-            generation.file.nbytes,
-            flags=flags,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-        )
+        fd = os.open(generation.file.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return mmap.mmap(fd, generation.file.nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        finally:
+            os.close(fd)
 
     def recycle(self, path: str) -> bool:
         """Take a file that nothing else links, such as one of a removed checkpoint, for generations to come.
 
         Returns:
-            Whether it was moved here; False if no generation has its size, or enough such files wait already.
+            Whether it was moved here; False if somebody has it open or mapped, in this process or another (an
+            evaluation of the checkpoint, a tensor that the user kept), if no generation has its size, or if enough
+            such files wait already.
         """
         found = os.lstat(path)
         alike = sum(generation.file.nbytes == found.st_size for generation in self._current.values())
         disk = next((i for i, d in enumerate(self._directories) if os.stat(d.path).st_dev == found.st_dev), None)
-        if self._is_suspended or disk is None or len(self._free[found.st_size]) >= alike:
+        if self._is_suspended or disk is None or len(self._free[found.st_size]) >= alike or _is_open(path):
             return False
         name = f"{next(self._numbers):08d}-recycled.safetensors"
         file = File.open(path, direct=self._direct[disk], writable=True)
@@ -232,7 +247,7 @@ class StateStore:
             generation.file.close()
         for files in self._free.values():
             for file in files:
-                os.unlink(file.path)
+                _unlink(file)
                 file.close()
         self._free.clear()
         self._is_suspended = True
@@ -279,8 +294,8 @@ class StateStore:
     def _retire(self, generation: Generation) -> None:
         file = generation.file
         linked = os.fstat(file.tail_fd).st_nlink > 1
-        if linked or generation.is_mapped:
-            os.unlink(file.path)
+        if linked or generation.is_viewed:
+            _unlink(file)
             file.close()
         else:
             self._free[file.nbytes].append(file)
@@ -320,6 +335,34 @@ class _CheckedRead:
             f"{', ...' if len(names) > 4 else ''}); the disk or its controller corrupts data: "
             "stop using it and resume from the last checkpoint"
         )
+
+
+def _write_all(file: File, data: bytes) -> None:
+    """Write ``data`` at the start of ``file``, and tell a failure as an engine does."""
+    try:
+        done = os.pwrite(file.tail_fd, data, 0)
+    except OSError as error:
+        raise IoError(error.errno or errno.EIO, file.path, 0, len(data), "write") from error
+    if done != len(data):  # its space is reserved, so a regular file takes all of it or fails
+        raise IoError(errno.EIO, file.path, done, len(data) - done, "write")
+
+
+def _unlink(file: File) -> None:
+    with suppress(FileNotFoundError):  # the user removed the run directory: then the space is free already
+        os.unlink(file.path)
+
+
+def _is_open(path: str) -> bool:
+    """Whether anybody, this process included, has the file open or mapped; True where the kernel cannot tell."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # granted only to the single opener of a file
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _free_nbytes(path: str) -> int:

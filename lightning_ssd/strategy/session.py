@@ -33,6 +33,7 @@ from lightning_ssd.streaming.gradients import GradientSink, Mode
 from lightning_ssd.streaming.nursery import Nursery
 from lightning_ssd.streaming.partition import UnitPolicy, partition
 from lightning_ssd.streaming.placeholder import placeholders
+from lightning_ssd.streaming.residency import Residents
 from lightning_ssd.streaming.streamer import Streamer
 from lightning_ssd.streaming.unit import Unit
 from lightning_ssd.trace import Trace
@@ -120,19 +121,14 @@ class Session:
         self.units = [Unit(spec, self.settings.param_dtype) for spec in specs]
         self.store.require_free(sum(unit.layout.file_nbytes for unit in self.units), "placing the parameters")
         blocks = {unit.block for unit in self.units if unit.block is not None}
-        self.streamer = Streamer(
-            self.units,
-            store=self.store,
-            device=self.settings.device,
-            recompute={b for b in blocks if self.settings.recompute and not keeps_activations(b)},
-            window=self.settings.window,
-            trace=self.trace,
-        )
+        residents = Residents(self.units, store=self.store, window=self.settings.window, trace=self.trace)
+        recompute = {b for b in blocks if self.settings.recompute and not keeps_activations(b)}
+        self.streamer = Streamer(residents, device=self.settings.device, recompute=recompute, trace=self.trace)
         parked = placeholders(self.units, self.store.spill_directory)
         for unit in self.units:
             self._place_unit(unit)
             unit.parked = parked[unit.name]
-            self.streamer.park(unit)
+            residents.park(unit)
 
     def _place_unit(self, unit: Unit) -> None:
         for param in unit.params:
@@ -149,7 +145,7 @@ class Session:
         adopted = StreamedOptimizer(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master)
         adopted.adopt()
         if self._pipeline is not None and self.streamer is not None:
-            adopted.connect(self._pipeline, self.streamer)
+            adopted.connect(self._pipeline, self.streamer.residents)
         self.optimizers.append(adopted)
         return adopted
 
@@ -175,7 +171,7 @@ class Session:
             trace=self.trace,
         )
         for adopted in self.optimizers:
-            adopted.connect(self._pipeline, self.streamer)
+            adopted.connect(self._pipeline, self.streamer.residents)
         route = make_route(self.settings.device)
         self.streamer.start(pool=params, route=route, sink=self.sink, keep_cache=self.plan.keep_cache)
 
@@ -208,7 +204,7 @@ class Session:
             self.store.resume(make_engine(self.settings.io))
         try:
             for unit in awake:
-                self.streamer.settle(unit)
+                self.streamer.residents.settle(unit)
             yield
         finally:
             if resting:

@@ -3,7 +3,8 @@
 [Note: at rest, written] A file that no checkpoint names is mapped shared: what the user writes lands in it. Its
 modification time is set to zero when it is mapped, so any time found later, after `msync`, means a write. A file
 that a checkpoint names is mapped private: what the user writes stays in memory, on pages that no longer belong to the
-file, which bit 61 of ``/proc/self/pagemap`` tells. Assigning ``p.data`` is seen by the address.
+file, which bit 61 of ``/proc/self/pagemap`` tells. Assigning ``p.data`` is seen by the address. Optimizer state is
+always mapped private: it is shown, and a checkpoint must still be able to link its file.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class AtRest:
 
     def __init__(self, store: StateStore, generation: Generation) -> None:
         self.generation = generation
-        fd = generation.file.tail_fd
-        self.is_private = os.fstat(fd).st_nlink > 1
+        path = generation.file.path  # not its descriptor: after a run the store has closed its files
+        self.is_private = generation.layout.kind != "param" or os.stat(path).st_nlink > 1
         self._memory = store.map(generation, private=self.is_private)
         if not self.is_private:
-            os.utime(fd, ns=(os.fstat(fd).st_atime_ns, 0))
+            os.utime(path, ns=(os.stat(path).st_atime_ns, 0))
         views = Views(self._memory)
         layout = generation.layout
         dtype = dtype_of(layout.dtype)
@@ -56,7 +57,7 @@ class AtRest:
         if self.is_private:
             return self._has_private_pages()
         self._memory.flush()  # sync: msync, so that the file's time tells of every write
-        return os.fstat(self.generation.file.tail_fd).st_mtime_ns != 0
+        return os.stat(self.generation.file.path).st_mtime_ns != 0
 
     def drop_pages(self) -> None:
         """Let the kernel take the pages back now; clean pages cost a new read if they are looked at again."""
