@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lightning_ssd.io.checksum import crc32c
+from lightning_ssd.kernels.api import crc32c
 from lightning_ssd.sizes import MiB
 
 PIECE_NBYTES = MiB

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ssd.codec import float32
 from lightning_ssd.errors import NonFiniteGradientError, SSDOffloadError
 from lightning_ssd.io.engine import Transfer
+from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.pool import Buffer, Pool
-from lightning_ssd.optim import kernels
 from lightning_ssd.optim.rules import Options, Rule
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout, chunks
@@ -44,8 +45,8 @@ class ParameterUpdate:
 
 
 def master_dtype(unit: Unit, *, keep_master: bool) -> str:
-    """Safetensors dtype in which a unit is updated: float32 for 16-bit parameters, unless no master is kept."""
-    return "F32" if keep_master and unit.layout.itemsize == 2 else unit.layout.dtype
+    """Safetensors dtype of the values that an update of ``unit`` works on, and of its states."""
+    return float32.state_dtype(unit.layout.dtype, keep_master=keep_master)
 
 
 class Pipeline:

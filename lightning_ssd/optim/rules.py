@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.optim import kernels
+from lightning_ssd.kernels import api as kernels
 
 Options = Mapping[str, Any]
 """Hyper-parameters of a parameter group, captured at the step."""
@@ -155,7 +155,8 @@ class TorchRule:
         states: dict[str, Tensor] = {}
         for shape in ((2,), (2, 2)):
             zeros = torch.zeros(shape)
-            self.update(zeros, torch.zeros(shape), found := {}, {}, dict(options), is_first=True)
+            found: dict[str, Tensor] = {}
+            self.update(zeros, torch.zeros(shape), found, {}, dict(options), is_first=True)
             states |= found
         return tuple(states)
 

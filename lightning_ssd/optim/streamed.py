@@ -70,7 +70,7 @@ class StreamedOptimizer:
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         self.optimizer.step = step  # type: ignore[method-assign]
         self.optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
-        self.optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign, assignment]
+        self.optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
 
     def connect(self, pipeline: Pipeline, residents: Residents) -> None:
         """From now on steps can run."""

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lightning_ssd.errors import CorruptionError, IoError, StoreError
-from lightning_ssd.io.checksum import crc32c
 from lightning_ssd.io.engine import Engine, File, Transfer
+from lightning_ssd.kernels.api import crc32c
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import BLOCK_NBYTES, fmt
 from lightning_ssd.store.dtypes import dtype_of

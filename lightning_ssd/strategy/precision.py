@@ -95,16 +95,16 @@ class PrecisionMixin(PrecisionBase):
     def forward_context(self) -> AbstractContextManager[Any]:  # noqa: D102
         return self.inner.forward_context()  # type: ignore[no-any-return]
 
-    def train_step_context(self) -> AbstractContextManager[Any]:  # noqa: D102
+    def train_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]  # noqa: D102
         return self.inner.train_step_context()  # type: ignore[no-any-return]
 
-    def val_step_context(self) -> AbstractContextManager[Any]:  # noqa: D102
+    def val_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]  # noqa: D102
         return self.inner.val_step_context()  # type: ignore[no-any-return]
 
-    def test_step_context(self) -> AbstractContextManager[Any]:  # noqa: D102
+    def test_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]  # noqa: D102
         return self.inner.test_step_context()  # type: ignore[no-any-return]
 
-    def predict_step_context(self) -> AbstractContextManager[Any]:  # noqa: D102
+    def predict_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]  # noqa: D102
         return self.inner.predict_step_context()  # type: ignore[no-any-return]
 
     def convert_input(self, data: Any) -> Any:  # noqa: D102

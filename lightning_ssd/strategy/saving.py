@@ -16,6 +16,7 @@ from lightning_ssd.checkpoint.export import optimizer_state
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
 from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, StateDictView, split_rest
+from lightning_ssd.codec import float32
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.state_store import Generation
 from lightning_ssd.strategy.session import Session
@@ -71,6 +72,7 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any) -> None:
             small,
             records,
             step=step,
+            codec=float32.NAME,
             dtypes=dtypes,
             aliases=aliases,
             recycle=session.store.recycle,

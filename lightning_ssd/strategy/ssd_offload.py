@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import IOOptions, IOStats
-from lightning_ssd.optim import kernels
+from lightning_ssd.kernels import api as kernels
 from lightning_ssd.strategy import guards
 from lightning_ssd.strategy.bases import StrategyBase
 from lightning_ssd.strategy.listeners import gradient_listener
@@ -163,7 +163,7 @@ class StrategyMixin(StrategyBase):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
         if plugin is not None and not isinstance(plugin, PrecisionMixin):
-            plugin = self._precision_class(inner=plugin)  # type: ignore[call-arg]
+            plugin = self._precision_class(inner=plugin)
         if plugin is not None:
             plugin.prepare(self._stock_precision)
         self._precision_plugin = plugin
@@ -267,7 +267,7 @@ class StrategyMixin(StrategyBase):
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.root_device)
             if hasattr(module, "_device"):
-                module._device = self.root_device
+                module._device = self.root_device  # type: ignore[assignment]
 
     @property
     def optimizers(self) -> list[Optimizer]:

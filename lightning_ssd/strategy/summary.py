@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_ssd.optim import kernels
+from lightning_ssd.kernels import api as kernels
 from lightning_ssd.sizes import fmt
 from lightning_ssd.strategy.session import Session
 

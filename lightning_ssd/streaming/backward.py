@@ -49,7 +49,7 @@ class Backward:
         """Something of ours happens inside backward: be told when it ends."""
         if not self._is_running:
             self._is_running = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def abort(self) -> None:
         """A backward may have failed: hold nothing, expect nothing."""
@@ -131,7 +131,7 @@ class Backward:
                 self._end_frame(live)
 
         for tensor in inputs:
-            tensor.register_hook(arrived)
+            tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
 
     # -- ends ----------------------------------------------------------------------------------------------------
 

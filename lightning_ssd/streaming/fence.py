@@ -8,7 +8,7 @@ on real values: inside a step by fetching the unit to the device, outside by map
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 class Fence(Protocol):
     """Brings parameters at rest to life."""
 
-    def wake(self, params: list[nn.Parameter]) -> None:
+    def wake(self, params: Sequence[nn.Parameter]) -> None:
         """Make ``params`` plain parameters on their current values, all at the same time."""
         ...
 
@@ -79,7 +79,7 @@ def _accessors() -> Iterator[Any]:
     )
     writable = "requires_grad grad _grad _backward_hooks _post_accumulate_grad_hooks grad_dtype"
     for name in (read_only + " " + writable).split():
-        attribute = getattr(Tensor, name, None)
+        attribute: Any = getattr(Tensor, name, None)
         if hasattr(attribute, "__get__"):
             yield attribute.__get__
         if name in writable.split() and hasattr(attribute, "__set__"):

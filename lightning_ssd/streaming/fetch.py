@@ -44,7 +44,7 @@ class CudaRoute:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def install(self, layout: UnitLayout, buffer: Buffer) -> list[Tensor]:
         """See `Route.install`. The host buffer is free when this returns."""

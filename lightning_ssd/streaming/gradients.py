@@ -54,7 +54,7 @@ class GradientSink:
         """From now on take the gradients of ``unit``; parameters that start to require grad later are taken up then."""
         for index, param in enumerate(unit.params):
             if param.requires_grad and param not in self._handles:
-                self._handles[param] = param.register_post_accumulate_grad_hook(
+                self._handles[param] = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     _Arrival(self, unit, index, on_backward)
                 )
 

@@ -38,7 +38,7 @@ class Nursery:
     @contextmanager
     def armed(self) -> Iterator[None]:
         """Inside, parameters are mapped files as soon as they are registered."""
-        handle = register_module_parameter_registration_hook(self._on_register)
+        handle = register_module_parameter_registration_hook(self._on_register)  # type: ignore[arg-type]
         try:
             yield
         finally:
@@ -63,9 +63,9 @@ class Nursery:
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     module._buffers[key] = fresh_buffer = torch.empty_like(buffer, device="cpu")
-                    fresh += [fresh_buffer]  # type: ignore[list-item]
+                    fresh += [fresh_buffer]
             if fresh:
-                module.reset_parameters()  # type: ignore[operator]
+                module.reset_parameters()
 
     def load(self, root: nn.Module, weights: Mapping[str, Any], *, strict: bool) -> None:
         """`Module.load_state_dict`; into a model on the meta device, mapped tensors go as they are, without a copy."""

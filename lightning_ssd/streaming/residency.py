@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
 import torch
@@ -242,7 +242,7 @@ class Residents:
         for param, parked in zip(unit.params, unit.parked, strict=True):
             _give(param, parked, self._parked_class)
 
-    def wake(self, params: list[nn.Parameter]) -> None:
+    def wake(self, params: Sequence[nn.Parameter]) -> None:
         """See `Fence.wake`."""
         with self._lock:
             units = {self._owners[p].name: self._owners[p] for p in params}.values()

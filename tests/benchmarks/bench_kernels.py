@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lightning_ssd.optim import kernels
+from lightning_ssd.kernels import api as kernels
 
 RATIOS = {  # name: numerator, denominator, factor on the denominator
     "adamw / floor": ("adamw", "sgd_momentum", 28 / 20),

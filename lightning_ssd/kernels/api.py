@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd._extension import _native
-from lightning_ssd.optim import reference
+from lightning_ssd.kernels import reference
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_ssd.optim import kernels, reference
+from lightning_ssd.kernels import api as kernels
+from lightning_ssd.kernels import reference
 
 NATIVE = kernels._native
 LEVELS = NATIVE.kernel_levels() if NATIVE is not None else []

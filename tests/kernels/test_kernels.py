@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_ssd.optim import kernels, reference
+from lightning_ssd.kernels import api as kernels
+from lightning_ssd.kernels import reference
 
 NATIVE = kernels._native
 LEVELS = NATIVE.kernel_levels() if NATIVE is not None else []
@@ -266,7 +267,7 @@ def test_a_foreign_square_root_gives_the_same_bits(level: str, monkeypatch: pyte
 @pytest.mark.skipif(not LEVELS or "avx2" not in LEVELS, reason="needs the native module on a CPU with AVX2")
 @pytest.mark.parametrize(("capability", "equal"), [("avx2", True), ("default", False)])
 def test_the_self_check_tells_how_torch_rounds(capability: str, equal: bool) -> None:
-    code = "from lightning_ssd.optim import kernels; print(kernels.is_bit_equal_to_torch())"
+    code = "from lightning_ssd.kernels import api as kernels; print(kernels.is_bit_equal_to_torch())"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == str(equal)
