@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards quietly brew a stranger potion\n" * 400
-STRATEGY = "auto"
+STRATEGY = "ssd_offload"
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False},
     "gemma2": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 5.0},

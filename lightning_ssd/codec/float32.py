@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from lightning_ssd.store.header import ITEMSIZE
-
 NAME = "float32"
 """What a checkpoint's manifest calls this form."""
 
@@ -15,4 +13,4 @@ def state_dtype(param_dtype: str, *, keep_master: bool) -> str:
         param_dtype: Dtype of the parameters at rest.
         keep_master: 16-bit parameters have a float32 master; else they are updated in their own dtype.
     """
-    return "F32" if keep_master and ITEMSIZE[param_dtype] == 2 else param_dtype
+    return "F32" if keep_master and param_dtype in ("BF16", "F16") else param_dtype

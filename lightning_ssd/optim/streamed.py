@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from lightning_ssd.errors import CheckpointError, ConfigurationError
+from lightning_ssd.errors import CheckpointError, ConfigurationError, StoreError
 from lightning_ssd.optim.pipeline import ParameterUpdate, Pipeline, master_dtype
 from lightning_ssd.optim.rules import Rule
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.streaming.at_rest import AtRest
+from lightning_ssd.streaming.at_rest import snapshot
 from lightning_ssd.streaming.gradients import params_with_grad
 from lightning_ssd.streaming.residency import Residents
 from lightning_ssd.streaming.unit import Unit
@@ -171,17 +171,15 @@ class StreamedOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with state tensors mapped from the store."""
         state: dict[int, dict[str, Any]] = {}
-        maps: dict[tuple[str, str], AtRest] = {}
+        maps: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         for number, param in enumerate(self._params()):
             found = dict(self._scalars.get(param, {}))
             unit, index = self._places[param]
             for kind in sorted(self._initialised.get(param, ())):
                 key = (unit.name, kind)
                 if key not in maps:
-                    generation = self._store.current(*key)
-                    assert generation is not None, key
-                    maps[key] = AtRest(self._store, generation)
-                found[kind] = maps[key].tensors[index]
+                    maps[key] = self._snapshot(*key)
+                found[kind] = maps[key][index]
             if found:
                 state[number] = found
         groups = []
@@ -231,6 +229,14 @@ class StreamedOptimizer:
             if tensor is not None and tensor.dtype != wanted and tensor.dtype.itemsize > wanted.itemsize:
                 raise CheckpointError(f"state {kind!r} of {name!r} is {tensor.dtype}, the run keeps {wanted}")
         self._store.put(layout, lambda i: tensors[i])
+
+    def _snapshot(self, unit: str, kind: str) -> tuple[Tensor, ...]:
+        generation = self._store.current(unit, kind)
+        if generation is None:
+            raise StoreError(
+                f"the state of {type(self.optimizer).__name__} is gone: its run is over and another one has begun"
+            )
+        return snapshot(self._store, generation)
 
     def _name(self, param: nn.Parameter) -> str:
         unit, index = self._places[param]

@@ -12,6 +12,7 @@ import itertools
 import mmap
 import os
 import re
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -71,6 +72,7 @@ class StateStore:
         self._numbers = itertools.count()
         self._staging = Pool(STAGING_NBYTES, "staging")
         self._is_suspended = False
+        self._maps: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int]] = weakref.WeakKeyDictionary()  # disk, inode
 
     @property
     def spill_directory(self) -> str:
@@ -185,20 +187,31 @@ class StateStore:
         return generation
 
     def map(self, generation: Generation, *, private: bool) -> mmap.mmap:
-        """Map the whole file, writable; works while suspended too.
+        """Map the whole file, writable; works while files are closed (`suspend`) too.
 
-        With ``private`` what is written stays in memory and never reaches the file.
+        With ``private`` what is written stays in memory and never reaches the file. A file is not written again as long
+        as a mapping of it lives, so a view that the user keeps shows the values it had.
+
+        Raises:
+            StoreError: The run is over and its files are gone.
         """
-        generation.is_viewed = True
         if not private:
             generation.is_mapped = True
             generation.checks = [None] * len(generation.checks)  # whoever maps it may write
-        flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
-        fd = os.open(generation.file.path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            return mmap.mmap(fd, generation.file.nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            fd = os.open(generation.file.path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise StoreError(
+                f"the {generation.layout.kind} of unit {generation.layout.unit!r} is gone: its run is over and another "
+                "one has begun"
+            ) from None
+        try:
+            flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
+            memory = mmap.mmap(fd, generation.file.nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._maps[memory] = _identity(os.fstat(fd))
         finally:
             os.close(fd)
+        return memory
 
     def recycle(self, path: str) -> bool:
         """Take a file that nothing else links, such as one of a removed checkpoint, for generations to come.
@@ -363,6 +376,10 @@ def _is_open(path: str) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 def _free_nbytes(path: str) -> int:

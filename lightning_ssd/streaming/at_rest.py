@@ -18,11 +18,17 @@ from torch import Tensor, nn
 
 from lightning_ssd.memory.views import Views, address_of
 from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.state_store import Generation, StateStore
 
 _PAGE = mmap.PAGESIZE
 _FILE_PAGE = 1 << 61
 _PRESENT_OR_SWAPPED = (1 << 63) | (1 << 62)
+
+
+def snapshot(store: StateStore, generation: Generation) -> tuple[Tensor, ...]:
+    """The tensors of a generation, one per parameter in file order, mapped: what is written to them goes nowhere."""
+    return _tensors(store.map(generation, private=True), generation.layout)
 
 
 class AtRest:
@@ -71,3 +77,8 @@ class AtRest:
             pagemap.seek(first * 8)
             flags = memoryview(pagemap.read(num_pages * 8)).cast("Q")
         return any(flag & _PRESENT_OR_SWAPPED and not flag & _FILE_PAGE for flag in flags)
+
+
+def _tensors(memory: mmap.mmap, layout: UnitLayout) -> tuple[Tensor, ...]:
+    views, dtype = Views(memory), dtype_of(layout.dtype)
+    return tuple(views.tensor(layout.data_begin + entry.begin, dtype, entry.shape) for entry in layout.entries)
