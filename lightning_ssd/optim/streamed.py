@@ -238,6 +238,14 @@ class StreamedOptimizer:
             )
         return snapshot(self._store, generation)
 
+    def _mapped(self, unit: str, kind: str) -> AtRest:
+        generation = self._store.current(unit, kind)
+        if generation is None:
+            raise StoreError(
+                f"the state of {type(self.optimizer).__name__} is gone: its run is over and another one has begun"
+            )
+        return AtRest(self._store, generation)
+
     def _name(self, param: nn.Parameter) -> str:
         unit, index = self._places[param]
         return unit.names[index]
