@@ -102,8 +102,9 @@ class Pool:
 
     def give_back(self, buffer: Buffer) -> None:
         """Return a buffer. While a tensor on it is alive it lingers: nobody gets it before that tensor is gone."""
-        if self._lent.pop(buffer.offset, None) is not buffer:
+        if self._lent.get(buffer.offset) is not buffer:  # nobody's, or by now somebody else's
             raise ResidencyError(f"{self.name}: buffer of {buffer.owner} was given back twice")
+        del self._lent[buffer.offset]
         if buffer.in_use:
             self._lingering.append(buffer)
         else:
