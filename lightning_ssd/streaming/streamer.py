@@ -178,14 +178,20 @@ class _Visit:
 
 
 class _ModuleHooks:
-    """Forward hooks of one module."""
+    """Forward hooks of one module. On a copy of the module, whose parameters are plain, they do nothing."""
 
-    def __init__(self, streamer: Streamer, units: list[Unit]) -> None:
+    def __init__(self, streamer: Streamer | None, units: list[Unit]) -> None:
         self._streamer = streamer
         self._units = units
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._streamer is None:
+            return None
         return args, self._streamer.before_forward(module, self._units, args, kwargs)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._streamer.after_forward(module, failed=output is None)
+        if self._streamer is not None:
+            self._streamer.after_forward(module, failed=output is None)
+
+    def __reduce__(self) -> Any:
+        return _ModuleHooks, (None, [])  # `copy` and `pickle` both ask here
