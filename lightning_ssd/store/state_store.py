@@ -42,14 +42,12 @@ class Generation:
         file: The open file.
         checks: CRC32C of each `CHECK_NBYTES` of the data section, None where not written yet or not known.
         is_mapped: Somebody may hold a view that writes to the file: never link it.
-        is_viewed: Somebody may hold a view of any sort, which must keep its values: never recycle it.
     """
 
     layout: UnitLayout
     file: File
     checks: list[int | None] = field(default_factory=list)
     is_mapped: bool = False
-    is_viewed: bool = False
 
 
 class StateStore:
@@ -306,8 +304,9 @@ class StateStore:
 
     def _retire(self, generation: Generation) -> None:
         file = generation.file
-        linked = os.fstat(file.tail_fd).st_nlink > 1
-        if linked or generation.is_viewed:
+        found = os.fstat(file.tail_fd)
+        # A tensor on a mapping must keep its values; a private mapping too shows what is written to its file later.
+        if found.st_nlink > 1 or _identity(found) in self._maps.values():
             _unlink(file)
             file.close()
         else:
