@@ -125,11 +125,17 @@ def make_plan(
 
 
 def _parameters(by_name: dict[str, UnitSize], chains: Sequence[Sequence[str]]) -> int:
-    in_use = max((sum(by_name[name].param_nbytes for name in chain) for chain in chains), default=0)
-    arriving = max((unit.param_nbytes for unit in by_name.values()), default=0)
-    # Free memory lies between buffers in use. One arriving unit's worth per nested unit beyond the first makes sure
-    # that one free stretch is long enough, wherever the others lie.
-    return in_use + arriving * max(1, max((len(chain) for chain in chains), default=1) - 1)
+    return max((_chain(by_name, chain) for chain in chains), default=0)
+
+
+def _chain(by_name: dict[str, UnitSize], chain: Sequence[str]) -> int:
+    """Room for one chain and the largest unit that may arrive beside it."""
+    members = [by_name[name].param_nbytes for name in chain]
+    others = max((u.param_nbytes for name, u in by_name.items() if name not in chain), default=0)
+    # A nested fetch finds the free memory in pieces between the buffers in use; as much again as the largest member,
+    # for each unit beyond the first, makes sure that one piece is long enough wherever they lie.
+    nested = max(others, max(members, default=0)) * (len(members) - 1)
+    return sum(members) + max(others, nested)
 
 
 def _update(units: Sequence[UnitSize], chunk_numel: int, is_elementwise: bool) -> int:

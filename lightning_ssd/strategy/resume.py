@@ -72,6 +72,12 @@ class Resume:
         restart.in_epoch = fit_loop.restarted_mid_epoch
         set_generator_states(restart.generators)
         epoch_loop = fit_loop.epoch_loop
+        total = fit_loop.epoch_progress.total
+        if restart.epoch_is_over and not restart.in_epoch and total.ready == total.completed:
+            # Saved after fit. Lightning would go on with the epoch that is over: for one batch, or without any.
+            epoch_loop.batch_progress.reset_on_run()
+            epoch_loop.scheduler_progress.reset_on_run()
+            epoch_loop.automatic_optimization.optim_progress.reset_on_run()
         if epoch_loop.restarted_on_train_batch_end and epoch_loop._should_check_val_fx(fit_loop._data_fetcher):
             trainer.validating = True
             epoch_loop.val_loop.restarting = False
