@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_ssd.errors import CorruptionError, IoError, StoreError
 from lightning_ssd.io.engine import Engine, File, Transfer
-from lightning_ssd.kernels.api import crc32c
+from lightning_ssd.kernels.api import crc32c, is_native
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import BLOCK_NBYTES, fmt
 from lightning_ssd.store.dtypes import dtype_of
@@ -70,6 +70,8 @@ class StateStore:
         self._numbers = itertools.count()
         self._staging = Pool(STAGING_NBYTES, "staging")
         self._is_suspended = False
+        # Without the native kernel a checksum takes ten times as long as the transfer.
+        self._makes_checks = verify or is_native()
         self._maps: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int]] = weakref.WeakKeyDictionary()  # disk, inode
 
     @property
@@ -145,8 +147,9 @@ class StateStore:
 
         ``offset`` is a multiple of `CHECK_NBYTES`, and so is ``nbytes`` unless it reaches the end.
         """
-        for begin, end in chunks(nbytes, CHECK_NBYTES):
-            generation.checks[(offset + begin) // CHECK_NBYTES] = crc32c(address + begin, end - begin)
+        if self._makes_checks:
+            for begin, end in chunks(nbytes, CHECK_NBYTES):
+                generation.checks[(offset + begin) // CHECK_NBYTES] = crc32c(address + begin, end - begin)
         return self.engine.write(generation.file, generation.layout.data_begin + offset, address, nbytes, keep=keep)
 
     def put(self, layout: UnitLayout, source: Callable[[int], Tensor | None]) -> Generation:
