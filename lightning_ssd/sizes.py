@@ -47,7 +47,7 @@ def parse_nbytes(text: int | str) -> int:
         if text < 0:
             raise ValueError(f"a size cannot be negative, got {text}")
         return text
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"cannot read {text!r} as a size; write bytes as an int, or e.g. '16GiB' or '500MB'")
     return int(float(match[1]) * _UNITS[match[2].lower()])

@@ -153,7 +153,8 @@ def _too_small(
     largest = max(units, key=lambda u: u.param_nbytes)
     return (
         f"{name}={fmt(budget)} cannot work: parameters in use and one unit arriving need {fmt(param)}, gradients of "
-        f"one unit {fmt(grad)}, the update {fmt(update)}, staging {fmt(STAGING_NBYTES)}: together {fmt(smallest)}. The "
+        f"one unit {fmt(grad)}, the update {fmt(update)}, staging {fmt(STAGING_NBYTES)}: together {fmt(smallest)} "
+        f"({smallest} bytes). The "
         f"largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set {name} to at least "
         f"{-(-smallest // MiB)}MiB, or cut smaller units with units=..."
     )

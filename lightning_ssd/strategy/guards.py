@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.memory.limits import AUTO_SHARE, available_nbytes
 from lightning_ssd.sizes import parse_nbytes
 
@@ -40,16 +41,22 @@ def require_choices(settings: dict[str, Any]) -> None:
         "update": ("auto", "native", "torch"),
         "state": ("fp32",),
         "verify_reads": ("auto", True, False),
+        "keep_store": (True, False),
     }
     for name, values in allowed.items():
-        if settings[name] not in values:
+        if not any(settings[name] == value and type(settings[name]) is type(value) for value in values):  # 1 == True
             raise ConfigurationError(f"{name}={settings[name]!r} is unknown; it may be {', '.join(map(repr, values))}")
     for name in ("window", "quantum"):
         value = settings[name]
-        if value != "auto" and not (isinstance(value, int) and value >= 1):
+        if value != "auto" and not (type(value) is int and value >= 1):
             raise ConfigurationError(f"{name}={value!r} is unknown; it may be 'auto' or a number of units from 1")
-    if settings["min_unit_numel"] < 0:
-        raise ConfigurationError(f"min_unit_numel={settings['min_unit_numel']} must not be negative")
+    if type(settings["min_unit_numel"]) is not int or settings["min_unit_numel"] < 0:
+        raise ConfigurationError(f"min_unit_numel={settings['min_unit_numel']!r} is no number of elements from 0")
+    if not isinstance(settings["io"], IOOptions):
+        raise ConfigurationError(f"io={settings['io']!r} is unknown; it may be a lightning_ssd.IOOptions(...)")
+    units = settings["units"]
+    if not callable(units) and not isinstance(units, str) and not _is_list_of_text(units):
+        raise ConfigurationError(f"units={units!r} is unknown; it may be 'auto' or class names of modules")
     if settings["quantum"] not in ("auto", 1):
         raise ConfigurationError("quantum: only 1 (one unit per transfer, also 'auto') is implemented in this version")
     if settings["device_memory"] != "auto":
@@ -84,11 +91,19 @@ def host_budget(host_memory: int | str) -> int | None:
 
 def store_roots(nvme_path: list[str] | str | None, default_root: str) -> list[str]:
     """Directories for the live store."""
+    if not (nvme_path is None or isinstance(nvme_path, str) or (_is_list_of_text(nvme_path) and nvme_path)):
+        raise ConfigurationError(
+            f"nvme_path={nvme_path!r} is unknown; it may be a directory or a list with one per disk"
+        )
     chosen = nvme_path or os.environ.get(PATH_VARIABLE) or os.path.join(default_root, ".ssd_offload")
     paths = [chosen] if isinstance(chosen, str) else list(chosen)
     if len(set(map(os.path.realpath, paths))) < len(paths):
         raise ConfigurationError(f"nvme_path={paths} names a directory twice")
     return [os.path.abspath(path) for path in paths]
+
+
+def _is_list_of_text(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
 def memory_file_system(path: str) -> str | None:

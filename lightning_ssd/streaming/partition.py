@@ -55,15 +55,15 @@ def partition(root: nn.Module, *, policy: UnitPolicy = "auto", min_numel: int = 
     Raises:
         ConfigurationError: If a parameter cannot be managed, or a policy matches nothing.
     """
+    for name, param in root.named_parameters():
+        _require_manageable(name, param)
     whole = _blocks(root, policy) | {m for m in root.modules() if isinstance(m, _ATOMIC)}
     owner: dict[nn.Parameter, UnitSpec] = {}
     groups: list[_Group] = []
     rest = _Group(REST, block=None, sticky=True)
     for name, module, own in _loaders(root, whole):
         fresh = [(n, p) for n, p in own if p not in owner]
-        for n, p in fresh:
-            _require_manageable(n, p)
-            owner[p] = _PENDING
+        owner |= {p: _PENDING for _, p in fresh}
         small = module not in whole and sum(p.numel() for _, p in fresh) < max(min_numel, 1)
         group = rest if small else _Group(name, block=module if module in whole else None)
         group.members += [(n, p, module) for n, p in fresh]
