@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum, auto
 
 import torch
@@ -37,10 +38,19 @@ class GradientSink:
     Args:
         spill_directory: Where waiting gradients are mapped; None keeps them in memory.
         on_complete: Called in `Mode.STREAMED` with a unit and its gradients by parameter index.
+        off_device: Compute runs elsewhere than on the host: gradients are copied to the host as they arrive.
     """
 
-    def __init__(self, spill_directory: str | None, on_complete: Callable[[Unit, dict[int, Tensor]], None]) -> None:
+    def __init__(
+        self,
+        spill_directory: str | None,
+        on_complete: Callable[[Unit, dict[int, Tensor]], None],
+        *,
+        off_device: bool = False,
+    ) -> None:
         self.mode = Mode.VISIBLE
+        self._off_device = off_device
+        self._hidden: dict[nn.Parameter, Tensor] = {}  # off the device, gradients while backward runs
         self._spill_directory = spill_directory
         self._on_complete = on_complete
         self._handles: dict[nn.Parameter, RemovableHandle] = {}
@@ -74,8 +84,11 @@ class GradientSink:
         self._units[unit.name] = unit
         arrived = self._arrived.setdefault(unit.name, set())
         arrived.add(index)
+        if self._off_device:
+            self._take_off(unit, index, unit.params[index], grad)
         if self.mode is Mode.VISIBLE:
-            self._keep(unit, index, param, grad)
+            if not self._off_device:
+                param.grad = self._kept(unit, index, grad)
         elif self._uses.get(unit.name, 0) == 1 and len(arrived) == sum(p.requires_grad for p in unit.params):
             self._hand_on(unit)
 
@@ -87,10 +100,25 @@ class GradientSink:
         self._arrived.clear()
         self._uses.clear()
 
-    def is_complete(self, unit: Unit) -> bool:
-        """Whether every trainable parameter of ``unit`` has its gradient of this backward."""
-        arrived = self._arrived.get(unit.name)
-        return arrived is None or len(arrived) == sum(p.requires_grad for p in unit.params)
+    @contextmanager
+    def backward(self, units: Iterable[Unit]) -> Iterator[None]:
+        """Around a backward. Off the device, ``.grad`` is on the host and not where autograd could add to it."""
+        if not self._off_device:
+            yield
+            return
+        for unit in units:
+            for param in unit.params:
+                if param.grad is not None:
+                    self._hidden[param] = param.grad
+                    param.grad = None
+        try:
+            yield
+        finally:
+            for unit in units:
+                for param, parked in zip(unit.params, unit.parked, strict=True):
+                    grad = self._hidden.pop(param, None)
+                    if grad is not None:
+                        _set_host_grad(param, parked, grad)
 
     def close(self) -> None:
         """Remove the hooks. Waiting gradients stay visible."""
@@ -103,22 +131,35 @@ class GradientSink:
 
     def _hand_on(self, unit: Unit) -> None:
         self._arrived.pop(unit.name, None)
-        grads = {i: p.grad for i, p in enumerate(unit.params) if p.grad is not None}
-        for param in unit.params:
+        grads: dict[int, Tensor] = {}
+        for index, param in enumerate(unit.params):
+            grad = self._hidden.pop(param, None) if self._off_device else param.grad
             param.grad = None
+            if grad is not None:
+                grads[index] = grad
         self._on_complete(unit, grads)
 
-    def _keep(self, unit: Unit, index: int, param: Tensor, grad: Tensor) -> None:
+    def _take_off(self, unit: Unit, index: int, param: nn.Parameter, grad: Tensor) -> None:
+        param.grad = None
+        waiting = self._hidden.get(param)
+        on_host = grad.to("cpu")  # sync: waits for the device
+        if waiting is not None:
+            waiting.add_(on_host)
+        else:
+            self._hidden[param] = on_host if self.mode is Mode.STREAMED else self._kept(unit, index, on_host)
+
+    def _kept(self, unit: Unit, index: int, grad: Tensor) -> Tensor:
+        """``grad`` where it can wait: itself, or past the budget a copy in a mapped file."""
         if self._spill_directory is None or grad.numel() == 0:
-            return
+            return grad
         spill = self._spills.get(unit.name)
         if spill is not None and spill.holds(index, grad):
-            return
+            return grad
         if spill is None or spill.dtype != grad.dtype or spill.is_looked_at(index):
             if spill is not None:
                 spill.close()
             spill = self._spills[unit.name] = _Spill(self._spill_directory, next(self._numbers), unit, grad.dtype)
-        param.grad = spill.copy(index, grad)
+        return spill.copy(index, grad)
 
 
 class _Arrival:
@@ -166,6 +207,15 @@ class _Spill:
     def close(self) -> None:
         """Close the file; its bytes live as long as a gradient views them."""
         self._file.close()
+
+
+def _set_host_grad(param: nn.Parameter, parked: Tensor, grad: Tensor) -> None:
+    # torch compares devices when a gradient is set, not when the data changes: set it while the data is on the host.
+    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+        data = param.data
+        param.data = parked
+        param.grad = grad
+        param.data = data
 
 
 def params_with_grad(units: Iterable[Unit]) -> Iterable[tuple[Unit, dict[int, Tensor]]]:

@@ -100,6 +100,12 @@ class Streamer:
         finally:
             self._num_steps -= 1
 
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around a backward."""
+        with self.step(""), self._sink.backward(self.residents.units):
+            yield
+
     def end_step(self) -> None:
         """The step is over: units that stayed for it go to rest."""
         self.residents.end_step()

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_ssd.strategy import session
 from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.streaming.gradients import GradientSink
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
 from tests.helpers.training import Images, Tokens, adamw, assert_equal, train
 
@@ -131,3 +133,14 @@ def test_validation_and_predict_use_the_current_weights(tmp_path: Path) -> None:
     loader = torch.utils.data.DataLoader(Tokens(8), batch_size=4)
     predictions = [result.trainer.predict(result.module, loader) for result in (plain, ours)]
     assert all(torch.equal(a, b) for a, b in zip(*predictions, strict=True))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_taken_off_the_device_are_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    """The way gradients go on a GPU, here with the CPU as the other device."""
+    monkeypatch.setattr(session, "GradientSink", lambda spill, done, **_: GradientSink(spill, done, off_device=True))
+    make_net = functools.partial(GPT, tie=True)
+    plain = train(tmp_path, make_net, **OPTIONS[options])
+    assert_equal(plain, train(tmp_path, make_net, streamed(), **OPTIONS[options]))
