@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,7 @@ class Session:
         streamer: Moves units, once `start` was called.
         sink: Takes gradients.
         optimizers: The adopted optimizers, in Lightning's order.
+        is_started: Whether steps could run, now or before `rest`.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -105,6 +106,7 @@ class Session:
         self.streamer: Streamer | None = None
         self.sink: GradientSink | None = None
         self.optimizers: list[StreamedOptimizer] = []
+        self.is_started = False
         self._pools: list[Pool] = []
         self._pipeline: Pipeline | None = None
         self._streaming_for: StreamedOptimizer | None = None
@@ -174,20 +176,27 @@ class Session:
             adopted.connect(self._pipeline, self.streamer.residents)
         route = make_route(self.settings.device)
         self.streamer.start(pool=params, route=route, sink=self.sink, keep_cache=self.plan.keep_cache)
+        self.is_started = True
+
+    def abort_step(self) -> None:
+        """Drop what a step that failed held."""
+        if self.is_started and self.streamer is not None:
+            self.streamer.abort_step()
 
     def rest(self) -> None:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
-        if self.streamer is not None:
-            self.streamer.stop()
-        if self.sink is not None:
-            self.sink.close()
-        for adopted in self.optimizers:
-            adopted.release()
-        for pool in self._pools:
-            pool.close()
-        self._pools = []
-        self.store.suspend()
-        self.engine.close()
+        with ExitStack() as stack:  # in reverse order, each whatever became of the one before
+            stack.callback(self.engine.close)
+            stack.callback(self.store.suspend)
+            pools, self._pools = self._pools, []
+            for pool in pools:
+                stack.callback(pool.close)
+            for adopted in self.optimizers:
+                stack.callback(adopted.release)
+            if self.sink is not None:
+                stack.callback(self.sink.close)
+            if self.streamer is not None:
+                stack.callback(self.streamer.stop)
 
     def close(self) -> None:
         """Remove the files (or keep them, if asked for). Parameters that map them keep their values."""

@@ -407,13 +407,15 @@ class StrategyMixin(StrategyBase):
 
     def on_exception(self, exception: BaseException) -> None:
         """Drop what the failed step held."""
-        if self._session is not None and self._session.streamer is not None:
-            self._session.streamer.abort_step()
+        if self._session is not None:
+            self._session.abort_step()
 
     def teardown(self) -> None:
         """Hooks, threads and memory go; parameters are plain again, on mappings of their files."""
-        if self._session is not None:
+        if self._session is not None and self._session.is_started:
             self._session.rest()
+        elif self._session is not None:
+            self._session.close()  # setup failed: there is nothing that a checkpoint could want
         if self.lightning_module is not None:
             for module in self.lightning_module.modules():
                 for name, buffer in module._buffers.items():

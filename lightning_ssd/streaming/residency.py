@@ -64,7 +64,8 @@ class Residents:
         for unit in self.units:
             unit.num_holds = 0
             self._evict(unit)
-            if unit.at_rest is None:
+            is_placed = self._store.current(unit.name, "param") is not None  # not if the disk failed or filled before
+            if unit.at_rest is None and is_placed:
                 self._wake_at_rest(unit)
 
     # -- fetch and release ---------------------------------------------------------------------------------------
