@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lightning_ssd.errors import ConfigurationError
@@ -58,7 +58,7 @@ class Nursery:
                 _require_initialiser(name, module)
             for key, param in mine.items():
                 if param not in made:
-                    made[param] = self._mapped(param)
+                    made[param] = nn.Parameter(self._map(param), requires_grad=param.requires_grad)
                 module._parameters[key] = made[param]
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
@@ -85,12 +85,15 @@ class Nursery:
             return None
         if param.device.type != "cpu" or param.data_ptr() in self._ours or not param.is_contiguous():
             return None
-        mapped = self._mapped(param)
-        with torch.no_grad():
-            mapped.copy_(param)
-        return mapped
+        # The same object with other memory: whoever made it may have marked it, and looks for the mark (transformers).
+        values = self._map(param)
+        with torch.no_grad(), torch.inference_mode(False):
+            values.copy_(param)
+            param.data = values
+        return None
 
-    def _mapped(self, param: nn.Parameter) -> nn.Parameter:
+    def _map(self, param: nn.Parameter) -> Tensor:
+        """A tensor of the parameter's form in a file of its own, not initialised."""
         path = os.path.join(self._directory, f"nursery-{next(self._numbers):08d}.safetensors")
         file = File.create(path, max(param.nbytes, 1), direct=False)
         os.unlink(path)
@@ -98,8 +101,7 @@ class Nursery:
         file.close()
         tensor = Views(memory).tensor(0, param.dtype, tuple(param.shape))
         self._ours.add(tensor.data_ptr())
-        with torch.inference_mode(False):
-            return nn.Parameter(tensor, requires_grad=param.requires_grad)
+        return tensor
 
 
 def _require_initialiser(name: str, module: nn.Module) -> None:
