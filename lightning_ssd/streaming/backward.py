@@ -66,7 +66,11 @@ class Backward:
     def _pack(self, tensor: Tensor) -> object:
         place = self._residents.find(tensor)
         if place is None:
-            return tensor, (None if tensor.is_inference() else tensor._version)
+            if tensor.is_inference():
+                return tensor, None
+            # Detached (the version is shared): an operation may save its own output, which holds the graph that holds
+            # this. Without backward nothing would break that circle, and every skipped batch stayed in memory.
+            return tensor.detach(), tensor._version
         unit, index = place
         assert unit.generation is not None
         form = (tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
