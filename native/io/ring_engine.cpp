@@ -25,13 +25,17 @@ class RingEngine final : public Engine {
 
   std::shared_ptr<Transfer> start(const Request& request) override {
     auto transfer = backlog_.push(request);
-    ring_->wake();
+    std::lock_guard lock(close_mutex_);
+    if (ring_) ring_->wake();  // another thread may have closed the engine, which waited for this transfer
     return transfer;
   }
 
   Stats stats() const override { return backlog_.stats(); }
 
-  bool register_memory(std::byte* data, size_t nbytes) override { return ring_->register_memory(data, nbytes); }
+  bool register_memory(std::byte* data, size_t nbytes) override {
+    std::lock_guard lock(close_mutex_);
+    return ring_ && ring_->register_memory(data, nbytes);
+  }
 
   void close() override {
     backlog_.close();
@@ -39,6 +43,7 @@ class RingEngine final : public Engine {
     if (!thread_.joinable()) return;
     ring_->wake();
     thread_.join();  // sync: waits for the disk
+    ring_.reset();   // its descriptors go now, not when the last Python reference does
   }
 
  private:
