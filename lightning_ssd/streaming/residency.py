@@ -35,6 +35,7 @@ class Residents:
         schedule: Order of use.
         is_in_step: Tells whether an operation on a parameter at rest fetches it to the device. Set by the owner.
         on_fetch: Called with each unit that became resident. Set by the owner.
+        on_touch: Called with each unit of which a parameter at rest was used in a step. Set by the owner.
     """
 
     def __init__(self, units: list[Unit], *, store: StateStore, window: int, trace: Trace) -> None:
@@ -42,6 +43,7 @@ class Residents:
         self.schedule = Schedule()
         self.is_in_step: Callable[[], bool] = lambda: False
         self.on_fetch: Callable[[Unit], None] = lambda unit: None
+        self.on_touch: Callable[[Unit], None] = lambda unit: None
         self._store = store
         self._window = window
         self._trace = trace
@@ -255,6 +257,7 @@ class Residents:
                 for unit in units:
                     self.acquire(unit)
                     stack.callback(self._loosen, unit)
+                    self.on_touch(unit)
 
     def settle(self, unit: Unit) -> None:
         """Bring what the user did to ``unit`` at rest into the store, and put its parameters at rest."""

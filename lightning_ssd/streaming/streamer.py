@@ -60,6 +60,7 @@ class Streamer:
         self.residents.start(pool=pool, route=route, keep_cache=keep_cache)
         self.residents.is_in_step = self._is_in_step
         self.residents.on_fetch = lambda unit: sink.watch(unit, self._backward.note)
+        self.residents.on_touch = self._on_touch
         users: dict[nn.Module, list[Unit]] = {}
         for unit in self.residents.units:
             for module in unit.modules:
@@ -119,6 +120,10 @@ class Streamer:
 
     def _is_in_step(self) -> bool:
         return self._num_steps > 0 or bool(self._visits) or self._backward.rerunning is not None
+
+    def _on_touch(self, unit: Unit) -> None:
+        if torch.is_grad_enabled() and self._backward.rerunning is None:
+            self._sink.used(unit)
 
     # -- forward, the first and the second -----------------------------------------------------------------------
 
