@@ -65,12 +65,16 @@ class StreamedOptimizer:
     # -- life ----------------------------------------------------------------------------------------------------
 
     def adopt(self) -> None:
-        """Take over the optimizer's step and state."""
+        """Take over the optimizer's step, and the state it has from an earlier run or from the user."""
+        earlier = self.optimizer.state_dict()
         step = self._make_step()
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         self.optimizer.step = step  # type: ignore[method-assign]
         self.optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
         self.optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
+        if earlier["state"]:
+            self.load_state_dict(earlier)
+            self.optimizer.state.clear()
 
     def connect(self, pipeline: Pipeline, residents: Residents) -> None:
         """From now on steps can run."""
@@ -104,6 +108,11 @@ class StreamedOptimizer:
             self._pipeline.update(unit, self.rule, parts)
             self._residents.superseded(unit)
 
+    @property
+    def is_mid_step(self) -> bool:
+        """Whether a step has updated some units and not yet all: it runs now, or it failed."""
+        return bool(self._after)
+
     def owns(self, unit: Unit) -> bool:
         """Whether every trainable parameter of ``unit`` is this optimizer's."""
         groups = self._groups()
@@ -116,6 +125,8 @@ class StreamedOptimizer:
             hooks = chain(_global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values())
             for hook in hooks:
                 hook(optimizer, (closure, *args), kwargs)
+            self._captured.clear()  # of a step that failed, if the user went on after it
+            self._after.clear()
             loss = None
             if closure is not None:
                 with torch.enable_grad():
@@ -211,24 +222,31 @@ class StreamedOptimizer:
         self._take(loaded)
 
     def _take(self, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
-        by_unit: dict[str, Unit] = {}
+        self._initialised.clear()
+        self._scalars.clear()
         for param, values in loaded.items():
-            unit, _ = self._places[param]
-            by_unit[unit.name] = unit
             full = {k for k, v in values.items() if _is_full(v, param)}
             self._initialised[param] = full
             self._scalars[param] = {k: v for k, v in values.items() if k not in full}
-        for unit in by_unit.values():
-            for kind in sorted({kind for p in unit.params for kind in self._initialised.get(p, ())}):
-                self._take_kind(unit, kind, [loaded.get(p, {}).get(kind) for p in unit.params])
+        for unit in list(self._units()):
+            kinds = {kind for p in unit.params for kind in self._initialised.get(p, ())}
+            kinds.update(kind for kind in self._store.kinds(unit.name) if kind not in ("param", "master"))
+            for kind in sorted(kinds):
+                self._take_kind(unit, kind, loaded)
 
-    def _take_kind(self, unit: Unit, kind: str, tensors: list[Tensor | None]) -> None:
+    def _take_kind(self, unit: Unit, kind: str, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
         layout = unit.layout_of(kind, master_dtype(unit, keep_master=self._keep_master))
         wanted = dtype_of(layout.dtype)
-        for name, tensor in zip(unit.names, tensors, strict=True):
+        mine = set(self._params())
+        # Another optimizer may own some of the unit's parameters: their state stays.
+        before = self._snapshot(unit.name, kind) if kind in self._store.kinds(unit.name) else (None,) * len(unit.params)
+        tensors: list[Tensor | None] = []
+        for name, param, old in zip(unit.names, unit.params, before, strict=True):
+            tensor = loaded.get(param, {}).get(kind) if param in mine else old
             if tensor is not None and tensor.dtype != wanted and tensor.dtype.itemsize > wanted.itemsize:
                 raise CheckpointError(f"state {kind!r} of {name!r} is {tensor.dtype}, the run keeps {wanted}")
-        self._store.put(layout, lambda i: tensors[i])
+            tensors.append(tensor)
+        self._store.put(layout, tensors.__getitem__)
 
     def _snapshot(self, unit: str, kind: str) -> tuple[Tensor, ...]:
         generation = self._store.current(unit, kind)
@@ -237,14 +255,6 @@ class StreamedOptimizer:
                 f"the state of {type(self.optimizer).__name__} is gone: its run is over and another one has begun"
             )
         return snapshot(self._store, generation)
-
-    def _mapped(self, unit: str, kind: str) -> AtRest:
-        generation = self._store.current(unit, kind)
-        if generation is None:
-            raise StoreError(
-                f"the state of {type(self.optimizer).__name__} is gone: its run is over and another one has begun"
-            )
-        return AtRest(self._store, generation)
 
     def _name(self, param: nn.Parameter) -> str:
         unit, index = self._places[param]

@@ -28,6 +28,7 @@ from lightning_ssd.optim.streamed import StreamedOptimizer
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.activations import keeps_activations
+from lightning_ssd.streaming.at_rest import AtRest
 from lightning_ssd.streaming.fetch import make_route
 from lightning_ssd.streaming.gradients import GradientSink, Mode
 from lightning_ssd.streaming.nursery import Nursery
@@ -163,7 +164,11 @@ class Session:
         self.store.require_free(self.disk_nbytes, "the optimizer state and generations being written")
         params, updates = Pool(self.plan.param_nbytes, "parameter"), Pool(self.plan.update_nbytes, "update")
         self._pools = [params, updates]
-        self.sink = GradientSink(None if self.plan.keep_grads else self.store.spill_directory, self._on_complete)
+        self.sink = GradientSink(
+            None if self.plan.keep_grads else self.store.spill_directory,
+            self._on_complete,
+            off_device=self.settings.device.type != "cpu",
+        )
         self._pipeline = Pipeline(
             self.store,
             updates,
@@ -221,21 +226,39 @@ class Session:
                 self.store.suspend()
                 self.store.engine.close()
 
-    def take_masters(self, masters: Mapping[str, Tensor]) -> None:
-        """Stream float32 masters of 16-bit parameters, by parameter name, into the store."""
+    def masters(self) -> dict[nn.Parameter, Tensor]:
+        """Float32 masters of 16-bit parameters, mapped; works after `rest` too."""
+        found: dict[nn.Parameter, Tensor] = {}
+        for unit in self.units:
+            generation = self.store.current(unit.name, "master")
+            if generation is not None:
+                found.update(zip(unit.params, AtRest(self.store, generation).tensors, strict=True))
+        return found
+
+    def unchanged(self) -> set[nn.Parameter]:
+        """Parameters that the user has not changed at rest; works after `rest` too."""
+        found: set[nn.Parameter] = set()
+        for unit in self.units:
+            seen = unit.at_rest
+            if seen is None or not (seen.is_assigned(unit.params) or seen.was_written()):
+                found.update(unit.params)
+        return found
+
+    def take_masters(self, masters: Mapping[nn.Parameter, Tensor]) -> None:
+        """Stream float32 masters of 16-bit parameters into the store."""
         for unit in self.units:
             dtype = master_dtype(unit, keep_master=self.settings.keep_master)
-            if dtype != unit.layout.dtype and all(name in masters for name in unit.names):
-                names = unit.names
-                self.store.put(unit.layout_of("master", dtype), lambda i, names=names: masters[names[i]])  # type: ignore[misc]
+            if dtype != unit.layout.dtype and any(param in masters for param in unit.params):
+                values = [masters.get(param, param) for param in unit.params]
+                self.store.put(unit.layout_of("master", dtype), values.__getitem__)
 
     # -- the step ------------------------------------------------------------------------------------------------
 
     def stream_updates_for(self, optimizer: Optimizer | None) -> None:
         """From now on gradients of units that are complete update them at once, or (None) stay visible."""
         assert self.sink is not None
-        self._streaming_for = None if optimizer is None else self.adopt(optimizer)
-        self.sink.mode = Mode.VISIBLE if optimizer is None else Mode.STREAMED
+        self._streaming_for = next((a for a in self.optimizers if a.optimizer is optimizer), None)
+        self.sink.mode = Mode.VISIBLE if self._streaming_for is None else Mode.STREAMED
 
     def _on_complete(self, unit: Unit, grads: dict[int, Tensor]) -> None:
         assert self._streaming_for is not None

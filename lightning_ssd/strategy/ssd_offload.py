@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.errors import CheckpointError, ConfigurationError
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.strategy import guards
@@ -24,8 +24,9 @@ from lightning_ssd.strategy.bases import StrategyBase
 from lightning_ssd.strategy.listeners import gradient_listener
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.resume import Resume
-from lightning_ssd.strategy.saving import load, remove, save, state_dict
+from lightning_ssd.strategy.saving import MASTERS, load, remove, save, state_dict
 from lightning_ssd.strategy.session import Session, Settings
+from lightning_ssd.strategy.succession import Succession
 from lightning_ssd.strategy.summary import summary
 
 
@@ -115,6 +116,7 @@ class StrategyMixin(StrategyBase):
             "keep_store": keep_store,
         }
         self._resume = Resume()
+        self._succession = Succession()
 
     # -- one process -------------------------------------------------------------------------------------------
 
@@ -194,8 +196,7 @@ class StrategyMixin(StrategyBase):
         assert self.lightning_module is not None
         self._resume.begin(is_fit=self.lightning_module.trainer.state.fn == "fit")
         previous, self._session = self._session, Session(self._checked_settings())
-        if previous is not None:
-            previous.close()
+        self._succession.begin(previous)
 
     def _checked_settings(self) -> Settings:
         chosen = self._settings
@@ -251,10 +252,12 @@ class StrategyMixin(StrategyBase):
         guards.require_no_compile(self.lightning_module)
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.lightning_module)
+        self._succession.before_placing()
         self.session.place(self.lightning_module)
         self.model_to_device()
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
+            self._succession.move_into(self.session, ())
         self.setup_precision_plugin()
         self.session.start(self.lightning_module)
         logging.getLogger(f"{self._namespace}.ssd_offload").info(summary(self.session))
@@ -276,10 +279,11 @@ class StrategyMixin(StrategyBase):
 
     @optimizers.setter
     def optimizers(self, optimizers: list[Optimizer]) -> None:
-        if self._session is not None and self._session.streamer is not None:
+        module, session = self.lightning_module, self._session
+        if session is not None and session.units and module is not None and module.trainer.state.fn == "fit":
             for optimizer in optimizers:
                 if isinstance(optimizer, Optimizer) and optimizer.param_groups:
-                    self._session.adopt(optimizer)
+                    session.adopt(optimizer)
         _optimizers_setter(self)(optimizers)
 
     # -- steps -------------------------------------------------------------------------------------------------
@@ -306,7 +310,9 @@ class StrategyMixin(StrategyBase):
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run backward; units come again, gradients go."""
-        with self._stepping(""):
+        streamer = self.session.streamer
+        assert streamer is not None
+        with streamer.backward():
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -363,6 +369,9 @@ class StrategyMixin(StrategyBase):
         if storage_options is not None:
             raise ConfigurationError("storage_options are not used by strategy='ssd_offload'; leave them out")
         assert self.lightning_module is not None
+        if self._succession.is_pending and "optimizer_states" in checkpoint:
+            with self.session.settled():
+                self._succession.move_into(self.session, self.optimizers)
         save(self.session, {**checkpoint, **self._resume.state(self.lightning_module.trainer)}, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -378,9 +387,19 @@ class StrategyMixin(StrategyBase):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Stream optimizer state, and float32 masters, into the store."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        states = checkpoint["optimizer_states"]
+        if len(states) != len(self.optimizers):
+            raise CheckpointError(
+                f"the checkpoint has the state of {len(states)} optimizer(s), configure_optimizers made "
+                f"{len(self.optimizers)}; it must be as it was when the checkpoint was saved"
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-        self.session.take_masters(checkpoint.get("ssd_offload_masters", {}))
+        masters = checkpoint.get(MASTERS, {})
+        params = {
+            name: param for unit in self.session.units for name, param in zip(unit.names, unit.params, strict=True)
+        }
+        self.session.take_masters({params[name]: value for name, value in masters.items() if name in params})
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint directory of ours, or a plain checkpoint file."""
