@@ -6,8 +6,9 @@ memory is depth x chunk whatever the unit's size. Any other rule sees whole para
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +84,9 @@ class Pipeline:
         kinds = [k for k in self._store.kinds(unit.name) if k not in ("param", "master")]
         for part in parts.values():
             kinds += [k for k in rule.kinds(part.options) if k not in kinds]
-            rule.begin(part.scalars, part.options)
-        with self._new_generations(unit, kinds) as files:
+        with _unchanged_on_failure(parts.values()), self._new_generations(unit, kinds) as files:
+            for part in parts.values():
+                rule.begin(part.scalars, part.options)
             if rule.is_elementwise:
                 self._in_chunks(unit, rule, parts, files)
             else:
@@ -212,6 +214,21 @@ class Pipeline:
                     "the last checkpoint is whole: resume from it with a lower learning rate, gradient clipping, or "
                     "the batch that caused this left out"
                 )
+
+
+@contextmanager
+def _unchanged_on_failure(parts: Iterable[ParameterUpdate]) -> Iterator[None]:
+    """A step count goes with the files: where they stay as they were, so does it."""
+    before = [(part, deepcopy(part.scalars), set(part.initialised)) for part in parts]
+    try:
+        yield
+    except BaseException:
+        for part, scalars, initialised in before:
+            part.scalars.clear()
+            part.scalars.update(scalars)
+            part.initialised.clear()
+            part.initialised.update(initialised)
+        raise
 
 
 class _Slot:
