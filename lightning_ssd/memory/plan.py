@@ -118,9 +118,12 @@ def make_plan(
         spare -= all_grads - grad
         grad = all_grads
     all_params = sum(round_up(u.param_nbytes) for u in units)
-    extra = min(spare, max(0, all_params + max((u.param_nbytes for u in units), default=0) - param))
+    largest = max((u.param_nbytes for u in units), default=0)
+    extra = min(spare, max(0, all_params + largest - param))
+    # Kept units push the ones in use into the middle; then one side must still hold the largest that may arrive.
+    keep_cache = 0 < largest <= extra
     return MemoryPlan(
-        param + extra, update, grad, STAGING_NBYTES, chunk, DEPTH, extra > 0, keep_grads, smallest_nbytes=smallest
+        param + extra, update, grad, STAGING_NBYTES, chunk, DEPTH, keep_cache, keep_grads, smallest_nbytes=smallest
     )
 
 

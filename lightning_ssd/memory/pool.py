@@ -51,7 +51,7 @@ class Buffer:
 
 
 class Pool:
-    """Buffers of any size out of ``nbytes`` of anonymous memory, first fit, neighbours joined.
+    """Buffers of any size out of ``nbytes`` of anonymous memory, first fit from both ends, neighbours joined.
 
     Args:
         nbytes: Size of the pool.
@@ -75,10 +75,14 @@ class Pool:
         need = round_up(max(nbytes, 1))
         for i, (offset, room) in enumerate(self._free):
             if room >= need:
-                rest = [(offset + need, room - need)] if room > need else []
-                self._free[i : i + 1] = rest
-                buffer = Buffer(self._memory, self._base, offset, need, owner)
-                self._lent[offset] = buffer
+                # The last stretch is filled from its end: a buffer in the middle would leave the free memory in two
+                # pieces, neither long enough for the one other unit that the smallest plan has room for.
+                is_last = offset > 0 and offset + room == self.nbytes
+                begin = offset + room - need if is_last else offset
+                rest = (offset, room - need) if is_last else (offset + need, room - need)
+                self._free[i : i + 1] = [rest] if room > need else []
+                buffer = Buffer(self._memory, self._base, begin, need, owner)
+                self._lent[begin] = buffer
                 return buffer
         return None
 

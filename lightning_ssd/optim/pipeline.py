@@ -301,8 +301,7 @@ class _Files:
             slot.add(self._store.write, self._new[kind], kind, begin * itemsize, (end - begin) * itemsize)
 
     def commit(self) -> None:
-        for generation in self._new.values():
-            self._store.commit(generation)
+        self._store.commit(*self._new.values())
 
     def abandon(self) -> None:
         for generation in self._new.values():

@@ -89,10 +89,6 @@ class StateStore:
         """Kinds of which ``unit`` has a generation."""
         return [kind for name, kind in self._current if name == unit]
 
-    def generations(self) -> list[Generation]:
-        """Every current generation."""
-        return list(self._current.values())
-
     def begin(self, layout: UnitLayout) -> Generation:
         """A new generation whose data section is still to be written; its space is reserved.
 
@@ -113,13 +109,13 @@ class StateStore:
             raise
         return generation
 
-    def commit(self, generation: Generation) -> None:
-        """Make a completely written generation the current one; the one it replaces is recycled or unlinked."""
-        key = (generation.layout.unit, generation.layout.kind)
-        previous = self._current.get(key)
-        self._current[key] = generation
-        if previous is not None:
-            self._retire(previous)
+    def commit(self, *generations: Generation) -> None:
+        """Make completely written generations the current ones, all or none; those they replace are recycled."""
+        previous = [self._current.get((g.layout.unit, g.layout.kind)) for g in generations]
+        self._current.update({(g.layout.unit, g.layout.kind): g for g in generations})
+        for superseded in previous:
+            if superseded is not None:
+                self._retire(superseded)
 
     def abandon(self, generation: Generation) -> None:
         """Drop a generation that was begun and will not be committed. No transfer on it may be in flight."""
@@ -241,13 +237,18 @@ class StateStore:
         Raises:
             StoreError: Names what is needed, what is free and the way out.
         """
-        free = sum(_free_nbytes(directory.path) for directory in self._directories)
-        if free < nbytes:
-            places = ", ".join(repr(os.path.dirname(directory.path)) for directory in self._directories)
-            raise StoreError(
-                f"{what} needs {fmt(nbytes)} on disk, {places} has {fmt(free)} free; "
-                "free space there or choose another nvme_path"
-            )
+        shares: dict[int, list[str]] = defaultdict(list)  # directories of each file system
+        for directory in self._directories:
+            shares[os.stat(directory.path).st_dev].append(directory.path)
+        for paths in shares.values():
+            share = nbytes * len(paths) // len(self._directories)  # generations are spread evenly
+            free = _free_nbytes(paths[0])
+            if free < share:
+                places = ", ".join(repr(os.path.dirname(path)) for path in paths)
+                raise StoreError(
+                    f"{what} needs {fmt(share)} on the disk of {places}, which has {fmt(free)} free; "
+                    "free space there or choose another nvme_path"
+                )
 
     @property
     def nbytes_on_disk(self) -> int:

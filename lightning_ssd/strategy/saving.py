@@ -43,6 +43,11 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any) -> None:
     Raises:
         CheckpointError: If it could not be saved; what was there before is untouched.
     """
+    if any(adopted.is_mid_step for adopted in session.optimizers):
+        raise CheckpointError(
+            "the optimizer step that failed had updated a part of the model already, so its state is of no step and is "
+            "not saved; resume from the last checkpoint"
+        )
     small = dict(checkpoint)
     tensors: Mapping[str, Any] = small.pop("state_dict")
     has_optimizers = small.pop("optimizer_states", None) is not None

@@ -9,10 +9,13 @@ Cost", arXiv 1604.06174.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,11 +66,6 @@ class Frame:
         return (t for t, _ in self._inputs)
 
     # -- backward ------------------------------------------------------------------------------------------------
-
-    @property
-    def has_values(self) -> bool:
-        """Whether the recomputed tensors are in memory."""
-        return self._values is not None
 
     def unpack(self, saved: _Saved) -> Tensor:
         """The tensor that was packed, recomputed now if it is not in memory."""
@@ -183,21 +181,31 @@ def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
                 yield m, name, buffer
 
 
-def _generator_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
+@dataclass(frozen=True)
+class _Generators:
+    """States of every generator that a forward may draw from."""
+
+    python: Any
+    numpy: Any
+    torch_cpu: Tensor
+    torch_cuda: Tensor | None
 
 
-def _set_generator_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+def _generator_states(device: torch.device) -> _Generators:
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return _Generators(random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu)
+
+
+def _set_generator_states(states: _Generators, device: torch.device) -> None:
+    random.setstate(states.python)
+    np.random.set_state(states.numpy)
+    torch.set_rng_state(states.torch_cpu)
+    if states.torch_cuda is not None:
+        torch.cuda.set_rng_state(states.torch_cuda, device)
 
 
 @contextmanager
-def _generators_at(states: list[Tensor], device: torch.device) -> Iterator[None]:
+def _generators_at(states: _Generators, device: torch.device) -> Iterator[None]:
     before = _generator_states(device)
     _set_generator_states(states, device)
     try:

@@ -28,7 +28,7 @@ _PRESENT_OR_SWAPPED = (1 << 63) | (1 << 62)
 
 def snapshot(store: StateStore, generation: Generation) -> tuple[Tensor, ...]:
     """The tensors of a generation, one per parameter in file order, mapped: what is written to them goes nowhere."""
-    return _tensors(store.map(generation, private=True), generation.layout)
+    return _tensors(Views(store.map(generation, private=True)), generation.layout)
 
 
 class AtRest:
@@ -43,15 +43,12 @@ class AtRest:
         self.generation = generation
         path = generation.file.path  # not its descriptor: after a run the store has closed its files
         self.is_private = generation.layout.kind != "param" or os.stat(path).st_nlink > 1
+        self._checks = list(generation.checks)
         self._memory = store.map(generation, private=self.is_private)
         if not self.is_private:
             os.utime(path, ns=(os.stat(path).st_atime_ns, 0))
-        views = Views(self._memory)
-        layout = generation.layout
-        dtype = dtype_of(layout.dtype)
-        self.tensors: tuple[Tensor, ...] = tuple(
-            views.tensor(layout.data_begin + entry.begin, dtype, entry.shape) for entry in layout.entries
-        )
+        self._views = Views(self._memory)
+        self.tensors = _tensors(self._views, generation.layout)
 
     def is_assigned(self, params: Sequence[nn.Parameter]) -> bool:
         """Whether the user gave a parameter other memory (``p.data = ...``) than the mapping."""
@@ -65,10 +62,12 @@ class AtRest:
         self._memory.flush()  # sync: msync, so that the file's time tells of every write
         return os.stat(self.generation.file.path).st_mtime_ns != 0
 
-    def drop_pages(self) -> None:
-        """Let the kernel take the pages back now; clean pages cost a new read if they are looked at again."""
-        if not self.is_private:
-            self._memory.madvise(mmap.MADV_DONTNEED)
+    def let_go(self, *, is_written: bool) -> None:
+        """The parameters view something else now. A file that was only read, and that nobody views, is as before."""
+        self.tensors = ()
+        if not (self.is_private or is_written or self._views.in_use):
+            self.generation.is_mapped = False
+            self.generation.checks = self._checks
 
     def _has_private_pages(self) -> bool:
         first = address_of(self._memory) // _PAGE
@@ -79,6 +78,6 @@ class AtRest:
         return any(flag & _PRESENT_OR_SWAPPED and not flag & _FILE_PAGE for flag in flags)
 
 
-def _tensors(memory: mmap.mmap, layout: UnitLayout) -> tuple[Tensor, ...]:
-    views, dtype = Views(memory), dtype_of(layout.dtype)
+def _tensors(views: Views, layout: UnitLayout) -> tuple[Tensor, ...]:
+    dtype = dtype_of(layout.dtype)
     return tuple(views.tensor(layout.data_begin + entry.begin, dtype, entry.shape) for entry in layout.entries)

@@ -44,6 +44,8 @@ class Backward:
         self._held: dict[int, tuple[Frame, list[Unit]]] = {}  # by id of the frame, which is alive in the value
         self._unpacked: dict[str, Unit] = {}  # held because a view of a parameter was unpacked
         self._is_running = False
+        self._packed: dict[str, weakref.WeakSet[_ParameterView]] = {}  # what backward may still unpack, by unit
+        sink.is_needed = lambda unit: bool(self._packed.get(unit.name))
 
     def note(self) -> None:
         """Something of ours happens inside backward: be told when it ends."""
@@ -74,7 +76,9 @@ class Backward:
         unit, index = place
         assert unit.generation is not None
         form = (tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
-        return _ParameterView(unit, index, form, unit.generation)
+        view = _ParameterView(unit, index, form, unit.generation)
+        self._packed.setdefault(unit.name, weakref.WeakSet()).add(view)
+        return view
 
     def _unpack(self, packed: Any) -> Tensor:
         if not isinstance(packed, _ParameterView):
@@ -165,7 +169,7 @@ class Backward:
 class _ParameterView:
     """Stands for a saved tensor that views a parameter: fetched again when backward needs it."""
 
-    __slots__ = ("form", "generation", "index", "unit")
+    __slots__ = ("__weakref__", "form", "generation", "index", "unit")
 
     def __init__(self, unit: Unit, index: int, form: tuple[Any, ...], generation: Generation) -> None:
         self.unit = unit

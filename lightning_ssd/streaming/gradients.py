@@ -50,6 +50,9 @@ class GradientSink:
     ) -> None:
         self.mode = Mode.VISIBLE
         self._off_device = off_device
+        self.is_needed: Callable[[Unit], bool] = lambda unit: (
+            False
+        )  # values still to be read by backward; set by the owner
         self._hidden: dict[nn.Parameter, Tensor] = {}  # off the device, gradients while backward runs
         self._spill_directory = spill_directory
         self._on_complete = on_complete
@@ -89,7 +92,7 @@ class GradientSink:
         if self.mode is Mode.VISIBLE:
             if not self._off_device:
                 param.grad = self._kept(unit, index, grad)
-        elif self._uses.get(unit.name, 0) == 1 and len(arrived) == sum(p.requires_grad for p in unit.params):
+        elif self._is_complete(unit, len(arrived)):
             self._hand_on(unit)
 
     def end_backward(self) -> None:
@@ -128,6 +131,11 @@ class GradientSink:
         for spill in self._spills.values():
             spill.close()
         self._spills.clear()
+
+    def _is_complete(self, unit: Unit, num_arrived: int) -> bool:
+        """Whether nothing more can come for ``unit`` in this backward, nor be asked of it."""
+        is_all = num_arrived == sum(p.requires_grad for p in unit.params)
+        return is_all and self._uses.get(unit.name, 0) == 1 and not self.is_needed(unit)
 
     def _hand_on(self, unit: Unit) -> None:
         self._arrived.pop(unit.name, None)

@@ -56,6 +56,7 @@ class Nursery:
             fresh = [p for p in mine.values() if p not in made]
             if fresh or any(b is not None and b.is_meta for b in module._buffers.values()):
                 _require_initialiser(name, module)
+                _require_all_meta(name, module)
             for key, param in mine.items():
                 if param not in made:
                     made[param] = nn.Parameter(self._map(param), requires_grad=param.requires_grad)
@@ -102,6 +103,15 @@ class Nursery:
         tensor = Views(memory).tensor(0, param.dtype, tuple(param.shape))
         self._ours.add(tensor.data_ptr())
         return tensor
+
+
+def _require_all_meta(name: str, module: nn.Module) -> None:
+    filled = [key for key, p in module._parameters.items() if p is not None and not p.is_meta]
+    if filled:
+        raise ConfigurationError(
+            f"module {name!r} ({type(module).__name__}) has values for {', '.join(filled)} and others still on the "
+            "meta device; reset_parameters() would overwrite what is there: load all of its parameters, or none"
+        )
 
 
 def _require_initialiser(name: str, module: nn.Module) -> None:

@@ -99,9 +99,10 @@ class Residents:
 
     def end_visit(self) -> None:
         """The module has run."""
-        for unit in self._loose.pop().values():
-            if unit.num_holds == 0:
-                self._release_memory(unit)
+        with self._lock:
+            for unit in self._loose.pop().values():
+                if unit.num_holds == 0:
+                    self._release_memory(unit)
 
     def end_step(self) -> None:
         """The step is over: units that stayed for it go to rest."""
@@ -273,6 +274,7 @@ class Residents:
             if is_assigned or is_written:
                 self._store.forget(unit.name, "master")  # the user's value is the truth now
             self.park(unit)
+            at_rest.let_go(is_written=is_assigned or is_written)
             unit.at_rest = None
 
     def _wake_at_rest(self, unit: Unit) -> None:
