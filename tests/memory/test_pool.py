@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 
 import pytest
 import torch
@@ -129,3 +130,13 @@ def test_tensors_outlive_the_pool() -> None:
     del pool
     gc.collect()
     assert tensor.sum() == 48
+
+
+def test_two_buffers_always_fit_where_the_sum_of_the_two_largest_does() -> None:
+    pool = Pool(7 * 4096, "test")
+    random.seed(0)
+    held = pool.lend(4096, "first")
+    for _ in range(1000):  # one in use, one arriving, as in a forward through units of many sizes
+        arriving = pool.lend(random.choice([1, 2, 3, 4] if held.nbytes <= 3 * 4096 else [1, 2, 3]) * 4096, "next")
+        pool.give_back(held)
+        held = arriving
