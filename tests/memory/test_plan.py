@@ -65,7 +65,7 @@ def test_a_plan_keeps_to_its_budget_and_grows_with_it(model: dict[str, object], 
         assert made.grad_nbytes >= smallest.grad_nbytes
         assert made.chunk_numel % CHUNK_STEP_NUMEL == 0
         assert made.chunk_numel <= MAX_CHUNK_NUMEL
-        assert made.keep_cache == (made.param_nbytes > smallest.param_nbytes)
+        assert made.keep_cache <= (made.param_nbytes > smallest.param_nbytes)
     for less, more in pairwise(plans):
         assert less.chunk_numel <= more.chunk_numel
         assert less.host_nbytes <= more.host_nbytes
