@@ -87,7 +87,7 @@ class Backward:
         self._require_unchanged(unit, packed.generation)
         self.note()
         if unit.name not in self._unpacked:
-            self._end_idle_holds()
+            self._end_idle_holds(going_to=unit)
             self._residents.acquire(unit)
             self._unpacked[unit.name] = unit
         size, stride, offset, dtype = packed.form
@@ -155,10 +155,19 @@ class Backward:
         while self._unpacked:
             self._residents.release(self._unpacked.popitem()[1])
 
-    def _end_idle_holds(self) -> None:
-        """Backward goes on to another unit: those it was in before are over, as far as anybody can tell."""
-        if self.rerunning is None:
-            self._end_holds()
+    def _end_idle_holds(self, going_to: Unit | None = None) -> None:
+        """Backward goes on to another unit: those it was in before are over, as far as anybody can tell.
+
+        Units of one block, such as frozen weights and the adapters beside them, are used in turns and stay together.
+        """
+        if self.rerunning is not None:
+            return
+        block = None if going_to is None else going_to.block
+        staying = {name: unit for name, unit in self._unpacked.items() if block is not None and unit.block is block}
+        for name in staying:
+            del self._unpacked[name]
+        self._end_holds()
+        self._unpacked.update(staying)
 
     def _end(self) -> None:
         self._is_running = False

@@ -1,0 +1,78 @@
+"""Order of events: reads run ahead of use, and updates run while backward goes on, or after it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from lightning_ssd.trace import Event
+from tests.faults.support import streamed
+from tests.helpers.models import GPT
+from tests.helpers.training import train
+
+
+class Traced(pl.Callback):
+    """Events of the third step: the order of use has been learned in the first."""
+
+    events: list[str]
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            trainer.strategy.session.trace.start()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, out: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            found: list[Event] = trainer.strategy.session.trace.stop()
+            self.events = [f"{event.name} {event.what.removeprefix('net.')}" for event in found]
+
+
+def trace(tmp_path: Path, **settings: Any) -> list[str]:
+    traced = Traced()
+    train(tmp_path, GPT, streamed(**settings), max_steps=3, callbacks=[traced])
+    return traced.events
+
+
+def test_reads_run_one_unit_ahead(tmp_path: Path) -> None:
+    events = trace(tmp_path)
+    forward = events[: events.index("recompute blocks.2")]
+    order = ["blocks.0", "blocks.1", "blocks.2", "norm", "head"]
+    for this, following in pairwise(order):
+        # While one runs the next is being read, and it is the only one.
+        assert forward.index(f"fetch {this}") < forward.index(f"prefetch {following}")
+        assert forward.index(f"prefetch {following}") < forward.index(f"release {this}")
+        assert forward.index(f"release {this}") < forward.index(f"fetch {following}")
+    back = events[events.index("recompute blocks.2") :]
+    for this, following in (("blocks.2", "blocks.1"), ("blocks.1", "blocks.0")):
+        assert back.index(f"fetch {this}") < back.index(f"prefetch {following}") < back.index(f"fetch {following}")
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_the_window_is_how_far_they_run(tmp_path: Path, window: int) -> None:
+    events = trace(tmp_path, window=window, host_memory="512MiB")
+    running = events[events.index("fetch blocks.0") + 1 : events.index("release blocks.0")]
+    asked = [event for event in running if event.startswith("prefetch")]
+    ahead = ["prefetch blocks.1", "prefetch blocks.2", "prefetch norm"][:window]
+    assert asked == ahead[-1:]  # those nearer were asked for before
+
+
+@pytest.mark.parametrize("update", ["native", "torch"])
+def test_updates_run_during_backward_or_after_it(tmp_path: Path, update: str) -> None:
+    events = trace(tmp_path, overlap="auto", update=update)
+    assert events.index("updated head") < events.index("recompute blocks.2")
+    assert events.index("updated blocks.2") < events.index("recompute blocks.0")
+    events = trace(tmp_path, overlap="off", update=update)
+    first_update = next(i for i, event in enumerate(events) if event.startswith("update "))
+    last_of_backward = max(i for i, event in enumerate(events) if event.startswith("recompute"))
+    assert last_of_backward < first_update
+
+
+def test_no_unit_is_updated_twice_or_left_out(tmp_path: Path) -> None:
+    for overlap in ("auto", "off"):
+        events = trace(tmp_path, overlap=overlap)
+        updates = sorted(event for event in events if event.startswith("update "))
+        names = ["blocks.0", "blocks.1", "blocks.2", "head", "net", "norm", "tok"]
+        assert updates == [f"update {name}" for name in names]
