@@ -79,7 +79,6 @@ def make_plan(
     *,
     budget_nbytes: int | None,
     is_elementwise: bool,
-    grads_on_host: bool,
     budget_name: str = "host_memory",
 ) -> MemoryPlan:
     """Cut the budget.
@@ -89,7 +88,6 @@ def make_plan(
         chains: Sets of units that modules nested in each other need at the same time.
         budget_nbytes: What may be used; None for the smallest plan that works, which keeps nothing in memory.
         is_elementwise: Updates run in chunks.
-        grads_on_host: Compute's gradients are in host memory (the device is the CPU).
         budget_name: What messages call the budget.
 
     Raises:
@@ -97,7 +95,7 @@ def make_plan(
     """
     by_name = {unit.name: unit for unit in units}
     param = _parameters(by_name, chains)
-    grad = max((u.grad_nbytes for u in units), default=0) if grads_on_host else 0
+    grad = max((u.grad_nbytes for u in units), default=0)
     update = _update(units, CHUNK_STEP_NUMEL, is_elementwise)
     smallest = param + grad + update + STAGING_NBYTES
     if budget_nbytes is None:

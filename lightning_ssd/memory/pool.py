@@ -50,22 +50,35 @@ class Buffer:
         ctypes.memset(self.address, byte, self.nbytes)
 
 
+def map_anonymous(nbytes: int) -> mmap.mmap:
+    """Anonymous memory, page-aligned, private to this process."""
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def pool_nbytes(nbytes: int) -> int:
+    """Bytes that a pool for ``nbytes`` takes."""
+    return round_up(max(nbytes, BLOCK_NBYTES))
+
+
 class Pool:
     """Buffers of any size out of ``nbytes`` of anonymous memory, first fit from both ends, neighbours joined.
 
     Args:
         nbytes: Size of the pool.
         name: What messages call it.
+        arena: Memory that it is a part of, from byte ``begin``; None maps memory of its own.
         poison: Fill what comes back with NaN bytes (0xFF), so that a use after return shows (for tests).
     """
 
-    def __init__(self, nbytes: int, name: str, *, poison: bool = False) -> None:
-        self.nbytes = round_up(max(nbytes, BLOCK_NBYTES))
+    def __init__(
+        self, nbytes: int, name: str, *, arena: mmap.mmap | None = None, begin: int = 0, poison: bool = False
+    ) -> None:
+        self.nbytes = pool_nbytes(nbytes)
         self.name = name
         self._poison = poison
-        self._memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = map_anonymous(self.nbytes) if arena is None else arena
         self._base = address_of(self._memory)
-        self._free: list[tuple[int, int]] = [(0, self.nbytes)]  # (offset, nbytes), by offset
+        self._free: list[tuple[int, int]] = [(begin, self.nbytes)]  # (offset, nbytes), by offset
         self._lent: dict[int, Buffer] = {}  # by offset
         self._lingering: list[Buffer] = []  # given back while a tensor on them was alive
 

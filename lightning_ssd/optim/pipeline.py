@@ -136,8 +136,11 @@ class Pipeline:
     ) -> None:
         views = {kind: slot.tensor(kind, files.dtype(kind), end - begin) for kind in files.layouts}
         master = views[files.master_kind]
+        param = views["param"] if files.master_kind != "param" else None
         if files.widens:
             kernels.convert_(master, views["param"])
+        elif param is not None and len(parts) < len(unit.params):
+            kernels.convert_(param, master)  # parameters without an update keep their value
         for segment in unit.layout.segments(begin, end):
             part = parts.get(segment.index)
             if part is None:
@@ -146,9 +149,8 @@ class Pipeline:
             states = {k: v[here] for k, v in views.items() if k not in ("param", "master")}
             grad = flats[segment.index][segment.offset : segment.offset + segment.numel]
             is_first = not part.initialised
-            rule.update(master[here], grad, states, part.scalars, part.options, is_first=is_first)
-        if files.master_kind != "param":
-            kernels.convert_(views["param"], master)
+            out = None if param is None else param[here]
+            rule.update(master[here], grad, states, part.scalars, part.options, is_first=is_first, out=out)
 
     # -- any rule ------------------------------------------------------------------------------------------------
 

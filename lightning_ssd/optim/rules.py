@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -39,6 +39,7 @@ class Rule(Protocol):
         options: Options,
         *,
         is_first: bool,
+        out: Tensor | None = None,
     ) -> None:
         """Update one parameter, or an elementwise rule a piece of it.
 
@@ -50,6 +51,7 @@ class Rule(Protocol):
                 values after `begin` and leaves them.
             options: Hyper-parameters. A rule that is not elementwise may change them, as its class does.
             is_first: The parameter was never updated: an elementwise rule finds zeros in ``states``.
+            out: Receives the updated values in its own dtype in the same pass; elementwise rules only.
         """
         ...
 
@@ -83,6 +85,7 @@ class AdamRule:
         options: Options,
         *,
         is_first: bool,
+        out: Tensor | None = None,
     ) -> None:
         """See `Rule.update`; all tensors flat."""
         kernels.adam_(
@@ -97,6 +100,7 @@ class AdamRule:
             weight_decay=float(options["weight_decay"]),
             decoupled=self._decoupled or bool(options.get("decoupled_weight_decay", False)),
             maximize=bool(options["maximize"]),
+            out=out,
         )
 
 
@@ -121,6 +125,7 @@ class SGDRule:
         options: Options,
         *,
         is_first: bool,
+        out: Tensor | None = None,
     ) -> None:
         """See `Rule.update`; all tensors flat."""
         kernels.sgd_(
@@ -134,6 +139,7 @@ class SGDRule:
             weight_decay=float(options["weight_decay"]),
             maximize=bool(options["maximize"]),
             first_step=is_first,
+            out=out,
         )
 
 
@@ -149,16 +155,21 @@ class TorchRule:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        self._kinds: dict[frozenset[tuple[str, bool]], tuple[str, ...]] = {}  # by which options are set
 
     def kinds(self, options: Options) -> tuple[str, ...]:
-        """See `Rule.kinds`; found by updating a tiny vector and a tiny matrix."""
-        states: dict[str, Tensor] = {}
-        for shape in ((2,), (2, 2)):
-            zeros = torch.zeros(shape)
-            found: dict[str, Tensor] = {}
-            self.update(zeros, torch.zeros(shape), found, {}, dict(options), is_first=True)
-            states |= found
-        return tuple(states)
+        """See `Rule.kinds`; found once, by updating tiny parameters of as many dimensions as the real ones have."""
+        key = frozenset((k, bool(v)) for k, v in options.items() if isinstance(v, (bool, int, float)))
+        if key not in self._kinds:
+            dims = {max(1, p.dim()) for group in self._optimizer.param_groups for p in group["params"]}
+            states: dict[str, Tensor] = {}
+            with torch.random.fork_rng(devices=()):
+                for dim in sorted(dims):
+                    zeros, found = torch.zeros((2,) * dim), dict[str, Tensor]()
+                    self.update(zeros, torch.zeros_like(zeros), found, {}, dict(options), is_first=True)
+                    states |= found
+            self._kinds[key] = tuple(states)
+        return self._kinds[key]
 
     def begin(self, scalars: dict[str, Any], options: Options) -> None:
         """See `Rule.begin`; the class itself counts."""
@@ -172,6 +183,7 @@ class TorchRule:
         options: Options,
         *,
         is_first: bool,
+        out: Tensor | None = None,
     ) -> None:
         """See `Rule.update`; shaped tensors."""
         shadow = torch.nn.Parameter(param, requires_grad=True)
@@ -183,7 +195,7 @@ class TorchRule:
         if shadow.data_ptr() != param.data_ptr():
             param.copy_(shadow.detach())
         for key, value in optimizer.state[shadow].items():
-            if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point() and value.dim():
+            if is_full(key, value, param.shape, {kind for kinds in self._kinds.values() for kind in kinds}):
                 if key not in states:
                     states[key] = value
                 elif states[key].data_ptr() != value.data_ptr():
@@ -205,11 +217,22 @@ class TorchRule:
         return shadow
 
 
-def choose_rule(optimizer: Optimizer, update: str) -> Rule:
+def is_full(key: str, value: Any, shape: torch.Size, kinds: Collection[str]) -> bool:
+    """Whether a state of a parameter of ``shape`` is kept in files: it has that shape too, and is no mere count.
+
+    A parameter without dimensions looks like its step count; there the name, one of ``kinds``, tells.
+    """
+    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+        return False
+    return value.dim() > 0 or key in kinds
+
+
+def choose_rule(optimizer: Optimizer, update: str, *, keep_master: bool) -> Rule:
     """The rule for an optimizer.
 
     Args:
         optimizer: The user's.
+        keep_master: 16-bit parameters have a float32 master.
         update: ``"native"``, ``"torch"`` or ``"auto"``: native for plain Adam, AdamW and SGD, torch otherwise.
 
     Raises:
@@ -221,7 +244,7 @@ def choose_rule(optimizer: Optimizer, update: str) -> Rule:
             f"optimizer {name} needs all parameters in memory at once (or sparse gradients) and cannot be streamed; "
             "use a per-parameter optimizer such as AdamW, or another strategy"
         )
-    why_not = _why_not_native(optimizer)
+    why_not = _why_not_native(optimizer, keep_master=keep_master)
     if update == "native" and why_not:
         raise ConfigurationError(f"update='native' cannot run {name}: {why_not}; use update='torch' or 'auto'")
     if update == "torch" or why_not:
@@ -229,13 +252,14 @@ def choose_rule(optimizer: Optimizer, update: str) -> Rule:
     return SGDRule() if type(optimizer) is SGD else AdamRule(decoupled=type(optimizer) is AdamW)
 
 
-def _why_not_native(optimizer: Optimizer) -> str:
+def _why_not_native(optimizer: Optimizer, *, keep_master: bool) -> str:
     if type(optimizer) not in (Adam, AdamW, SGD):
         return "only torch.optim.Adam, AdamW and SGD have native kernels"
     for group in optimizer.param_groups:
         for option in ("amsgrad", "differentiable", "capturable"):
             if group.get(option):
                 return f"it has {option}=True"
-        if any(p.dtype not in (torch.float32, torch.bfloat16, torch.float16) for p in group["params"]):
-            return "it has parameters that are not float32, bfloat16 or float16"
+        known = (torch.float32, torch.bfloat16, torch.float16) if keep_master else (torch.float32,)
+        if any(p.dtype not in known for p in group["params"]):
+            return f"it updates values that are not {', '.join(str(dtype) for dtype in known)}"
     return ""

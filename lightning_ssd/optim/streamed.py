@@ -17,7 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from lightning_ssd.errors import CheckpointError, ConfigurationError, StoreError
 from lightning_ssd.optim.pipeline import ParameterUpdate, Pipeline, master_dtype
-from lightning_ssd.optim.rules import Rule
+from lightning_ssd.optim.rules import Rule, is_full
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.at_rest import snapshot
@@ -112,11 +112,6 @@ class StreamedOptimizer:
     def is_mid_step(self) -> bool:
         """Whether a step has updated some units and not yet all: it runs now, or it failed."""
         return bool(self._after)
-
-    def owns(self, unit: Unit) -> bool:
-        """Whether every trainable parameter of ``unit`` is this optimizer's."""
-        groups = self._groups()
-        return all(p in groups for p in unit.params if p.requires_grad)
 
     def _make_step(self) -> Callable[..., Any]:
         optimizer = self.optimizer
@@ -224,8 +219,10 @@ class StreamedOptimizer:
     def _take(self, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
         self._initialised.clear()
         self._scalars.clear()
+        kinds_of = [self.rule.kinds(group) for group in self.optimizer.param_groups]
+        groups = self._groups()
         for param, values in loaded.items():
-            full = {k for k, v in values.items() if _is_full(v, param)}
+            full = {k for k, v in values.items() if is_full(k, v, param.shape, kinds_of[groups[param]])}
             self._initialised[param] = full
             self._scalars[param] = {k: v for k, v in values.items() if k not in full}
         for unit in list(self._units()):
@@ -259,7 +256,3 @@ class StreamedOptimizer:
     def _name(self, param: nn.Parameter) -> str:
         unit, index = self._places[param]
         return unit.names[index]
-
-
-def _is_full(value: Any, param: nn.Parameter) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == param.shape and value.is_floating_point()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ class PrecisionMixin(PrecisionBase):
 
     Args:
         precision: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``, ``"bf16-true"``, ``"16-true"`` or ``"64-true"``.
-        device: Device type of autocast in the mixed precisions.
+        device: Device type of autocast in the mixed precisions; the strategy sets it to the device it runs on.
         master_dtype: With 16-bit parameters, ``"fp32"`` keeps a float32 master that is updated and rounded to the
             parameter each step; ``"param"`` updates the 16-bit values themselves, as plain Lightning does.
     """
@@ -34,16 +35,28 @@ class PrecisionMixin(PrecisionBase):
         inner: Any = None,
     ) -> None:
         self.inner = inner
+        self._is_ours = inner is None
         self.precision = precision if inner is None else inner.precision  # type: ignore[assignment]
         self.device = device
         self.master_dtype = master_dtype
 
-    def prepare(self, stock: dict[str, Any]) -> None:
+    def prepare(self, stock: Mapping[str, Any], device_type: str | None = None) -> None:
         """Make the stock plugin that does the arithmetic, from the namespace's classes.
+
+        Args:
+            stock: Lightning's own classes by name.
+            device_type: Where compute runs; None if not known yet.
 
         Raises:
             ConfigurationError: If the precision is not one we can honour.
         """
+        if self._is_ours and device_type is not None and device_type != self.device:
+            self.device, self.inner = device_type, None
+        if self.inner is not None and type(self.inner) not in stock.values():
+            raise ConfigurationError(
+                f"the precision plugin {type(self.inner).__name__} may convert the module in its own way, which "
+                f"streamed parameters would not see; use precision= with one of {', '.join(_SUPPORTED)}"
+            )
         if self.master_dtype not in ("fp32", "param"):
             raise ConfigurationError(f"master_dtype={self.master_dtype!r} is unknown; it may be 'fp32' or 'param'")
         if self.precision not in _SUPPORTED:

@@ -6,12 +6,12 @@ files stay, so that a checkpoint can still be saved; they go when the next sessi
 
 from __future__ import annotations
 
+import mmap
 import resource
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import Engine, IOOptions, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
 from lightning_ssd.memory.plan import MemoryPlan, UnitSize, make_plan
-from lightning_ssd.memory.pool import Pool
+from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
+from lightning_ssd.memory.views import address_of
 from lightning_ssd.optim.pipeline import Pipeline, master_dtype, state_nbytes_per_numel
 from lightning_ssd.optim.rules import choose_rule
 from lightning_ssd.optim.streamed import StreamedOptimizer
@@ -109,6 +110,7 @@ class Session:
         self.optimizers: list[StreamedOptimizer] = []
         self.is_started = False
         self._pools: list[Pool] = []
+        self._arena: mmap.mmap | None = None
         self._pipeline: Pipeline | None = None
         self._streaming_for: StreamedOptimizer | None = None
         self.nursery = Nursery(self.store.spill_directory)
@@ -144,7 +146,7 @@ class Session:
         for adopted in self.optimizers:
             if adopted.optimizer is optimizer:
                 return adopted
-        rule = choose_rule(optimizer, self.settings.update)
+        rule = choose_rule(optimizer, self.settings.update, keep_master=self.settings.keep_master)
         adopted = StreamedOptimizer(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master)
         adopted.adopt()
         if self._pipeline is not None and self.streamer is not None:
@@ -162,8 +164,7 @@ class Session:
         assert self.streamer is not None
         self.plan = self._make_plan(module)
         self.store.require_free(self.disk_nbytes, "the optimizer state and generations being written")
-        params, updates = Pool(self.plan.param_nbytes, "parameter"), Pool(self.plan.update_nbytes, "update")
-        self._pools = [params, updates]
+        params, updates = self._make_pools(self.plan)
         self.sink = GradientSink(
             None if self.plan.keep_grads else self.store.spill_directory,
             self._on_complete,
@@ -191,6 +192,7 @@ class Session:
     def rest(self) -> None:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
         with ExitStack() as stack:  # in reverse order, each whatever became of the one before
+            stack.callback(self._free_arena)  # the engine knows it
             stack.callback(self.engine.close)
             stack.callback(self.store.suspend)
             pools, self._pools = self._pools, []
@@ -202,6 +204,9 @@ class Session:
                 stack.callback(self.sink.close)
             if self.streamer is not None:
                 stack.callback(self.streamer.stop)
+
+    def _free_arena(self) -> None:
+        self._arena = None
 
     def close(self) -> None:
         """Remove the files (or keep them, if asked for). Parameters that map them keep their values."""
@@ -295,28 +300,42 @@ class Session:
 
     def _state_nbytes(self, unit: Unit) -> int:
         """Bytes per element of a unit's state on disk beyond the parameter itself."""
-        master = master_dtype(unit, keep_master=self.settings.keep_master)
-        extra = 0 if master == unit.layout.dtype else 4
-        return extra + self._num_kinds(unit) * max(4, unit.layout.itemsize)
+        in_update = state_nbytes_per_numel(unit, self._num_kinds(unit), keep_master=self.settings.keep_master)
+        return in_update - unit.layout.itemsize
+
+    def _make_pools(self, plan: MemoryPlan) -> tuple[Pool, Pool]:
+        """Pools for parameters and updates, cut from one arena that the engine knows."""
+        begin = pool_nbytes(plan.param_nbytes)
+        self._arena = arena = map_anonymous(begin + pool_nbytes(plan.update_nbytes))
+        # Where it is refused (a limit on locked memory), transfers cost more CPU time and work the same.
+        self.engine.register_memory(address_of(arena), len(arena))
+        params = Pool(plan.param_nbytes, "parameter", arena=arena)
+        updates = Pool(plan.update_nbytes, "update", arena=arena, begin=begin)
+        self._pools = [params, updates]
+        return params, updates
 
     def _make_plan(self, module: nn.Module) -> MemoryPlan:
         trained = {unit.name for unit in self._trained()}
-        sizes = [
-            UnitSize(
-                unit.name,
-                unit.layout.buffer_nbytes,
-                unit.layout.data_nbytes if unit.name in trained else 0,
-                unit.layout.numel if unit.name in trained else 0,
-                state_nbytes_per_numel(unit, self._num_kinds(unit), keep_master=self.settings.keep_master),
+        most_kinds = max((self._num_kinds(unit) for unit in self.units), default=0)
+        sizes = []
+        for unit in self.units:
+            # A frozen unit may be trained later in the run: there is room for its update too.
+            can_train = bool(self.optimizers) and unit.params[0].is_floating_point()
+            num_kinds = self._num_kinds(unit) if unit.name in trained else most_kinds
+            sizes.append(
+                UnitSize(
+                    unit.name,
+                    unit.layout.buffer_nbytes,
+                    unit.layout.data_nbytes if unit.name in trained else 0,
+                    unit.layout.numel if can_train else 0,
+                    state_nbytes_per_numel(unit, num_kinds, keep_master=self.settings.keep_master),
+                )
             )
-            for unit in self.units
-        ]
         return make_plan(
             sizes,
             chains(module, self.units),
             budget_nbytes=self.settings.budget_nbytes,
             is_elementwise=all(adopted.rule.is_elementwise for adopted in self.optimizers),
-            grads_on_host=self.settings.device.type == "cpu",
         )
 
     def _make_store(self) -> StateStore:
@@ -356,15 +375,3 @@ def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:
     if not found:
         raise ConfigurationError("the model has no parameters to stream")
     return found
-
-
-def report(session: Session) -> dict[str, Any]:
-    """Figures of a running session, for the start-up summary and tests."""
-    assert session.plan is not None
-    return {
-        "num_units": len(session.units),
-        "numel": sum(unit.layout.numel for unit in session.units),
-        "plan": session.plan,
-        "disk_nbytes": session.disk_nbytes + session.store.nbytes_on_disk,
-        "engine": session.engine.reason,
-    }

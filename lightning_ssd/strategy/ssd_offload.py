@@ -187,6 +187,9 @@ class StrategyMixin(StrategyBase):
         guards.require_choices(self._settings)
         guards.require_one_process(self.world_size, len(self.parallel_devices or []), self.num_nodes)
         guards.require_device(self.root_device)
+        plugin = self.precision_plugin
+        if isinstance(plugin, PrecisionMixin):
+            plugin.prepare(self._stock_precision, self.root_device.type)
         if self._checkpoint_io is not None:
             raise ConfigurationError(
                 f"the checkpoint plugin {type(self._checkpoint_io).__name__} cannot be used with "

@@ -31,7 +31,6 @@ def models(draw: st.DrawFn) -> dict[str, object]:
         "units": units,
         "chains": chains,
         "is_elementwise": draw(st.booleans()),
-        "grads_on_host": draw(st.booleans()),
     }
 
 
@@ -79,8 +78,7 @@ def test_reserves_hold_what_runs_in_them(model: dict[str, object]) -> None:
     for chain in model["chains"]:  # type: ignore[attr-defined]
         arriving = max((u.param_nbytes for u in units if u.name not in chain), default=0)
         assert made.param_nbytes >= sum(u.param_nbytes for u in units if u.name in chain) + arriving
-    if model["grads_on_host"]:
-        assert made.grad_nbytes >= max(unit.grad_nbytes for unit in units)
+    assert made.grad_nbytes >= max(unit.grad_nbytes for unit in units)
     for unit in units:
         in_memory = min(unit.numel, made.chunk_numel) if model["is_elementwise"] else unit.numel
         assert made.update_nbytes >= in_memory * unit.state_nbytes
@@ -88,7 +86,7 @@ def test_reserves_hold_what_runs_in_them(model: dict[str, object]) -> None:
 
 def test_enough_memory_keeps_everything() -> None:
     units = [UnitSize(f"unit{i}", 4 * MiB, 4 * MiB, MiB, 12) for i in range(8)]
-    made = make_plan(units, [[u.name] for u in units], budget_nbytes=1 << 30, is_elementwise=True, grads_on_host=True)
+    made = make_plan(units, [[u.name] for u in units], budget_nbytes=1 << 30, is_elementwise=True)
     assert made.keep_cache
     assert made.keep_grads
     assert made.param_nbytes >= 32 * MiB

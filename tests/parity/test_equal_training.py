@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_ssd.strategy import session
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision, SSDOffloadStrategy
 from lightning_ssd.streaming.gradients import GradientSink
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
 from tests.helpers.training import Images, Tokens, adamw, assert_equal, train
@@ -144,3 +144,22 @@ def test_gradients_taken_off_the_device_are_equal(
     make_net = functools.partial(GPT, tie=True)
     plain = train(tmp_path, make_net, **OPTIONS[options])
     assert_equal(plain, train(tmp_path, make_net, streamed(), **OPTIONS[options]))
+
+
+def test_a_master_is_rounded_to_its_parameter_in_every_step(tmp_path: Path) -> None:
+    """bf16-true with float32 masters: what compute reads is the master, rounded to nearest even."""
+    ours = train(tmp_path, frozen_gpt, streamed(update="native"), max_steps=5, precision="bf16-true")
+    torch_rule = train(tmp_path, frozen_gpt, streamed(update="torch"), max_steps=5, precision="bf16-true")
+    masters = ours.trainer.strategy.session.masters()
+    trained = {name: p for name, p in ours.module.named_parameters() if p in masters}
+    assert trained
+    for name, param in trained.items():
+        assert torch.equal(masters[param].bfloat16(), ours.weights[name]), name
+        assert masters[param].dtype == torch.float32
+    assert_equal(ours, torch_rule)
+
+
+def test_without_a_master_sixteen_bit_training_is_plain_lightnings(tmp_path: Path) -> None:
+    plugin = SSDOffloadPrecision("bf16-true", master_dtype="param")
+    plain = train(tmp_path, GPT, max_steps=10, precision="bf16-true")
+    assert_equal(plain, train(tmp_path, GPT, streamed(update="auto"), max_steps=10, plugins=[plugin]))
