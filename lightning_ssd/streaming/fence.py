@@ -40,6 +40,11 @@ def fenced_class(fence: Fence) -> type[nn.Parameter]:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
 
+        def as_subclass(self, cls: type[Tensor]) -> Tensor:  # type: ignore[override]
+            # Not through __torch_function__ either: torch does not let it be overridden there.
+            fence.wake([self])
+            return Tensor.as_subclass(self, cls)
+
         def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
             # Not through __torch_function__: nn.Parameter looks at type(self) before it touches a value.
             if id(self) in memo:

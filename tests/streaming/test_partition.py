@@ -1,0 +1,140 @@
+"""Cutting models into units: every parameter in one unit, each unit of one dtype and all frozen or all trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.strategy.session import chains
+from lightning_ssd.streaming.partition import UnitSpec, partition
+from lightning_ssd.streaming.unit import Unit
+from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
+
+
+class Nested(nn.Module):
+    """Blocks in lists in a list, beside one odd block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(2))
+            for _ in range(2)
+        )
+        self.odd = nn.Linear(4, 2)
+
+
+class Shared(nn.Module):
+    """One module under two names, and one parameter in two modules of different blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.again = self.blocks[1]
+        self.blocks[2].bias = self.blocks[0].bias
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16)
+        self.out = nn.Linear(8, 2)
+
+
+def frozen() -> nn.Module:
+    net = GPT()
+    net.blocks[0].requires_grad_(False)
+    net.blocks[1].up.requires_grad_(False)
+    net.tok.requires_grad_(False)
+    return net
+
+
+def mixed() -> nn.Module:
+    net = GPT()
+    net.blocks[0].norm1.to(torch.float64)
+    net.head.to(torch.bfloat16)
+    return net
+
+
+def names(specs: list[UnitSpec]) -> list[str]:
+    return [spec.name for spec in specs]
+
+
+GPT_UNITS = ["root", "tok", "blocks.0", "blocks.1", "blocks.2", "norm", "head"]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (GPT, GPT_UNITS),
+        (lambda: GPT(tie=True), GPT_UNITS[:-1]),
+        (FunctionalTie, GPT_UNITS[:-1]),
+        (ViT, ["root", "patch", "blocks.0", "blocks.1", "blocks.2", "norm", "head"]),
+        (ConvNet, ["stem", "bn", "blocks.0", "blocks.1", "blocks.2", "fc"]),
+        (Nested, [f"stages.{i}.{j}.{k}" for i in (0, 1) for j in (0, 1) for k in (0, 2)] + ["odd"]),
+        (Shared, ["blocks.0", "blocks.1", "blocks.2"]),
+        (Attention, ["attention", "layer", "out"]),
+        (
+            frozen,
+            ["root", "tok+frozen", "blocks.0+frozen", "blocks.1", "blocks.1+frozen", "blocks.2", "norm", "head"],
+        ),
+        (mixed, ["root", "tok", "blocks.0+float64", "blocks.0+float32", "blocks.1", "blocks.2", "norm", "head"]),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), ["0", "1"]),  # unlike: no blocks, but large enough
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_parameter_is_in_one_unit(make: Callable[[], nn.Module], expected: list[str]) -> None:
+    net = make()
+    specs = partition(net, min_numel=0)
+    assert names(specs) == expected
+    placed = [param for spec in specs for param in spec.params]
+    assert len(placed) == len(set(placed))
+    assert set(placed) == set(net.parameters())
+    full_names = dict(net.named_parameters())
+    for spec in specs:
+        assert [full_names[name] for name in spec.names] == spec.params
+        assert len({(param.dtype, param.requires_grad) for param in spec.params}) == 1
+
+
+def test_small_leftovers_are_one_sticky_unit() -> None:
+    specs = partition(GPT(), min_numel=3000)
+    assert names(specs) == ["tok", "blocks.0", "blocks.1", "blocks.2", "head", "rest"]
+    assert specs[-1].names == ["pos", "norm.weight", "norm.bias"]
+    assert [spec.sticky for spec in specs] == [False] * 5 + [True]
+
+
+def test_every_module_that_uses_a_parameter_loads_its_unit() -> None:
+    net = GPT(tie=True)
+    by_name = {spec.name: spec for spec in partition(net, min_numel=0)}
+    assert set(by_name["tok"].modules) == {net.tok, net.head}
+    shared = Shared()
+    by_name = {spec.name: spec for spec in partition(shared, min_numel=0)}
+    assert set(by_name["blocks.0"].modules) == {shared.blocks[0], shared.blocks[2]}
+    assert by_name["blocks.1"].modules == [shared.blocks[1]]
+    attention = Attention()  # reads parameters of children that it does not call
+    assert partition(attention, min_numel=0)[0].modules == [attention.attention]
+
+
+def test_chains_are_what_nested_modules_hold_at_once() -> None:
+    net = frozen()
+    units = [Unit(spec) for spec in partition(net, min_numel=0)]
+    found = chains(net, units)
+    assert ["root", "blocks.1", "blocks.1+frozen"] in found
+    assert ["root", "tok+frozen"] in found
+
+
+def test_a_policy_names_classes_or_decides() -> None:
+    assert names(partition(GPT(), policy=["Linear"], min_numel=10**9))[:3] == [
+        "blocks.0.qkv",
+        "blocks.0.out",
+        "blocks.0.up",
+    ]
+    assert names(partition(GPT(), policy="GPT", min_numel=10**9)) == ["root"]
+    chosen = partition(GPT(), policy=lambda name, module: name == "blocks.1", min_numel=10**9)
+    assert names(chosen) == ["blocks.1", "rest"]
+    with pytest.raises(ConfigurationError, match=r"class\(es\) \['Blok'\], the model has none of them; it has: Block"):
+        partition(GPT(), policy=["Blok", "Block"])
