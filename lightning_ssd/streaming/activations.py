@@ -80,6 +80,10 @@ class Frame:
 
     def drop(self) -> None:
         """Forget the recomputed tensors; if autograd asks again, they are computed again."""
+        if self._values is not None:
+            # Emptied, not only let go: a detached view holds its base, so the second run's graph, whose hooks hold the
+            # list. Without this the tensors, and the unit's buffer under them, live until the process ends.
+            self._values.clear()
         self._values = None
 
     def _recompute(self) -> list[Tensor]:

@@ -56,7 +56,7 @@ class Nursery:
             fresh = [p for p in mine.values() if p not in made]
             if fresh or any(b is not None and b.is_meta for b in module._buffers.values()):
                 _require_initialiser(name, module)
-                _require_all_meta(name, module)
+                _require_all_meta(name, module, set(made.values()))
             for key, param in mine.items():
                 if param not in made:
                     made[param] = nn.Parameter(self._map(param), requires_grad=param.requires_grad)
@@ -105,8 +105,8 @@ class Nursery:
         return tensor
 
 
-def _require_all_meta(name: str, module: nn.Module) -> None:
-    filled = [key for key, p in module._parameters.items() if p is not None and not p.is_meta]
+def _require_all_meta(name: str, module: nn.Module, made: set[nn.Parameter]) -> None:
+    filled = [k for k, p in module._parameters.items() if p is not None and not p.is_meta and p not in made]
     if filled:
         raise ConfigurationError(
             f"module {name!r} ({type(module).__name__}) has values for {', '.join(filled)} and others still on the "
