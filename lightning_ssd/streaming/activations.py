@@ -153,12 +153,18 @@ Rerun = Callable[[Frame, Callable[[], object]], None]
 """Runs a frame's module again; holds its units until the frame's backward is over."""
 
 
-def without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments without key-value caches of generation: a forward that adds to one cannot be run twice."""
-    found = {k for k, v in kwargs.items() if hasattr(v, "get_seq_length") and hasattr(v, "update")}
-    if not found:
-        return kwargs
-    return {k: None if k in found else (False if k == "use_cache" else v) for k, v in kwargs.items()}
+def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments without key-value caches of generation: a forward that adds to one cannot be run twice."""
+
+    def is_cache(value: Any) -> bool:
+        return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+    if not any(map(is_cache, (*args, *kwargs.values()))):
+        return args, kwargs
+    kept = {k: None if is_cache(v) else v for k, v in kwargs.items()}
+    if "use_cache" in kept:
+        kept["use_cache"] = False
+    return tuple(None if is_cache(v) else v for v in args), kept
 
 
 def keeps_activations(module: nn.Module) -> bool:

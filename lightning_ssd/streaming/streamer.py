@@ -73,6 +73,7 @@ class Streamer:
     def stop(self) -> None:
         """Remove the hooks and leave plain parameters on mappings of their files. A second call does nothing."""
         if self._handles:
+            self.end_step()  # what the last step wrote is kept
             self.abort_step()
         for handle in self._handles:
             handle.remove()
@@ -128,7 +129,7 @@ class Streamer:
     # -- forward, the first and the second -----------------------------------------------------------------------
 
     def before_forward(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Any:
-        """A module that needs ``units`` is about to run; returns its keyword arguments."""
+        """A module that needs ``units`` is about to run; returns its arguments."""
         visit = _Visit(module, units)
         try:
             for unit in units:
@@ -143,7 +144,7 @@ class Streamer:
             for unit in units:
                 self._sink.used(unit)
             if module in self._recompute:
-                kwargs = without_caches(kwargs)
+                args, kwargs = without_caches(args, kwargs)
                 rerun = self._backward.rerun(units)
                 visit.frame = Frame(units[0].name, module, args, kwargs, self._device, rerun)
                 visit.enter(torch.autograd.graph.saved_tensors_hooks(visit.frame.pack, visit.frame.unpack))
@@ -151,7 +152,7 @@ class Streamer:
                 visit.enter(self._backward.hooks())
         self._visits.append(visit)
         self.residents.begin_visit()
-        return kwargs
+        return args, kwargs
 
     def after_forward(self, module: nn.Module, *, failed: bool) -> None:
         """The module has run, or failed."""
@@ -198,7 +199,7 @@ class _ModuleHooks:
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._streamer is None:
             return None
-        return args, self._streamer.before_forward(module, self._units, args, kwargs)
+        return self._streamer.before_forward(module, self._units, args, kwargs)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._streamer is not None:
