@@ -217,8 +217,10 @@ class Session:
     def settled(self) -> Iterator[None]:
         """Inside, the files hold every value, also those that the user changed at rest; works after `rest` too."""
         assert self.streamer is not None
-        awake = [unit for unit in self.units if unit.at_rest is not None]
         resting = not self._pools
+        if not resting:
+            self.streamer.end_step()  # what the last step wrote is kept
+        awake = [unit for unit in self.units if unit.at_rest is not None]
         if resting:
             self.store.resume(make_engine(self.settings.io))
         try:

@@ -10,12 +10,13 @@ from contextlib import ExitStack, suppress
 import torch
 from torch import Tensor, nn
 
-from lightning_ssd.errors import SSDOffloadError
+from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.store.state_store import Generation, StateStore
 from lightning_ssd.streaming.at_rest import AtRest
 from lightning_ssd.streaming.fence import fenced_class
 from lightning_ssd.streaming.fetch import Route
+from lightning_ssd.streaming.in_step import Reachable
 from lightning_ssd.streaming.schedule import Schedule
 from lightning_ssd.streaming.unit import Residency, Unit
 from lightning_ssd.trace import Trace
@@ -55,6 +56,7 @@ class Residents:
         self._owners = {param: unit for unit in units for param in unit.params}
         self._parked_class = fenced_class(self)
         self._places: dict[int, tuple[Unit, int]] = {}  # of resident parameters, by address of their storage
+        self._reachable = Reachable()
         self._loose: list[dict[str, Unit]] = [{}]  # resident without a hold, by the visit that touched them
 
     def start(self, *, pool: Pool, route: Route, keep_cache: bool) -> None:
@@ -76,6 +78,8 @@ class Residents:
         """Make ``unit`` resident and keep it so until `release`."""
         with self._lock:
             self.schedule.use(unit.name)
+            if any(unit.name in loose for loose in self._loose):
+                self._keep_written(unit)  # its module runs on what the user wrote before
             unit.num_holds += 1
             try:
                 self._fetch(unit)
@@ -115,6 +119,7 @@ class Residents:
     def drop_holds(self) -> None:
         """Forget who holds what, after a failure."""
         with self._lock:
+            self._reachable.clear()
             for unit in self.units:
                 unit.num_holds = 0
             self.end_step()
@@ -134,7 +139,8 @@ class Residents:
                 return None  # a tensor without storage of its own, such as one under functorch
 
     def _fetch(self, unit: Unit) -> None:
-        is_stale = unit.state is Residency.STAGED and not self.is_current(unit)
+        is_free = unit.state is Residency.STAGED or (unit.state is Residency.RESIDENT and unit.num_holds == 1)
+        is_stale = is_free and not self.is_current(unit)
         if unit.at_rest is not None or is_stale:
             self._evict(unit)
         if unit.state is Residency.RESIDENT:
@@ -175,6 +181,8 @@ class Residents:
             if tensor.numel():
                 self._places[tensor.untyped_storage().data_ptr()] = (unit, index)
         unit.move(Residency.RESIDENT)
+        if unit.sticky:
+            self._reachable.note(unit)
         if not self._route.keeps_buffer:
             self._pool.give_back(unit.buffer)
             unit.buffer = None
@@ -210,7 +218,9 @@ class Residents:
         """Put a resident unit's parameters at rest; keep its bytes as cache if that is wanted and they are current."""
         if unit.state is not Residency.RESIDENT:
             return
+        self._keep_written(unit)
         if self._keep_cache and unit.buffer is not None and self.is_current(unit):
+            self._reachable.forget(unit)
             self.park(unit)
             self._forget_places(unit)
             unit.move(Residency.STAGED)
@@ -223,6 +233,8 @@ class Residents:
         if unit.state is Residency.ON_DISK:
             return
         if unit.state is Residency.RESIDENT:
+            self._keep_written(unit)
+            self._reachable.forget(unit)
             self.park(unit)
             self._forget_places(unit)
         if unit.transfer is not None:
@@ -258,12 +270,14 @@ class Residents:
                 for unit in units:
                     self.acquire(unit)
                     stack.callback(self._loosen, unit)
+                    self._reachable.note(unit)
                     self.on_touch(unit)
 
     def settle(self, unit: Unit) -> None:
         """Bring what the user did to ``unit`` at rest into the store, and put its parameters at rest."""
         at_rest = unit.at_rest
         if at_rest is None:
+            self._keep_written(unit)
             return
         with self._lock:
             is_assigned = at_rest.is_assigned(unit.params)
@@ -276,6 +290,21 @@ class Residents:
             self.park(unit)
             at_rest.let_go(is_written=is_assigned or is_written)
             unit.at_rest = None
+
+    def _keep_written(self, unit: Unit) -> None:
+        """Bring what the user did to ``unit`` inside a step into the store; [Note: in a step, written]."""
+        if unit.state is not Residency.RESIDENT or not self._reachable.is_written(unit):
+            return
+        if not self.is_current(unit):
+            raise ResidencyError(
+                f"parameters of unit {unit.name!r} were written to in a step while their optimizer updated them: write "
+                "to them before the step's forward, or after optimizer.step()"
+            )
+        _require_same_form(unit)
+        # From here on the bytes in memory are not those of the newest generation: they go at the next release.
+        self._store.put(unit.layout, lambda i: unit.params[i].data)
+        self._store.forget(unit.name, "master")
+        self._reachable.forget(unit)
 
     def _wake_at_rest(self, unit: Unit) -> None:
         unit.at_rest = AtRest(self._store, self.current(unit))

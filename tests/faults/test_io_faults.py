@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,10 @@ FAILURES: dict[str, tuple[When, str]] = {
 }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("overlap", ["auto", "off"])
+@pytest.mark.parametrize(
+    ("failure", "overlap"),
+    [*product(FAILURES, ["auto"]), *product(("parameters in backward", "state, read", "state, written"), ["off"])],
+)
 def test_an_error_stops_the_run_and_the_last_checkpoint_resumes(
     tmp_path: Path, inject: Inject, monkeypatch: pytest.MonkeyPatch, failure: str, overlap: str
 ) -> None:

@@ -208,8 +208,7 @@ WRITES = [in_place, by_data, assigned, by_numpy, copied]
 
 
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("linked", [False, True])
-@pytest.mark.parametrize("host_memory", ["min", "512MiB"])
+@pytest.mark.parametrize(("linked", "host_memory"), [(False, "min"), (True, "min"), (False, "512MiB")])
 def test_what_is_written_at_rest_is_used_and_reaches_no_checkpoint(
     tmp_path: Path, write: Callable[[nn.Parameter], None], linked: bool, host_memory: str
 ) -> None:
