@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from lm_data import TextWindows, load_tokens
 from report import Figures, IoCount, MemorySampler, StepLog, append_json_line, machine_facts, memory_now, print_table
 from torch.utils.checkpoint import checkpoint
@@ -118,7 +119,7 @@ class CausalLM(LightningModule):
         self.held_out = checkpoint["held_out"]
 
     @override
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.01)
         warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}

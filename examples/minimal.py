@@ -3,14 +3,15 @@
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from torch.optim.lr_scheduler import LRScheduler
 
 
 class Model(BoringModel):
     """Any module: nothing in it knows about the strategy."""
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[LRScheduler]]:
         """Any torch optimizer."""
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return [torch.optim.AdamW(self.parameters(), lr=1e-3)], []
 
 
 if __name__ == "__main__":

