@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_ssd.errors import ConfigurationError, MemoryPlanError, StoreError
 from lightning_ssd.io.engine import IOOptions
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision, SSDOffloadStrategy
 from tests.faults.support import refused, run_directories, small_gpt, streamed
 from tests.helpers.training import Module, Tokens, adamw, make_trainer, train
 
@@ -201,14 +201,15 @@ def test_a_checkpoint_plugin(tmp_path: Path) -> None:
     refused(tmp_path, streamed(), *parts, error=ConfigurationError, plugins=[TorchCheckpointIO()])
 
 
-@pytest.mark.parametrize("precision", ["transformer-engine", "transformer-engine-float16"])
-def test_a_precision_that_is_not_supported(tmp_path: Path, precision: str) -> None:
-    class Stock(pl.plugins.Precision):  # as the real one, whose library is not installed here
-        pass
+def test_a_precision_that_is_not_supported(tmp_path: Path) -> None:
+    class Stock(pl.plugins.Precision):  # as that of transformer-engine, whose library is not installed here
+        precision = "transformer-engine"  # type: ignore[assignment]
 
-    Stock.precision = precision  # type: ignore[assignment]
-    with pytest.raises(ConfigurationError, match=rf"precision='{precision}' is not supported .* 32-true, bf16-mixed"):
+    with pytest.raises(ConfigurationError, match=r"precision plugin Stock .* use precision= with one of 32-true, bf16"):
         train(tmp_path, small_gpt, streamed(), plugins=[Stock()])
+    for precision in ("fp8", "64-mixed"):
+        with pytest.raises(ConfigurationError, match=rf"precision='{precision}' is not supported .* 32-true, bf16-mix"):
+            train(tmp_path, small_gpt, streamed(), plugins=[SSDOffloadPrecision(precision)])
 
 
 # -------------------------------------------------------------------------------------------------------------- models
