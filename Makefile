@@ -67,6 +67,7 @@ lint: $(VENV)/.package $(VENV)/.lint
 bench: $(VENV)/.test
 	$(PY) tests/benchmarks/bench_io.py $(or $(LIGHTNING_SSD_PATH),.)
 	$(PY) tests/benchmarks/bench_kernels.py
+	$(PY) tests/benchmarks/bench_memory.py --size 1.3b --path $(or $(LIGHTNING_SSD_PATH),.demo)
 
 # The C++ core alone: no Python, no pip.
 native-test:
