@@ -121,11 +121,17 @@ def memory_file_system(path: str) -> str | None:
 
 
 def require_no_compile(module: nn.Module) -> None:
-    """Refuse compiled modules: the compiler would trace through hooks that must run."""
+    """Refuse compiled modules: a compiler would trace through hooks that must run."""
     compiled = getattr(module, "_compiler_ctx", None) is not None
     inner = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
     if compiled or inner:
         raise ConfigurationError(
             "the module is wrapped by torch.compile; strategy='ssd_offload' moves parameters by hooks that a compiled "
             "forward would not run: pass the module without torch.compile"
+        )
+    scripted = next((name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise ConfigurationError(
+            f"module {scripted!r} is compiled by TorchScript, whose forward would not run the hooks by which "
+            "strategy='ssd_offload' moves parameters: use the module that it was made from"
         )
