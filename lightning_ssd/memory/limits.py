@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 AUTO_SHARE = 0.5
@@ -58,3 +59,18 @@ def _lines(path: str) -> list[str]:
             return file.read().splitlines()
     except OSError:
         return []
+
+
+def return_freed_memory() -> None:
+    """Make the C library give every freed block of 1 MiB or more back to the system at once, for the whole process.
+
+    By default glibc raises that threshold to the size of what it has seen freed (up to 32 MiB) and keeps such blocks in
+    its heap, in pieces: gradients of a streamed model then stay in memory and grow with the model. Does nothing where
+    the environment sets ``MALLOC_MMAP_THRESHOLD_``, or the C library has no such switch.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+_M_MMAP_THRESHOLD = -3

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import Engine, IOOptions, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
+from lightning_ssd.memory.limits import return_freed_memory
 from lightning_ssd.memory.plan import MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
 from lightning_ssd.memory.views import address_of
@@ -162,6 +163,7 @@ class Session:
             StoreError: If the disk cannot hold the run.
         """
         assert self.streamer is not None
+        return_freed_memory()
         self.plan = self._make_plan(module)
         self.store.require_free(self.disk_nbytes, "the optimizer state and generations being written")
         params, updates = self._make_pools(self.plan)
