@@ -20,6 +20,7 @@ CHUNK_STEP_NUMEL = 1 << 19
 MAX_CHUNK_NUMEL = 8 * CHUNK_STEP_NUMEL
 DEPTH = 3
 STAGING_NBYTES = 8 * MiB
+"""Memory used to stream tensors into files."""
 
 
 @dataclass(frozen=True)

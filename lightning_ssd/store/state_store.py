@@ -23,14 +23,12 @@ from torch import Tensor
 from lightning_ssd.errors import CorruptionError, IoError, StoreError
 from lightning_ssd.io.engine import Engine, File, Transfer
 from lightning_ssd.kernels.api import crc32c, is_native
+from lightning_ssd.memory.plan import STAGING_NBYTES
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import BLOCK_NBYTES, fmt
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import CHECK_NBYTES, UnitLayout, chunks
 from lightning_ssd.store.run_directory import RunDirectory
-
-STAGING_NBYTES = 8 << 20
-"""Memory used to stream tensors into files and files into files."""
 
 
 @dataclass
