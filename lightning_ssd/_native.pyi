@@ -14,6 +14,9 @@ class IoTransfer:
     def failure(self) -> tuple[int, int, int] | None:
         """(errno, offset, nbytes) of the first piece that failed, once done."""
 
+    def times(self) -> tuple[float, float | None] | None:
+        """(begin_s, end_s or None) of time.perf_counter; None while queued."""
+
 class IoEngine:
     """Moves bytes between descriptors and memory; not usable after a fork."""
 

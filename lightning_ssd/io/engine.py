@@ -207,6 +207,13 @@ class Transfer(Protocol):
         """
         ...
 
+    def times(self) -> tuple[float, float | None] | None:
+        """When its first piece was handed to the disk and its last one came back, in seconds of `time.perf_counter`.
+
+        Both are known once it is over, also if it failed. Before, the end is None; while it is queued, so is the whole.
+        """
+        ...
+
 
 class Engine(Protocol):
     """Moves bytes between files and host memory. Safe to use from many threads; not usable after a fork.

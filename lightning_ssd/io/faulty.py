@@ -186,7 +186,7 @@ class FaultyEngine:
         nbytes = fault.moved_nbytes if fault.error else transfer.nbytes
         try:
             if nbytes > 0:
-                move(nbytes).wait()
+                _wait_within(transfer, move(nbytes))
             if fault.flip_bit is not None:
                 flipped = ctypes.c_uint8.from_address(address + fault.flip_bit // 8)
                 flipped.value ^= 1 << fault.flip_bit % 8
@@ -196,3 +196,12 @@ class FaultyEngine:
             if fault.error:
                 transfer.failure = Failure(fault.error, transfer.offset, transfer.nbytes)
         transfer.finish()
+
+
+def _wait_within(transfer: PythonTransfer, inner: Transfer) -> None:
+    """Wait for ``inner``, however it ends; the disk has worked on ``transfer`` since it began."""
+    try:
+        inner.wait()
+    finally:
+        times = inner.times()
+        transfer.begin(times and times[0])

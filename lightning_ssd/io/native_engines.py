@@ -127,3 +127,7 @@ class NativeTransfer:
         if failure is not None:
             code, offset, nbytes = failure
             raise IoError(code, self.path, offset, nbytes)
+
+    def times(self) -> tuple[float, float | None] | None:
+        """See `Transfer.times`."""
+        return self._native.times()

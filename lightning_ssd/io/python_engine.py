@@ -111,6 +111,7 @@ class PythonEngine:
                     return
                 piece = self._pieces.popleft()
                 failed = piece.transfer.failure is not None
+                piece.transfer.begin()
             failure = None if failed else piece.run()
             with self._lock:
                 piece.transfer.failure = piece.transfer.failure or failure
@@ -136,6 +137,8 @@ class PythonTransfer:
         self._keep = keep
         self._deadline_s = deadline_s
         self._over = threading.Event()
+        self._begin_s: float | None = None
+        self._end_s: float | None = None
 
     def done(self) -> bool:
         """See `Transfer.done`."""
@@ -148,8 +151,19 @@ class PythonTransfer:
         if self.failure is not None:
             raise IoError(self.failure.errno, self.path, self.failure.offset, self.failure.nbytes)
 
+    def times(self) -> tuple[float, float | None] | None:
+        """See `Transfer.times`."""
+        return None if self._begin_s is None else (self._begin_s, self._end_s)
+
+    def begin(self, at_s: float | None = None) -> None:
+        """Note that it has begun, now or at ``at_s``; only the first call counts."""
+        if self._begin_s is None:
+            self._begin_s = time.perf_counter() if at_s is None else at_s
+
     def finish(self) -> None:
         """Let go of the caller's memory and wake who waits; called once, by the engine."""
+        self._end_s = time.perf_counter()
+        self.begin(self._end_s)
         self._keep = None
         self._over.set()
 

@@ -56,6 +56,12 @@ std::optional<std::tuple<int, uint64_t, size_t>> failure(const Transfer& transfe
   return std::make_tuple(failure.error, failure.offset, failure.nbytes);
 }
 
+std::optional<std::tuple<double, std::optional<double>>> times(const Transfer& transfer) {
+  const auto times = transfer.times();
+  if (!times) return std::nullopt;
+  return std::make_tuple(times->begin_s, times->end_s);
+}
+
 auto stats(const OwnedEngine& engine) {
   const Stats stats = (*engine).stats();
   return std::make_tuple(stats.read_nbytes, stats.written_nbytes, stats.num_reads, stats.num_writes, stats.read_busy_s,
@@ -79,7 +85,8 @@ void bind_io(nb::module_& module) {
   nb::class_<Transfer>(module, "IoTransfer", "One asynchronous operation; it completes whether or not anyone waits.")
       .def("done", &Transfer::done)
       .def("wait_for", &Transfer::wait_for, "seconds"_a, Release(), "Wait at most this long; returns done().")
-      .def("failure", &failure, "(errno, offset, nbytes) of the first piece that failed, once done.");
+      .def("failure", &failure, "(errno, offset, nbytes) of the first piece that failed, once done.")
+      .def("times", &times, "(begin_s, end_s or None) of time.perf_counter; None while queued.");
 
   nb::class_<OwnedEngine>(module, "IoEngine", "Moves bytes between descriptors and memory; not usable after a fork.")
       .def("start", &start, "is_write"_a, "direct_fd"_a, "tail_fd"_a, "offset"_a, "address"_a, "nbytes"_a, Release())

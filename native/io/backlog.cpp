@@ -6,6 +6,12 @@
 
 namespace lightning_ssd::io {
 
+namespace {
+
+double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+}  // namespace
+
 bool Transfer::wait_for(double seconds) {
   if (done()) return true;
   std::unique_lock lock(mutex_);
@@ -13,7 +19,16 @@ bool Transfer::wait_for(double seconds) {
   return done();
 }
 
+std::optional<Times> Transfer::times() const {
+  const double begin_s = begin_s_.load(), end_s = end_s_.load();
+  if (begin_s == kNever) return std::nullopt;
+  return Times{begin_s, end_s == kNever ? std::nullopt : std::optional(end_s)};
+}
+
+void Transfer::begin() { begin_s_.store(now_s()); }
+
 void Transfer::finish() {
+  end_s_.store(now_s());
   {
     std::lock_guard lock(mutex_);
     done_.store(true, std::memory_order_release);
@@ -78,6 +93,7 @@ Piece Backlog::take_front() {
   const size_t nbytes = work.transfer->request().nbytes;
   const size_t piece_nbytes = std::min(block_nbytes_, nbytes - work.next_start);
   Piece piece(work.transfer, work.next_start, piece_nbytes);
+  if (work.next_start == 0) work.transfer->begin();
   work.transfer->num_pieces_in_flight_ += 1;
   work.next_start += piece_nbytes;
   if (work.next_start == nbytes) works_.pop_front();

@@ -31,6 +31,12 @@ struct Failure {  // of one piece of a transfer
   size_t nbytes;
 };
 
+// Seconds of std::chrono::steady_clock, which on Linux is the clock of Python's time.perf_counter.
+struct Times {
+  double begin_s;               // the first piece was handed to the system
+  std::optional<double> end_s;  // the last piece came back
+};
+
 struct Stats {  // of transfers that succeeded; see IOStats in Python
   uint64_t read_nbytes = 0;
   uint64_t written_nbytes = 0;
@@ -54,8 +60,12 @@ class Transfer {
   // The first piece that failed; call once done.
   std::optional<Failure> failure() const { return failure_; }
 
+  // When the disk worked on it; nothing while it is queued.
+  std::optional<Times> times() const;
+
  private:
   friend class Backlog;
+  void begin();
   void finish();
 
   const Request request_;
@@ -63,6 +73,9 @@ class Transfer {
   size_t num_pieces_in_flight_ = 0;
   std::optional<Failure> failure_;
 
+  static constexpr double kNever = -1;
+  std::atomic<double> begin_s_ = kNever;
+  std::atomic<double> end_s_ = kNever;
   std::atomic<bool> done_ = false;
   std::mutex mutex_;
   std::condition_variable over_;

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <future>
 #include <memory>
 #include <random>
 #include <string>
@@ -321,6 +322,37 @@ void test_failure_waits_for_pieces_in_flight() {
   CHECK(read->failure()->offset == kPieceNbytes && num_begun == 1);  // the rest was never started
 }
 
+// One thread, the first transfer at a gate: what is known of it and of the one behind it, before and after.
+void test_times() {
+  Memory memory(kPieceNbytes);
+  TestFile file(kPieceNbytes);
+  std::promise<void> begun, released;
+  class Gated final : public System {
+   public:
+    Gated(std::promise<void>& begun, std::future<void> released) : begun_(begun), released_(std::move(released)) {}
+    ssize_t transfer(const Attempt& attempt) override {
+      if (released_.valid()) {
+        begun_.set_value();
+        released_.get();
+      }
+      return System::transfer(attempt);
+    }
+
+   private:
+    std::promise<void>& begun_;
+    std::future<void> released_;
+  };
+  auto engine = make_posix_engine(kPieceNbytes, 1, std::make_unique<Gated>(begun, released.get_future()));
+  auto first = engine->start(file.request(Direction::read, 0, memory.data(), kPieceNbytes));
+  auto second = engine->start(file.request(Direction::read, 0, memory.data(), kPieceNbytes));
+  begun.get_future().wait();
+  CHECK(first->times() && !first->times()->end_s && !second->times());
+  released.set_value();
+  CHECK(second->wait_for(60) && first->done());
+  CHECK(first->times()->begin_s <= *first->times()->end_s);
+  CHECK(*first->times()->end_s <= second->times()->begin_s && second->times()->begin_s <= *second->times()->end_s);
+}
+
 void test_real_end_of_file(const MakeEngine& make_engine) {
   Memory memory(4 * kPieceNbytes);
   auto engine = make_engine([](size_t) { return Outcome{}; });
@@ -398,6 +430,7 @@ int main() {
     test_close_completes_what_was_accepted(make_engine);
   }
   test_failure_waits_for_pieces_in_flight();
+  test_times();
   if (has_uring()) test_registered_memory();
   return 0;
 }

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -209,6 +210,38 @@ def test_statistics_count_what_succeeded(make: MakeEngine, tmp_store: Path) -> N
         assert stats.read_busy_s > 0
         assert stats.write_busy_s > 0
         assert engine.stats() == stats  # nothing is in flight, so no time passes
+
+
+def test_times_are_those_of_the_disk(make: MakeEngine, tmp_store: Path) -> None:
+    """The first write takes 4096 pieces, one at a time; the one behind it has not begun before the first is over."""
+    options = IOOptions(block_nbytes=BLOCK_NBYTES, depth=1, num_threads=1, deadline_s=60)
+    nbytes = 16 * MiB
+    with created(tmp_store / "file", nbytes) as file, running(make, options) as engine:
+        memory = Memory(nbytes)
+        before_s = time.perf_counter()
+        transfers = [engine.write(file, 0, memory.address, nbytes), engine.write(file, 0, memory.address, 1)]
+        assert transfers[1].times() is None
+        while (times := transfers[0].times()) is None:
+            time.sleep(0.0001)
+        assert times[1] is None
+        for transfer in transfers:
+            transfer.wait()
+        first, second = [transfer.times() for transfer in transfers]
+        assert first is not None and second is not None  # noqa: PT018
+        assert before_s <= times[0] == first[0] <= first[1] <= second[0] <= second[1] <= time.perf_counter()
+
+
+def test_a_transfer_that_fails_has_times(make: MakeEngine, tmp_store: Path) -> None:
+    with created(tmp_store / "file", 3 * PIECE_NBYTES) as file, running(make) as engine:
+        os.truncate(file.path, PIECE_NBYTES)
+        memory = Memory(file.nbytes)
+        for _ in range(3):  # one of three is delayed by the engine that is faulty
+            before_s = time.perf_counter()
+            read = engine.read(file, 0, memory.address, file.nbytes, keep=memory)
+            with pytest.raises(IoError):
+                read.wait()
+            begin_s, end_s = read.times()
+            assert before_s <= begin_s <= end_s <= time.perf_counter()
 
 
 def test_misuse_is_refused_at_once(make: MakeEngine, tmp_store: Path) -> None:
