@@ -159,14 +159,13 @@ class CheckpointReader:
             CheckpointError: If the state holds a class that is not allowed.
             CorruptionError: If the bytes are not those that were written.
         """
-        state: dict[str, Any] = self._load(STATE, weights_only is not False, safe_globals)["state"]
-        return state
+        return self._load_part("state", weights_only, safe_globals)
 
     def optimizers(self, weights_only: bool | None = None) -> list[OptimizerRecord]:
         """The optimizer records, as `save` was given them."""
         pickled: Mapping[str, Any] = {}
         if any(map(needs_pickled, self.manifest.optimizers)):
-            pickled = self._load(STATE, weights_only is not False, ())["hyper"]
+            pickled = self._load_part("hyper", weights_only, ())
         return [decode_optimizer(record, pickled) for record in self.manifest.optimizers]
 
     def drop(self) -> None:
@@ -298,6 +297,13 @@ class CheckpointReader:
             raise CheckpointError(f"the reader of {self.directory!r} was closed")
         return self._fd
 
+    def _load_part(self, part: str, weights_only: bool | None, safe_globals: Sequence[Any]) -> dict[str, Any]:
+        """One of the dictionaries that ``state.pt`` consists of."""
+        found = self._load(STATE, weights_only is not False, safe_globals).get(part)
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self._where(STATE)} holds no {part!r} as `save` writes it")
+        return found
+
     def _load(self, name: str, weights_only: bool, safe_globals: Sequence[Any]) -> dict[str, Any]:
         with _Closing(self._open_small(name)) as fd:
             return load_pickle(f"/proc/self/fd/{fd}", self._where(name), weights_only, safe_globals)
@@ -322,8 +328,10 @@ def load_pickle(path: str, where: str, weights_only: bool, safe_globals: Sequenc
             f"{where} holds {what}, which is not loaded from files one may not trust. If you trust this file, "
             f"pass weights_only=False, or allow the class with torch.serialization.add_safe_globals([...])"
         ) from error
-    except (RuntimeError, EOFError, AttributeError, ModuleNotFoundError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{where} cannot be read as a torch file: {error}") from error
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # a pickle that means harm can make the unpickler fail in any way
+        raise CheckpointError(f"{where} cannot be read as a torch file: {type(error).__name__}: {error}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{where} holds a {type(loaded).__name__}, not a dictionary")
     return loaded

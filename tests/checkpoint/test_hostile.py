@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lightning_ssd.checkpoint.checksum import checksum
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import seal
 from lightning_ssd.errors import CheckpointError, CorruptionError
+from tests.checkpoint.hostile import places, read_all
 from tests.checkpoint.support import Training
 
 SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
@@ -30,20 +33,6 @@ def checkpoint(training: Training, tmp_store: Path) -> Path:
     training.save(tmp_store / "c")
     shutil.copyfile(training.files[0].source, tmp_store / "secret.safetensors")
     return tmp_store / "c"
-
-
-def read_all(path: Path) -> None:
-    """Do everything a reader can do."""
-    with CheckpointReader(path) as reader:
-        for name in reader.parameter_names:
-            for kind in reader.kinds(name):
-                reader.tensor(name, kind).sum()
-        for name in (*reader.parameter_names, *reader.manifest.aliases):
-            reader.value(name)
-        reader.rest()
-        reader.state()
-        reader.optimizers()
-        reader.verify()
 
 
 @contextmanager
@@ -63,7 +52,7 @@ def only_inside(path: Path) -> Iterator[None]:
         yield
 
 
-def rewrite(checkpoint: Path, content: Any, original: bytes) -> None:
+def rewrite(checkpoint: Path, content: Any) -> None:
     """Put a changed manifest in place, with a right checksum, so that the checks behind it are reached."""
     if isinstance(content, dict):
         content["crc32c"] = "00000000"
@@ -85,7 +74,7 @@ def change(content: Any, **values: Any) -> Any:
 )
 def test_paths_stay_inside(checkpoint: Path, path: str) -> None:
     original = (checkpoint / "manifest.json").read_bytes()
-    rewrite(checkpoint, change(json.loads(original), path=path), original)
+    rewrite(checkpoint, change(json.loads(original), path=path))
     with only_inside(checkpoint), pytest.raises(CheckpointError, match="plain relative path"):
         CheckpointReader(checkpoint)
 
@@ -138,12 +127,27 @@ def test_damaged_small_files_are_not_used(checkpoint: Path, name: str) -> None:
             reader.verify()
 
 
+@pytest.mark.parametrize("content", [{}, {"state": [], "hyper": 0}, {"state": None}, [1], {"hyper": {}}])
+def test_a_state_of_another_form_is_refused(checkpoint: Path, content: Any) -> None:
+    torch.save(content, checkpoint / "state.pt")
+    manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+    data = (checkpoint / "state.pt").read_bytes()
+    manifest["small_files"]["state.pt"] = {"nbytes": len(data), "crc32c": f"{checksum(data):08x}"}
+    manifest["optimizers"][0]["param_groups"][0]["lr"] = {"pickled": "x"}
+    rewrite(checkpoint, manifest)
+    with CheckpointReader(checkpoint) as reader:
+        with pytest.raises(CheckpointError, match=r"state\.pt"):
+            reader.state()
+        with pytest.raises(CheckpointError, match=r"state\.pt|unknown form"):
+            reader.optimizers()
+
+
 def test_a_damaged_manifest_is_refused(checkpoint: Path) -> None:
     text = (checkpoint / "manifest.json").read_bytes()
     (checkpoint / "manifest.json").write_bytes(text.replace(b'"lr":0.0005', b'"lr":0.0015'))
     with pytest.raises(CheckpointError, match="changed or damaged"):
         CheckpointReader(checkpoint)
-    rewrite(checkpoint, json.loads(text) | {"version": 2}, text)
+    rewrite(checkpoint, json.loads(text) | {"version": 2})
     with pytest.raises(CheckpointError, match=r"version '2'.*reads version 1.*export"):
         CheckpointReader(checkpoint)
 
@@ -151,10 +155,10 @@ def test_a_damaged_manifest_is_refused(checkpoint: Path) -> None:
 def test_one_tensor_in_two_files_is_refused(checkpoint: Path) -> None:
     text = (checkpoint / "manifest.json").read_bytes()
     content = json.loads(text)
-    rewrite(checkpoint, content | {"files": content["files"] + [change(content, path="units/x")["files"][0]]}, text)
+    rewrite(checkpoint, content | {"files": content["files"] + [change(content, path="units/x")["files"][0]]})
     with pytest.raises(CheckpointError, match=r"master of parameter 'a\.weight' is in two files"):
         CheckpointReader(checkpoint)
-    rewrite(checkpoint, content | {"files": content["files"] + [content["files"][0]]}, text)
+    rewrite(checkpoint, content | {"files": content["files"] + [content["files"][0]]})
     with pytest.raises(CheckpointError, match="listed twice"):
         CheckpointReader(checkpoint)
 
@@ -167,13 +171,6 @@ HOSTILE = st.one_of(
     st.sampled_from([[], {}, [[]] * 3, {"a": {}}, {"tensor": ["U8", 999]}, {"pickled": "x"}, {"tuple": {}}]),
     st.just(json.loads("[" * 200 + "]" * 200)),
 )
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from places(item, (*path, key))
 
 
 @settings(max_examples=700, **SETTINGS)
@@ -194,7 +191,7 @@ def test_no_manifest_does_harm(checkpoint: Path, data: st.DataObject) -> None:
             del holder[last]
         else:
             holder[last] = json.loads(json.dumps(data.draw(HOSTILE)))
-    rewrite(checkpoint, content, original.read_bytes())
+    rewrite(checkpoint, content)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with only_inside(checkpoint), suppress(CheckpointError, CorruptionError):
         read_all(checkpoint)
