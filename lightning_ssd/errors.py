@@ -33,6 +33,10 @@ class CheckpointError(SSDOffloadError):
     """A checkpoint is incomplete, malformed, or does not fit the model."""
 
 
+class TraceError(SSDOffloadError):
+    """A trace cannot be written, or what was given as one cannot be read."""
+
+
 class NonFiniteGradientError(SSDOffloadError):
     """A gradient holds NaN or Inf and nothing (such as a loss scaler) is there to handle it."""
 
