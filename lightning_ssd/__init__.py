@@ -3,10 +3,10 @@
 `Trainer(strategy="ssd_offload")` needs no import of this package. Importing it costs nothing: neither torch nor
 Lightning is imported before one of the names below is used.
 
-`SSDOffloadStrategy` and `SSDOffloadPrecision` are classes of the Lightning in use: of `pytorch_lightning` when that is
-imported and `lightning.pytorch` is not, else of `lightning.pytorch` (if only the former is installed, of that). So with
-`pytorch_lightning`, import it first. A program that uses both names the class by its module:
-`lightning_ssd.strategy.lightning_face` or `lightning_ssd.strategy.pytorch_lightning_face`.
+`SSDOffloadStrategy`, `SSDOffloadPrecision` and `SSDOffloadTrace` are classes of the Lightning in use: of
+`pytorch_lightning` when that is imported and `lightning.pytorch` is not, else of `lightning.pytorch` (if only the
+former is installed, of that). So with `pytorch_lightning`, import it first. A program that uses both names the class by
+its module: `lightning_ssd.strategy.lightning_face` or `lightning_ssd.strategy.pytorch_lightning_face`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from lightning_ssd import _autoload
 
 if TYPE_CHECKING:
     from lightning_ssd.io.engine import IOOptions
-    from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision, SSDOffloadStrategy
+    from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision, SSDOffloadStrategy, SSDOffloadTrace
     from lightning_ssd.streaming.gathered import gathered
 
     __version__: str
 
-__all__ = ["IOOptions", "SSDOffloadPrecision", "SSDOffloadStrategy", "__version__", "gathered"]
+__all__ = ["IOOptions", "SSDOffloadPrecision", "SSDOffloadStrategy", "SSDOffloadTrace", "__version__", "gathered"]
 
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
         return _version()
-    if name in ("SSDOffloadStrategy", "SSDOffloadPrecision"):
+    if name in ("SSDOffloadStrategy", "SSDOffloadPrecision", "SSDOffloadTrace"):
         return getattr(importlib.import_module(_face()), name)
     if name == "IOOptions":
         return importlib.import_module("lightning_ssd.io.engine").IOOptions

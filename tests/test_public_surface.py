@@ -13,7 +13,7 @@ import pytest
 import lightning_ssd
 from lightning_ssd.io.engine import IOOptions
 
-NAMES = ["IOOptions", "SSDOffloadPrecision", "SSDOffloadStrategy", "__version__", "gathered"]
+NAMES = ["IOOptions", "SSDOffloadPrecision", "SSDOffloadStrategy", "SSDOffloadTrace", "__version__", "gathered"]
 
 # Name and default of each argument of the strategy, in order; those of Lightning's own strategies first.
 POSITIONAL = ["accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"]

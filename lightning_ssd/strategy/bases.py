@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback as CallbackBase
     from lightning.pytorch.plugins.precision import Precision as PrecisionBase
     from lightning.pytorch.strategies import ParallelStrategy as StrategyBase
 else:
+    CallbackBase = object
     PrecisionBase = object
     StrategyBase = object
 
-__all__ = ["PrecisionBase", "StrategyBase"]
+__all__ = ["CallbackBase", "PrecisionBase", "StrategyBase"]

@@ -1,14 +1,16 @@
-"""The strategy and its precision plugin for `lightning.pytorch`. Imported only when that namespace is in use."""
+"""Strategy, precision plugin and callback for `lightning.pytorch`. Imported only when that namespace is in use."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.ssd_offload import StrategyMixin
+from lightning_ssd.strategy.trace_callback import TraceMixin
 
 
 class SSDOffloadPrecision(PrecisionMixin, Precision):  # noqa: D101
@@ -23,6 +25,10 @@ class SSDOffloadStrategy(StrategyMixin, ParallelStrategy):  # noqa: D101
     _stock_precision = MappingProxyType(
         {plugin.__name__: plugin for plugin in (Precision, MixedPrecision, HalfPrecision, DoublePrecision)}
     )
+
+
+class SSDOffloadTrace(TraceMixin, Callback):  # noqa: D101
+    __doc__ = TraceMixin.__doc__
 
 
 # Only the check in front of a compiled module asks for this class. Without the registration every

@@ -1,0 +1,115 @@
+"""The callback that writes a trace of some training steps. Without a namespace; the faces add Lightning's base."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from lightning_ssd.errors import ConfigurationError, TraceError
+from lightning_ssd.strategy.bases import CallbackBase
+from lightning_ssd.strategy.ssd_offload import StrategyMixin
+from lightning_ssd.trace import Trace
+from lightning_ssd.trace_file import write_trace
+from lightning_ssd.trace_summary import summarize
+
+
+class TraceMixin(CallbackBase):
+    """Writes a trace of training steps: when the disk, the copies, the compute and the update were busy.
+
+    The file opens in https://ui.perfetto.dev; ``lightning-ssd trace FILE`` sums it up and names the limiting resource.
+
+    Args:
+        path: The file, such as ``"trace.json"``. Missing directories are made; a file that exists is replaced.
+        first_step: Optimizer steps of the fit before the first that is traced. The order in which units are used is
+            learned in the first one, and the updates of one step reach into the next, so 2 is the first typical step.
+        num_steps: How many are traced.
+    """
+
+    def __init__(self, path: str, first_step: int = 2, num_steps: int = 1) -> None:
+        self._path = os.fspath(path)
+        self._first_step = first_step
+        self._num_steps = num_steps
+        self._num_done = 0  # optimizer steps of this fit
+        self._global_step = 0  # as last seen; several optimizers raise it several times in a step
+        self._trace: Trace | None = None  # while tracing
+        self._is_written = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot be traced or written, before the first step."""
+        if not isinstance(trainer.strategy, StrategyMixin):
+            raise ConfigurationError(
+                f"SSDOffloadTrace traces strategy='ssd_offload', the Trainer has {type(trainer.strategy).__name__}: "
+                "remove the callback, or choose that strategy"
+            )
+        for name, value, least in (("first_step", self._first_step, 0), ("num_steps", self._num_steps, 1)):
+            if type(value) is not int or value < least:
+                raise ConfigurationError(f"SSDOffloadTrace: {name}={value!r} is no number of steps from {least}")
+        try:
+            os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"SSDOffloadTrace: path={self._path!r} cannot be made: {error.strerror}"
+            ) from error
+        if os.path.isdir(self._path):
+            raise ConfigurationError(f"SSDOffloadTrace: path={self._path!r} is a directory; name a file in it")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count from here."""
+        self._num_done = 0
+        self._global_step = trainer.global_step
+        self._trace = None
+        self._is_written = False
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Start, if the first step to be traced begins."""
+        if self._num_done != self._first_step or self._trace is not None:
+            return
+        trace: Trace = trainer.strategy.session.trace
+        if trace.is_on:
+            raise ConfigurationError(
+                f"SSDOffloadTrace: step {self._first_step} is being traced already; give each callback steps of its own"
+            )
+        trace.start()
+        self._trace = trace
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write, if the last step to be traced has ended."""
+        if trainer.global_step == self._global_step:
+            return  # gradients are being accumulated
+        self._global_step = trainer.global_step
+        self._num_done += 1
+        if self._trace is not None and self._num_done == self._first_step + self._num_steps:
+            self._write(trainer, self._trace)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write what there is, if training was shorter than asked for, and say so."""
+        if self._is_written:
+            return
+        warnings.warn(
+            f"SSDOffloadTrace: training ended after {self._num_done} step(s): of {self._num_steps} step(s) from step "
+            f"{self._first_step} on, {max(0, self._num_done - self._first_step)} were traced",
+            stacklevel=2,
+        )
+        if self._trace is not None:
+            self._write(trainer, self._trace)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Write what there is: where a step that hangs was interrupted is told by what is not over."""
+        if self._trace is None:
+            return
+        try:
+            self._write(trainer, self._trace)
+        except TraceError as error:  # the exception that we were told of is the one to be seen
+            warnings.warn(f"SSDOffloadTrace: {error}", stacklevel=2)
+
+    def _write(self, trainer: Any, trace: Trace) -> None:
+        trace.stop()
+        self._trace = None
+        self._is_written = True
+        recording = replace(trace.collect(), num_steps=self._num_done - self._first_step)
+        write_trace(self._path, recording)
+        logger = logging.getLogger(f"{trainer.strategy._namespace}.ssd_offload")
+        logger.info("trace written to %s: %s", self._path, summarize(recording).limit)
