@@ -78,9 +78,9 @@ class Summary:
 def summarize(recording: Recording) -> Summary:
     """Sum up a recorded trace."""
     wall_s = recording.end_s - recording.begin_s
-    running = _running(recording.spans)
-    busy = {lane: _union(_times(spans)) for lane, spans in running.items()}
-    waits_s = _waits(running[Lane.WAIT], recording)
+    by_lane = running(recording.spans)
+    busy = {lane: _union(_times(spans)) for lane, spans in by_lane.items()}
+    waits_s = _waits(by_lane[Lane.WAIT], recording)
     disk = _union(busy[Lane.READ] + busy[Lane.WRITE])
     disk_s = _length(disk)
     work = _union(busy[Lane.COMPUTE] + busy[Lane.UPDATE])
@@ -95,19 +95,19 @@ def summarize(recording: Recording) -> Summary:
     )
 
 
-def _running(spans: Iterable[Span]) -> dict[Lane, list[Span]]:
-    """Spans by lane: transfers as they are, those of threads cut to when they were the innermost of their thread."""
-    running: dict[Lane, list[Span]] = {lane: [] for lane in Lane}
+def running(spans: Iterable[Span]) -> dict[Lane, list[Span]]:
+    """By lane: transfers as they are, spans of threads cut to when they were the innermost of their thread."""
+    by_lane: dict[Lane, list[Span]] = {lane: [] for lane in Lane}
     by_thread: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
         if span.is_transfer:
-            running[span.lane].append(span)
+            by_lane[span.lane].append(span)
         else:
             by_thread[span.thread].append(span)
     for stacked in by_thread.values():
         for span, begin_s, end_s in _innermost(stacked):
-            running[span.lane].append(Span(span.lane, span.name, span.what, begin_s, end_s, span.thread))
-    return running
+            by_lane[span.lane].append(Span(span.lane, span.name, span.what, begin_s, end_s, span.thread))
+    return by_lane
 
 
 def _innermost(spans: list[Span]) -> list[tuple[Span, float, float]]:
@@ -178,7 +178,7 @@ def _limit(wall_s: float, busy: Mapping[Lane, Intervals], waits_s: Mapping[str, 
     said += "".join(f"; {other} {other_share:.0%}" for other, other_share in rest if other_share >= 0.005)
     waited = sum(waits_s.values()) / wall_s
     if waited >= 0.01:
-        said += f"; training waited {waited:.0%}, most of it for {next(iter(waits_s))!r}"
+        said += f"; training waited {waited:.0%} (most: {next(iter(waits_s))})"
     return said
 
 

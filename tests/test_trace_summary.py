@@ -119,7 +119,7 @@ def test_waits_of_a_thread_that_only_updates_do_not_count() -> None:
     [
         (
             [span(Lane.READ, 0, 37), span(Lane.COMPUTE, 0, 16), span(Lane.WAIT, 16, 36, name="read")],
-            "disk read: busy 92% of the time; compute 40%; training waited 50%, most of it for 'read'",
+            "disk read: busy 92% of the time; compute 40%; training waited 50% (most: read)",
         ),
         ([span(Lane.WRITE, 0, 36), span(Lane.READ, 0, 10)], "disk write: busy 90% of the time"),
         ([span(Lane.WRITE, 0, 20), span(Lane.READ, 20, 40)], "disk: busy 100% of the time"),

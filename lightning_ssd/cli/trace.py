@@ -42,7 +42,7 @@ def _show(summary: Summary) -> None:
     waits = [
         (reason, f"{seconds:.3f} s", _share(seconds, summary.wall_s)) for reason, seconds in summary.waits_s.items()
     ]
-    table(("training waited for", "time", "share"), waits or [("nothing", "", "")])
+    table(("training waited", "time", "share"), waits or [("nothing", "", "")])
 
 
 def _row(lane: Lane, of_lane: LaneSummary, wall_s: float) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def test_a_person_sees_lanes_waits_and_the_limit(trace: Path, capsys: pytest.Cap
     assert lines[:3] == [
         "traced 2.000 s, 1 step(s)",
         "overlap 67% of the 1.500 s of disk time lie under compute or update",
-        "limit disk read: busy 75% of the time; compute 50%; training waited 25%, most of it for 'wait for a read'",
+        "limit disk read: busy 75% of the time; compute 50%; training waited 25% (most: wait for a read)",
     ]
     assert "disk read 1.500 s 75% 0.500 s 1 1.500 GB 1.00 GB/s" in lines
     assert "compute 1.000 s 50% 0.000 s 1 - -" in lines
