@@ -67,7 +67,6 @@ def remove(path: str | os.PathLike[str], recycle: Recycle | None = None) -> None
         return
     aside = _sibling(target, "tmp")
     os.rename(target, aside)
-    sync_directory(os.path.dirname(target))
     _discard(aside, target, recycle)
 
 
@@ -193,6 +192,8 @@ def _replace(path: str, target: str) -> str:
     old = _sibling(target, "old")
     os.rename(target, old)
     os.rename(path, target)
+    # A power cut must not leave the old one under a name that `recover` does not know, and the new one without its own.
+    sync_directory(os.path.dirname(target))
     aside = _sibling(target, "tmp")
     os.rename(old, aside)
     return aside
@@ -226,7 +227,7 @@ def _siblings(target: str, role: str) -> list[str]:
 
 def _make_staging(target: str) -> tuple[str, int]:
     """A new staging directory and the descriptor that holds its lock."""
-    os.makedirs(os.path.dirname(target), exist_ok=True)
+    _make_folders(os.path.dirname(target))
     while True:
         path = _sibling(target, "tmp")
         os.mkdir(path, 0o700)
@@ -242,6 +243,16 @@ def _make_staging(target: str) -> tuple[str, int]:
         if locked is None or (locked and os.path.isdir(path)):
             return path, lock
         os.close(lock)
+
+
+def _make_folders(path: str) -> None:
+    """Make what is missing of a path, durably: a checkpoint is no safer than the folders that lead to it."""
+    if not os.path.isdir(path):
+        parent = os.path.dirname(path)
+        _make_folders(parent)
+        with suppress(FileExistsError):
+            os.mkdir(path)
+        sync_directory(parent)
 
 
 def _clean_stale(target: str) -> None:
@@ -283,6 +294,8 @@ def _try_lock(fd: int) -> bool | None:
 
 def _discard(path: str, target: str, recycle: Recycle | None) -> None:
     """Remove a staging directory or a checkpoint that was renamed aside: what we wrote, and nothing else."""
+    # Whoever renamed it aside may have died before that was durable: a power cut would bring the old name back.
+    sync_directory(os.path.dirname(path))
     units = os.path.join(path, UNITS)
     # The manifest goes first: what is left of a checkpoint must not look like one.
     for name in (MANIFEST, STATE, REST, ODD):
@@ -300,6 +313,7 @@ def _discard(path: str, target: str, recycle: Recycle | None) -> None:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
     if os.path.isdir(path):
+        sync_directory(path)  # that the manifest is gone, before the name comes back
         os.rename(path, target if not os.path.lexists(target) else f"{target}.kept-{os.urandom(4).hex()}")
 
 

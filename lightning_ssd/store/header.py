@@ -233,9 +233,19 @@ def parse_json_object(text: bytes, where: str) -> dict[str, object]:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not valid JSON in UTF-8: {error}") from error
+    if b"\\u" in text and not _is_unicode(content):
+        raise CheckpointError(f"{where}: holds half of a surrogate pair, or is nested too deep")
     if not isinstance(content, dict):
         raise CheckpointError(f"{where}: holds a JSON {type(content).__name__}, not an object")
     return content
+
+
+def _is_unicode(content: object) -> bool:
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 def _parse(text: bytes, where: str) -> dict[str, object]:
