@@ -29,7 +29,7 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
-_UNIT_FILE = re.compile(r"\d{5,}-[^/]*\.safetensors")
+UNIT_FILE = re.compile(r"\d{5,}-[^/]*\.safetensors")
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -111,7 +111,7 @@ def recover(target: str) -> None:
     if os.path.lexists(target):
         return
     for aside in _siblings(target, "old"):
-        with _locked(aside) as mine:
+        with locked(aside) as mine:
             if mine and is_checkpoint(aside) and not os.path.lexists(target):
                 os.rename(aside, target)
 
@@ -221,8 +221,16 @@ def _siblings(target: str, role: str) -> list[str]:
     parent, name = os.path.split(target)
     pattern = re.compile(re.escape(f".{name}.{role}-") + r"\d+-[0-9a-f]{8}")
     with suppress(FileNotFoundError), os.scandir(parent) as found:
-        return [e.path for e in found if pattern.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+        return [e.path for e in found if pattern.fullmatch(e.name) and _is_own_directory(e)]
     return []
+
+
+def _is_own_directory(entry: os.DirEntry[str]) -> bool:
+    # In a directory that many may write to, another user could put one there and exchange what is in it under us.
+    try:
+        return entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+    except FileNotFoundError:
+        return False
 
 
 def _make_staging(target: str) -> tuple[str, int]:
@@ -258,17 +266,17 @@ def _make_folders(path: str) -> None:
 def _clean_stale(target: str) -> None:
     """Remove what dead processes left behind while writing or removing this checkpoint."""
     for path in _siblings(target, "tmp"):
-        with _locked(path) as mine:
+        with locked(path) as mine:
             if mine:
                 _discard(path, target, None)
     for path in _siblings(target, "old"):
-        with _locked(path) as mine:
+        with locked(path) as mine:
             if mine and os.path.lexists(target):
                 _discard(path, target, None)
 
 
 @contextmanager
-def _locked(path: str) -> Iterator[bool]:
+def locked(path: str) -> Iterator[bool]:
     """Hold the lock of a directory, if nobody else does and the file system has locks."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -293,7 +301,15 @@ def _try_lock(fd: int) -> bool | None:
 
 
 def _discard(path: str, target: str, recycle: Recycle | None) -> None:
-    """Remove a staging directory or a checkpoint that was renamed aside: what we wrote, and nothing else."""
+    """Remove a staging directory or a checkpoint that was renamed aside; what is not ours gets the name ``target``."""
+    discard_contents(path, recycle)
+    if os.path.isdir(path):
+        sync_directory(path)  # that the manifest is gone, before the name comes back
+        os.rename(path, target if not os.path.lexists(target) else f"{target}.kept-{os.urandom(4).hex()}")
+
+
+def discard_contents(path: str, recycle: Recycle | None = None) -> None:
+    """Remove what we write into a checkpoint, and its directories if that leaves them empty."""
     # Whoever renamed it aside may have died before that was durable: a power cut would bring the old name back.
     sync_directory(os.path.dirname(path))
     units = os.path.join(path, UNITS)
@@ -303,7 +319,7 @@ def _discard(path: str, target: str, recycle: Recycle | None) -> None:
             os.unlink(os.path.join(path, name))
     if os.path.isdir(units) and not os.path.islink(units):
         for name in os.listdir(units):
-            if _UNIT_FILE.fullmatch(name):
+            if UNIT_FILE.fullmatch(name):
                 _discard_file(os.path.join(units, name), recycle)
     for directory in (units, path):
         with suppress(FileNotFoundError):
@@ -312,9 +328,6 @@ def _discard(path: str, target: str, recycle: Recycle | None) -> None:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-    if os.path.isdir(path):
-        sync_directory(path)  # that the manifest is gone, before the name comes back
-        os.rename(path, target if not os.path.lexists(target) else f"{target}.kept-{os.urandom(4).hex()}")
 
 
 def _discard_file(path: str, recycle: Recycle | None) -> None:

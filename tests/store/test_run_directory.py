@@ -47,7 +47,7 @@ def test_the_living_are_left_alone_and_the_dead_are_named_with_their_size(tmp_pa
     dead = dead_runs(str(tmp_path))
     assert [run.path for run in dead] == [path]
     assert dead[0].nbytes >= 100_000
-    with pytest.warns(UserWarning, match=rf"hold 10\d\.\d\d KiB in .*rm -r {path}"):
+    with pytest.warns(UserWarning, match=rf"hold 10\d\.\d\d KiB in .*lightning-ssd clean {tmp_path}"):
         warn_of_dead_runs(str(tmp_path))
     mine.close(remove=True)
     assert os.listdir(tmp_path) == [os.path.basename(path)]  # reported, not removed

@@ -1,0 +1,127 @@
+"""``lightning-ssd clean``: what runs and saves that died have left on disk, shown and, if wanted, removed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.leftovers import leftover, remove_leftover
+from lightning_ssd.cli.output import error_line, fmt_age, line, table
+from lightning_ssd.sizes import fmt
+from lightning_ssd.store.run_directory import dead_run, is_run_directory, remove_dead_run
+
+NAME = "clean"
+HELP = "Show what runs and saves that died have left on disk; remove it with --yes, or after a question on a terminal."
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="where to look, subdirectories too (default: $LIGHTNING_SSD_PATH or .)"
+    )
+    parser.add_argument("--yes", action="store_true", help="remove without asking")
+    parser.add_argument("--json", action="store_true", help="write the result as JSON; asks nothing")
+    parser.add_argument(
+        "--other-hosts",
+        action="store_true",
+        help="also runs of other machines, whose locks this one may not see: only if no run is alive there",
+    )
+
+
+@dataclass
+class _Find:
+    """One thing that could go. ``kept_because`` is empty if it may; ``removed`` whether it is gone."""
+
+    path: str
+    what: str
+    nbytes: int
+    age_s: float
+    kept_because: str = ""
+    removed: bool = False
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show, ask, remove."""
+    paths = [os.path.abspath(path) for path in arguments.paths or [os.environ.get("LIGHTNING_SSD_PATH") or "."]]
+    absent = [path for path in paths if not os.path.isdir(path)]
+    for path in absent:
+        error_line(f"error: {path!r} is not a directory")
+    if absent:
+        return 1
+    finds = list({find.path: find for path in paths for find in _search(path, arguments.other_hosts)}.values())
+    failed = 0
+    if not arguments.json:
+        _show(finds)
+    if arguments.yes or (not arguments.json and _confirmed(finds)):
+        failed = sum(not _remove(find) for find in finds if not find.kept_because)
+    if arguments.json:
+        line(json.dumps([vars(find) for find in finds], indent=2))
+    elif any(find.removed for find in finds):
+        removed = [find for find in finds if find.removed]
+        line(f"removed {len(removed)}, {fmt(sum(find.nbytes for find in removed))} freed")
+    return 1 if failed else 0
+
+
+def _search(top: str, other_hosts: bool) -> Iterator[_Find]:
+    """Walk down without following symlinks; run directories and whole checkpoints are not entered."""
+    for path in (top, *_below(top)):
+        if is_run_directory(os.path.basename(path)):
+            run = dead_run(path)
+            if run is not None:
+                foreign = run.host not in ("", socket.gethostname()) and not other_hosts
+                why = f"made on {run.host!r}: see --other-hosts" if foreign else ""
+                yield _Find(path, "dead run", run.nbytes, run.age_s, why)
+        elif (found := leftover(path)) is not None:
+            why = "the only copy of a checkpoint: inspect it by its own name" if found.is_needed else ""
+            yield _Find(path, found.what, found.nbytes, found.age_s, why)
+
+
+def _below(top: str) -> Iterator[str]:
+    for folder, names, _ in os.walk(top):
+        names.sort()
+        paths = [os.path.join(folder, name) for name in names]
+        found = [path for path in paths if not os.path.islink(path)]
+        yield from found
+        names[:] = [os.path.basename(path) for path in found if not _is_closed(path)]
+
+
+def _is_closed(path: str) -> bool:
+    try:
+        return is_run_directory(os.path.basename(path)) or is_checkpoint(path)
+    except OSError:
+        return True
+
+
+def _show(finds: list[_Find]) -> None:
+    if not finds:
+        line("nothing was left behind")
+        return
+    rows = [(find.path, find.what, fmt(find.nbytes), fmt_age(find.age_s), find.kept_because) for find in finds]
+    table(("path", "what", "frees", "unchanged for", ""), rows)
+    going = [find for find in finds if not find.kept_because]
+    line(f"{len(going)} can go, {fmt(sum(find.nbytes for find in going))}; --yes removes them")
+
+
+def _confirmed(finds: list[_Find]) -> bool:
+    if not any(not find.kept_because for find in finds) or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    sys.stderr.write("remove them now? [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _remove(find: _Find) -> bool:
+    """Remove one; whoever took its lock since it was listed keeps it."""
+    try:
+        find.removed = remove_dead_run(find.path) if find.what == "dead run" else remove_leftover(find.path)
+        find.kept_because = "" if find.removed else "somebody uses it now"
+    except OSError as error:
+        find.kept_because = f"not removed: {error.strerror}"
+        error_line(f"error: {find.path!r}: {error.strerror}; what this program did not make stays")
+    return find.removed

@@ -1,0 +1,204 @@
+"""``lightning-ssd clean``: what the dead left goes, the living and what we did not make stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ssd.checkpoint import directory
+from lightning_ssd.checkpoint.leftovers import leftover, remove_leftover
+from lightning_ssd.cli.main import main
+from lightning_ssd.store.run_directory import RunDirectory, dead_runs, remove_dead_run
+from tests.checkpoint.support import Training, assert_whole
+
+HOLD = (
+    "import sys; from lightning_ssd.store.run_directory import RunDirectory; "
+    "run = RunDirectory(sys.argv[1]); print(run.path, flush=True); sys.stdin.read()"
+)
+
+
+def dead_run_in(root: Path) -> Path:
+    """The directory of a run that was killed."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        path = Path(process.stdout.readline().strip())
+        (path / "0.safetensors").write_bytes(b"x" * 100_000)
+        process.send_signal(signal.SIGKILL)
+    return path
+
+
+def dead_save(training: Training, target: Path) -> Path:
+    """What a save that was killed just before it published left behind."""
+    child = os.fork()
+    if child == 0:
+        directory._publish = lambda *_: os._exit(0)  # type: ignore[assignment]
+        training.save(target)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    (path,) = target.parent.glob(f".{target.name}.tmp-*")
+    return path
+
+
+def clean(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, Any]]]:
+    code = main(["clean", *map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_shows_first_and_removes_only_when_told(
+    training: Training, tmp_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, alive = dead_run_in(tmp_store / "live"), RunDirectory(str(tmp_store / "live"))
+    training.save(tmp_store / "kept.ckpt")
+    save = dead_save(training, tmp_store / "sub" / "last.ckpt")
+    everything = {str(run), str(save)}
+
+    code, found = clean(tmp_store, capsys=capsys)
+    assert code == 0
+    assert {find["path"] for find in found} == everything
+    assert {find["what"] for find in found} == {"dead run", "unfinished save"}
+    assert not any(find["removed"] or find["kept_because"] for find in found)
+    assert all(0 <= find["age_s"] < 600 for find in found)
+    (run_find,) = (find for find in found if find["what"] == "dead run")
+    assert 100_000 <= run_find["nbytes"] < 150_000
+    assert main(["clean", str(tmp_store)]) == 0  # no terminal: nobody to ask
+    assert "2 can go" in capsys.readouterr().out
+    assert run.exists()
+    assert save.exists()
+
+    code, found = clean(tmp_store, "--yes", capsys=capsys)
+    assert code == 0
+    assert all(find["removed"] for find in found)
+    assert not run.exists()
+    assert not save.exists()
+    assert os.path.isdir(alive.path)
+    alive.close(remove=True)
+    assert_whole(tmp_store / "kept.ckpt", training, 1)
+    assert clean(tmp_store, capsys=capsys) == (0, [])
+
+
+@pytest.mark.parametrize(("answer", "gone"), [("y\n", True), ("\n", False), ("", False)])
+def test_asks_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, gone: bool) -> None:
+    run = dead_run_in(tmp_path)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdin, "readline", lambda: answer, raising=False)
+    assert main(["clean", str(tmp_path)]) == 0
+    assert run.exists() != gone
+
+
+def test_the_default_place_is_that_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = dead_run_in(tmp_path / "disk")
+    monkeypatch.setenv("LIGHTNING_SSD_PATH", str(tmp_path / "disk"))
+    assert [find["path"] for find in clean(capsys=capsys)[1]] == [str(run)]
+    monkeypatch.delenv("LIGHTNING_SSD_PATH")
+    monkeypatch.chdir(tmp_path)
+    assert [find["path"] for find in clean(capsys=capsys)[1]] == [str(run)]
+    assert main(["clean", str(tmp_path / "nowhere")]) == 1
+
+
+def test_what_we_did_not_make_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = dead_run_in(tmp_path)
+    outside = tmp_path / "outside.safetensors"
+    outside.write_text("mine")
+    (run / "link.safetensors").symlink_to(outside)
+    (run / "folder.safetensors").mkdir()
+    (run / "notes.txt").touch()
+    code, found = clean(tmp_path, "--yes", capsys=capsys)
+    assert code == 1
+    assert "not removed" in found[0]["kept_because"]
+    assert sorted(os.listdir(run)) == ["folder.safetensors", "link.safetensors", "notes.txt"]
+    assert outside.read_text() == "mine"
+
+
+def test_symlinks_and_impostors_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = dead_run_in(tmp_path / "elsewhere")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / run.name).symlink_to(run)
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    for name, lock in (("ssd-run-mine", True), ("ssd-run-20260101-000000-1-000001", False)):
+        (root / name).mkdir()
+        (root / name / "0.safetensors").touch()
+        if lock:
+            (root / name / "lock").touch()
+    odd = root / "ssd-run-20260101-000000-1-000002"
+    odd.mkdir()
+    (odd / "lock").symlink_to(run / "lock")
+    before = sorted(root.rglob("*"))
+    assert clean(root, "--yes", capsys=capsys) == (0, [])
+    assert sorted(root.rglob("*")) == before
+    assert not remove_dead_run(str(root / run.name))
+    assert (run / "0.safetensors").exists()
+
+
+def test_a_run_of_another_machine_or_user_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = dead_run_in(tmp_path)
+    (run / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    code, found = clean(tmp_path, "--yes", capsys=capsys)
+    assert (code, found[0]["removed"]) == (0, False)
+    assert "elsewhere" in found[0]["kept_because"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        assert clean(tmp_path, "--yes", "--other-hosts", capsys=capsys) == (0, [])
+    assert clean(tmp_path, "--yes", "--other-hosts", capsys=capsys)[1][0]["removed"]
+    assert not run.exists()
+
+
+def test_a_run_that_is_being_made_is_left_alone(tmp_path: Path) -> None:
+    unborn = tmp_path / ".new-ssd-run-20260101-000000-1-000001"
+    unborn.mkdir()
+    (unborn / "lock").touch()
+    assert dead_runs(str(tmp_path)) == []
+    long_ago_s = time.time() - 7200
+    for path in (unborn / "lock", unborn):
+        os.utime(path, (long_ago_s, long_ago_s))
+    assert [run.path for run in dead_runs(str(tmp_path))] == [str(unborn)]
+
+
+def test_a_save_that_lives_is_left_alone(
+    training: Training, tmp_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with directory.staging(str(tmp_store / "c")) as path:
+        assert clean(tmp_store, "--yes", capsys=capsys) == (0, [])
+        assert os.path.isdir(path)
+        os.rmdir(path)
+        training.save(Path(path))  # something to publish
+
+
+def test_the_only_copy_of_a_checkpoint_stays(
+    training: Training, tmp_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training.save(tmp_store / "c")
+    aside = tmp_store / ".c.old-1-0123abcd"
+    (tmp_store / "c").rename(aside)
+    code, found = clean(tmp_store, "--yes", capsys=capsys)
+    assert (code, found[0]["removed"]) == (0, False)
+    assert "only copy" in found[0]["kept_because"]
+    assert not remove_leftover(str(aside))
+    directory.recover(str(tmp_store / "c"))
+    assert_whole(tmp_store / "c", training, 1)
+
+
+def test_a_directory_with_something_else_in_it_is_no_leftover(training: Training, tmp_store: Path) -> None:
+    path = dead_save(training, tmp_store / "c")
+    assert leftover(str(path)) is not None
+    (path / "units" / "notes.txt").touch()
+    assert leftover(str(path)) is None
+    (path / "units" / "notes.txt").unlink()
+    (path / "rest.safetensors").unlink()
+    (path / "rest.safetensors").symlink_to(tmp_store)
+    assert leftover(str(path)) is None
