@@ -41,6 +41,7 @@ IO_OPTIONS = {
     "direct": "auto",
     "deadline_s": 120.0,
 }
+TRACE_OPTIONS = {"path": inspect.Parameter.empty, "first_step": 2, "num_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,13 @@ def test_io_options_and_their_documentation() -> None:
     assert defaults == IO_OPTIONS
     assert re.findall(r"^ {4}(\w+): \S", inspect.getdoc(IOOptions) or "", re.MULTILINE) == list(IO_OPTIONS)
     assert lightning_ssd.IOOptions is IOOptions
+
+
+def test_trace_options_and_their_documentation() -> None:
+    parameters = inspect.signature(lightning_ssd.SSDOffloadTrace).parameters
+    assert {name: p.default for name, p in parameters.items()} == TRACE_OPTIONS
+    documented = re.findall(r"^ {4}(\w+): \S", inspect.getdoc(lightning_ssd.SSDOffloadTrace) or "", re.MULTILINE)
+    assert documented == list(TRACE_OPTIONS)
 
 
 @pytest.mark.parametrize("defaults", [OPTIONS | {"io": None}, IO_OPTIONS], ids=["strategy", "io"])
