@@ -3,7 +3,8 @@
 [Note: recompute] A forward under a `Frame` packs each tensor that autograd saves as a number. The first unpack in
 backward calls the module again, with the same inputs, generator state, autocast state and buffers, through the same
 hooks (so through the same fetch), and collects what autograd saves this time; the n-th of these is the n-th of the
-first run. The second run's own graph is thrown away. Method: Chen et al., "Training Deep Nets with Sublinear Memory
+first run. The second run's own graph is thrown away, so it may start from other tensors with the same values: large
+inputs are in the activation store, [Note: kept inputs]. Method: Chen et al., "Training Deep Nets with Sublinear Memory
 Cost", arXiv 1604.06174.
 """
 
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lightning_ssd.streaming.activation_store import ActivationStore, Kept
 
 _REMEDY = "set activations='keep' in the strategy to keep its activations instead"
 
@@ -35,6 +38,7 @@ class Frame:
         self.module = module
         self._args = args
         self._kwargs = kwargs
+        self._kept: Kept | None = None
         self._device = device
         self._rerun = rerun
         self._inputs = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
@@ -60,9 +64,25 @@ class Frame:
         self._buffers = [item for item in self._buffers if not torch.equal(item[2], item[3])]
         self._require_same_inputs("its own forward changed an input in place")
 
+    def keep(self, store: ActivationStore) -> None:
+        """Let go of large inputs; ``store`` keeps their values. Follows `end_forward`, and hooks on `inputs`."""
+        given: list[Tensor] = []
+
+        def take(tensor: Tensor) -> object:
+            if not store.can_keep(tensor):
+                return tensor
+            if not any(tensor is other for other in given):
+                given.append(tensor)
+            index = next(i for i, other in enumerate(given) if tensor is other)
+            return _Given(index, tensor.requires_grad)
+
+        self._args, self._kwargs = _mapped((self._args, self._kwargs), Tensor, take)
+        self._inputs = [(t, v) for t, v in self._inputs if not any(t is other for other in given)]
+        self._kept = store.keep(self.name, given)
+
     @property
     def inputs(self) -> Iterator[Tensor]:
-        """Tensors among the arguments."""
+        """Tensors among the arguments; after `keep` only those that stayed."""
         return (t for t, _ in self._inputs)
 
     # -- backward ------------------------------------------------------------------------------------------------
@@ -103,9 +123,27 @@ class Frame:
                 stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
             stack.enter_context(self._old_buffers())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
-            self._rerun(self, lambda: self.module(*self._args, **self._kwargs))
+            args, kwargs = self._loaded()
+            self._rerun(self, lambda: self.module(*args, **kwargs))
         self._require_same_saved(values)
         return values
+
+    def _loaded(self) -> tuple[Any, Any]:
+        """The arguments, with what the store keeps put back."""
+        if self._kept is None:
+            return self._args, self._kwargs
+        values = self._kept.load()
+        found: dict[int, Tensor] = {}  # the same tensor where it was the same
+
+        def put_back(given: _Given) -> Tensor:
+            if given.index not in found:
+                tensor = values[given.index]
+                # Autocast caches casts of leaves: what was none must not become one.
+                found[given.index] = tensor.requires_grad_().view_as(tensor) if given.requires_grad else tensor
+            return found[given.index]
+
+        args, kwargs = _mapped((self._args, self._kwargs), _Given, put_back)
+        return args, kwargs
 
     @contextmanager
     def _old_buffers(self) -> Iterator[None]:
@@ -121,7 +159,8 @@ class Frame:
                 m._buffers[n] = b
 
     def _require_same_inputs(self, what: str) -> None:
-        if any(t._version != version for t, version in self._inputs):
+        is_same = self._kept is None or self._kept.is_unchanged
+        if not is_same or any(t._version != version for t, version in self._inputs):
             raise RuntimeError(f"unit {self.name!r} cannot be recomputed: {what}; {_REMEDY}")
 
     def _require_same_saved(self, values: list[Tensor]) -> None:
@@ -137,6 +176,14 @@ class Frame:
                 f"unit {self.name!r}: its forward does something else the second time ({detail}); does it depend on "
                 f"state outside it, such as a cache? {_REMEDY}"
             )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Stands for an input that is the ``index``-th in the store."""
+
+    index: int
+    requires_grad: bool
 
 
 class _Saved:
@@ -182,6 +229,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
+
+
+def _mapped(value: Any, kind: type[Any], change: Callable[[Any], Any]) -> Any:
+    """``value`` with everything of ``kind`` inside plain tuples, lists and dicts changed; those are copied."""
+    if isinstance(value, kind):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(item, kind, change) for item in value)
+    if type(value) is dict:
+        return {key: _mapped(item, kind, change) for key, item in value.items()}
+    return value
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ssd.memory.pool import Pool
+from lightning_ssd.streaming.activation_store import ActivationStore
 from lightning_ssd.streaming.activations import Frame, without_caches
 from lightning_ssd.streaming.backward import Backward
 from lightning_ssd.streaming.fetch import Route
@@ -38,6 +39,7 @@ class Streamer:
         self._device = device
         self._recompute = recompute
         self._trace = trace
+        self._activations: ActivationStore | None = None
         self._sink: GradientSink
         self._backward: Backward
         self._handles: list[RemovableHandle] = []
@@ -46,7 +48,15 @@ class Streamer:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def start(self, *, pool: Pool, route: Route, sink: GradientSink, keep_cache: bool) -> None:
+    def start(
+        self,
+        *,
+        pool: Pool,
+        route: Route,
+        sink: GradientSink,
+        keep_cache: bool,
+        activations: ActivationStore | None = None,
+    ) -> None:
         """Hook the modules.
 
         Args:
@@ -54,8 +64,10 @@ class Streamer:
             route: The way to the device.
             sink: Gets the gradients.
             keep_cache: Keep a released unit's bytes while nobody needs the memory.
+            activations: Keeps the inputs of recomputed blocks, and is closed by its owner; None leaves them in memory.
         """
         self._sink = sink
+        self._activations = activations
         self._backward = Backward(self.residents, sink, self._trace)
         self.residents.start(pool=pool, route=route, keep_cache=keep_cache)
         self.residents.is_in_step = self._is_in_step
@@ -117,6 +129,8 @@ class Streamer:
         while self._visits:
             self._visits.pop().close()
         self._backward.abort()
+        if self._activations is not None:
+            self._activations.abort()
         self.residents.drop_holds()
 
     def _is_in_step(self) -> bool:
@@ -130,6 +144,9 @@ class Streamer:
 
     def before_forward(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Any:
         """A module that needs ``units`` is about to run; returns its arguments."""
+        is_rerun = self._backward.rerunning is not None
+        if self._activations is not None and not is_rerun:
+            self._activations.settle()  # by now the caller has dropped the inputs of the block before
         visit = _Visit(module, units)
         try:
             for unit in units:
@@ -139,7 +156,6 @@ class Streamer:
             for unit in units[: visit.num_acquired]:
                 self.residents.release(unit)
             raise
-        is_rerun = self._backward.rerunning is not None
         if torch.is_grad_enabled() and not is_rerun and not any(outer.frame for outer in self._visits):
             for unit in units:
                 self._sink.used(unit)
@@ -168,6 +184,8 @@ class Streamer:
         if visit.frame is not None and not failed:
             visit.frame.end_forward()
             self._backward.watch(visit.frame)
+            if self._activations is not None:
+                visit.frame.keep(self._activations)
         for unit in visit.units:
             self.residents.release(unit)
 

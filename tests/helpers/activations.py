@@ -1,0 +1,121 @@
+"""Activation stores of any size, alone or under the strategy, whatever the session would take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_ssd.io.engine import Engine, IOOptions
+from lightning_ssd.io.python_engine import PythonEngine
+from lightning_ssd.memory.pool import Pool
+from lightning_ssd.sizes import KiB
+from lightning_ssd.streaming import kept
+from lightning_ssd.streaming.activation_store import ActivationStore
+from lightning_ssd.streaming.spill import Disk, SpillFiles
+from lightning_ssd.streaming.streamer import Streamer
+from lightning_ssd.trace import Trace
+
+BUFFER_NBYTES = 8 * KiB
+
+
+class Bench:
+    """A store and what it works with."""
+
+    def __init__(
+        self,
+        directory: Path,
+        engine: Engine,
+        *,
+        budget: int | None = 0,
+        num_buffers: int = 3,
+        images: int | None = None,
+        trace: Trace | None = None,
+        **options: Any,
+    ) -> None:
+        self.engine = engine
+        self.trace = trace or Trace()
+        self.num_spilled = 0
+        self.files = SpillFiles([Disk(str(directory), direct=True)], "activations")
+        self.pool = Pool(num_buffers * BUFFER_NBYTES, "activation", poison=True)
+        self.images = None if images is None else Pool(images, "image", poison=True)
+        self.store = ActivationStore(
+            engine,
+            self.files,
+            self.pool,
+            device=torch.device("cpu"),
+            budget_nbytes=budget,
+            buffer_nbytes=BUFFER_NBYTES,
+            images=self.images,
+            trace=self.trace,
+            **options,
+        )
+
+        take = self.files.take
+
+        def counting(nbytes: int) -> Any:
+            self.num_spilled += 1
+            return take(nbytes)
+
+        self.files.take = counting  # type: ignore[method-assign]
+
+    def assert_all_returned(self) -> None:
+        """Nothing is lent, and no disk space is taken."""
+        self.store.settle()
+        self.store._shuttle.drop(self.store._shuttle._writes)
+        self.store._shuttle._writes.clear()
+        while self.store._shuttle.drop_unwanted():
+            pass
+        self.store.settle()
+        assert self.pool.num_lent == 0
+        assert self.images is None or self.images.num_lent == 0
+        assert self.files.in_use_nbytes == 0
+        assert self.store.held_nbytes == 0
+
+
+@contextmanager
+def bench(directory: Path, engine: Engine | None = None, **options: Any) -> Iterator[Bench]:
+    """A store that is closed afterwards, with its engine."""
+    engine = engine or PythonEngine(IOOptions(num_threads=2, deadline_s=60))
+    made = Bench(directory, engine, **options)
+    try:
+        yield made
+    finally:
+        made.store.close()
+        engine.close()
+
+
+Spilling = Callable[..., list[Bench]]
+
+
+@pytest.fixture
+def spilling(monkeypatch: pytest.MonkeyPatch) -> Spilling:
+    """Has every session keep the inputs of its blocks in a store of the given settings; returns those it makes.
+
+    Everything is large enough to be kept, unless a test says otherwise.
+    """
+
+    def begin(min_nbytes: int = 1, **options: Any) -> list[Bench]:
+        monkeypatch.setattr(kept, "MIN_NBYTES", min_nbytes)
+        start, stop, made = Streamer.start, Streamer.stop, []
+
+        def start_with_ours(self: Streamer, **kwargs: Any) -> None:
+            store = self.residents._store
+            ours = Bench(Path(store.spill_directory), store.engine, trace=self._trace, **options)
+            made.append(ours)
+            start(self, **(kwargs | {"activations": ours.store}))
+
+        def stop_ours(self: Streamer) -> None:
+            stop(self)
+            for ours in made:
+                ours.store.close()
+
+        monkeypatch.setattr(Streamer, "start", start_with_ours)
+        monkeypatch.setattr(Streamer, "stop", stop_ours)
+        return made
+
+    return begin
