@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE, UNITS, check_relative_path
-from lightning_ssd.errors import CheckpointError
+from lightning_ssd.errors import CheckpointError, IoError
 
 Recycle = Callable[[str], bool]
 """Called with the path of a unit file that nothing else links, before it is unlinked; True if it was moved away."""
@@ -45,6 +45,8 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
         raise
     try:
         return f'"format":"{FORMAT}"'.encode() in os.pread(fd, 256, 0)
+    except OSError as error:
+        raise IoError(error.errno or errno.EIO, manifest, 0, 256, "read") from error
     finally:
         os.close(fd)
 
@@ -57,11 +59,18 @@ def remove(path: str | os.PathLike[str], recycle: Recycle | None = None) -> None
         recycle: Takes unit files that nothing else links instead of having them unlinked.
 
     Raises:
-        CheckpointError: If ``path`` is no checkpoint of ours.
+        CheckpointError: If ``path`` is no checkpoint of ours, or could not be removed; it is then whole, or hidden.
     """
     target = os.path.abspath(os.fspath(path))
     if not is_checkpoint(target):
         raise CheckpointError(f"{target!r} is not a checkpoint of lightning_ssd and is not removed")
+    try:
+        _remove(target, recycle)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {target!r} could not be removed: {error}; the others are whole") from error
+
+
+def _remove(target: str, recycle: Recycle | None) -> None:
     if os.path.islink(target):
         os.unlink(target)
         return

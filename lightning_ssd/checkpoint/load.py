@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import re
@@ -29,7 +30,7 @@ from lightning_ssd.checkpoint.manifest import (
 from lightning_ssd.checkpoint.mapped import MappedFile
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
-from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.errors import CheckpointError, CorruptionError, IoError
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.header import TensorEntry
@@ -365,7 +366,10 @@ def _pread(fd: int, nbytes: int, offset: int, where: str) -> bytes:
     pieces: list[bytes] = []
     missing = nbytes
     while missing:
-        piece = os.pread(fd, missing, offset + nbytes - missing)
+        try:
+            piece = os.pread(fd, missing, offset + nbytes - missing)
+        except OSError as error:
+            raise IoError(error.errno or errno.EIO, where, offset + nbytes - missing, missing, "read") from error
         if not piece:
             raise CheckpointError(f"{where} ended at byte {offset + nbytes - missing} while it was read")
         pieces.append(piece)

@@ -7,6 +7,7 @@ a tensor copies the page it hits and never reaches the file.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_ssd.errors import CheckpointError
+from lightning_ssd.errors import CheckpointError, IoError
 from lightning_ssd.sizes import round_down, round_up
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.header import PREFIX_NBYTES, Header, TensorEntry, decode_data_begin, decode_header
@@ -26,10 +27,15 @@ def read_header(fd: int, where: str) -> Header:
 
     Raises:
         CheckpointError: If it is malformed or does not fit the file's size.
+        IoError: If the disk failed.
     """
     file_nbytes = os.fstat(fd).st_size
-    data_begin = decode_data_begin(os.pread(fd, PREFIX_NBYTES, 0), file_nbytes, where)
-    return decode_header(os.pread(fd, data_begin, 0), file_nbytes, where)
+    data_begin = PREFIX_NBYTES
+    try:
+        data_begin = decode_data_begin(os.pread(fd, PREFIX_NBYTES, 0), file_nbytes, where)
+        return decode_header(os.pread(fd, data_begin, 0), file_nbytes, where)
+    except OSError as error:
+        raise IoError(error.errno or errno.EIO, where, 0, data_begin, "read") from error
 
 
 class MappedFile:

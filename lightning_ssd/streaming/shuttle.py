@@ -96,7 +96,7 @@ class Slot:
     unit: str
     num_writes: int = 0
     num_reads: int = 0
-    error: SSDOffloadError | None = None
+    error: IoError | None = None
     checksum: int = 0
 
 
@@ -273,7 +273,7 @@ class Shuttle:
             raise
         except IoError as error:
             if move.is_write:
-                move.slot.error = error
+                move.slot.error = _without_traceback(error)
             self._end(move, keeps_memory=False)
             raise
         self._end(move, keeps_memory=not move.is_write)
@@ -287,7 +287,7 @@ class Shuttle:
         while slot.num_writes and self._writes:
             self.finish(self._writes.popleft())
         if slot.error is not None:
-            raise slot.error
+            raise _without_traceback(slot.error)
 
     def finish_leaving(self) -> bool:
         """Wait until some memory of the budget is written and free; False if none is being written."""
@@ -364,7 +364,13 @@ def _naming(unit: str, what: str) -> Iterator[None]:
     try:
         yield
     except IoError as error:
+        what = f"unit {unit!r}: {what}; transfer"
         kind = DeadlineError if isinstance(error, DeadlineError) else IoError
-        raise kind(
-            error.errno or 0, error.path, error.offset, error.nbytes, f"unit {unit!r}: {what}; transfer"
-        ) from error
+        raise kind(error.errno or 0, error.path, error.offset, error.nbytes, what) from error
+
+
+def _without_traceback(error: IoError) -> IoError:
+    # One that has been raised holds the tensors that the failed calls had in hand, as long as it is kept.
+    again = IoError(error.errno or 0, error.path, error.offset, error.nbytes)
+    again.args = error.args
+    return again

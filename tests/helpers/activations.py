@@ -63,11 +63,16 @@ class Bench:
 
         self.files.take = counting  # type: ignore[method-assign]
 
+    def wait_for_writes(self) -> None:
+        """Everything that is being written is on disk."""
+        writes = self.store._shuttle._writes
+        while writes:
+            self.store._shuttle.finish(writes.popleft())
+
     def assert_all_returned(self) -> None:
         """Nothing is lent, and no disk space is taken."""
         self.store.settle()
-        self.store._shuttle.drop(self.store._shuttle._writes)
-        self.store._shuttle._writes.clear()
+        self.wait_for_writes()
         while self.store._shuttle.drop_unwanted():
             pass
         self.store.settle()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_ssd.sizes import KiB
 from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
 from lightning_ssd.streaming.device_copies import DeviceCopies
-from tests.helpers.activations import Spilling, spilling  # noqa: F401
+from tests.helpers.activations import Spilling
 from tests.helpers.models import GPT, Block, ConvNet, ViT
 from tests.helpers.odd_models import Wandering
 from tests.helpers.training import Images, Tokens, assert_equal, train
@@ -94,7 +94,7 @@ def streamed() -> SSDOffloadStrategy:
 @pytest.mark.parametrize("model", MODELS)
 def test_losses_are_equal_however_much_is_spilled(
     tmp_path: Path,
-    spilling: Spilling,  # noqa: F811
+    spilling: Spilling,
     model: str,
     budget: int | None,
 ) -> None:
@@ -106,8 +106,10 @@ def test_losses_are_equal_however_much_is_spilled(
     assert (made[0].num_spilled > 0) is (budget is not None)
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.5}], ids=str)
-def test_options_are_equal(tmp_path: Path, spilling: Spilling, options: dict[str, Any]) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.5}], ids=str
+)
+def test_options_are_equal(tmp_path: Path, spilling: Spilling, options: dict[str, Any]) -> None:
     make_net = functools.partial(GPT, tie=True, dropout=0.1)
     plain = train(tmp_path, make_net, **options)
     spilling(budget=0)
@@ -118,7 +120,7 @@ def test_options_are_equal(tmp_path: Path, spilling: Spilling, options: dict[str
 def test_the_way_off_a_device_is_equal(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    spilling: Spilling,  # noqa: F811
+    spilling: Spilling,
     images: int,
 ) -> None:
     """What happens on a GPU, here with the CPU as the other device."""

@@ -1,0 +1,422 @@
+"""The store of kept inputs alone: what comes back, where it waits, and that everything is returned."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lightning_ssd.errors import CorruptionError, IoError, SSDOffloadError
+from lightning_ssd.io.engine import IOOptions
+from lightning_ssd.io.faulty import Fault, FaultyEngine, When
+from lightning_ssd.io.python_engine import PythonEngine
+from lightning_ssd.sizes import KiB
+from lightning_ssd.streaming import spill
+from lightning_ssd.streaming.activation_store import Kept
+from lightning_ssd.streaming.device_copies import DeviceCopies
+from lightning_ssd.streaming.kept import MIN_NBYTES, can_keep
+from lightning_ssd.streaming.spill import Disk, SpillFiles
+from tests.helpers.activations import BUFFER_NBYTES, Bench, bench
+
+NUMEL = 20_000  # 80 KB: ten pieces, the last not full
+NBYTES = 80 * KiB  # of its image
+
+
+def values(seed: int, numel: int = NUMEL) -> Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+
+
+def keep(b: Bench, *seeds: int) -> list[Kept]:
+    """Frames as in a forward: each input is dropped by its caller before the next block runs."""
+    frames = []
+    for seed in seeds:
+        b.store.settle()
+        frames.append(b.store.keep(f"unit {seed}", [values(seed)]))
+    b.store.settle()
+    return frames
+
+
+def load_in_reverse(frames: list[Kept], *seeds: int) -> None:
+    for seed in reversed(seeds):
+        assert torch.equal(frames.pop().load()[0], values(seed))
+
+
+def load_all(frames: list[Kept]) -> None:
+    while frames:
+        frames.pop().load()
+
+
+def keep_and_load(b: Bench, num_frames: int, frames: list[Kept]) -> None:
+    for seed in range(num_frames):
+        frames += keep(b, seed)
+    load_all(frames)
+
+
+@contextmanager
+def faulty(tmp_store: Path, *lines: When, **options: object) -> Iterator[Bench]:
+    engine = FaultyEngine(PythonEngine(IOOptions(num_threads=2)), lines)
+    with bench(tmp_store, engine, **options) as b:
+        yield b
+
+
+# -- where values wait ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, NBYTES, 3 * NBYTES, 6 * NBYTES, None])
+def test_values_come_back_and_memory_is_bounded(tmp_store: Path, budget: int | None) -> None:
+    with bench(tmp_store, budget=budget) as b:
+        for _ in range(3):  # the second time the space of the first is used again
+            frames = keep(b, *range(8))
+            assert budget is None or b.store.held_nbytes <= budget
+            load_in_reverse(frames, *range(8))
+            b.assert_all_returned()
+        assert b.num_spilled == (0 if budget is None else b.num_spilled)
+        assert b.files.nbytes in (0, spill.MIN_FILE_NBYTES)
+
+
+def test_what_fits_is_not_written(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=8 * NUMEL * 4) as b:
+        keep(b, *range(8))
+        assert b.num_spilled == 0
+        assert b.files.nbytes == 0
+
+
+def test_the_oldest_is_written_first(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=2 * NBYTES) as b:
+        b.trace.start()
+        frames = keep(b, *range(4))
+        assert [e.what for e in b.trace.stop() if e.name == "spill"] == ["unit 0", "unit 1"]
+        assert [f.entries[0].has_values for f in frames] == [False, False, True, True]
+
+
+def test_memory_that_is_spilled_is_free(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=2 * NBYTES) as b:
+        storages, frames = [], []
+        for seed in range(8):
+            x = values(seed)
+            storages.append(StorageWeakRef(x.untyped_storage()))
+            frames.append(b.store.keep("a", [x]))
+            del x
+            b.store.settle()
+            assert sum(not s.expired() for s in storages) <= 2
+        load_in_reverse(frames, *range(8))
+
+
+def test_what_somebody_else_holds_is_neither_counted_nor_written(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=0) as b:
+        held = values(0)
+        kept = b.store.keep("a", [held])
+        b.store.settle()
+        assert (b.num_spilled, b.store.held_nbytes) == (0, 0)
+        del held
+        b.store.settle()
+        assert b.num_spilled == 1
+        assert torch.equal(kept.load()[0], values(0))
+
+
+def test_a_tensor_that_frames_share_is_kept_once(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=0) as b:
+        mask = values(100)
+        frames = [b.store.keep("a", [mask, values(i), mask[: NUMEL // 2], mask[:]]) for i in range(4)]
+        del mask
+        b.store.settle()
+        assert b.num_spilled == 4 + 2  # each input; the mask and its half
+        while frames:
+            x, own, half, again = frames.pop().load()
+            assert torch.equal(own, values(len(frames)))
+            assert torch.equal(x, values(100))
+            assert torch.equal(again, x)
+            assert torch.equal(half, x[: NUMEL // 2])
+        del x, own, half, again
+        b.assert_all_returned()
+
+
+def test_a_shared_tensor_is_read_once_if_it_fits(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=NBYTES) as b:
+        mask = values(100)
+        frames = [b.store.keep("a", [mask]) for _ in range(4)]
+        last = b.store.keep("b", [values(0)])
+        del mask
+        b.store.settle()  # the mask is needed by the older frames, so it goes
+        b.store.keep("c", [values(1)])
+        b.store.settle()
+        del last
+        while frames:
+            assert torch.equal(frames.pop().load()[0], values(100))
+        assert b.engine.stats().read_nbytes <= NBYTES
+
+
+def test_halves_of_one_storage_can_go(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=0) as b:
+        x = values(0).view(100, 200)
+        storage = StorageWeakRef(x.untyped_storage())
+        kept = b.store.keep("a", list(x.chunk(2, 1)))
+        del x
+        b.store.settle()
+        assert storage.expired()
+        assert torch.equal(torch.cat(kept.load(), 1), values(0).view(100, 200))
+
+
+def test_loading_twice_gives_the_same(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=NBYTES) as b:
+        frames = keep(b, 0, 1, 2)
+        for _ in range(2):
+            for seed in (2, 1, 0):
+                assert torch.equal(frames[seed].load()[0], values(seed))
+        frames.clear()
+        b.assert_all_returned()
+
+
+# -- forms ---------------------------------------------------------------------------------------------------------
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.view(400, 400).t(),
+    "expanded": lambda x: x.view(400, 1, 400).expand(400, 7, 400),
+    "channels last": lambda x: x.view(1, 40, 40, 100).to(memory_format=torch.channels_last),
+    "end of a storage": lambda x: x[1237:],
+    "column": lambda x: x.view(400, 400)[:, 3:50],
+    "rows apart": lambda x: x.view(400, 400)[::2],
+    "scalar": lambda x: x[7],
+    "bool": lambda x: x > 0,
+    "int64": lambda x: (x * 100).long(),
+    "bfloat16": lambda x: x.bfloat16()[1:],
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "complex": lambda x: torch.view_as_complex(x.view(-1, 2)),
+    "float64": lambda x: x.double(),
+}
+
+
+@pytest.mark.parametrize("is_off_host", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_comes_back(tmp_store: Path, monkeypatch: pytest.MonkeyPatch, form: str, is_off_host: bool) -> None:
+    monkeypatch.setattr(DeviceCopies, "is_off_host", lambda self, device: is_off_host)
+    with bench(tmp_store, budget=0, verify=True) as b:
+        x = FORMS[form](values(0, 8 * NUMEL))
+        assert can_keep(x, torch.device("cpu"))
+        like = [x.dtype, x.size(), x.stride(), x.data_ptr() % 64]
+        storage = StorageWeakRef(x.untyped_storage())
+        kept = b.store.keep("a", [x])
+        del x
+        b.store.settle()
+        assert storage.expired()
+        y = kept.load()[0]
+        expected = FORMS[form](values(0, 8 * NUMEL))
+        assert torch.equal(_comparable(y), _comparable(expected))
+        assert [y.dtype, y.size(), y.stride()] == like[:3]
+        assert y.data_ptr() % 64 == like[3] or form in ("column", "scalar")
+
+
+def _comparable(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+
+
+def test_an_inference_tensor_comes_back(tmp_store: Path) -> None:
+    with bench(tmp_store) as b:
+        with torch.inference_mode():
+            kept = b.store.keep("a", [values(0)])
+            b.store.settle()
+        assert b.num_spilled == 1
+        assert kept.is_unchanged
+        assert torch.equal(kept.load()[0], values(0))
+
+
+def test_what_the_user_or_a_module_owns_is_left_alone() -> None:
+    cpu, large = torch.device("cpu"), torch.randn(MIN_NBYTES)
+    assert can_keep(large, cpu)
+    assert can_keep(large[:1], cpu)
+    weight = nn.Parameter(large)
+    others = [weight, weight[1:], weight.view(2, -1), large.clone().requires_grad_(), large[:0], torch.randn(10)]
+    others += [large.to_sparse(), torch.randn(MIN_NBYTES, dtype=torch.complex64).conj(), large.to("meta")]
+    assert not any(can_keep(x, cpu) for x in others)
+
+
+def test_a_change_in_place_is_noticed_wherever_the_values_are(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=0) as b:
+        held, view_of = values(0), values(1)
+        view = view_of[:]
+        frames = [b.store.keep("a", [held]), b.store.keep("a", [view]), b.store.keep("a", [values(2)])]
+        del view
+        b.store.settle()
+        held.add_(1)
+        view_of.add_(1)
+        assert [f.is_unchanged for f in frames] == [False, False, True]
+
+
+def test_a_change_after_the_values_were_spilled_is_noticed(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=0) as b:
+        x = values(0)
+        kept = b.store.keep("a", [x])
+        entry = kept.entries[0]
+        b.store._uncounted.clear()
+        b.store._write_out(entry)
+        assert kept.is_unchanged
+        x.add_(1)
+        assert not kept.is_unchanged
+
+
+# -- order ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 3 * NBYTES])
+def test_the_next_frame_is_read_before_it_is_needed(tmp_store: Path, budget: int) -> None:
+    with bench(tmp_store, budget=budget, num_buffers=12) as b:
+        frames = keep(b, *range(8))
+        b.wait_for_writes()
+        b.trace.start()
+        load_in_reverse(frames, *range(8))
+        events = [f"{e.name} {e.what}" for e in b.trace.stop()]
+        for seed in range(4):
+            # With room for it, already when the one before is still to be loaded.
+            before = seed + 1 if budget else seed
+            assert events.index(f"preload unit {seed}") < events.index(f"load unit {before}")
+
+
+def test_frames_of_the_first_of_two_forwards_are_needed_last(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=NBYTES) as b:
+        first, second = keep(b, 0, 1, 2), keep(b, 3, 4, 5)
+        load_in_reverse(first, 0, 1, 2)  # its backward comes first all the same
+        load_in_reverse(second, 3, 4, 5)
+        b.assert_all_returned()
+
+
+def test_one_buffer_is_enough(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=0, num_buffers=1) as b:
+        frames = keep(b, *range(4))
+        assert torch.equal(frames[1].load()[0], values(1))  # out of order: takes the buffer from what was read ahead
+        load_in_reverse(frames, *range(4))
+        b.assert_all_returned()
+
+
+def test_reading_waits_for_the_write(tmp_store: Path) -> None:
+    slow = When(Fault(delay_s=0.05), is_write=True)
+    with faulty(tmp_store, slow, budget=0, num_buffers=12) as b:
+        frames = keep(b, 0, 1)
+        load_in_reverse(frames, 0, 1)
+
+
+def test_space_is_not_lent_again_while_a_write_to_it_is_in_flight(tmp_store: Path) -> None:
+    hold = When(Fault(hold=True), is_write=True, nth=0)
+    with faulty(tmp_store, hold, budget=0, num_buffers=24) as b:
+        keep(b, 0)  # dropped at once, its first piece still to be written
+        second = keep(b, 1)
+        assert b.files.in_use_nbytes == 2 * NBYTES
+        b.engine.release()  # type: ignore[attr-defined]
+        load_in_reverse(second, 1)
+        b.assert_all_returned()
+
+
+# -- failures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 6 * NBYTES])
+@pytest.mark.parametrize("nth", [0, 5])
+def test_a_failed_write_names_unit_and_file(tmp_store: Path, nth: int, budget: int) -> None:
+    with faulty(tmp_store, When(Fault(error=errno.EIO), is_write=True, nth=nth), budget=budget) as b:
+        frames: list[Kept] = []
+        with pytest.raises(IoError, match=r"unit 'unit \d+': writing an input.*activations-0000\.spill") as caught:
+            keep_and_load(b, 12, frames)
+        assert caught.value.errno == errno.EIO
+        b.store.abort()
+        del frames, caught  # its traceback holds what the failed calls had in hand
+        gc.collect()
+        b.assert_all_returned()
+
+
+@pytest.mark.parametrize("budget", [0, 3 * NBYTES])
+@pytest.mark.parametrize("nth", [0, 1, 7])
+def test_a_failed_read_names_unit_and_file(tmp_store: Path, nth: int, budget: int) -> None:
+    with faulty(
+        tmp_store, When(Fault(error=errno.EIO), is_write=False, nth=nth % (2 if budget else 8)), budget=budget
+    ) as b:
+        frames = keep(b, *range(6))
+        with pytest.raises(IoError, match=r"unit 'unit \d+': reading an input.*activations-0000\.spill"):
+            load_all(frames)
+        b.store.abort()
+        frames.clear()
+        b.assert_all_returned()
+
+
+def test_a_full_disk_names_the_unit(tmp_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, limit = spill.File.create, [NBYTES]
+
+    def full(path: str, nbytes: int, *, direct: bool) -> spill.File:
+        if nbytes > limit[0]:
+            raise IoError(errno.ENOSPC, path, 0, nbytes, "create")
+        return create(path, nbytes, direct=direct)
+
+    monkeypatch.setattr(spill.File, "create", full)
+    with bench(tmp_store) as b:
+        frames = keep(b, 0)
+        assert b.files.nbytes == NBYTES  # more is tried first, then just what is needed
+        limit[0] = 0
+        with pytest.raises(IoError, match=r"unit 'unit 1': making room on disk.*No space left"):
+            keep(b, 1)
+        load_in_reverse(frames, 0)
+
+
+@pytest.mark.parametrize("budget", [0, 3 * NBYTES])
+def test_a_flipped_bit_is_found(tmp_store: Path, budget: int) -> None:
+    with faulty(tmp_store, When(Fault(flip_bit=77), is_write=False, nth=1), budget=budget, verify=True) as b:
+        frames = keep(b, *range(6))
+        with pytest.raises(CorruptionError, match=r"unit 'unit \d+'.*activations-0000\.spill"):
+            load_all(frames)
+
+
+def test_frames_without_backward_return_everything(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=2 * NBYTES) as b:
+        frames = keep(b, *range(6))
+        frames[-1].load()  # and what this has read ahead
+        frames.clear()
+        b.assert_all_returned()
+
+
+def test_a_step_that_was_given_up_returns_what_was_read_ahead(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=0) as b:
+        frames = keep(b, *range(4))
+        frames[3].load()
+        b.store.abort()
+        b.store.settle()
+        b.store._shuttle.drop_unwanted()
+        load_in_reverse(frames, *range(4))  # values stay as long as their frames
+        b.assert_all_returned()
+
+
+def test_closing_ends_it(tmp_store: Path) -> None:
+    with bench(tmp_store, budget=0) as b:
+        frames = keep(b, *range(4))
+        frames[3].load()
+        b.store.close()
+        b.store.close()
+        with pytest.raises(SSDOffloadError, match="run the forward again"):
+            frames[0].load()
+        ref = weakref.ref(b.store)
+        del frames, b
+    gc.collect()
+    assert ref() is None
+
+
+def test_spill_files_join_what_is_free_and_use_disks_in_turn(tmp_store: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_store / name).mkdir()
+    files = SpillFiles([Disk(str(tmp_store / name), direct=False) for name in ("a", "b")], "x")
+    try:
+        taken = [files.take(BUFFER_NBYTES) for _ in range(8)]
+        assert {extent.file.path.split("/")[-2] for extent in taken} == {"a", "b"}
+        assert not any((tmp_store / name / "x-0000.spill").exists() for name in ("a", "b"))
+        for extent in taken[::2] + taken[1::2]:
+            files.give_back(extent)
+        whole = [files.take(spill.MIN_FILE_NBYTES) for _ in range(2)]
+        assert files.nbytes == files.in_use_nbytes == 2 * spill.MIN_FILE_NBYTES
+        assert all(extent.offset == 0 for extent in whole)
+        assert files.take(1).nbytes == 4096
+        assert files.nbytes == 3 * spill.MIN_FILE_NBYTES
+    finally:
+        files.close()
