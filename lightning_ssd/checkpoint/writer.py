@@ -135,8 +135,10 @@ def write_pickle(writer: StreamWriter, content: Mapping[str, Any]) -> None:
         torch.save(content, cast(IO[bytes], writer))
     except (RuntimeError, pickle.PicklingError, AttributeError, TypeError) as error:
         # torch closes its archive when a write fails, fails at that as well, and shows only the second error.
-        if writer.error is not None:
-            raise writer.error from error
+        # It also keeps the writer for ever, which must not keep the error: its frames hold the whole training.
+        failure, writer.error = writer.error, None
+        if failure is not None:
+            raise failure from error
         raise CheckpointError(f"part of the training state cannot be pickled: {error}") from error
 
 

@@ -42,6 +42,7 @@ class Fault:
         delay_s: It starts this much later. A buffer used too early then shows wrong bytes, as on a slow disk.
         error: errno it fails with; 0 for success.
         moved_nbytes: With an error: bytes that are moved before it fails (a short read, a torn write).
+        is_torn: Only ``moved_nbytes`` are moved, and it succeeds all the same: a disk that lies.
         flip_bit: Of a read: this bit of what was read is inverted.
     """
 
@@ -49,6 +50,7 @@ class Fault:
     delay_s: float = 0.0
     error: int = 0
     moved_nbytes: int = 0
+    is_torn: bool = False
     flip_bit: int | None = None
 
 
@@ -183,7 +185,7 @@ class FaultyEngine:
     ) -> None:
         gate.wait()  # sync: waits for release
         self._closing.wait(fault.delay_s)
-        nbytes = fault.moved_nbytes if fault.error else transfer.nbytes
+        nbytes = fault.moved_nbytes if fault.error or fault.is_torn else transfer.nbytes
         try:
             if nbytes > 0:
                 _wait_within(transfer, move(nbytes))
