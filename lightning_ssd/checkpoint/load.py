@@ -8,9 +8,9 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.header import TensorEntry
 
-_MAX_MANIFEST_NBYTES = 4 * 1024 * MiB
+_MAX_MANIFEST_NBYTES = 512 * MiB  # a state of 10 TiB has a manifest of about 100 MiB
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class CheckpointReader:
         if kind not in places:
             raise CheckpointError(f"{self.directory}: parameter {name!r} has {', '.join(places)}, no {kind!r}")
         record, entry = places[kind]
-        return self._map(record).tensor(entry.name)
+        return self._map(record).tensor(record.renamed.get(entry.name, entry.name))
 
     def value(self, name: str) -> Tensor:
         """A parameter in the dtype it had at rest: in place if a file holds it so, else converted from the master."""
@@ -178,7 +178,7 @@ class CheckpointReader:
         """Give back the memory of one parameter's pages, of all kinds."""
         for record, entry in self._places(name).values():
             if record.path in self._mapped:
-                self._mapped[record.path].drop(entry.name)
+                self._mapped[record.path].drop(record.renamed.get(entry.name, entry.name))
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Read every byte and compare it with the checksums, through one buffer of 1 MiB.
@@ -253,9 +253,8 @@ class CheckpointReader:
         if mapped is None:
             with _Closing(self._open(record)) as fd:
                 mapped = MappedFile(fd, self._where(record.path))
-            same = tuple(sorted(mapped.header.entries.values(), key=_order)) == tuple(
-                sorted(record.entries, key=_order)
-            )
+            expected = [replace(e, name=record.renamed.get(e.name, e.name)) for e in record.entries]
+            same = sorted(mapped.header.entries.values(), key=_order) == sorted(expected, key=_order)
             if not same or mapped.header.data_begin != record.data_begin:
                 raise CheckpointError(
                     f"{self._where(record.path)}: its header does not list {record.parameters} as the manifest does"
@@ -314,14 +313,22 @@ class CheckpointReader:
 
 
 def load_pickle(path: str, where: str, weights_only: bool, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:
-    """Load a torch file; its tensors lie in the mapped file.
+    """Load a torch file that holds a dictionary; its tensors lie in the mapped file.
 
     Raises:
         CheckpointError: If it is no such file, or names a class that is not allowed.
     """
+    loaded = load_any(path, where, weights_only, safe_globals)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{where} holds a {type(loaded).__name__}, not a dictionary")
+    return loaded
+
+
+def load_any(path: str | IO[bytes], where: str, weights_only: bool, safe_globals: Sequence[Any] = ()) -> Any:
+    """As `load_pickle`, whatever the file holds; from an open file, tensors are read instead of mapped."""
     try:
         with torch.inference_mode(False), torch.serialization.safe_globals(list(safe_globals)):
-            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+            return torch.load(path, map_location="cpu", mmap=isinstance(path, str), weights_only=weights_only)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
         what = (found[1] or found[2]) if found else "something beside tensors and plain values"
@@ -333,9 +340,6 @@ def load_pickle(path: str, where: str, weights_only: bool, safe_globals: Sequenc
         raise
     except Exception as error:  # a pickle that means harm can make the unpickler fail in any way
         raise CheckpointError(f"{where} cannot be read as a torch file: {type(error).__name__}: {error}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{where} holds a {type(loaded).__name__}, not a dictionary")
-    return loaded
 
 
 class _Closing:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from lightning_ssd.checkpoint.checksum import checksum, num_pieces
+from lightning_ssd.checkpoint.unit_file import UnitFile as UnitFile
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.header import (
     ITEMSIZE,
@@ -37,35 +38,6 @@ _MAX_PATH_PARTS = 8
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class UnitFile:
-    """One generation to be saved.
-
-    Attributes:
-        unit: Name of the unit.
-        kind: ``param``, ``master``, ``exp_avg``, ...
-        source: Path of the generation.
-        linkable: Whether nothing can write to the file any more, so that a hard link is enough.
-        entries: What is in its data section.
-        checksums: CRC32C of each 1 MiB of the data section, or None if not known. Of a file that is copied they are
-            computed; a linked one without them cannot be verified later.
-        data_begin: Where the data section starts.
-    """
-
-    unit: str
-    kind: str
-    source: str
-    linkable: bool
-    entries: tuple[TensorEntry, ...]
-    checksums: tuple[int, ...] | None
-    data_begin: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole file."""
-        return self.data_begin + max((entry.end for entry in self.entries), default=0)
-
-
 @dataclass
 class OptimizerRecord:
     """One optimizer, without its large tensors.
@@ -86,7 +58,12 @@ class OptimizerRecord:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One unit file of a checkpoint; ``path`` is relative to its directory."""
+    """One unit file of a checkpoint; ``path`` is relative to its directory.
+
+    Attributes:
+        renamed: Name of a parameter -> its name inside the file, where that is another: in the checkpoint of a model
+            whose parameters were renamed, links to the old files.
+    """
 
     path: str
     nbytes: int
@@ -95,6 +72,7 @@ class FileRecord:
     data_begin: int
     entries: tuple[TensorEntry, ...]
     checksums: tuple[int, ...] | None
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> str:
@@ -250,7 +228,7 @@ def _encode_file(record: FileRecord) -> dict[str, Any]:
         "parameters": {
             e.name: {"dtype": e.dtype, "shape": list(e.shape), "range": [e.begin, e.end]} for e in record.entries
         },
-    }
+    } | ({"renamed": dict(record.renamed)} if record.renamed else {})
 
 
 def _decode_file(value: object, where: str) -> FileRecord:
@@ -276,6 +254,7 @@ def _decode_file(value: object, where: str) -> FileRecord:
         data_begin=data_begin,
         entries=entries,
         checksums=_decode_checksums(content.get("crc32c_per_mib"), data_nbytes, inside),
+        renamed=_decode_renamed(content, {entry.name for entry in entries}, inside),
     )
 
 
@@ -287,6 +266,14 @@ def _decode_entry(name: str, value: object, where: str) -> TensorEntry:
     entry = TensorEntry(name, _take(content, "dtype", str, where), tuple(shape), span[0], span[1])
     check_entry(entry, where)
     return entry
+
+
+def _decode_renamed(content: Mapping[str, Any], names: set[str], where: str) -> dict[str, str]:
+    renamed = _texts(content, "renamed", where) if "renamed" in content else {}
+    inside = {renamed.get(name, name) for name in names}
+    if not set(renamed) <= names or len(inside) < len(names):
+        raise CheckpointError(f"{where}: renamed names a parameter that is not there, or two alike")
+    return renamed
 
 
 def _decode_checksums(value: object, data_nbytes: int, where: str) -> tuple[int, ...] | None:

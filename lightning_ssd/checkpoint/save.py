@@ -34,10 +34,10 @@ from lightning_ssd.checkpoint.manifest import (
     Manifest,
     OptimizerRecord,
     SmallFile,
-    UnitFile,
     decode_manifest,
     encode_manifest,
 )
+from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
 from lightning_ssd.checkpoint.values import encode_optimizer
 from lightning_ssd.checkpoint.writer import (
     FLUSH_NBYTES,
@@ -74,7 +74,7 @@ class SaveReport:
 
 def save(
     directory: str | os.PathLike[str],
-    files: Sequence[UnitFile],
+    files: Sequence[UnitFile | ComposedFile],
     rest: Mapping[str, Tensor],
     state: Mapping[str, Any],
     optimizers: Sequence[OptimizerRecord],
@@ -91,7 +91,7 @@ def save(
 
     Args:
         directory: Where. A plain file of that name is renamed to ``NAME.replaced``, a symlink is replaced.
-        files: The generations; nobody may write to a linkable one any more.
+        files: The generations, of which nobody may write to a linkable one any more; or tensors to make files of.
         rest: Tensors that are in no unit file, by state-dict name; optimizer state of a shape other than its
             parameter's as ``optimizer.<i>.<parameter>.<key>``.
         state: What else Lightning wants kept.
@@ -155,18 +155,21 @@ class _Job:
             self.progress(min(self.nbytes_linked + self.nbytes_written, self.total_nbytes), self.total_nbytes)
 
 
-def _place_units(path: str, files: Sequence[UnitFile], job: _Job) -> tuple[FileRecord, ...]:
+def _place_units(path: str, files: Sequence[UnitFile | ComposedFile], job: _Job) -> tuple[FileRecord, ...]:
     units = os.path.join(path, UNITS)
     os.mkdir(units, 0o700)
-    _sync_sources(files, os.stat(units).st_dev)
+    _sync_sources([file for file in files if isinstance(file, UnitFile)], os.stat(units).st_dev)
     records: list[FileRecord] = []
     for index, file in enumerate(files):
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", f"{file.unit}.{file.kind}")[:120]
         name = f"{index:05d}-{plain}.safetensors"
-        checksums = _place(file, os.path.join(units, name), job)
-        records.append(
-            FileRecord(f"{UNITS}/{name}", file.nbytes, file.unit, file.kind, file.data_begin, file.entries, checksums)
-        )
+        to = os.path.join(units, name)
+        if isinstance(file, UnitFile):
+            checksums, renamed = _place(file, to, job), file.renamed
+        else:
+            checksums, renamed = file.write(to, job.report), {}
+        layout = (file.nbytes, file.unit, file.kind, file.data_begin, file.entries)
+        records.append(FileRecord(f"{UNITS}/{name}", *layout, checksums, renamed))
     return tuple(records)
 
 

@@ -1,0 +1,111 @@
+"""Which parameter an optimizer's state number belongs to. Pure: names and shapes in, names out.
+
+``torch.optim`` saves states by number. The numbers run through the groups, and inside a group almost always through the
+module in order; where that leaves no choice, the names follow. If two of equal shape were exchanged by a group in
+another order, loading exchanges them back: it goes by the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ssd.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+_BUFFERS = (".running_mean", ".running_var")
+"""Ends of the names of torch's own floating-point buffers, which no optimizer has."""
+
+
+def optimizer_from_torch(
+    content: Mapping[str, Any], shapes: Mapping[str, Shape], where: str
+) -> tuple[list[dict[str, Any]], dict[str, Mapping[str, Any]]]:
+    """Groups, and states by parameter name, of what ``Optimizer.state_dict`` gave.
+
+    Args:
+        content: ``state`` and ``param_groups``.
+        shapes: Names and shapes of the floating-point tensors that the module saved, in its order.
+        where: What messages call the optimizer.
+
+    Raises:
+        CheckpointError: If it is of another form, or the names do not follow from order and shapes.
+    """
+    groups, state = content.get("param_groups"), content.get("state")
+    if not isinstance(groups, list) or not isinstance(state, Mapping) or not all(_is_group(g) for g in groups):
+        raise CheckpointError(f"{where} is not what torch.optim saves")
+    numbers = [number for group in groups for number in group["params"]]
+    candidates = {name: shape for name, shape in shapes.items() if not name.endswith(_BUFFERS)}
+    names = _names(groups, numbers, state, candidates)
+    if names is None or not set(names) <= set(shapes):
+        raise CheckpointError(
+            f"{where}: it has {len(numbers)} parameters in {len(groups)} group(s) and no names, and which of the "
+            f"{len(candidates)} tensors they are does not follow from order and shapes; import with --weights-only, or "
+            "save it again with an optimizer made from named_parameters()"
+        )
+    name_of = dict(zip(numbers, names, strict=True))
+    by_name = [
+        {**{k: v for k, v in g.items() if k != "param_names"}, "params": [name_of[n] for n in g["params"]]}
+        for g in groups
+    ]
+    return by_name, {name_of[number]: values for number, values in state.items() if number in name_of}
+
+
+def _names(
+    groups: list[Any], numbers: list[Any], state: Mapping[Any, Any], candidates: Mapping[str, Shape]
+) -> list[str] | None:
+    if all(isinstance(number, str) for number in numbers):
+        return numbers
+    if all(isinstance(g.get("param_names"), list) and len(g["param_names"]) == len(g["params"]) for g in groups):
+        return [str(name) for group in groups for name in group["param_names"]]
+    if len(groups) == 1 and len(numbers) == len(candidates):
+        pairs = zip(numbers, candidates.values(), strict=True)
+        if all(_fits(state.get(number), shape) for number, shape in pairs):
+            return list(candidates)
+    known = {number: _shape_of(values) for number, values in state.items()}
+    return _by_shape(groups, known, candidates)
+
+
+def _by_shape(
+    groups: list[Any], known: Mapping[Any, Shape | None], candidates: Mapping[str, Shape]
+) -> list[str] | None:
+    """All tensors of a shape in one group: then they are there in order."""
+    names: dict[Shape, list[str]] = defaultdict(list)
+    for name, shape in candidates.items():
+        names[shape].append(name)
+    places: dict[Shape | None, list[tuple[int, Any]]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        for number in group["params"]:
+            places[known.get(number)].append((index, number))
+    found: dict[Any, str] = {}
+    for known_shape, at in places.items():
+        fitting = [] if known_shape is None else names[known_shape]
+        if len(at) != len(fitting) or len({index for index, _ in at}) > 1:
+            return None
+        found.update(zip((number for _, number in at), fitting, strict=True))
+    return [found[number] for group in groups for number in group["params"]]
+
+
+def _fits(values: object, shape: Shape) -> bool:
+    """Whether a parameter of that shape may have this state: its shape is there, or only less (rows, columns)."""
+    tensors = _tensors(values)
+    return any(tuple(t.shape) == shape for t in tensors) or all(t.numel() < math.prod(shape) for t in tensors)
+
+
+def _shape_of(values: object) -> Shape | None:
+    """Shape of a parameter as far as its state shows it: that of its largest tensor."""
+    tensors = _tensors(values)
+    return tuple(max(tensors, key=Tensor.numel).shape) if tensors else None
+
+
+def _tensors(values: object) -> list[Tensor]:
+    found = values.values() if isinstance(values, Mapping) else ()
+    return [value for value in found if isinstance(value, Tensor) and value.dim()]
+
+
+def _is_group(group: object) -> bool:
+    return isinstance(group, dict) and isinstance(group.get("params"), list)

@@ -1,0 +1,128 @@
+"""What is put into a checkpoint as one unit file: a generation that lies on disk, or tensors from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
+from lightning_ssd.checkpoint.writer import StreamWriter, as_bytes, new_file
+from lightning_ssd.store.header import TensorEntry, encode_header
+
+
+@dataclass(frozen=True)
+class UnitFile:
+    """One generation to be saved.
+
+    Attributes:
+        unit: Name of the unit.
+        kind: ``param``, ``master``, ``exp_avg``, ...
+        source: Path of the generation.
+        linkable: Whether nothing can write to the file any more, so that a hard link is enough.
+        entries: What is in its data section.
+        checksums: CRC32C of each 1 MiB of the data section, or None if not known. Of a file that is copied they are
+            computed; a linked one without them cannot be verified later.
+        data_begin: Where the data section starts.
+        renamed: Name of a parameter -> its name inside the file, where that is another.
+    """
+
+    unit: str
+    kind: str
+    source: str
+    linkable: bool
+    entries: tuple[TensorEntry, ...]
+    checksums: tuple[int, ...] | None
+    data_begin: int
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return self.data_begin + max((entry.end for entry in self.entries), default=0)
+
+
+@dataclass(frozen=True)
+class ComposedFile:
+    """A unit file to be written from tensors that are asked for one at a time.
+
+    Attributes:
+        unit: Name of the unit.
+        kind: As in `UnitFile`.
+        entries: Where each tensor goes.
+        tensor_of: Gives a tensor by name; called in the order of the entries.
+        drop: Told the name of each tensor that is written, so that its memory can be given back.
+    """
+
+    unit: str
+    kind: str
+    entries: tuple[TensorEntry, ...]
+    tensor_of: Callable[[str], Tensor]
+    drop: Callable[[str], None]
+
+    @property
+    def data_begin(self) -> int:
+        """Where the data section starts."""
+        return len(encode_header(self.entries))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return self.data_begin + max((entry.end for entry in self.entries), default=0)
+
+    def write(self, path: str, report: Callable[[int], None]) -> tuple[int, ...]:
+        """Write the file, and make it durable; return the CRC32C of each 1 MiB of its data section.
+
+        Args:
+            path: Where; must not exist.
+            report: Called with bytes written since the last call.
+        """
+        header = encode_header(self.entries)
+        pieces = _Pieces()
+        with new_file(path) as fd:
+            writer = StreamWriter(fd)
+            report(writer.write(header))
+            for entry in self.entries:
+                self._write_tensor(entry.name, writer, pieces, report)
+                self.drop(entry.name)
+            writer.finish()
+        return pieces.finish()
+
+    # A method of its own, so that no variable holds a tensor while the next one is asked for.
+    def _write_tensor(self, name: str, writer: StreamWriter, pieces: _Pieces, report: Callable[[int], None]) -> None:
+        for part in _parts(as_bytes(self.tensor_of(name)).data):
+            pieces.add(part)
+            report(writer.write(part))
+
+
+class _Pieces:
+    """Checksums of the pieces of a data section that arrives in parts of any length."""
+
+    def __init__(self) -> None:
+        self._done: list[int] = []
+        self._current = 0
+        self._filled = 0
+
+    def add(self, part: memoryview) -> None:
+        while part.nbytes:
+            take = part[: PIECE_NBYTES - self._filled]
+            self._current = checksum(take, self._current)
+            self._filled += take.nbytes
+            part = part[take.nbytes :]
+            if self._filled == PIECE_NBYTES:
+                self._close()
+
+    def finish(self) -> tuple[int, ...]:
+        if self._filled:
+            self._close()
+        return tuple(self._done)
+
+    def _close(self) -> None:
+        self._done.append(self._current)
+        self._current = self._filled = 0
+
+
+def _parts(data: memoryview) -> Iterator[memoryview]:
+    for begin in range(0, data.nbytes, 4 * PIECE_NBYTES):
+        yield data[begin : begin + 4 * PIECE_NBYTES]
