@@ -60,6 +60,10 @@ class IoError(SSDOffloadError, OSError):
         self.path = path
         self.offset = offset
         self.nbytes = nbytes
+        self._what = what
+
+    def __reduce__(self) -> tuple[type[IoError], tuple[int | None, str, int, int, str]]:
+        return type(self), (self.errno, self.path, self.offset, self.nbytes, self._what)
 
     def __str__(self) -> str:
         return str(self.args[0])

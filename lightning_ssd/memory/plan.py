@@ -1,14 +1,15 @@
 """Bytes of host memory, decided before the first is taken. Pure arithmetic.
 
 The budget is cut into reserves that are never traded: parameters (what one chain of nested modules needs at once, and
-one unit arriving), gradients (the largest unit's, while they are on their way to the update) and the update (depth x
-chunk of every kind, or the whole state of a unit where the rule is not elementwise). What the budget leaves over
-enlarges the chunks, then keeps parameters and waiting gradients in memory.
+units arriving), gradients (of the unit that backward is in, and of those that wait for their update), the update
+(depth x chunk of every kind that streams, or the whole state of a unit where the rule is not elementwise). What is left
+over keeps units in memory, parameters before states: a byte of a parameter that is kept saves two bytes read and one
+written a step, a byte of a state one and one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lightning_ssd.errors import MemoryPlanError
@@ -17,7 +18,7 @@ from lightning_ssd.sizes import MiB, fmt, round_up
 CHUNK_STEP_NUMEL = 1 << 19
 """Chunks are multiples of this: then a chunk of any kind is a multiple of 1 MiB, the extent of a checksum."""
 
-MAX_CHUNK_NUMEL = 8 * CHUNK_STEP_NUMEL
+MAX_CHUNK_NUMEL = 4 * CHUNK_STEP_NUMEL
 DEPTH = 3
 STAGING_NBYTES = 8 * MiB
 """Memory used to stream tensors into files."""
@@ -32,14 +33,42 @@ class UnitSize:
         param_nbytes: Buffer for its parameters.
         grad_nbytes: Gradients of its trainable parameters.
         numel: Elements whose state an update moves; 0 if frozen.
-        state_nbytes: Bytes per element in an update, over all kinds.
+        param_width: Bytes per element of its parameters.
+        state_width: Bytes per element of its states, a float32 master of 16-bit parameters among them.
+        kept_state_nbytes: What keeping its states in memory takes; 0 if it has none.
+        is_sticky: It stays in memory through a step, so it is always kept.
     """
 
     name: str
     param_nbytes: int
     grad_nbytes: int
     numel: int
-    state_nbytes: int
+    param_width: int
+    state_width: int
+    kept_state_nbytes: int = 0
+    is_sticky: bool = False
+
+    @property
+    def kept_param_nbytes(self) -> int:
+        """What keeping its parameters takes."""
+        return round_up(self.param_nbytes)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the run asks of memory beside the units.
+
+    Attributes:
+        is_elementwise: Updates run in chunks.
+        is_overlapped: Updates run beside compute.
+        has_gate: Gradients wait for all others: clipping by norm, accumulation, a loss scaler, somebody who looks.
+        window: Units in memory at once beside nesting, the one in use among them; None for as many as fit.
+    """
+
+    is_elementwise: bool = True
+    is_overlapped: bool = True
+    has_gate: bool = False
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,14 +76,19 @@ class MemoryPlan:
     """What is allocated. Bytes.
 
     Attributes:
-        param_nbytes: Pool for parameters.
+        param_nbytes: Pool for parameters that stream.
         update_nbytes: Pool for updates.
-        grad_nbytes: Gradients that compute allocates while a unit waits for its update, and kept ones.
+        grad_nbytes: Gradients that compute allocates while units wait for their updates, and kept ones.
         staging_nbytes: Pool for streaming tensors into files.
+        kept_nbytes: Parameters and states that are kept in memory.
         chunk_numel: Elements of a chunk.
         depth: Chunks in memory at a time.
-        keep_cache: Released parameters stay while there is room.
-        keep_grads: Gradients that wait stay in memory; else they are mapped files.
+        keep_cache: Released parameters stay while there is room, and as many are fetched ahead as fit.
+        keep_grads: Gradients that wait for all others stay in memory; else they are mapped files.
+        queue_nbytes: Of the gradients, those that may wait for their update while backward goes on.
+        kept_params: Units whose parameters are kept in memory.
+        kept_states: Units whose states are.
+        fits: Everything is kept: no step touches the disk.
         smallest_nbytes: The smallest budget that works.
     """
 
@@ -62,16 +96,21 @@ class MemoryPlan:
     update_nbytes: int
     grad_nbytes: int
     staging_nbytes: int
+    kept_nbytes: int
     chunk_numel: int
     depth: int
     keep_cache: bool
     keep_grads: bool
+    queue_nbytes: int
+    kept_params: frozenset[str]
+    kept_states: frozenset[str]
+    fits: bool
     smallest_nbytes: int
 
     @property
     def host_nbytes(self) -> int:
         """All of it."""
-        return self.param_nbytes + self.update_nbytes + self.grad_nbytes + self.staging_nbytes
+        return self.param_nbytes + self.update_nbytes + self.grad_nbytes + self.staging_nbytes + self.kept_nbytes
 
 
 def make_plan(
@@ -79,7 +118,7 @@ def make_plan(
     chains: Sequence[Sequence[str]],
     *,
     budget_nbytes: int | None,
-    is_elementwise: bool,
+    demand: Demand,
     budget_name: str = "host_memory",
 ) -> MemoryPlan:
     """Cut the budget.
@@ -88,49 +127,153 @@ def make_plan(
         units: All units.
         chains: Sets of units that modules nested in each other need at the same time.
         budget_nbytes: What may be used; None for the smallest plan that works, which keeps nothing in memory.
-        is_elementwise: Updates run in chunks.
+        demand: What the run asks.
         budget_name: What messages call the budget.
 
     Raises:
         MemoryPlanError: If the budget is too small; names the smallest that works and what needs it.
     """
-    by_name = {unit.name: unit for unit in units}
-    param = _parameters(by_name, chains)
-    grad = max((u.grad_nbytes for u in units), default=0)
-    update = _update(units, CHUNK_STEP_NUMEL, is_elementwise)
-    smallest = param + grad + update + STAGING_NBYTES
-    if budget_nbytes is None:
+    draft = _Draft(units, chains, demand)
+    smallest = draft.total
+    if budget_nbytes is not None:
+        if budget_nbytes < smallest:
+            raise MemoryPlanError(_too_small(draft, budget_nbytes, budget_name))
+        draft.grow(budget_nbytes)
+    return draft.plan(smallest)
+
+
+class _Draft:
+    """A plan that grows; every reserve is computed from the choices made so far."""
+
+    def __init__(self, units: Sequence[UnitSize], chains: Sequence[Sequence[str]], demand: Demand) -> None:
+        self.units = units
+        self.demand = demand
+        self._chains = chains
+        self._by_name = {unit.name: unit for unit in units}
+        self._largest_grad = max((u.grad_nbytes for u in units), default=0)
+        self._all_grads = sum(u.grad_nbytes for u in units)
+        self.chunk_numel = CHUNK_STEP_NUMEL
+        self.num_queued = 0  # of the largest gradients
+        self.keep_grads = False
+        self.keep_cache = False
+        self.kept_params = {unit.name for unit in units if unit.is_sticky}
+        self.kept_states: set[str] = set()
+
+    # -- reserves ------------------------------------------------------------------------------------------------
+
+    @property
+    def streamed(self) -> list[UnitSize]:
+        """Units whose parameters stream."""
+        return [unit for unit in self.units if unit.name not in self.kept_params]
+
+    @property
+    def param_nbytes(self) -> int:
+        """Chains of units that stream, and units arriving."""
+        streamed = {unit.name: unit for unit in self.streamed}
+        chain = max((_chain(streamed, [n for n in c if n in streamed]) for c in self._chains), default=0)
+        largest = max((unit.param_nbytes for unit in streamed.values()), default=0)
+        more = max((self.demand.window or 2) - 2, 0)
+        # Released units and further ones ahead push those in use into the middle of the pool; with as much again, one
+        # side still holds the largest that may arrive.
+        return chain + largest * (max(more, 1) if self.keep_cache or more else 0)
+
+    @property
+    def update_nbytes(self) -> int:
+        """Slots for the kinds that stream."""
+        updated = [u for u in self.units if u.numel]
+        per_unit = [(u.numel, self._streamed_width(u)) for u in updated]
+        if not self.demand.is_elementwise:
+            return max((round_up(n * width) + 64 * 4096 for n, width in per_unit if width), default=0)
+        largest = max((n for n, width in per_unit if width), default=0)
+        width = max((width for _, width in per_unit), default=0)
+        return min(DEPTH, -(-largest // self.chunk_numel)) * self.chunk_numel * width
+
+    def _streamed_width(self, unit: UnitSize) -> int:
+        """Bytes per element of the kinds of ``unit`` that an update streams."""
+        param = 0 if unit.name in self.kept_params else unit.param_width
+        return param + (0 if unit.name in self.kept_states else unit.state_width)
+
+    @property
+    def queue_nbytes(self) -> int:
+        """Gradients that wait for their update while backward goes on."""
+        return min(self.num_queued * self._largest_grad, self._all_grads)
+
+    @property
+    def grad_nbytes(self) -> int:
+        """Gradients in memory."""
+        return self._all_grads if self.keep_grads else min(self._largest_grad + self.queue_nbytes, self._all_grads)
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Parameters and states that are kept."""
+        params = sum(self._by_name[name].kept_param_nbytes for name in self.kept_params)
+        return params + sum(self._by_name[name].kept_state_nbytes for name in self.kept_states)
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.param_nbytes + self.update_nbytes + self.grad_nbytes + STAGING_NBYTES + self.kept_nbytes
+
+    # -- growing -------------------------------------------------------------------------------------------------
+
+    def grow(self, budget: int) -> None:
+        """Spend the budget, the most useful first."""
+        demand = self.demand
+        trained = self._largest_grad > 0
+        if trained and demand.is_elementwise and demand.is_overlapped:
+            self._try(budget, num_queued=1)
+        if demand.window is None and self.streamed:
+            self._try(budget, keep_cache=True)
+        while trained and self.chunk_numel < MAX_CHUNK_NUMEL:
+            is_small = self.update_nbytes <= (budget - self.total) // 8
+            if not (is_small and self._try(budget, chunk_numel=2 * self.chunk_numel)):
+                break
+        if trained and demand.has_gate and self._all_grads - self.grad_nbytes <= (budget - self.total) // 2:
+            self._try(budget, keep_grads=True)
+        self._keep(budget, self.kept_params)
+        self._keep(budget, self.kept_states)
+        if trained and demand.is_overlapped:
+            while self.queue_nbytes < self._all_grads and self._try(budget, num_queued=self.num_queued + 1):
+                pass
+
+    def _keep(self, budget: int, kept: set[str]) -> None:
+        # The largest first: without them less is needed for units in use.
+        for unit in sorted(self.units, key=lambda u: -u.param_nbytes):
+            if unit.name not in kept and (kept is self.kept_params or unit.kept_state_nbytes):
+                kept.add(unit.name)
+                if self.total > budget:
+                    kept.discard(unit.name)
+
+    def _try(self, budget: int, **choices: int | bool) -> bool:
+        before = {name: getattr(self, name) for name in choices}
+        vars(self).update(choices)
+        if self.total <= budget:
+            return True
+        vars(self).update(before)
+        return False
+
+    def plan(self, smallest_nbytes: int) -> MemoryPlan:
+        """The plan as it is now."""
+        fits = not self.streamed and all(u.name in self.kept_states for u in self.units if u.kept_state_nbytes)
         return MemoryPlan(
-            param, update, grad, STAGING_NBYTES, CHUNK_STEP_NUMEL, DEPTH, False, False, smallest_nbytes=smallest
+            param_nbytes=self.param_nbytes,
+            update_nbytes=self.update_nbytes,
+            grad_nbytes=self.grad_nbytes,
+            staging_nbytes=STAGING_NBYTES,
+            kept_nbytes=self.kept_nbytes,
+            chunk_numel=self.chunk_numel,
+            depth=DEPTH,
+            keep_cache=self.keep_cache,
+            keep_grads=self.keep_grads,
+            queue_nbytes=self.queue_nbytes,
+            kept_params=frozenset(self.kept_params),
+            kept_states=frozenset(self.kept_states),
+            fits=fits,
+            smallest_nbytes=smallest_nbytes,
         )
-    if budget_nbytes < smallest:
-        raise MemoryPlanError(_too_small(units, param, grad, update, smallest, budget_nbytes, budget_name))
-    spare = budget_nbytes - smallest
-    chunk = CHUNK_STEP_NUMEL
-    while chunk < MAX_CHUNK_NUMEL and _update(units, 2 * chunk, is_elementwise) - update <= spare // 4:
-        chunk *= 2
-    spare -= _update(units, chunk, is_elementwise) - update
-    update = _update(units, chunk, is_elementwise)
-    all_grads = sum(u.grad_nbytes for u in units)
-    keep_grads = all_grads - grad <= spare // 2
-    if keep_grads:
-        spare -= all_grads - grad
-        grad = all_grads
-    all_params = sum(round_up(u.param_nbytes) for u in units)
-    largest = max((u.param_nbytes for u in units), default=0)
-    extra = min(spare, max(0, all_params + largest - param))
-    # Kept units push the ones in use into the middle; then one side must still hold the largest that may arrive.
-    keep_cache = 0 < largest <= extra
-    return MemoryPlan(
-        param + extra, update, grad, STAGING_NBYTES, chunk, DEPTH, keep_cache, keep_grads, smallest_nbytes=smallest
-    )
 
 
-def _parameters(by_name: dict[str, UnitSize], chains: Sequence[Sequence[str]]) -> int:
-    return max((_chain(by_name, chain) for chain in chains), default=0)
-
-
-def _chain(by_name: dict[str, UnitSize], chain: Sequence[str]) -> int:
+def _chain(by_name: dict[str, UnitSize], chain: Collection[str]) -> int:
     """Room for one chain and the largest unit that may arrive beside it."""
     members = [by_name[name].param_nbytes for name in chain]
     others = max((u.param_nbytes for name, u in by_name.items() if name not in chain), default=0)
@@ -140,23 +283,12 @@ def _chain(by_name: dict[str, UnitSize], chain: Sequence[str]) -> int:
     return sum(members) + max(others, nested)
 
 
-def _update(units: Sequence[UnitSize], chunk_numel: int, is_elementwise: bool) -> int:
-    if not is_elementwise:
-        return max((round_up(u.numel * u.state_nbytes) + 64 * 4096 for u in units if u.numel), default=0)
-    largest = max((u.numel for u in units), default=0)
-    width = max((u.state_nbytes for u in units if u.numel), default=0)
-    depth = min(DEPTH, -(-largest // chunk_numel))
-    return depth * chunk_numel * width
-
-
-def _too_small(
-    units: Sequence[UnitSize], param: int, grad: int, update: int, smallest: int, budget: int, name: str
-) -> str:
-    largest = max(units, key=lambda u: u.param_nbytes)
+def _too_small(draft: _Draft, budget: int, name: str) -> str:
+    largest = max(draft.units, key=lambda u: u.param_nbytes)
     return (
-        f"{name}={fmt(budget)} cannot work: parameters in use and one unit arriving need {fmt(param)}, gradients of "
-        f"one unit {fmt(grad)}, the update {fmt(update)}, staging {fmt(STAGING_NBYTES)}: together {fmt(smallest)} "
-        f"({smallest} bytes). The "
-        f"largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set {name} to at least "
-        f"{-(-smallest // MiB)}MiB, or cut smaller units with units=..."
+        f"{name}={fmt(budget)} cannot work: parameters in use and one unit arriving need {fmt(draft.param_nbytes)}, "
+        f"small ones that always stay {fmt(draft.kept_nbytes)}, gradients of one unit {fmt(draft.grad_nbytes)}, the "
+        f"update {fmt(draft.update_nbytes)}, staging {fmt(STAGING_NBYTES)}: together {fmt(draft.total)} "
+        f"({draft.total} bytes). The largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set {name} to "
+        f"at least {-(-draft.total // MiB)}MiB, or cut smaller units with units=..."
     )

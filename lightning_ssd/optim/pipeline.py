@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.codec import float32
-from lightning_ssd.errors import NonFiniteGradientError, SSDOffloadError
+from lightning_ssd.errors import NonFiniteGradientError, ResidencyError, SSDOffloadError
 from lightning_ssd.io.engine import Transfer
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.optim.rules import Options, Rule
 from lightning_ssd.store.dtypes import dtype_of
-from lightning_ssd.store.layout import UnitLayout, chunks
+from lightning_ssd.store.layout import Segment, UnitLayout, chunks
 from lightning_ssd.store.state_store import Generation, StateStore
 from lightning_ssd.streaming.unit import Unit
-from lightning_ssd.trace import Trace
+from lightning_ssd.trace import Lane, Trace
 
 
 @dataclass
@@ -34,12 +34,14 @@ class ParameterUpdate:
 
     Attributes:
         grad: Gradient, of the parameter's shape.
+        version: Its version counter at the step: it must not change before the update has run.
         options: Hyper-parameters of its group at the step.
         scalars: What the rule keeps beside tensors; changed in place.
         initialised: Kinds of which this parameter has a state; changed in place.
     """
 
     grad: Tensor
+    version: int
     options: Options
     scalars: dict[str, Any]
     initialised: set[str]
@@ -59,7 +61,7 @@ class Pipeline:
         chunk_numel: Elements of a chunk, a multiple of 2**19.
         depth: Chunks in memory at a time.
         keep_master: Keep a float32 master of 16-bit parameters.
-        trace: Gets the events ``update`` and ``updated``.
+        trace: Gets the events ``update`` and ``updated``, and spans.
     """
 
     def __init__(
@@ -72,19 +74,31 @@ class Pipeline:
         self._keep_master = keep_master
         self._trace = trace
 
-    def update(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate]) -> None:
+    def update(
+        self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], values: Tensor | None = None
+    ) -> None:
         """Update the parameters of ``unit`` that have a part, by index, and commit new generations.
 
+        Args:
+            unit: What to update.
+            rule: How.
+            parts: Gradients and hyper-parameters by parameter index.
+            values: All elements of ``unit``, flat, where they are in memory and are the master: not read again then.
+
         Raises:
-            NonFiniteGradientError: A gradient holds NaN or Inf; nothing of the unit has changed.
+            ResidencyError: A gradient was changed in place since the step.
             IoError: The disk failed; the generations before the update are still the current ones.
         """
-        self._require_finite(unit, parts)
+        _require_unchanged(unit, parts)
         self._trace.mark("update", unit.name)
         kinds = [k for k in self._store.kinds(unit.name) if k not in ("param", "master")]
         for part in parts.values():
             kinds += [k for k in rule.kinds(part.options) if k not in kinds]
-        with _unchanged_on_failure(parts.values()), self._new_generations(unit, kinds) as files:
+        with (
+            self._trace.span(Lane.UPDATE, "update", unit.name),
+            _unchanged_on_failure(parts.values()),
+            self._new_generations(unit, kinds, values) as files,
+        ):
             for part in parts.values():
                 rule.begin(part.scalars, part.options)
             if rule.is_elementwise:
@@ -100,7 +114,11 @@ class Pipeline:
 
     def _in_chunks(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], files: _Files) -> None:
         flats = {i: part.grad.detach().reshape(-1) for i, part in parts.items()}
-        sizes = [(kind, layout.itemsize * self._chunk_numel) for kind, layout in files.layouts.items()]
+        if not files.streamed:
+            files.is_touched = True
+            self._compute(unit, rule, parts, flats, files, None, 0, unit.layout.numel)
+            return
+        sizes = [(column.kind, column.layout.itemsize * self._chunk_numel) for column in files.streamed]
         depth = min(self._depth, -(-unit.layout.numel // self._chunk_numel))
         with ExitStack() as stack:
             slots = [_Slot(self._pool, sizes, unit.name, stack) for _ in range(depth)]
@@ -109,7 +127,7 @@ class Pipeline:
             for i, (begin, end) in enumerate([*ranges, (0, 0)]):
                 if i < len(ranges):
                     slot = slots[i % depth]
-                    slot.wait()  # sync: what the slot held before is on disk
+                    self._wait(slot, unit)  # sync: what the slot held before is on disk
                     files.read(slot, begin, end)
                     pending.append((slot, begin, end))
                 # One slot is left free of reads, so that its writes run while the next chunk is computed.
@@ -117,11 +135,16 @@ class Pipeline:
                     ready = pending[:] if i == len(ranges) else pending[:1]
                     del pending[: len(ready)]
                     for slot, begin, end in ready:
-                        slot.wait()  # sync: the chunk's reads
+                        self._wait(slot, unit)  # sync: the chunk's reads
+                        files.is_touched = True
                         self._compute(unit, rule, parts, flats, files, slot, begin, end)
                         files.write(slot, begin, end)
             for slot in slots:
-                slot.wait()  # sync: the last writes
+                self._wait(slot, unit)  # sync: the last writes
+
+    def _wait(self, slot: _Slot, unit: Unit) -> None:
+        with self._trace.span(Lane.WAIT, "update waits for the disk", unit.name):
+            slot.wait()
 
     def _compute(
         self,
@@ -130,92 +153,120 @@ class Pipeline:
         parts: Mapping[int, ParameterUpdate],
         flats: Mapping[int, Tensor],
         files: _Files,
-        slot: _Slot,
+        slot: _Slot | None,
         begin: int,
         end: int,
     ) -> None:
-        views = {kind: slot.tensor(kind, files.dtype(kind), end - begin) for kind in files.layouts}
-        master = views[files.master_kind]
-        param = views["param"] if files.master_kind != "param" else None
-        if files.widens:
-            kernels.convert_(master, views["param"])
-        elif param is not None and len(parts) < len(unit.params):
-            kernels.convert_(param, master)  # parameters without an update keep their value
-        for segment in unit.layout.segments(begin, end):
-            part = parts.get(segment.index)
-            if part is None:
-                continue
-            here = slice(segment.begin - begin, segment.end - begin)
-            states = {k: v[here] for k, v in views.items() if k not in ("param", "master")}
-            grad = flats[segment.index][segment.offset : segment.offset + segment.numel]
-            is_first = not part.initialised
-            out = None if param is None else param[here]
-            rule.update(master[here], grad, states, part.scalars, part.options, is_first=is_first, out=out)
+        staged = {} if slot is None else files.staged(slot, end - begin)
+
+        def view(kind: str, segment: Segment) -> Tensor:
+            kept = files.columns[kind].kept
+            if kept is not None:
+                return kept[segment.index].view(-1)[segment.offset : segment.offset + segment.numel]
+            return staged[kind][segment.begin - begin : segment.end - begin]
+
+        with self._trace.span(Lane.UPDATE, "rule", unit.name):
+            for segment in unit.layout.segments(begin, end):
+                master = view(files.master_kind, segment)
+                param = view("param", segment) if files.master_kind != "param" else None
+                if files.widens and param is not None:
+                    kernels.convert_(master, param)
+                elif files.values is not None and files.columns["param"].kept is None:
+                    master.copy_(files.values[segment.begin : segment.end])
+                part = parts.get(segment.index)
+                if part is None:
+                    if param is not None:
+                        kernels.convert_(param, master)  # parameters without an update keep their value
+                    continue
+                states = {kind: view(kind, segment) for kind in files.state_kinds}
+                grad = flats[segment.index][segment.offset : segment.offset + segment.numel]
+                is_first = not part.initialised
+                rule.update(master, grad, states, part.scalars, part.options, is_first=is_first, out=param)
 
     # -- any rule ------------------------------------------------------------------------------------------------
 
     def _in_whole(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], files: _Files) -> None:
         numel = unit.layout.numel
         with ExitStack() as stack:
-            sizes = [(kind, layout.itemsize * numel) for kind, layout in files.layouts.items()]
+            sizes = [(column.kind, column.layout.itemsize * numel) for column in files.streamed]
             slot = _Slot(self._pool, sizes, unit.name, stack)
             files.read(slot, 0, numel)
-            slot.wait()  # sync: the unit's state
-            if files.widens:
-                _flat(slot, files, "master", numel).copy_(_flat(slot, files, "param", numel))
-            for index, part in parts.items():
-                self._update_whole(rule, part, files, slot, index)
-            if files.master_kind != "param":
-                _flat(slot, files, "param", numel).copy_(_flat(slot, files, "master", numel))
+            self._wait(slot, unit)  # sync: the unit's state
+            files.is_touched = True
+            with self._trace.span(Lane.UPDATE, "rule", unit.name):
+                for index, shape in enumerate(unit.shapes):
+                    if shape.numel:
+                        self._update_whole(rule, parts.get(index), files, slot, index)
             files.write(slot, 0, numel)
-            slot.wait()  # sync: the writes
+            self._wait(slot, unit)  # sync: the writes
 
     @staticmethod
-    def _update_whole(rule: Rule, part: ParameterUpdate, files: _Files, slot: _Slot, index: int) -> None:
-        views = {
-            kind: slot.tensor(kind, files.dtype(kind), layout.entries[index].shape, layout.entries[index].begin)
-            for kind, layout in files.layouts.items()
-        }
+    def _update_whole(rule: Rule, part: ParameterUpdate | None, files: _Files, slot: _Slot, index: int) -> None:
+        views = {kind: column.whole(slot, index) for kind, column in files.columns.items()}
         master = views[files.master_kind]
-        states = {k: v for k, v in views.items() if k in part.initialised}
-        grad = part.grad.detach().to(master.dtype)
-        rule.update(master, grad, states, part.scalars, part.options, is_first=not part.initialised)
-        for kind, state in states.items():
-            if kind not in views:
-                raise SSDOffloadError(f"the optimizer made a state {kind!r} only after its first step; not supported")
-            if kind not in part.initialised:
-                views[kind].copy_(state)
-                part.initialised.add(kind)
+        if files.widens:
+            master.copy_(views["param"])
+        elif files.values is not None and files.columns["param"].kept is None:
+            entry, itemsize = files.columns["param"].layout.entries[index], master.itemsize
+            master.copy_(files.values[entry.begin // itemsize : entry.end // itemsize].view(master.shape))
+        if part is not None:
+            states = {k: v for k, v in views.items() if k in part.initialised}
+            grad = part.grad.detach().to(master.dtype)
+            rule.update(master, grad, states, part.scalars, part.options, is_first=not part.initialised)
+            for kind, state in states.items():
+                if kind not in views:
+                    raise SSDOffloadError(
+                        f"the optimizer made a state {kind!r} only after its first step; not supported"
+                    )
+                if kind not in part.initialised:
+                    views[kind].copy_(state)
+                    part.initialised.add(kind)
+        if files.master_kind != "param":
+            views["param"].copy_(master)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _new_generations(self, unit: Unit, kinds: list[str]) -> Iterator[_Files]:
+    def _new_generations(self, unit: Unit, kinds: list[str], values: Tensor | None) -> Iterator[_Files]:
         dtype = master_dtype(unit, keep_master=self._keep_master)
         layouts = {"param": unit.layout}
         if dtype != unit.layout.dtype:
             layouts["master"] = unit.layout_of("master", dtype)
         layouts |= {kind: unit.layout_of(kind, dtype) for kind in kinds}
-        files = _Files(self._store, layouts)
+        files = _Files(self._store, layouts, values)
         try:
             files.begin()
             yield files
-        except BaseException:
-            files.abandon()
+        except BaseException as error:
+            files.abandon(error)
             raise
         files.commit()
 
-    @staticmethod
-    def _require_finite(unit: Unit, parts: Mapping[int, ParameterUpdate]) -> None:
-        for index, part in parts.items():
-            grad = part.grad.detach().reshape(-1)
-            fast = grad.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            if not (kernels.sum_of_squares(grad)[1] if fast else bool(torch.isfinite(grad).all())):
-                raise NonFiniteGradientError(
-                    f"the gradient of parameter {unit.names[index]!r} holds NaN or Inf; its unit was not updated and "
-                    "the last checkpoint is whole: resume from it with a lower learning rate, gradient clipping, or "
-                    "the batch that caused this left out"
-                )
+
+def require_finite(unit: Unit, grads: Mapping[int, Tensor]) -> None:
+    """Refuse gradients, by parameter index, that hold NaN or Inf.
+
+    Raises:
+        NonFiniteGradientError: Names the parameter.
+    """
+    for index, grad in grads.items():
+        flat = grad.detach().reshape(-1)
+        fast = flat.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if not (kernels.sum_of_squares(flat)[1] if fast else bool(torch.isfinite(flat).all())):
+            raise NonFiniteGradientError(
+                f"the gradient of parameter {unit.names[index]!r} holds NaN or Inf; its unit was not updated and "
+                "the last checkpoint is whole: resume from it with a lower learning rate, gradient clipping, or "
+                "the batch that caused this left out"
+            )
+
+
+def _require_unchanged(unit: Unit, parts: Mapping[int, ParameterUpdate]) -> None:
+    for index, part in parts.items():
+        if part.grad._version != part.version:
+            raise ResidencyError(
+                f"the gradient of parameter {unit.names[index]!r} was changed in place after optimizer.step(), while "
+                "its update was still to run; change gradients before the step, use zero_grad(), or set overlap='off'"
+            )
 
 
 @contextmanager
@@ -267,51 +318,89 @@ class _Slot:
         self._transfers.clear()
 
 
-class _Files:
-    """Current and new generations of the kinds of one unit."""
+@dataclass
+class _Column:
+    """One kind of a unit in an update: streamed through slots, or kept in memory and changed there."""
 
-    def __init__(self, store: StateStore, layouts: dict[str, UnitLayout]) -> None:
+    kind: str
+    layout: UnitLayout
+    current: Generation | None
+    kept: tuple[Tensor, ...] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return dtype_of(self.layout.dtype)
+
+    def whole(self, slot: _Slot, index: int) -> Tensor:
+        """Parameter ``index`` of a slot that holds the whole unit."""
+        if self.kept is not None:
+            return self.kept[index]
+        entry = self.layout.entries[index]
+        return slot.tensor(self.kind, self.dtype, entry.shape, entry.begin)
+
+
+class _Files:
+    """Current and new generations of the kinds of one unit.
+
+    Attributes:
+        columns: By kind.
+        streamed: Those that are not kept.
+        state_kinds: All but the parameter and its master.
+        master_kind: Which kind the rule updates.
+        widens: There is no master yet: it is made from the parameter.
+        values: See `Pipeline.update`.
+        is_touched: Kept memory may hold new values by now.
+    """
+
+    def __init__(self, store: StateStore, layouts: dict[str, UnitLayout], values: Tensor | None) -> None:
         self._store = store
-        self.layouts = layouts
         unit = layouts["param"].unit
-        self._current = {kind: store.current(unit, kind) for kind in layouts}
-        self._new: dict[str, Generation] = {}
+        self.columns = {k: _Column(k, lay, store.current(unit, k), store.kept(unit, k)) for k, lay in layouts.items()}
+        self.streamed = [column for column in self.columns.values() if column.kept is None]
+        self.state_kinds = [kind for kind in layouts if kind not in ("param", "master")]
         self.master_kind = "master" if "master" in layouts else "param"
-        self.widens = self.master_kind == "master" and self._current["master"] is None
+        self.widens = self.master_kind == "master" and self.columns["master"].current is None
+        self.values = values if self.master_kind == "param" else None
+        self.is_touched = False
+        self._new: list[Generation] = []
 
     def begin(self) -> None:
-        for kind, layout in self.layouts.items():
-            self._new[kind] = self._store.begin(layout)
+        for column in self.columns.values():
+            if column.current is None and column.kept is not None:
+                for tensor in column.kept:
+                    tensor.zero_()
+            self._new.append(self._store.begin(column.layout))
 
-    def dtype(self, kind: str) -> torch.dtype:
-        return dtype_of(self.layouts[kind].dtype)
+    def staged(self, slot: _Slot, numel: int) -> dict[str, Tensor]:
+        """The streamed kinds' tensors of a chunk."""
+        return {column.kind: slot.tensor(column.kind, column.dtype, numel) for column in self.streamed}
 
     def read(self, slot: _Slot, begin: int, end: int) -> None:
-        for kind, layout in self.layouts.items():
-            current = self._current[kind]
-            if kind == "param" and self.master_kind != "param" and not self.widens:
-                continue  # written from the master
-            if current is None:
-                slot.clear(kind)
+        for column in self.streamed:
+            if column.kind == "param" and (
+                self.values is not None or (self.master_kind != "param" and not self.widens)
+            ):
+                continue  # it is in memory, or written from the master
+            if column.current is None:
+                slot.clear(column.kind)
             else:
-                itemsize = layout.itemsize
-                slot.add(self._store.read, current, kind, begin * itemsize, (end - begin) * itemsize)
+                itemsize = column.layout.itemsize
+                slot.add(self._store.read, column.current, column.kind, begin * itemsize, (end - begin) * itemsize)
 
     def write(self, slot: _Slot, begin: int, end: int) -> None:
-        for kind, layout in self.layouts.items():
-            itemsize = layout.itemsize
-            slot.add(self._store.write, self._new[kind], kind, begin * itemsize, (end - begin) * itemsize)
+        for column, new in zip(self.columns.values(), self._new, strict=True):
+            if column.kept is None:
+                itemsize = column.layout.itemsize
+                slot.add(self._store.write, new, column.kind, begin * itemsize, (end - begin) * itemsize)
 
     def commit(self) -> None:
-        self._store.commit(*self._new.values())
+        self._store.commit(*self._new)
 
-    def abandon(self) -> None:
-        for generation in self._new.values():
-            self._store.abandon(generation)
-
-
-def _flat(slot: _Slot, files: _Files, kind: str, numel: int) -> Tensor:
-    return slot.tensor(kind, files.dtype(kind), numel)
+    def abandon(self, error: BaseException) -> None:
+        unit = self.columns["param"].layout.unit
+        damage = f"the update of unit {unit!r} failed midway ({error}): resume from the last checkpoint"
+        for generation in self._new:
+            self._store.abandon(generation, damage if self.is_touched else "")
 
 
 def state_nbytes_per_numel(unit: Unit, num_kinds: int, *, keep_master: bool) -> int:

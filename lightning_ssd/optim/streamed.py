@@ -1,7 +1,7 @@
 """The user's optimizer, adopted: it stays the same object and the only source of hyper-parameters; its step streams.
 
-On the instance (never on the class) ``step``, ``state_dict`` and ``load_state_dict`` are replaced; `StreamedOptimizer.
-release` undoes it.
+On the instance (never on the class) ``step``, ``zero_grad``, ``state_dict`` and ``load_state_dict`` are replaced;
+`StreamedOptimizer.release` undoes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_ssd.errors import CheckpointError, ConfigurationError, StoreError
-from lightning_ssd.optim.pipeline import ParameterUpdate, Pipeline, master_dtype
+from lightning_ssd.optim.pipeline import ParameterUpdate, Pipeline, master_dtype, require_finite
+from lightning_ssd.optim.queue import Owed, UpdateQueue
 from lightning_ssd.optim.rules import Rule, is_full
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.state_store import StateStore
@@ -54,6 +55,7 @@ class StreamedOptimizer:
         self._after: dict[int, dict[str, Any]] = {}  # the same as the rule left them
         self._pipeline: Pipeline | None = None
         self._residents: Residents | None = None
+        self._queue: UpdateQueue | None = None
         for i, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
                 if param not in self._places:
@@ -70,48 +72,88 @@ class StreamedOptimizer:
         step = self._make_step()
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         self.optimizer.step = step  # type: ignore[method-assign]
+        self.optimizer.zero_grad = self._make_zero_grad()  # type: ignore[method-assign]
         self.optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
         self.optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
         if earlier["state"]:
             self.load_state_dict(earlier)
             self.optimizer.state.clear()
 
-    def connect(self, pipeline: Pipeline, residents: Residents) -> None:
+    def connect(self, pipeline: Pipeline, residents: Residents, queue: UpdateQueue) -> None:
         """From now on steps can run."""
         self._pipeline = pipeline
         self._residents = residents
+        self._queue = queue
 
     def release(self) -> None:
         """Give the optimizer its own step back; ``state_dict`` goes on to show what is in the store."""
-        self._pipeline = self._residents = None
-        self.optimizer.__dict__.pop("step", None)
+        self._pipeline = self._residents = self._queue = None
+        for name in ("step", "zero_grad"):
+            self.optimizer.__dict__.pop(name, None)
+
+    def drain(self) -> None:
+        """Return when every update that is owed has run."""
+        if self._queue is not None:
+            self._queue.drain()
 
     # -- step ----------------------------------------------------------------------------------------------------
 
-    def update(self, unit: Unit, grads: Mapping[int, Tensor]) -> None:
-        """Update the parameters of ``unit`` that this optimizer owns and that have a gradient."""
-        assert self._pipeline is not None
-        assert self._residents is not None
-        groups = self._groups()
+    def update(self, unit: Unit, grads: Mapping[int, Tensor], *, is_last: bool = False) -> None:
+        """Owe the update of the parameters of ``unit`` that this optimizer owns and that have a gradient.
+
+        Args:
+            unit: What to update.
+            grads: Complete gradients by parameter index; they must not change before the update has run.
+            is_last: The gradients are held by nobody else, and count against the queue's memory.
+
+        Raises:
+            NonFiniteGradientError: A gradient holds NaN or Inf; nothing of the unit has changed.
+        """
+        pipeline, residents, queue = self._pipeline, self._residents, self._queue
+        assert pipeline is not None
+        assert residents is not None
+        assert queue is not None
+        queue.wait(unit)  # of another optimizer, or of the step before
+        parts = self._parts(unit, grads)
+        if not parts:
+            return
+        residents.settle(unit)
+        held = [residents.borrow(unit)]
+
+        def done() -> None:
+            if held.pop() is not None:
+                residents.end_borrow(unit)
+
+        def run() -> None:
+            try:
+                pipeline.update(unit, self.rule, parts, held[0])
+            finally:
+                done()
+            residents.updated(unit)
+
+        nbytes = sum(part.grad.nbytes for part in parts.values()) if is_last else 0
+        position = residents.schedule.position(unit.name, "train")
+        queue.add(Owed(unit, nbytes, position, lambda: residents.is_free(unit), run, done))
+
+    def _parts(self, unit: Unit, grads: Mapping[int, Tensor]) -> dict[int, ParameterUpdate]:
         parts: dict[int, ParameterUpdate] = {}
-        for index, grad in grads.items():
+        groups = self._groups()
+        mine = {index: grad for index, grad in grads.items() if unit.params[index] in groups}
+        require_finite(unit, mine)
+        for index, grad in mine.items():
             param = unit.params[index]
-            group = groups.get(param)
-            if group is None:
-                continue
+            group = groups[param]
             options = dict(self._options(group))
             self._after[group] = options
             scalars = self._scalars.setdefault(param, {})
-            parts[index] = ParameterUpdate(grad, options, scalars, self._initialised.setdefault(param, set()))
-        if parts:
-            self._residents.settle(unit)
-            self._pipeline.update(unit, self.rule, parts)
-            self._residents.superseded(unit)
+            initialised = self._initialised.setdefault(param, set())
+            parts[index] = ParameterUpdate(grad, grad._version, options, scalars, initialised)
+        return parts
 
     @property
     def is_mid_step(self) -> bool:
-        """Whether a step has updated some units and not yet all: it runs now, or it failed."""
-        return bool(self._after)
+        """Whether a step has updated some units and can or could not update all: it runs now, or it failed."""
+        return bool(self._after) or (self._queue is not None and self._queue.is_broken)
 
     def _make_step(self) -> Callable[..., Any]:
         optimizer = self.optimizer
@@ -135,9 +177,23 @@ class StreamedOptimizer:
 
         return step
 
+    def _make_zero_grad(self) -> Callable[..., None]:
+        zero_grad = self.optimizer.zero_grad
+
+        def zero(set_to_none: bool = True) -> None:
+            if not set_to_none:
+                self.drain()  # an update that is owed reads what this overwrites
+            zero_grad(set_to_none)
+
+        return zero
+
     def _finish_step(self) -> None:
+        assert self._residents is not None
+        self._residents.end_step()  # whoever reads a parameter from now on gets its new value
         for unit, grads in params_with_grad(self._units()):
             self.update(unit, grads)
+        if not self.rule.is_elementwise:
+            self.drain()
         for group, options in self._after.items():  # a class may count in its group
             for key, value in options.items():
                 if value is not self._captured[group][key]:
@@ -148,7 +204,9 @@ class StreamedOptimizer:
     def _options(self, group: int) -> dict[str, Any]:
         if group not in self._captured:
             options = self.optimizer.param_groups[group]
-            self._captured[group] = {key: value for key, value in options.items() if key != "params"}
+            # Copies: a scheduler may change them before the update has run, a tensor in place.
+            captured = {k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items() if k != "params"}
+            self._captured[group] = captured
         return self._captured[group]
 
     def _params(self) -> Iterable[nn.Parameter]:
@@ -164,10 +222,12 @@ class StreamedOptimizer:
 
     def scalars(self) -> dict[str, dict[str, Any]]:
         """What is kept beside full-shaped states, by parameter name."""
+        self.drain()
         return {self._name(p): dict(s) for p, s in self._scalars.items() if s}
 
     def initialised(self) -> dict[str, set[str]]:
         """Kinds of full-shaped states that each parameter has, by parameter name."""
+        self.drain()
         return {self._name(p): set(kinds) for p, kinds in self._initialised.items() if kinds}
 
     def groups_by_name(self) -> list[dict[str, Any]]:
@@ -176,6 +236,7 @@ class StreamedOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with state tensors mapped from the store."""
+        self.drain()
         state: dict[int, dict[str, Any]] = {}
         maps: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         for number, param in enumerate(self._params()):
@@ -200,6 +261,7 @@ class StreamedOptimizer:
         Raises:
             CheckpointError: If the state does not fit the optimizer.
         """
+        self.drain()
         saved_groups = state_dict["param_groups"]
         groups = self.optimizer.param_groups
         sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))

@@ -1,7 +1,13 @@
-"""Named state in files: every unit and kind has one current generation, an immutable safetensors file.
+"""Named state: every unit and kind has one current generation, an immutable safetensors file or memory that is kept.
 
 A new generation is written beside the current one and takes its place by `commit`; the superseded file is recycled for
 the next generation of the same size, or only unlinked if a checkpoint or a mapping still names it.
+
+[Note: kept] What the plan keeps in memory has no file while it is used: an update changes the memory in place, and the
+new generation is the same memory. `StateStore.on_disk` writes a file of it when somebody wants one: a checkpoint, a
+mapping, the end of the run. So with memory to spare no step touches the disk, and everything else works on files.
+
+Safe to use from the thread that trains and the one that updates; a generation is written by one of them.
 """
 
 from __future__ import annotations
@@ -12,9 +18,10 @@ import itertools
 import mmap
 import os
 import re
+import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -29,23 +36,42 @@ from lightning_ssd.sizes import BLOCK_NBYTES, fmt
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import CHECK_NBYTES, UnitLayout, chunks
 from lightning_ssd.store.run_directory import RunDirectory
+from lightning_ssd.trace import Lane, Trace
 
 
-@dataclass
+@dataclass(eq=False)
 class Generation:
-    """One written version of one kind of one unit: one file.
+    """One written version of one kind of one unit: one file, or memory that is kept, or both.
 
     Attributes:
         layout: What is where in the file.
-        file: The open file.
+        kept: One tensor per parameter, in file order, where the values are kept in memory; see [Note: kept].
         checks: CRC32C of each `CHECK_NBYTES` of the data section, None where not written yet or not known.
         is_mapped: Somebody may hold a view that writes to the file: never link it.
+        damage: Why the values are unusable: an update of kept memory failed midway. Empty if they are whole.
     """
 
     layout: UnitLayout
-    file: File
+    _file: File | None
+    kept: tuple[Tensor, ...] | None = None
     checks: list[int | None] = field(default_factory=list)
     is_mapped: bool = False
+    damage: str = ""
+
+    @property
+    def file(self) -> File:
+        """The open file; what is kept has one after `StateStore.on_disk`."""
+        assert self._file is not None, f"{self.layout.unit} {self.layout.kind}: not on disk"
+        return self._file
+
+    @file.setter
+    def file(self, file: File) -> None:
+        self._file = file
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the values are on disk."""
+        return self._file is not None
 
 
 class StateStore:
@@ -56,14 +82,26 @@ class StateStore:
         engine: Moves the bytes.
         direct: Open files with O_DIRECT, one flag per directory.
         verify: Check every read against the checksums of what was written.
+        trace: Gets spans of reads and writes.
     """
 
-    def __init__(self, directories: list[RunDirectory], engine: Engine, *, direct: list[bool], verify: bool) -> None:
+    def __init__(
+        self,
+        directories: list[RunDirectory],
+        engine: Engine,
+        *,
+        direct: list[bool],
+        verify: bool,
+        trace: Trace | None = None,
+    ) -> None:
         self._directories = directories
         self._direct = direct
         self.engine = engine
         self.verify = verify
+        self._trace = trace or Trace()
+        self._lock = threading.RLock()
         self._current: dict[tuple[str, str], Generation] = {}
+        self._kept: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._free: dict[int, list[File]] = defaultdict(list)  # by length
         self._numbers = itertools.count()
         self._staging = Pool(STAGING_NBYTES, "staging")
@@ -80,26 +118,41 @@ class StateStore:
     # -- generations ---------------------------------------------------------------------------------------------
 
     def current(self, unit: str, kind: str) -> Generation | None:
-        """The newest committed generation, None if there is none."""
-        return self._current.get((unit, kind))
+        """The newest committed generation, None if there is none.
+
+        Raises:
+            StoreError: Its update failed midway; the message is that of the failure.
+        """
+        generation = self._current.get((unit, kind))
+        if generation is not None and generation.damage:
+            raise StoreError(generation.damage)
+        return generation
 
     def kinds(self, unit: str) -> list[str]:
         """Kinds of which ``unit`` has a generation."""
-        return [kind for name, kind in self._current if name == unit]
+        with self._lock:
+            return [kind for name, kind in self._current if name == unit]
 
     def begin(self, layout: UnitLayout) -> Generation:
         """A new generation whose data section is still to be written; its space is reserved.
+
+        Of a kind that is kept it is the same memory once more, to be changed in place.
 
         Raises:
             StoreError: The disk is full.
             IoError: The disk failed.
         """
+        kept = self._kept.get((layout.unit, layout.kind))
+        return self._begin_file(layout) if kept is None else Generation(layout, None, kept)
+
+    def _begin_file(self, layout: UnitLayout) -> Generation:
         number = next(self._numbers)
         slug = re.sub(r"[^A-Za-z0-9._-]", "_", layout.unit)[-80:]
         name = f"{number:08d}-{slug}.{layout.kind}.safetensors"
-        file = self._file(name, layout.file_nbytes, number % len(self._directories))
+        with self._lock:
+            file = self._file(name, layout.file_nbytes, number % len(self._directories))
         num_checks = -(-layout.data_nbytes // CHECK_NBYTES)
-        generation = Generation(layout, file, [None] * num_checks)
+        generation = Generation(layout, file, checks=[None] * num_checks)
         try:
             _write_all(file, layout.header)
         except BaseException:
@@ -109,21 +162,87 @@ class StateStore:
 
     def commit(self, *generations: Generation) -> None:
         """Make completely written generations the current ones, all or none; those they replace are recycled."""
-        previous = [self._current.get((g.layout.unit, g.layout.kind)) for g in generations]
-        self._current.update({(g.layout.unit, g.layout.kind): g for g in generations})
-        for superseded in previous:
-            if superseded is not None:
-                self._retire(superseded)
+        with self._lock:
+            previous = [self._current.get((g.layout.unit, g.layout.kind)) for g in generations]
+            self._current.update({(g.layout.unit, g.layout.kind): g for g in generations})
+            for superseded in previous:
+                if superseded is not None:
+                    self._retire(superseded)
 
-    def abandon(self, generation: Generation) -> None:
-        """Drop a generation that was begun and will not be committed. No transfer on it may be in flight."""
+    def abandon(self, generation: Generation, damage: str = "") -> None:
+        """Drop a generation that was begun and will not be committed. No transfer on it may be in flight.
+
+        Args:
+            generation: What to drop.
+            damage: Of one that is kept: why the memory holds neither the old values nor the new ones.
+        """
+        current = self._current.get((generation.layout.unit, generation.layout.kind))
+        if generation.kept is not None and current is not None:
+            current.damage = damage
         self._retire(generation)
 
     def forget(self, unit: str, kind: str) -> None:
         """Drop the current generation of a kind, as if it had never been written."""
-        generation = self._current.pop((unit, kind), None)
+        with self._lock:
+            generation = self._current.pop((unit, kind), None)
         if generation is not None:
             self._retire(generation)
+
+    # -- kept in memory ------------------------------------------------------------------------------------------
+
+    def keep(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> None:
+        """From now on keep a kind of a unit in ``tensors``, contiguous, one per parameter; [Note: kept].
+
+        They get the values of the current generation; if there is none yet, they are left as they are.
+        """
+        key = (layout.unit, layout.kind)
+        generation = self._current.get(key)
+        if generation is not None:
+            self._read_into(generation, tensors)
+            generation.kept = tuple(tensors)
+        self._kept[key] = tuple(tensors)
+
+    def kept(self, unit: str, kind: str) -> tuple[Tensor, ...] | None:
+        """Where a kind of a unit is kept, one tensor per parameter; None if it is streamed."""
+        return self._kept.get((unit, kind))
+
+    def on_disk(self, generation: Generation) -> Generation:
+        """``generation``, with a file of what is kept in memory."""
+        if not generation.has_file:
+            kept = generation.kept
+            assert kept is not None
+            written = self._written(generation.layout, kept.__getitem__)
+            generation.file, generation.checks = written.file, written.checks
+        return generation
+
+    def drop_file(self, generation: Generation) -> None:
+        """What is kept of ``generation`` may have been written to: a file of it is not true any more."""
+        if generation.kept is not None and generation.has_file:
+            self._retire(generation)
+            generation._file = None
+
+    def stop_keeping(self) -> None:
+        """Write everything that is kept into files, and let go of the memory."""
+        for generation in self._current.values():
+            if not generation.damage:
+                self.on_disk(generation)
+            generation.kept = None
+        self._current = {key: g for key, g in self._current.items() if not g.damage}
+        self._kept.clear()
+
+    def _read_into(self, generation: Generation, tensors: Sequence[Tensor]) -> None:
+        layout, dtype = generation.layout, dtype_of(generation.layout.dtype)
+        buffer = self._staging.lend(STAGING_NBYTES, f"staging of {layout.unit}")
+        try:
+            for begin, end in chunks(layout.numel, STAGING_NBYTES // layout.itemsize):
+                staged = buffer.tensor(0, dtype, (end - begin,))
+                self.read(generation, begin * layout.itemsize, buffer.address, staged.nbytes).wait()  # sync: staging
+                for segment in layout.segments(begin, end):
+                    part = tensors[segment.index].view(-1)[segment.offset : segment.offset + segment.numel]
+                    part.copy_(staged[segment.begin - begin : segment.end - begin])
+                del staged
+        finally:
+            self._staging.give_back(buffer)
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
@@ -134,6 +253,7 @@ class StateStore:
         """
         where = generation.layout.data_begin + offset
         transfer = self.engine.read(generation.file, where, address, nbytes, keep=keep)
+        self._trace.follow(Lane.READ, generation.layout.kind, generation.layout.unit, nbytes, transfer)
         return _CheckedRead(transfer, generation, offset, address, nbytes) if self.verify else transfer
 
     def write(self, generation: Generation, offset: int, address: int, nbytes: int, *, keep: object = None) -> Transfer:
@@ -144,7 +264,10 @@ class StateStore:
         if self._makes_checks:
             for begin, end in chunks(nbytes, CHECK_NBYTES):
                 generation.checks[(offset + begin) // CHECK_NBYTES] = crc32c(address + begin, end - begin)
-        return self.engine.write(generation.file, generation.layout.data_begin + offset, address, nbytes, keep=keep)
+        where = generation.layout.data_begin + offset
+        transfer = self.engine.write(generation.file, where, address, nbytes, keep=keep)
+        self._trace.follow(Lane.WRITE, generation.layout.kind, generation.layout.unit, nbytes, transfer)
+        return transfer
 
     def put(self, layout: UnitLayout, source: Callable[[int], Tensor | None]) -> Generation:
         """Write and commit a generation from tensors, streamed through a small staging buffer.
@@ -154,7 +277,20 @@ class StateStore:
             source: The tensor of each parameter, by index, flat or shaped; converted to the layout's dtype.
                 None stands for zeros.
         """
-        generation = self.begin(layout)
+        kept = self._kept.get((layout.unit, layout.kind))
+        if kept is None:
+            generation = self._written(layout, source)
+        else:
+            generation = Generation(layout, None, kept)
+            for index, tensor in enumerate(kept):
+                found = source(index)
+                tensor.zero_() if found is None else tensor.copy_(found.detach().reshape(tensor.shape))
+        self.commit(generation)
+        return generation
+
+    def _written(self, layout: UnitLayout, source: Callable[[int], Tensor | None]) -> Generation:
+        """A file of tensors, not committed."""
+        generation = self._begin_file(layout)
         dtype = dtype_of(layout.dtype)
         buffer = self._staging.lend(STAGING_NBYTES, f"staging of {layout.unit}")
         try:
@@ -178,11 +314,12 @@ class StateStore:
             raise
         finally:
             self._staging.give_back(buffer)
-        self.commit(generation)
         return generation
 
     def map(self, generation: Generation, *, private: bool) -> mmap.mmap:
         """Map the whole file, writable; works while files are closed (`suspend`) too.
+
+        Of what is kept it is a copy: what is written to it goes nowhere.
 
         With ``private`` what is written stays in memory and never reaches the file. A file is not written again as long
         as a mapping of it lives, so a view that the user keeps shows the values it had.
@@ -190,6 +327,7 @@ class StateStore:
         Raises:
             StoreError: The run is over and its files are gone.
         """
+        self.on_disk(generation)
         if not private:
             generation.is_mapped = True
             generation.checks = [None] * len(generation.checks)  # whoever maps it may write
@@ -217,14 +355,15 @@ class StateStore:
             such files wait already.
         """
         found = os.lstat(path)
-        alike = sum(generation.file.nbytes == found.st_size for generation in self._current.values())
+        alike = sum(g.has_file and g.file.nbytes == found.st_size for g in list(self._current.values()))
         disk = next((i for i, d in enumerate(self._directories) if os.stat(d.path).st_dev == found.st_dev), None)
         if self._is_suspended or disk is None or len(self._free[found.st_size]) >= alike or _is_open(path):
             return False
         name = f"{next(self._numbers):08d}-recycled.safetensors"
         file = File.open(path, direct=self._direct[disk], writable=True)
         file.rename(os.path.join(self._directories[disk].path, name))
-        self._free[file.nbytes].append(file)
+        with self._lock:
+            self._free[file.nbytes].append(file)
         return True
 
     # -- room and end --------------------------------------------------------------------------------------------
@@ -251,11 +390,13 @@ class StateStore:
     @property
     def nbytes_on_disk(self) -> int:
         """Bytes of all current generations and of files waiting to be recycled."""
-        spare = sum(nbytes * len(files) for nbytes, files in self._free.items())
-        return spare + sum(generation.file.nbytes for generation in self._current.values())
+        with self._lock:
+            spare = sum(nbytes * len(files) for nbytes, files in self._free.items())
+            return spare + sum(g.file.nbytes for g in self._current.values() if g.has_file)
 
     def suspend(self) -> None:
         """Close all files without forgetting them; recycled ones are removed. A second call does nothing."""
+        self.stop_keeping()
         for generation in self._current.values():
             generation.file.close()
         for files in self._free.values():
@@ -276,7 +417,8 @@ class StateStore:
     def close(self, *, remove: bool) -> None:
         """Close all files; with ``remove`` delete the run directories. The engine is not closed."""
         for generation in self._current.values():
-            generation.file.close()
+            if generation.has_file:
+                generation.file.close()
         for files in self._free.values():
             for file in files:
                 file.close()
@@ -305,6 +447,8 @@ class StateStore:
         return next(i for i, directory in enumerate(self._directories) if directory.path == folder)
 
     def _retire(self, generation: Generation) -> None:
+        if not generation.has_file:
+            return
         file = generation.file
         found = os.fstat(file.tail_fd)
         # A tensor on a mapping must keep its values; a private mapping too shows what is written to its file later.
@@ -312,7 +456,8 @@ class StateStore:
             _unlink(file)
             file.close()
         else:
-            self._free[file.nbytes].append(file)
+            with self._lock:
+                self._free[file.nbytes].append(file)
 
 
 class _CheckedRead:
@@ -328,6 +473,9 @@ class _CheckedRead:
 
     def done(self) -> bool:
         return self._transfer.done()
+
+    def times(self) -> tuple[float, float | None] | None:
+        return self._transfer.times()
 
     def wait(self, deadline_s: float | None = None) -> None:
         self._transfer.wait(deadline_s)

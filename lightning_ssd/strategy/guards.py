@@ -57,8 +57,6 @@ def require_choices(settings: dict[str, Any]) -> None:
     units = settings["units"]
     if not callable(units) and not isinstance(units, str) and not _is_list_of_text(units):
         raise ConfigurationError(f"units={units!r} is unknown; it may be 'auto' or class names of modules")
-    if settings["quantum"] not in ("auto", 1):
-        raise ConfigurationError("quantum: only 1 (one unit per transfer, also 'auto') is implemented in this version")
     if settings["device_memory"] != "auto":
         raise ConfigurationError(
             "device_memory cannot be bounded in this version; leave it at 'auto' (on the CPU device, host_memory "

@@ -10,23 +10,26 @@ import mmap
 import resource
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.errors import ConfigurationError, SSDOffloadError
 from lightning_ssd.io.engine import Engine, IOOptions, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
 from lightning_ssd.memory.limits import return_freed_memory
-from lightning_ssd.memory.plan import MemoryPlan, UnitSize, make_plan
+from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
 from lightning_ssd.memory.views import address_of
 from lightning_ssd.optim.pipeline import Pipeline, master_dtype, state_nbytes_per_numel
+from lightning_ssd.optim.queue import UpdateQueue
 from lightning_ssd.optim.rules import choose_rule
 from lightning_ssd.optim.streamed import StreamedOptimizer
+from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.activations import keeps_activations
@@ -52,10 +55,11 @@ class Settings:
         device: Where compute runs.
         units: Which modules become units.
         min_unit_numel: Elements from which a leftover is a unit of its own.
-        recompute: Blocks run their forward again in backward.
-        stream_updates: Updates may run during backward.
+        activations: ``"auto"``, ``"recompute"`` or ``"keep"``.
+        overlap: Updates run beside compute; else after it.
         update: ``"auto"``, ``"native"`` or ``"torch"``.
-        window: Units fetched ahead of use.
+        window: Units in memory at once, the one in use among them; None for as many as the plan has room for.
+        quantum: Units whose reads are started together.
         verify: Check every read against checksums.
         io: Disk transport.
         param_dtype: Dtype of floating parameters in the store; None leaves them as they are.
@@ -68,10 +72,11 @@ class Settings:
     device: torch.device
     units: UnitPolicy
     min_unit_numel: int
-    recompute: bool
-    stream_updates: bool
+    activations: str
+    overlap: bool
     update: str
-    window: int
+    window: int | None
+    quantum: int
     verify: bool
     io: IOOptions
     param_dtype: torch.dtype | None
@@ -113,6 +118,7 @@ class Session:
         self._pools: list[Pool] = []
         self._arena: mmap.mmap | None = None
         self._pipeline: Pipeline | None = None
+        self._queue: UpdateQueue | None = None
         self._streaming_for: StreamedOptimizer | None = None
         self.nursery = Nursery(self.store.spill_directory)
         # Runs when nobody holds the session any more, at the latest when the process ends.
@@ -126,10 +132,8 @@ class Session:
         specs = partition(module, policy=self.settings.units, min_numel=self.settings.min_unit_numel)
         self.units = [Unit(spec, self.settings.param_dtype) for spec in specs]
         self.store.require_free(sum(unit.layout.file_nbytes for unit in self.units), "placing the parameters")
-        blocks = {unit.block for unit in self.units if unit.block is not None}
-        residents = Residents(self.units, store=self.store, window=self.settings.window, trace=self.trace)
-        recompute = {b for b in blocks if self.settings.recompute and not keeps_activations(b)}
-        self.streamer = Streamer(residents, device=self.settings.device, recompute=recompute, trace=self.trace)
+        residents = Residents(self.units, store=self.store, trace=self.trace)
+        self.streamer = Streamer(residents, device=self.settings.device, trace=self.trace)
         parked = placeholders(self.units, self.store.spill_directory)
         for unit in self.units:
             self._place_unit(unit)
@@ -150,45 +154,95 @@ class Session:
         rule = choose_rule(optimizer, self.settings.update, keep_master=self.settings.keep_master)
         adopted = StreamedOptimizer(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master)
         adopted.adopt()
-        if self._pipeline is not None and self.streamer is not None:
-            adopted.connect(self._pipeline, self.streamer.residents)
+        self._connect(adopted)
         self.optimizers.append(adopted)
         return adopted
 
-    def start(self, module: nn.Module) -> None:
+    def start(self, module: nn.Module, *, has_gate: bool = False) -> None:
         """Decide and take the memory, hook the modules.
+
+        Args:
+            module: The model.
+            has_gate: Gradients will wait for all others before the step.
 
         Raises:
             MemoryPlanError: If the budget cannot work.
             StoreError: If the disk cannot hold the run.
         """
         assert self.streamer is not None
-        return_freed_memory()
-        self.plan = self._make_plan(module)
+        self.plan = plan = self._make_plan(module, has_gate=has_gate)
+        if not plan.fits:
+            return_freed_memory()
         self.store.require_free(self.disk_nbytes, "the optimizer state and generations being written")
-        params, updates = self._make_pools(self.plan)
+        params, updates, kept = self._make_pools(plan)
+        self._keep(plan, kept)
         self.sink = GradientSink(
-            None if self.plan.keep_grads else self.store.spill_directory,
+            None if plan.keep_grads or plan.fits else self.store.spill_directory,
             self._on_complete,
             off_device=self.settings.device.type != "cpu",
         )
+        self._queue = UpdateQueue(capacity_nbytes=plan.queue_nbytes, is_async=self.settings.overlap, trace=self.trace)
         self._pipeline = Pipeline(
             self.store,
             updates,
-            chunk_numel=self.plan.chunk_numel,
-            depth=self.plan.depth,
+            chunk_numel=plan.chunk_numel,
+            depth=plan.depth,
             keep_master=self.settings.keep_master,
             trace=self.trace,
         )
         for adopted in self.optimizers:
-            adopted.connect(self._pipeline, self.streamer.residents)
-        route = make_route(self.settings.device)
-        self.streamer.start(pool=params, route=route, sink=self.sink, keep_cache=self.plan.keep_cache)
+            self._connect(adopted)
+        window = self.settings.window
+        self.streamer.residents.start(
+            pool=params,
+            route=make_route(self.settings.device),
+            owing=self._queue,
+            keep_cache=plan.keep_cache,
+            num_ahead=(None if plan.keep_cache else 1) if window is None else window - 1,
+            quantum=self.settings.quantum,
+        )
+        self.streamer.start(sink=self.sink, recompute=self._recomputed(plan))
         self.is_started = True
 
+    def drain(self) -> None:
+        """Return when every update that is owed has run.
+
+        Raises:
+            SSDOffloadError: One of them failed.
+        """
+        if self._queue is not None:
+            self._queue.drain()
+
+    def _connect(self, adopted: StreamedOptimizer) -> None:
+        if self._pipeline is not None and self._queue is not None and self.streamer is not None:
+            adopted.connect(self._pipeline, self.streamer.residents, self._queue)
+
+    def _keep(self, plan: MemoryPlan, pool: Pool) -> None:
+        """Move what the plan keeps into memory."""
+        assert self.streamer is not None
+        for unit in self.units:
+            layouts = [unit.layout] if unit.name in plan.kept_params else []
+            if unit.name in plan.kept_states:
+                layouts += self._state_layouts(unit)
+            for layout in layouts:
+                buffer, dtype = pool.lend(layout.buffer_nbytes, f"unit {unit.name!r}"), dtype_of(layout.dtype)
+                places = zip(layout.entries, layout.places, strict=True)
+                self.store.keep(layout, [buffer.tensor(place, dtype, entry.shape) for entry, place in places])
+            if unit.name in plan.kept_params:
+                self.streamer.residents.keep(unit)
+
+    def _recomputed(self, plan: MemoryPlan) -> set[nn.Module]:
+        """Blocks that run their forward again in backward."""
+        wanted = self.settings.activations
+        if wanted == "keep" or (wanted == "auto" and plan.fits):
+            return set()
+        return {unit.block for unit in self.units if unit.block is not None and not keeps_activations(unit.block)}
+
     def abort_step(self) -> None:
-        """Drop what a step that failed held."""
+        """Drop what a step that failed held. Updates that the step before still owes are made."""
         if self.is_started and self.streamer is not None:
+            with suppress(SSDOffloadError):  # reported already, or with the next use
+                self.drain()
             self.streamer.abort_step()
 
     def rest(self) -> None:
@@ -206,6 +260,10 @@ class Session:
                 stack.callback(self.sink.close)
             if self.streamer is not None:
                 stack.callback(self.streamer.stop)
+            if self._queue is not None:
+                stack.callback(self._queue.close)
+                if not self._queue.is_broken:  # else it was reported
+                    stack.callback(self._queue.drain)
 
     def _free_arena(self) -> None:
         self._arena = None
@@ -221,6 +279,7 @@ class Session:
         assert self.streamer is not None
         resting = not self._pools
         if not resting:
+            self.drain()
             self.streamer.end_step()  # what the last step wrote is kept
         awake = [unit for unit in self.units if unit.at_rest is not None]
         if resting:
@@ -271,7 +330,7 @@ class Session:
 
     def _on_complete(self, unit: Unit, grads: dict[int, Tensor]) -> None:
         assert self._streaming_for is not None
-        self._streaming_for.update(unit, grads)
+        self._streaming_for.update(unit, grads, is_last=True)
 
     # -- numbers -------------------------------------------------------------------------------------------------
 
@@ -293,53 +352,70 @@ class Session:
         owned = {p for adopted in self.optimizers for g in adopted.optimizer.param_groups for p in g["params"]}
         return [unit for unit in self.units if any(p in owned and p.requires_grad for p in unit.params)]
 
-    def _num_kinds(self, unit: Unit) -> int:
+    def _state_kinds(self, unit: Unit) -> set[str]:
         kinds: set[str] = set()
         mine = set(unit.params)
         for adopted in self.optimizers:
             for group in adopted.optimizer.param_groups:
                 if not mine.isdisjoint(group["params"]):
                     kinds.update(adopted.rule.kinds(group))
-        return len(kinds)
+        return kinds
 
-    def _state_nbytes(self, unit: Unit) -> int:
-        """Bytes per element of a unit's state on disk beyond the parameter itself."""
-        in_update = state_nbytes_per_numel(unit, self._num_kinds(unit), keep_master=self.settings.keep_master)
-        return in_update - unit.layout.itemsize
+    def _state_layouts(self, unit: Unit) -> list[UnitLayout]:
+        """Everything that an update of ``unit`` needs beside the parameters."""
+        dtype = master_dtype(unit, keep_master=self.settings.keep_master)
+        kinds = sorted(self._state_kinds(unit)) + (["master"] if dtype != unit.layout.dtype else [])
+        return [unit.layout_of(kind, dtype) for kind in kinds]
 
-    def _make_pools(self, plan: MemoryPlan) -> tuple[Pool, Pool]:
-        """Pools for parameters and updates, cut from one arena that the engine knows."""
-        begin = pool_nbytes(plan.param_nbytes)
-        self._arena = arena = map_anonymous(begin + pool_nbytes(plan.update_nbytes))
+    def _state_nbytes(self, unit: Unit, num_kinds: int | None = None) -> int:
+        """Bytes per element of a unit's state beyond the parameter itself."""
+        if num_kinds is None:
+            num_kinds = len(self._state_kinds(unit))
+        return state_nbytes_per_numel(unit, num_kinds, keep_master=self.settings.keep_master) - unit.layout.itemsize
+
+    def _make_pools(self, plan: MemoryPlan) -> tuple[Pool, Pool, Pool]:
+        """Pools for parameters, updates and what is kept, cut from one arena that the engine knows."""
+        sizes = {"parameter": plan.param_nbytes, "update": plan.update_nbytes, "kept": plan.kept_nbytes}
+        self._arena = arena = map_anonymous(sum(map(pool_nbytes, sizes.values())))
         # Where it is refused (a limit on locked memory), transfers cost more CPU time and work the same.
         self.engine.register_memory(address_of(arena), len(arena))
-        params = Pool(plan.param_nbytes, "parameter", arena=arena)
-        updates = Pool(plan.update_nbytes, "update", arena=arena, begin=begin)
-        self._pools = [params, updates]
-        return params, updates
+        begin = 0
+        for name, nbytes in sizes.items():
+            self._pools.append(Pool(nbytes, name, arena=arena, begin=begin))
+            begin += pool_nbytes(nbytes)
+        params, updates, kept = self._pools
+        return params, updates, kept
 
-    def _make_plan(self, module: nn.Module) -> MemoryPlan:
+    def _make_plan(self, module: nn.Module, *, has_gate: bool) -> MemoryPlan:
         trained = {unit.name for unit in self._trained()}
-        most_kinds = max((self._num_kinds(unit) for unit in self.units), default=0)
+        most_kinds = max((len(self._state_kinds(unit)) for unit in self.units), default=0)
         sizes = []
         for unit in self.units:
             # A frozen unit may be trained later in the run: there is room for its update too.
             can_train = bool(self.optimizers) and unit.params[0].is_floating_point()
-            num_kinds = self._num_kinds(unit) if unit.name in trained else most_kinds
+            is_trained = unit.name in trained
             sizes.append(
                 UnitSize(
                     unit.name,
                     unit.layout.buffer_nbytes,
-                    unit.layout.data_nbytes if unit.name in trained else 0,
+                    unit.layout.data_nbytes if is_trained else 0,
                     unit.layout.numel if can_train else 0,
-                    state_nbytes_per_numel(unit, num_kinds, keep_master=self.settings.keep_master),
+                    unit.layout.itemsize,
+                    self._state_nbytes(unit, None if is_trained else most_kinds),
+                    sum(layout.buffer_nbytes for layout in self._state_layouts(unit)) if is_trained else 0,
+                    is_sticky=unit.sticky,
                 )
             )
         return make_plan(
             sizes,
             chains(module, self.units),
             budget_nbytes=self.settings.budget_nbytes,
-            is_elementwise=all(adopted.rule.is_elementwise for adopted in self.optimizers),
+            demand=Demand(
+                is_elementwise=all(adopted.rule.is_elementwise for adopted in self.optimizers),
+                is_overlapped=self.settings.overlap,
+                has_gate=has_gate,
+                window=self.settings.window,
+            ),
         )
 
     def _make_store(self) -> StateStore:
@@ -356,17 +432,16 @@ class Session:
             for directory in directories:
                 directory.close(remove=True)
             raise
-        return StateStore(directories, self.engine, direct=direct, verify=self.settings.verify)
+        return StateStore(directories, self.engine, direct=direct, verify=self.settings.verify, trace=self.trace)
 
 
 def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:
-    """Units that modules nested in each other need at the same time; sticky units are in every chain."""
+    """Units that modules nested in each other need at the same time."""
     users: dict[nn.Module, list[Unit]] = {}
     for unit in units:
         for user in unit.modules:
             users.setdefault(user, []).append(unit)
-    always = [unit.name for unit in units if unit.sticky]
-    found: list[list[str]] = [always] if always else []
+    found: list[list[str]] = []
 
     def visit(inner: nn.Module, held: list[str]) -> None:
         here = held + [unit.name for unit in users.get(inner, []) if unit.name not in held]
@@ -375,7 +450,7 @@ def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:
         for child in inner.children():
             visit(child, here)
 
-    visit(module, always)
+    visit(module, [])
     if not found:
         raise ConfigurationError("the model has no parameters to stream")
     return found

@@ -49,13 +49,15 @@ class StrategyMixin(StrategyBase):
         min_unit_numel: Modules outside repeated blocks with at least this many parameters are units of their own;
             smaller ones share a unit that stays in memory during a step.
         activations: ``"recompute"`` runs each block's forward again in backward, ``"keep"`` keeps what it saved;
-            ``"auto"`` recomputes, except blocks that work in place.
-        overlap: ``"auto"`` updates units during backward where that is exact; ``"off"`` updates after it.
+            ``"auto"`` recomputes if not everything fits in ``host_memory``, except blocks that work in place.
+        overlap: ``"auto"`` updates units beside compute: during backward where that is exact, else under the next
+            forward; ``"off"`` updates them after backward, one after the other.
         update: ``"native"`` uses the fused kernels (Adam, AdamW, SGD), ``"torch"`` the optimizer's own class on one
             parameter at a time (bit-equal to plain torch); ``"auto"`` is native where there is a kernel.
         state: Form of the optimizer state on disk; ``"fp32"``.
-        window: Units fetched ahead of use; ``"auto"`` is one.
-        quantum: Units moved per transfer; ``"auto"`` is one.
+        window: Units in memory at once, the one in use among them (Superpipeline's *k*); ``"auto"`` takes as many as
+            the plan has room for.
+        quantum: Units whose reads are started together; ``"auto"`` is one.
         verify_reads: Check every byte read against a checksum; ``"auto"`` does where the kernel is native.
         io: Disk transport.
         keep_store: Leave the live store on disk when the run ends.
@@ -220,10 +222,11 @@ class StrategyMixin(StrategyBase):
             device=self.root_device,
             units=chosen["units"],
             min_unit_numel=chosen["min_unit_numel"],
-            recompute=chosen["activations"] != "keep",
-            stream_updates=chosen["overlap"] == "auto",
+            activations=chosen["activations"],
+            overlap=chosen["overlap"] == "auto",
             update=chosen["update"],
-            window=1 if chosen["window"] == "auto" else chosen["window"],
+            window=None if chosen["window"] == "auto" else chosen["window"],
+            quantum=1 if chosen["quantum"] == "auto" else chosen["quantum"],
             verify=kernels.is_native() if chosen["verify_reads"] == "auto" else chosen["verify_reads"],
             io=chosen["io"],
             param_dtype=plugin.param_dtype,
@@ -262,7 +265,8 @@ class StrategyMixin(StrategyBase):
             self.setup_optimizers(trainer)
             self._succession.move_into(self.session, ())
         self.setup_precision_plugin()
-        self.session.start(self.lightning_module)
+        has_gate = trainer.accumulate_grad_batches > 1 or not all(map(self._may_stream_updates, self.optimizers))
+        self.session.start(self.lightning_module, has_gate=has_gate)
         logging.getLogger(f"{self._namespace}.ssd_offload").info(summary(self.session))
 
     def model_to_device(self) -> None:
@@ -343,7 +347,7 @@ class StrategyMixin(StrategyBase):
         module = self.lightning_module
         assert module is not None
         return (
-            self.session.settings.stream_updates
+            self.session.settings.overlap
             and module.automatic_optimization
             and len(self.optimizers) == 1
             and self.precision_plugin.scaler is None
@@ -426,6 +430,10 @@ class StrategyMixin(StrategyBase):
         self._resume.begin_batch()
 
     # -- end ---------------------------------------------------------------------------------------------------
+
+    def on_train_end(self) -> None:
+        """Make the updates that are still owed."""
+        self.session.drain()
 
     def on_exception(self, exception: BaseException) -> None:
         """Drop what the failed step held."""

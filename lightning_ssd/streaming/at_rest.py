@@ -4,7 +4,9 @@
 modification time is set to zero when it is mapped, so any time found later, after `msync`, means a write. A file
 that a checkpoint names is mapped private: what the user writes stays in memory, on pages that no longer belong to the
 file, which bit 61 of ``/proc/self/pagemap`` tells. Assigning ``p.data`` is seen by the address. Optimizer state is
-always mapped private: it is shown, and a checkpoint must still be able to link its file.
+always mapped private: it is shown, and a checkpoint must still be able to link its file. Parameters that are kept in
+memory are shown as they are: what the user writes is their value. Only a 16-bit one, which has a master beside it,
+needs to know: its content is summed up before and after.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from lightning_ssd.memory.views import Views, address_of
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.state_store import Generation, StateStore
+from lightning_ssd.streaming.content import content
 
 _PAGE = mmap.PAGESIZE
 _FILE_PAGE = 1 << 61
@@ -40,7 +43,7 @@ class AtRest:
     """
 
     def __init__(self, store: StateStore, generation: Generation) -> None:
-        self.generation = generation
+        self.generation = store.on_disk(generation)
         path = generation.file.path  # not its descriptor: after a run the store has closed its files
         self.is_private = generation.layout.kind != "param" or os.stat(path).st_nlink > 1
         self._checks = list(generation.checks)
@@ -52,8 +55,7 @@ class AtRest:
 
     def is_assigned(self, params: Sequence[nn.Parameter]) -> bool:
         """Whether the user gave a parameter other memory (``p.data = ...``) than the mapping."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return any(p.data_ptr() != t.data_ptr() for p, t in zip(params, self.tensors, strict=True) if t.numel())
+        return is_assigned(params, self.tensors)
 
     def was_written(self) -> bool:
         """Whether the user wrote into the mapping. For a shared one, everything written is in the file afterwards."""
@@ -76,6 +78,44 @@ class AtRest:
             pagemap.seek(first * 8)
             flags = memoryview(pagemap.read(num_pages * 8)).cast("Q")
         return any(flag & _PRESENT_OR_SWAPPED and not flag & _FILE_PAGE for flag in flags)
+
+
+class KeptAtRest:
+    """The same of a unit that is kept in memory.
+
+    Attributes:
+        generation: What is shown.
+        tensors: One per parameter, in file order.
+    """
+
+    is_private = False
+
+    def __init__(self, generation: Generation) -> None:
+        assert generation.kept is not None
+        self.generation = generation
+        self.tensors = generation.kept
+        self._has_master = generation.layout.itemsize < 4
+        self._seen = self._content()
+
+    def is_assigned(self, params: Sequence[nn.Parameter]) -> bool:
+        """See `AtRest.is_assigned`."""
+        return is_assigned(params, self.tensors)
+
+    def was_written(self) -> bool:
+        """Whether the user wrote to parameters that have a master; others need not know."""
+        return self._seen != self._content()
+
+    def let_go(self, *, is_written: bool) -> None:
+        """See `AtRest.let_go`."""
+
+    def _content(self) -> tuple[int, ...]:
+        return content(self.tensors) if self._has_master else ()
+
+
+def is_assigned(params: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> bool:
+    """Whether a parameter views other memory than its tensor."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return any(p.data_ptr() != t.data_ptr() for p, t in zip(params, tensors, strict=True) if t.numel())
 
 
 def _tensors(views: Views, layout: UnitLayout) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +24,10 @@ class Route(Protocol):
         """One tensor per parameter, in file order, on the device, ready for the current stream."""
         ...
 
+    def show(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The same of a unit whose host tensors are kept in memory."""
+        ...
+
 
 class HostRoute:
     """The device is the CPU: parameters view the buffer that the disk was read into."""
@@ -35,6 +40,10 @@ class HostRoute:
             if place != entry.begin:
                 ctypes.memmove(buffer.address + place, buffer.address + entry.begin, entry.nbytes)
         return _tensors(layout, buffer)
+
+    def show(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See `Route.show`; they are used where they are."""
+        return tensors
 
 
 class CudaRoute:
@@ -65,6 +74,11 @@ class CudaRoute:
             flat = on_device.view(-1)
             itemsize = layout.itemsize
             return [flat[e.begin // itemsize : e.end // itemsize].view(e.shape).clone() for e in layout.entries]
+
+    def show(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See `Route.show`; copies, since an update may change the host's while compute reads these."""
+        with torch.inference_mode(False):
+            return [tensor.to(self._device) for tensor in tensors]
 
 
 def make_route(device: torch.device) -> Route:

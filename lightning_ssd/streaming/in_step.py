@@ -8,12 +8,7 @@ before they go. ``p.data`` has no version that would tell, so the bytes themselv
 
 from __future__ import annotations
 
-import ctypes
-import zlib
-
-from torch import Tensor
-
-from lightning_ssd.kernels.api import crc32c, is_native
+from lightning_ssd.streaming.content import content
 from lightning_ssd.streaming.unit import Unit
 
 
@@ -26,12 +21,12 @@ class Reachable:
     def note(self, unit: Unit) -> None:
         """From now on ``unit``, which is resident, may be written to."""
         if unit.name not in self._seen:
-            self._seen[unit.name] = _content(unit)
+            self._seen[unit.name] = content(unit.params)
 
     def is_written(self, unit: Unit) -> bool:
         """Whether ``unit`` was written to since it was noted; False if it was not noted."""
         seen = self._seen.get(unit.name)
-        return seen is not None and seen != _content(unit)
+        return seen is not None and seen != content(unit.params)
 
     def forget(self, unit: Unit) -> None:
         """Watch ``unit`` no longer."""
@@ -40,14 +35,3 @@ class Reachable:
     def clear(self) -> None:
         """Watch nothing."""
         self._seen.clear()
-
-
-def _content(unit: Unit) -> tuple[int, ...]:
-    return tuple(_checksum(param.detach()) for param in unit.params if param.numel())
-
-
-def _checksum(tensor: Tensor) -> int:
-    host = tensor.cpu().contiguous()
-    if is_native():
-        return crc32c(host.data_ptr(), host.nbytes)
-    return zlib.crc32((ctypes.c_char * host.nbytes).from_address(host.data_ptr()))

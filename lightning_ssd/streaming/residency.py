@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +13,41 @@ from torch import Tensor, nn
 from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.store.state_store import Generation, StateStore
-from lightning_ssd.streaming.at_rest import AtRest
+from lightning_ssd.streaming.at_rest import AtRest, KeptAtRest, is_assigned
 from lightning_ssd.streaming.fence import fenced_class
 from lightning_ssd.streaming.fetch import Route
 from lightning_ssd.streaming.in_step import Reachable
 from lightning_ssd.streaming.schedule import Schedule
 from lightning_ssd.streaming.unit import Residency, Unit
-from lightning_ssd.trace import Trace
+from lightning_ssd.trace import Lane, Trace
+
+
+class Owing(Protocol):
+    """Updates that have yet to run, seen from the parameters: only they know how long their values are good."""
+
+    def wait(self, unit: Unit) -> None:
+        """Return when no update of ``unit`` is owed; raise what an update failed with."""
+        ...
+
+    def is_owed(self, unit: Unit) -> bool:
+        """Whether an update of ``unit`` is still to be done."""
+        ...
+
+    def notify(self) -> None:
+        """A unit that was in use is at rest."""
+        ...
 
 
 class Residents:
     """The units of one model and the memory they take.
 
+    The thread that trains calls everything but `updated` and `end_borrow`, which the thread of updates calls. The lock
+    is never held while waiting for the disk or for an update.
+
     Args:
         units: All units.
         store: Where their values are.
-        window: Units fetched ahead of use.
-        trace: Gets the events ``prefetch``, ``fetch``, ``release``.
+        trace: Gets the events ``prefetch``, ``fetch``, ``release``, and spans.
 
     Attributes:
         units: All units.
@@ -39,19 +57,21 @@ class Residents:
         on_touch: Called with each unit of which a parameter at rest was used in a step. Set by the owner.
     """
 
-    def __init__(self, units: list[Unit], *, store: StateStore, window: int, trace: Trace) -> None:
+    def __init__(self, units: list[Unit], *, store: StateStore, trace: Trace) -> None:
         self.units = units
         self.schedule = Schedule()
         self.is_in_step: Callable[[], bool] = lambda: False
         self.on_fetch: Callable[[Unit], None] = lambda unit: None
         self.on_touch: Callable[[Unit], None] = lambda unit: None
         self._store = store
-        self._window = window
         self._trace = trace
         self._pool: Pool
         self._route: Route
+        self._owing: Owing
         self._keep_cache = False
-        self._lock = threading.RLock()
+        self._num_ahead = 1
+        self._quantum = 1
+        self._lock = threading.Condition()
         self._by_name = {unit.name: unit for unit in units}
         self._owners = {param: unit for unit in units for param in unit.params}
         self._parked_class = fenced_class(self)
@@ -59,33 +79,77 @@ class Residents:
         self._reachable = Reachable()
         self._loose: list[dict[str, Unit]] = [{}]  # resident without a hold, by the visit that touched them
 
-    def start(self, *, pool: Pool, route: Route, keep_cache: bool) -> None:
-        """Take memory from ``pool`` from now on; with ``keep_cache`` released bytes stay while nobody needs it."""
-        self._pool, self._route, self._keep_cache = pool, route, keep_cache
+    def start(
+        self, *, pool: Pool, route: Route, owing: Owing, keep_cache: bool, num_ahead: int | None, quantum: int
+    ) -> None:
+        """Stream from now on.
+
+        Args:
+            pool: Memory for parameters.
+            route: The way to the device.
+            owing: Updates that have yet to run.
+            keep_cache: Released bytes stay while nobody needs the memory.
+            num_ahead: Units that may be fetched ahead of use; None for as many as the memory holds.
+            quantum: Units whose reads are started together.
+        """
+        self._pool, self._route, self._owing = pool, route, owing
+        self._keep_cache, self._quantum = keep_cache, quantum
+        self._num_ahead = len(self.units) if num_ahead is None else num_ahead
+
+    def keep(self, unit: Unit) -> None:
+        """``unit`` is kept in memory by the store from now on."""
+        unit.kept = self._store.kept(unit.name, "param")
+        unit.move(Residency.STAGED)
 
     def stop(self) -> None:
         """Hold no memory; leave plain parameters on mappings of their files."""
         for unit in self.units:
             unit.num_holds = 0
             self._evict(unit)
+            if unit.kept is not None:
+                self.settle(unit)
+                unit.kept = None
+                unit.move(Residency.ON_DISK)
+        self._store.stop_keeping()
+        for unit in self.units:
             is_placed = self._store.current(unit.name, "param") is not None  # not if the disk failed or filled before
             if unit.at_rest is None and is_placed:
-                self._wake_at_rest(unit)
+                unit.at_rest = AtRest(self._store, self.current(unit))
+                self._wake(unit)
 
     # -- fetch and release ---------------------------------------------------------------------------------------
 
     def acquire(self, unit: Unit) -> None:
-        """Make ``unit`` resident and keep it so until `release`."""
+        """Make ``unit`` resident and keep it so until `release`.
+
+        Raises:
+            IoError: The disk failed.
+            ResidencyError: There is no memory for it.
+        """
+        if unit.num_holds == 0:
+            self._owing.wait(unit)
         with self._lock:
-            self.schedule.use(unit.name)
+            if unit.num_holds == 0:
+                self.schedule.use(unit.name)
             if any(unit.name in loose for loose in self._loose):
                 self._keep_written(unit)  # its module runs on what the user wrote before
             unit.num_holds += 1
             try:
-                self._fetch(unit)
+                self._begin_fetch(unit)
             except BaseException:
                 unit.num_holds -= 1
                 raise
+        try:
+            if unit.transfer is not None:
+                with self._trace.span(Lane.WAIT, "wait for parameters", unit.name):
+                    unit.transfer.wait()  # sync: the disk
+        except BaseException:
+            with self._lock:
+                unit.num_holds -= 1
+                self._evict(unit)
+            raise
+        with self._lock:
+            self._end_fetch(unit)
             for loose in self._loose:
                 loose.pop(unit.name, None)
             self._prefetch()
@@ -138,22 +202,24 @@ class Residents:
             except (RuntimeError, NotImplementedError):
                 return None  # a tensor without storage of its own, such as one under functorch
 
-    def _fetch(self, unit: Unit) -> None:
+    def _begin_fetch(self, unit: Unit) -> None:
         is_free = unit.state is Residency.STAGED or (unit.state is Residency.RESIDENT and unit.num_holds == 1)
         is_stale = is_free and not self.is_current(unit)
         if unit.at_rest is not None or is_stale:
             self._evict(unit)
-        if unit.state is Residency.RESIDENT:
-            return
-        if unit.state is Residency.ON_DISK:
+        if unit.at_rest is not None:
             self.settle(unit)
-            buffer = self._pool.lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", self._make_room)
-            self._start_read(unit, buffer)
+        if unit.state is Residency.ON_DISK:
+            self._start_read(unit, self._pool.lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", self._make_room))
+
+    def _end_fetch(self, unit: Unit) -> None:
         if unit.state is Residency.READING:
-            self._finish_read(unit)
-        self._install(unit)
-        self.on_fetch(unit)
-        self._trace.mark("fetch", unit.name)
+            unit.transfer = None
+            unit.move(Residency.STAGED)
+        if unit.state is Residency.STAGED:
+            self._install(unit)
+            self.on_fetch(unit)
+            self._trace.mark("fetch", unit.name)
 
     def _start_read(self, unit: Unit, buffer: Buffer) -> None:
         generation = self.current(unit)
@@ -163,80 +229,140 @@ class Residents:
         if unit.layout.data_nbytes:
             unit.transfer = self._store.read(generation, 0, buffer.address, unit.layout.data_nbytes, keep=buffer)
 
-    def _finish_read(self, unit: Unit) -> None:
-        try:
-            if unit.transfer is not None:
-                unit.transfer.wait()  # sync: the disk
-        except BaseException:
-            self._evict(unit)
-            raise
-        unit.transfer = None
-        unit.move(Residency.STAGED)
-
     def _install(self, unit: Unit) -> None:
-        assert unit.buffer is not None
-        tensors = self._route.install(unit.layout, unit.buffer)
+        if unit.kept is not None:
+            unit.generation = self.current(unit)
+            tensors = self._route.show(unit.kept)
+        else:
+            assert unit.buffer is not None
+            with self._trace.span(Lane.COPY, "to the device", unit.name):
+                tensors = self._route.install(unit.layout, unit.buffer)
         for index, (param, tensor) in enumerate(zip(unit.params, tensors, strict=True)):
             _give(param, tensor, nn.Parameter)
             if tensor.numel():
                 self._places[tensor.untyped_storage().data_ptr()] = (unit, index)
         unit.move(Residency.RESIDENT)
         if unit.sticky:
-            self._reachable.note(unit)
-        if not self._route.keeps_buffer:
+            self._note(unit)
+        if unit.buffer is not None and not self._route.keeps_buffer:
             self._pool.give_back(unit.buffer)
             unit.buffer = None
 
-    def _prefetch(self) -> None:
-        for name in itertools.islice(self.schedule.upcoming(), self._window):
+    def _prefetch(self, *, beyond: bool = False) -> None:
+        """Start reads of what is needed next, as far as free memory goes; ``beyond`` the end of the step too."""
+        group: list[Unit] = []
+        num_ahead = 0
+        for name in dict.fromkeys(self.schedule.upcoming(beyond=beyond)):
             unit = self._by_name[name]
-            if unit.state is Residency.ON_DISK and unit.at_rest is None:
-                buffer = self._pool.try_lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}")
-                if buffer is None:
-                    return
-                self._start_read(unit, buffer)
-                self._trace.mark("prefetch", unit.name)
+            if unit.state is Residency.RESIDENT or unit.kept is not None:
+                continue
+            num_ahead += 1
+            if num_ahead > self._num_ahead or unit.at_rest is not None or self._owing.is_owed(unit):
+                return
+            if unit.state is Residency.ON_DISK:
+                group.append(unit)
+            if len(group) == self._quantum and not self._start_reads(group):
+                return
+            group = group if len(group) < self._quantum else []
+        self._start_reads(group)
 
-    # -- giving memory back --------------------------------------------------------------------------------------
+    def _start_reads(self, group: list[Unit]) -> bool:
+        """Read units if there is room for all of them."""
+        buffers: list[Buffer] = []
+        for unit in group:
+            buffer = self._pool.try_lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}")
+            if buffer is None:
+                for lent in buffers:
+                    self._pool.give_back(lent)
+                return False
+            buffers.append(buffer)
+        for unit, buffer in zip(group, buffers, strict=True):
+            self._start_read(unit, buffer)
+            self._trace.mark("prefetch", unit.name)
+        return True
 
-    def superseded(self, unit: Unit) -> None:
+    # -- updates -------------------------------------------------------------------------------------------------
+
+    def is_free(self, unit: Unit) -> bool:
+        """Whether an update may change ``unit`` now: what is kept in memory must not change under compute."""
+        return unit.kept is None or not self._route.keeps_buffer or unit.state is not Residency.RESIDENT
+
+    def borrow(self, unit: Unit) -> Tensor | None:
+        """All elements of ``unit``, flat, if its newest values are in a buffer; they stay until `end_borrow`.
+
+        A read that is under way is waited for: an update will replace the file.
+        """
+        with self._lock:
+            if unit.state is Residency.READING and unit.transfer is not None:
+                unit.transfer.wait()  # sync: the disk
+            if unit.kept is not None or unit.buffer is None or not self.is_current(unit):
+                return None
+            unit.num_borrows += 1
+            return unit.buffer.tensor(0, unit.dtype, (unit.layout.numel,))
+
+    def end_borrow(self, unit: Unit) -> None:
+        """Undo one `borrow`; the tensor is gone."""
+        with self._lock:
+            unit.num_borrows -= 1
+            self._drop_stale(unit)
+            self._lock.notify_all()
+
+    def updated(self, unit: Unit) -> None:
         """``unit`` has a new generation: bytes in memory that nobody uses now are let go."""
         with self._lock:
-            if unit.num_holds == 0:
-                self._evict(unit)
+            self._drop_stale(unit)
+            self._prefetch(beyond=True)
+
+    def _drop_stale(self, unit: Unit) -> None:
+        is_idle = unit.num_holds == 0 and unit.num_borrows == 0
+        if is_idle and unit.state in (Residency.STAGED, Residency.READING) and not self.is_current(unit):
+            self._evict(unit)
+
+    # -- giving memory back --------------------------------------------------------------------------------------
 
     def _make_room(self) -> bool:
         """Give back the memory of one unit that nobody uses now: cached ones first, then what is needed last."""
         upcoming = {name: i for i, name in reversed(list(enumerate(self.schedule.upcoming())))}
         idle = [u for u in self.units if u.num_holds == 0 and u.buffer is not None]
-        if not idle:
-            return False
-        self._evict(min(idle, key=lambda u: (u.state is Residency.READING, -upcoming.get(u.name, len(upcoming) + 1))))
+        free = [u for u in idle if u.num_borrows == 0]
+        if not free:
+            # What an update reads goes when it is done; it waits for nothing that we hold.
+            self._lock.wait_for(lambda: len(idle) == 0 or any(u.num_borrows == 0 for u in idle))  # sync: an update
+            return bool(idle)
+        self._evict(min(free, key=lambda u: (u.state is Residency.READING, -upcoming.get(u.name, len(upcoming) + 1))))
         return True
 
     def _release_memory(self, unit: Unit) -> None:
-        """Put a resident unit's parameters at rest; keep its bytes as cache if that is wanted and they are current."""
+        """Put a resident unit's parameters at rest; keep its bytes if that is wanted and they are current."""
         if unit.state is not Residency.RESIDENT:
             return
         self._keep_written(unit)
-        if self._keep_cache and unit.buffer is not None and self.is_current(unit):
-            self._reachable.forget(unit)
-            self.park(unit)
-            self._forget_places(unit)
+        # A block that is needed next, at the turn of forward to backward, is not read again.
+        is_wanted = self._keep_cache or unit.num_borrows > 0 or next(self.schedule.upcoming(), "") == unit.name
+        if is_wanted and unit.buffer is not None and (self.is_current(unit) or unit.num_borrows > 0):
+            self._go_to_rest(unit)
             unit.move(Residency.STAGED)
         else:
             self._evict(unit)
         self._trace.mark("release", unit.name)
 
+    def _go_to_rest(self, unit: Unit) -> None:
+        self._reachable.forget(unit)
+        self.park(unit)
+        self._forget_places(unit)
+
     def _evict(self, unit: Unit) -> None:
-        """Hold no memory for ``unit``, whatever state it is in."""
+        """Hold no memory for ``unit``, whatever state it is in; what is kept goes to rest."""
         if unit.state is Residency.ON_DISK:
             return
         if unit.state is Residency.RESIDENT:
             self._keep_written(unit)
-            self._reachable.forget(unit)
-            self.park(unit)
-            self._forget_places(unit)
+            self._go_to_rest(unit)
+        if unit.kept is not None:
+            if unit.state is Residency.RESIDENT:
+                unit.move(Residency.STAGED)
+                self._owing.notify()
+            return
         if unit.transfer is not None:
             with suppress(SSDOffloadError):  # nobody wants these bytes any more
                 unit.transfer.wait()  # sync: the engine owns the buffer until the read is over
@@ -260,18 +386,17 @@ class Residents:
 
     def wake(self, params: Sequence[nn.Parameter]) -> None:
         """See `Fence.wake`."""
-        with self._lock:
-            units = {self._owners[p].name: self._owners[p] for p in params}.values()
-            if not self.is_in_step():
-                for unit in units:
-                    self._wake_at_rest(unit)
-                return
-            with ExitStack() as stack:
-                for unit in units:
-                    self.acquire(unit)
-                    stack.callback(self._loosen, unit)
-                    self._reachable.note(unit)
-                    self.on_touch(unit)
+        units = list({self._owners[p].name: self._owners[p] for p in params}.values())
+        if not self.is_in_step():
+            for unit in units:
+                self._wake_at_rest(unit)
+            return
+        with ExitStack() as stack:
+            for unit in units:
+                self.acquire(unit)
+                stack.callback(self._loosen, unit)
+                self._note(unit)
+                self.on_touch(unit)
 
     def settle(self, unit: Unit) -> None:
         """Bring what the user did to ``unit`` at rest into the store, and put its parameters at rest."""
@@ -280,20 +405,39 @@ class Residents:
             self._keep_written(unit)
             return
         with self._lock:
-            is_assigned = at_rest.is_assigned(unit.params)
+            was_assigned = at_rest.is_assigned(unit.params)
             is_written = at_rest.was_written()
-            if is_assigned or (is_written and at_rest.is_private):
+            if was_assigned or (is_written and at_rest.is_private):
                 _require_same_form(unit)
                 self._store.put(unit.layout, lambda i: unit.params[i].data)
-            if is_assigned or is_written:
+            if was_assigned or is_written:
                 self._store.forget(unit.name, "master")  # the user's value is the truth now
+            self._store.drop_file(self.current(unit))
             self.park(unit)
-            at_rest.let_go(is_written=is_assigned or is_written)
+            at_rest.let_go(is_written=was_assigned or is_written)
             unit.at_rest = None
+
+    def _note(self, unit: Unit) -> None:
+        """From now on the user's code can write to ``unit``, which is resident."""
+        if not self._is_in_place(unit):
+            self._reachable.note(unit)
+
+    def _is_in_place(self, unit: Unit) -> bool:
+        """Whether resident parameters are what the store keeps, and nothing beside them depends on their values."""
+        return unit.kept is not None and self._route.keeps_buffer and unit.layout.itemsize >= 4
 
     def _keep_written(self, unit: Unit) -> None:
         """Bring what the user did to ``unit`` inside a step into the store; [Note: in a step, written]."""
-        if unit.state is not Residency.RESIDENT or not self._reachable.is_written(unit):
+        if unit.state is not Residency.RESIDENT:
+            return
+        if self._is_in_place(unit):
+            assert unit.kept is not None
+            if is_assigned(unit.params, unit.kept):
+                _require_same_form(unit)
+                self._store.put(unit.layout, lambda i: unit.params[i].data)
+            self._store.drop_file(self.current(unit))
+            return
+        if not self._reachable.is_written(unit):
             return
         if not self.is_current(unit):
             raise ResidencyError(
@@ -307,7 +451,16 @@ class Residents:
         self._reachable.forget(unit)
 
     def _wake_at_rest(self, unit: Unit) -> None:
-        unit.at_rest = AtRest(self._store, self.current(unit))
+        self._owing.wait(unit)
+        with self._lock:
+            if unit.at_rest is None:
+                generation = self.current(unit)
+                unit.at_rest = AtRest(self._store, generation) if unit.kept is None else KeptAtRest(generation)
+                self._wake(unit)
+
+    @staticmethod
+    def _wake(unit: Unit) -> None:
+        assert unit.at_rest is not None
         for param, tensor in zip(unit.params, unit.at_rest.tensors, strict=True):
             _give(param, tensor, nn.Parameter)
 

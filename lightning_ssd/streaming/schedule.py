@@ -24,8 +24,6 @@ class Schedule:
 
     def use(self, name: str) -> None:
         """``name`` is needed now."""
-        if self._seen and self._seen[-1] == name:
-            return
         self._seen.append(name)
         order = self._learned.get(self._key, [])
         if self._position is not None and self._position + 1 < len(order) and order[self._position + 1] == name:
@@ -34,8 +32,18 @@ class Schedule:
             start = 0 if self._position is None else self._position + 1
             self._position = next((i for i in range(start, len(order)) if order[i] == name), None)
 
-    def upcoming(self) -> Iterator[str]:
-        """Units needed after the last one used, soonest first; nothing while the order is not known."""
+    def upcoming(self, *, beyond: bool = False) -> Iterator[str]:
+        """Units needed after the last one used, soonest first; nothing while the order is not known.
+
+        With ``beyond``, then those of the next step of the same kind.
+        """
         order = self._learned.get(self._key, [])
         if self._position is not None:
             yield from order[self._position + 1 :]
+            if beyond:
+                yield from dict.fromkeys(order)
+
+    def position(self, name: str, key: str) -> int:
+        """Place of the first use of ``name`` in a step of kind ``key``; after all others if it is not known."""
+        order = self._learned.get(key) or self._seen
+        return order.index(name) if name in order else len(order)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ssd.memory.pool import Pool
 from lightning_ssd.streaming.activation_store import ActivationStore
 from lightning_ssd.streaming.activations import Frame, without_caches
 from lightning_ssd.streaming.backward import Backward
-from lightning_ssd.streaming.fetch import Route
 from lightning_ssd.streaming.gradients import GradientSink
 from lightning_ssd.streaming.residency import Residents
 from lightning_ssd.streaming.unit import Unit
-from lightning_ssd.trace import Trace
+from lightning_ssd.trace import Lane, Trace
 
 
 class Streamer:
@@ -27,17 +25,16 @@ class Streamer:
     Args:
         residents: The units, and the memory they take.
         device: Where compute runs.
-        recompute: Blocks whose forward is run again in backward.
         trace: Gets the events of forward and backward.
 
     Attributes:
         residents: The units, and the memory they take.
     """
 
-    def __init__(self, residents: Residents, *, device: torch.device, recompute: set[nn.Module], trace: Trace) -> None:
+    def __init__(self, residents: Residents, *, device: torch.device, trace: Trace) -> None:
         self.residents = residents
         self._device = device
-        self._recompute = recompute
+        self._recompute: set[nn.Module] = set()
         self._trace = trace
         self._activations: ActivationStore | None = None
         self._sink: GradientSink
@@ -49,27 +46,19 @@ class Streamer:
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(
-        self,
-        *,
-        pool: Pool,
-        route: Route,
-        sink: GradientSink,
-        keep_cache: bool,
-        activations: ActivationStore | None = None,
+        self, *, sink: GradientSink, recompute: set[nn.Module], activations: ActivationStore | None = None
     ) -> None:
-        """Hook the modules.
+        """Hook the modules; `residents` has started.
 
         Args:
-            pool: Host memory for parameters.
-            route: The way to the device.
             sink: Gets the gradients.
-            keep_cache: Keep a released unit's bytes while nobody needs the memory.
+            recompute: Blocks whose forward is run again in backward.
             activations: Keeps the inputs of recomputed blocks, and is closed by its owner; None leaves them in memory.
         """
         self._sink = sink
+        self._recompute = recompute
         self._activations = activations
         self._backward = Backward(self.residents, sink, self._trace)
-        self.residents.start(pool=pool, route=route, keep_cache=keep_cache)
         self.residents.is_in_step = self._is_in_step
         self.residents.on_fetch = lambda unit: sink.watch(unit, self._backward.note)
         self.residents.on_touch = self._on_touch
@@ -106,7 +95,7 @@ class Streamer:
             self.residents.schedule.begin(kind)
         self._num_steps += 1
         try:
-            with self._backward.hooks():
+            with self._computing(f"{kind} step" if kind else "backward", ""), self._backward.hooks():
                 yield
         except BaseException:
             self.abort_step()
@@ -132,6 +121,10 @@ class Streamer:
         if self._activations is not None:
             self._activations.abort()
         self.residents.drop_holds()
+
+    def _computing(self, name: str, what: str) -> AbstractContextManager[object]:
+        """A span of compute; none where this thread only starts it."""
+        return self._trace.span(Lane.COMPUTE, name, what) if self._device.type == "cpu" else nullcontext()
 
     def _is_in_step(self) -> bool:
         return self._num_steps > 0 or bool(self._visits) or self._backward.rerunning is not None
@@ -167,6 +160,7 @@ class Streamer:
             else:
                 visit.enter(self._backward.hooks())
         self._visits.append(visit)
+        visit.enter(self._computing("recompute" if is_rerun else "forward", units[0].name))
         self.residents.begin_visit()
         return args, kwargs
 
@@ -200,7 +194,7 @@ class _Visit:
         self.frame: Frame | None = None
         self._stack = ExitStack()
 
-    def enter(self, context: torch.autograd.graph.saved_tensors_hooks) -> None:
+    def enter(self, context: AbstractContextManager[object]) -> None:
         self._stack.enter_context(context)
 
     def close(self) -> None:

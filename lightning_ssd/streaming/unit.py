@@ -13,7 +13,7 @@ from lightning_ssd.memory.pool import Buffer
 from lightning_ssd.store.dtypes import dtype_of, name_of
 from lightning_ssd.store.layout import Shape, UnitLayout, file_order, lay_out
 from lightning_ssd.store.state_store import Generation
-from lightning_ssd.streaming.at_rest import AtRest
+from lightning_ssd.streaming.at_rest import AtRest, KeptAtRest
 from lightning_ssd.streaming.partition import UnitSpec
 
 
@@ -29,6 +29,7 @@ class Residency(Enum):
 _LEGAL = frozenset(
     {
         (Residency.ON_DISK, Residency.READING),
+        (Residency.ON_DISK, Residency.STAGED),  # kept in memory from now on
         (Residency.READING, Residency.STAGED),
         (Residency.READING, Residency.ON_DISK),  # the read failed
         (Residency.STAGED, Residency.RESIDENT),
@@ -54,7 +55,9 @@ class Unit:
         buffer: The host buffer, in every state but ON_DISK (on a GPU, in READING and STAGED only).
         transfer: The read under way, in READING.
         generation: What the buffer holds or will hold.
+        kept: One tensor per parameter where the unit is kept in memory; it then has no buffer and is never ON_DISK.
         num_holds: How many users want it resident now.
+        num_borrows: How many updates read the bytes in its buffer.
         at_rest: The mapping of its file while a parameter is awake outside a step.
         parked: What each parameter views at rest; NaN bytes that cost nothing.
     """
@@ -76,8 +79,10 @@ class Unit:
         self.buffer: Buffer | None = None
         self.transfer: Transfer | None = None
         self.generation: Generation | None = None
+        self.kept: tuple[Tensor, ...] | None = None
         self.num_holds = 0
-        self.at_rest: AtRest | None = None
+        self.num_borrows = 0
+        self.at_rest: AtRest | KeptAtRest | None = None
         self.parked: tuple[Tensor, ...] = ()
 
     @property

@@ -39,6 +39,7 @@ class Counters(pl.Callback):
         self.before = trainer.strategy.stats()
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.strategy.session.drain()
         now = trainer.strategy.stats()
         read, written = now.read_nbytes - self.before.read_nbytes, now.written_nbytes - self.before.written_nbytes
         self.steps.append(IOStats(read, written))
@@ -47,9 +48,10 @@ class Counters(pl.Callback):
 
 def run(tmp_path: Path, make_net: Callable[[], nn.Module], **settings: Any) -> tuple[list[IOStats], Session]:
     counters = Counters()
+    options = {name: settings.pop(name) for name in ("precision", "gradient_clip_val") if name in settings}
     strategy = SSDOffloadStrategy(**({"host_memory": "min", "min_unit_numel": 0, "update": "native"} | settings))
     data = Images(400) if make_net is ViT else Tokens(400)
-    result = train(tmp_path, make_net, strategy, data=data, max_steps=STEPS, callbacks=[counters])
+    result = train(tmp_path, make_net, strategy, data=data, max_steps=STEPS, callbacks=[counters], **options)
     return counters.steps, result.trainer.strategy.session  # type: ignore[attr-defined]
 
 
@@ -91,30 +93,23 @@ def test_every_byte_comes_and_goes_in_every_step(tmp_path: Path, model: str, act
     backward = nbytes([unit for unit in units if in_backward(unit, net)])
     name, times = EXTRA_READS.get(model, ("", 0))
     extra = nbytes([unit for unit in units if unit.name == name], times=times)
-    # An update in float32 reads the parameter, which is the master, and two moments, and writes all three.
-    assert steps[0].read_nbytes == pytest.approx(forward + backward + extra + nbytes(trained), rel=0.01)
+    # The last unit of forward is the first of backward, and stays.
+    turn = nbytes([unit for unit in units if unit.name == ("net.tok" if model in EXTRA_READS else "net.head")])
+    # An update in float32 needs the parameter, which is the master, and two moments, and writes all three. Beside
+    # backward it takes the parameter from memory.
+    in_memory = [unit for unit in trained if overlap == "auto" and in_backward(unit, net)]
+    moved = forward + backward + extra - turn + nbytes(trained, times=3) - nbytes(in_memory)
+    first = units[0].layout.data_nbytes  # read ahead for the next step, or not yet
     for step in steps[1:]:
-        assert step.read_nbytes == pytest.approx(forward + backward + extra + nbytes(trained, times=3), rel=0.01)
+        assert step.read_nbytes == pytest.approx(moved, rel=0.01, abs=first)
     for step in steps:
         assert step.written_nbytes == nbytes(trained, times=3)
 
 
-def test_with_memory_fewer_bytes_are_read_and_the_same_written(tmp_path: Path) -> None:
-    least, session = run(tmp_path, GPT)
-    cached, _ = run(tmp_path, GPT, host_memory="512MiB")
-    # What a step updates is read anew; what it reads twice, in forward and backward, comes from memory the second time.
-    assert cached[-1].read_nbytes <= least[-1].read_nbytes - nbytes(session.units) * 0.9
-    assert [step.written_nbytes for step in cached] == [step.written_nbytes for step in least]
-
-
-def test_frozen_units_stay_in_memory_where_there_is_room(tmp_path: Path) -> None:
-    def all_but_head() -> nn.Module:
-        net = GPT()
-        net.requires_grad_(False)
-        net.head.requires_grad_(True)
-        return net
-
-    steps, session = run(tmp_path, all_but_head, host_memory="512MiB")
-    head = [unit for unit in session.units if is_trained(unit)]
-    assert [unit.name for unit in head] == ["net.head"]
-    assert steps[-1].read_nbytes <= nbytes(head, times=4) * 1.01
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5}], ids=str)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_with_enough_memory_the_disk_is_silent(tmp_path: Path, options: dict[str, Any], precision: str) -> None:
+    steps, session = run(tmp_path, GPT, host_memory="512MiB", precision=precision, **options)
+    assert session.plan is not None
+    assert session.plan.fits
+    assert [(step.read_nbytes, step.written_nbytes) for step in steps[1:]] == [(0, 0)] * (STEPS - 1)

@@ -50,13 +50,20 @@ def test_reads_run_one_unit_ahead(tmp_path: Path) -> None:
         assert back.index(f"fetch {this}") < back.index(f"prefetch {following}") < back.index(f"fetch {following}")
 
 
-@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("window", [1, 2, 3, 4])
 def test_the_window_is_how_far_they_run(tmp_path: Path, window: int) -> None:
-    events = trace(tmp_path, window=window, host_memory="512MiB")
+    events = trace(tmp_path, window=window)
     running = events[events.index("fetch blocks.0") + 1 : events.index("release blocks.0")]
     asked = [event for event in running if event.startswith("prefetch")]
-    ahead = ["prefetch blocks.1", "prefetch blocks.2", "prefetch norm"][:window]
+    ahead = ["prefetch blocks.1", "prefetch blocks.2", "prefetch norm"][: window - 1]
     assert asked == ahead[-1:]  # those nearer were asked for before
+
+
+@pytest.mark.parametrize("quantum", [1, 2])
+def test_a_quantum_of_units_is_read_together(tmp_path: Path, quantum: int) -> None:
+    events = trace(tmp_path, window=5, quantum=quantum)
+    together = ("prefetch norm", "prefetch head") in pairwise(events)
+    assert together == (quantum == 2)
 
 
 @pytest.mark.parametrize("update", ["native", "torch"])

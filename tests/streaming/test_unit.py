@@ -15,6 +15,7 @@ from lightning_ssd.streaming.unit import Residency, Unit
 ON_DISK, READING, STAGED, RESIDENT = Residency
 LEGAL = {
     (ON_DISK, READING),
+    (ON_DISK, STAGED),
     (READING, STAGED),
     (READING, ON_DISK),
     (STAGED, RESIDENT),

@@ -1,0 +1,172 @@
+"""The update queue: units whose gradients are complete and whose update is still owed.
+
+[Note: queue] One thread takes the owed unit that compute needs soonest and updates it. Whoever wants a unit's values
+waits for its update (`UpdateQueue.wait`). An update waits for nothing but the disk: not for a fetch, not for memory
+that parameters use, not for the thread that trains. So waiting for one always ends. During backward gradients arrive
+one unit at a time (Ratel, arXiv 2403.06504, updates so); after a gate, such as clipping by norm, all arrive at the step
+and the updates run under the next forward, each before its unit is needed: exact, since nothing stale is ever read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+
+from lightning_ssd.streaming.unit import Unit
+from lightning_ssd.trace import Lane, Trace
+
+
+@dataclass
+class Owed:
+    """One update that is still to run.
+
+    Attributes:
+        unit: What it updates.
+        nbytes: Memory of its gradients that nobody else holds.
+        position: Place of the unit in the next forward; the lowest is updated first.
+        is_free: Whether the update may change the unit now: what is kept in memory is not changed under compute.
+        run: Runs it.
+        cancel: Called instead of `run` if an earlier update fails: lets go of what was borrowed for it.
+    """
+
+    unit: Unit
+    nbytes: int
+    position: int
+    is_free: Callable[[], bool]
+    run: Callable[[], None]
+    cancel: Callable[[], None]
+
+
+class UpdateQueue:
+    """Runs updates in a thread of its own, soonest needed first.
+
+    Args:
+        capacity_nbytes: Gradients that may wait; `add` waits while there are more.
+        is_async: Without it, `add` runs the update and returns when it is done.
+        trace: Gets spans of waiting.
+    """
+
+    def __init__(self, *, capacity_nbytes: int, is_async: bool, trace: Trace) -> None:
+        self._capacity_nbytes = capacity_nbytes
+        self._is_async = is_async
+        self._trace = trace
+        self._changed = threading.Condition()
+        self._owed: dict[str, Owed] = {}  # by unit; the one that runs is among them
+        self._running: Owed | None = None
+        self._num_insisting = 0  # callers for whom even a unit that is not free is updated
+        self._failure: BaseException | None = None
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, owed: Owed) -> None:
+        """Owe an update; an earlier one of the same unit is done first.
+
+        Raises:
+            BaseException: What an earlier update failed with.
+        """
+        try:
+            self.wait(owed.unit)
+        except BaseException:
+            owed.cancel()
+            raise
+        if not self._is_async:
+            owed.run()
+            return
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="lightning-ssd-update", daemon=True)
+                self._thread.start()
+            self._owed[owed.unit.name] = owed
+            self._changed.notify_all()
+        self._wait("gradients of earlier units", self._has_room)
+
+    def wait(self, unit: Unit) -> None:
+        """Return when no update of ``unit`` is owed.
+
+        Raises:
+            BaseException: What an update failed with.
+        """
+        if self._owed or self._failure is not None:
+            self._wait(unit.name, lambda: unit.name not in self._owed, insists=True)
+
+    def is_owed(self, unit: Unit) -> bool:
+        """Whether an update of ``unit`` is still to be done."""
+        return unit.name in self._owed
+
+    def drain(self) -> None:
+        """Return when nothing is owed.
+
+        Raises:
+            BaseException: What an update failed with.
+        """
+        if self._owed or self._failure is not None:
+            self._wait("all updates", lambda: not self._owed, insists=True)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether an update failed: the step that it belongs to is half made."""
+        return self._failure is not None
+
+    def notify(self) -> None:
+        """A unit may be free now."""
+        if self._owed:
+            with self._changed:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the thread after what is owed is done, or has failed."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _has_room(self) -> bool:
+        # Units that are not free become so only by what the caller does next: they do not keep it waiting.
+        if sum(owed.nbytes for owed in self._owed.values()) <= self._capacity_nbytes:
+            return True
+        return self._running is None and not any(owed.is_free() for owed in self._owed.values())
+
+    def _wait(self, what: str, is_over: Callable[[], bool], *, insists: bool = False) -> None:
+        with self._changed:
+            if self._failure is None and not is_over():
+                self._num_insisting += insists
+                self._changed.notify_all()
+                try:
+                    with self._trace.span(Lane.WAIT, "wait for the update", what):
+                        self._changed.wait_for(lambda: self._failure is not None or is_over())  # sync: an update
+                finally:
+                    self._num_insisting -= insists
+            if self._failure is not None:
+                # A copy each time: autograd keeps what is raised inside backward, and with it every frame it went through.
+                raise copy(self._failure) from self._failure
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next() is not None or (self._is_closed and not self._owed))
+                self._running = owed = self._next()
+            if owed is None:
+                return
+            failure = None
+            try:
+                owed.run()
+            except BaseException as error:
+                failure = error
+            with self._changed:
+                self._running = None
+                del self._owed[owed.unit.name]
+                if failure is not None:  # the step cannot be completed any more: whoever waits is told
+                    self._failure = failure
+                    while self._owed:
+                        self._owed.popitem()[1].cancel()
+                owed = None  # its gradients go now, not with the next update
+                self._changed.notify_all()
+
+    def _next(self) -> Owed | None:
+        insists = self._num_insisting > 0 or self._is_closed
+        found = [owed for owed in self._owed.values() if insists or owed.is_free()]
+        return min(found, key=lambda owed: owed.position, default=None)
