@@ -78,17 +78,17 @@ def consolidate(
     target = os.path.abspath(os.fspath(out_file))
     if os.path.isdir(target) or (os.path.lexists(target) and not overwrite):
         raise CheckpointError(f"{target!r} exists; choose another name, or have a file replaced with overwrite=True")
-    with CheckpointReader(directory) as reader, ExitStack() as stack, _os_errors(target):
+    with CheckpointReader(directory) as reader, ExitStack() as stack, os_errors(target):
         content = dict(reader.state(weights_only))
-        _drop_empty_loader_states(content)
+        drop_empty_loader_states(content)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        spill = _Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
-        content["state_dict"] = {**_state_dict(reader, spill), **content.pop(STATE_DICT_EXTRA, {})}
+        spill = Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
+        content["state_dict"] = {**mapped_state_dict(reader, spill), **content.pop(STATE_DICT_EXTRA, {})}
         if "lr_schedulers" in content or reader.manifest.optimizers:
-            content["optimizer_states"] = _optimizer_states(reader, weights_only)
+            content["optimizer_states"] = optimizer_states(reader, weights_only)
         with _new_beside(target) as (fd, temporary):
             total = reader.manifest.nbytes
-            writer = StreamWriter(fd, on_flush=_dropper(reader, spill, progress, total))
+            writer = StreamWriter(fd, on_flush=dropper(reader, spill, progress, total))
             write_pickle(writer, content)
             writer.finish()
             os.replace(temporary, target)
@@ -125,7 +125,7 @@ def to_safetensors(
     check_replaceable(target)
     if is_checkpoint(target) or (os.path.lexists(target) and not os.path.isdir(target)):
         raise CheckpointError(f"{target!r} exists; name a folder that does not exist or is empty")
-    with CheckpointReader(directory) as reader, _os_errors(target), _folder_beside(target) as folder:
+    with CheckpointReader(directory) as reader, os_errors(target), folder_beside(target) as folder:
         view = StateDictView(reader)
         names, left_out = strip_prefix(view, prefix_to_strip)
         if not names:
@@ -176,7 +176,7 @@ def optimizer_state(
     return {"state": state, "param_groups": groups}
 
 
-def _drop_empty_loader_states(content: dict[str, Any]) -> None:
+def drop_empty_loader_states(content: dict[str, Any]) -> None:
     """Leave out the empty states of data loaders that our strategy made resumable; it keeps their place elsewhere.
 
     A plain Trainer has no loader that takes a state, and refuses a checkpoint with more states than such loaders.
@@ -195,7 +195,8 @@ def _as_torch_keeps_it(key: str, value: Any) -> Any:
     return value
 
 
-def _optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> list[dict[str, Any]]:
+def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> list[dict[str, Any]]:
+    """State of each optimizer as ``torch.optim`` saves it, with mapped tensors."""
     _, odd = split_rest(reader)
 
     def full(name: str, kind: str) -> Tensor:
@@ -207,7 +208,7 @@ def _optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> li
     return [optimizer_state(record, full, odd.get(index, {})) for index, record in enumerate(records)]
 
 
-def _state_dict(reader: CheckpointReader, spill: _Spill) -> dict[str, Tensor]:
+def mapped_state_dict(reader: CheckpointReader, spill: Spill) -> dict[str, Tensor]:
     """All tensors of the module, mapped; names that are tied share one tensor."""
     view = StateDictView(reader)
     stored: dict[str, Tensor] = {}
@@ -224,7 +225,7 @@ def _state_dict(reader: CheckpointReader, spill: _Spill) -> dict[str, Tensor]:
     return {name: stored[view.stored_name(name)] for name in view}
 
 
-class _Spill:
+class Spill:
     """An unnamed file for tensors that had to be converted: mapped like the others instead of held in memory."""
 
     def __init__(self, fd: int) -> None:
@@ -258,7 +259,9 @@ class _Spill:
             drop_pages(self._mapped.ctypes.data, self._mapped.nbytes)
 
 
-def _dropper(reader: CheckpointReader, spill: _Spill, progress: Progress | None, total: int) -> Callable[[int], None]:
+def dropper(reader: CheckpointReader, spill: Spill, progress: Progress | None, total: int) -> Callable[[int], None]:
+    """What to call with bytes written: gives back the memory of what was read, and tells the progress."""
+
     def on_flush(nbytes: int) -> None:
         reader.drop()
         spill.drop()
@@ -318,10 +321,11 @@ def _new_beside(target: str) -> Iterator[tuple[int, str]]:
 
 
 @contextmanager
-def _folder_beside(target: str) -> Iterator[str]:
+def folder_beside(target: str) -> Iterator[str]:
+    """A new folder with a temporary name, which is gone on leaving unless it was renamed."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     folder = f"{target}.tmp-{os.getpid()}-{os.urandom(4).hex()}"
-    os.mkdir(folder)
+    os.mkdir(folder, 0o700)
     try:
         yield folder
     finally:
@@ -329,7 +333,8 @@ def _folder_beside(target: str) -> Iterator[str]:
 
 
 @contextmanager
-def _os_errors(target: str) -> Iterator[None]:
+def os_errors(target: str) -> Iterator[None]:
+    """Failures of the operating system become ours, with the name of what was to be written."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""``lightning-ssd export``: a checkpoint as one Lightning ``.ckpt``, or as a Hugging Face folder."""
+"""``lightning-ssd export``: a checkpoint in forms that others read: a file or one of two kinds of folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning_ssd.checkpoint.export import ExportReport, consolidate, to_safetensors
+from lightning_ssd.checkpoint.export_dcp import to_dcp
 from lightning_ssd.cli.output import ProgressLine, error_line, line
 from lightning_ssd.sizes import fmt, parse_nbytes
 
 NAME = "export"
-HELP = "Write a checkpoint as one Lightning .ckpt file, or as a Hugging Face folder of safetensors."
+HELP = (
+    "Write a checkpoint as one Lightning .ckpt file, as a Hugging Face folder of safetensors, or as a folder of "
+    "torch.distributed.checkpoint."
+)
 
 _FILE_SUFFIXES = (".ckpt", ".pt", ".pth")
 
@@ -21,13 +25,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="checkpoint directory")
     parser.add_argument("output", help="a file that ends in .ckpt, .pt or .pth; anything else is a folder")
     parser.add_argument(
-        "--format", choices=("auto", "ckpt", "safetensors"), default="auto", help="default: by the output's name"
+        "--format",
+        choices=("auto", "ckpt", "safetensors", "dcp"),
+        default="auto",
+        help="default: ckpt or safetensors by the output's name; dcp is torch.distributed.checkpoint",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing .ckpt file")
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="load classes of your own from the saved state (runs code from the file; .ckpt only)",
+        help="load classes of your own from the saved state (runs code from the file; ckpt and dcp)",
     )
     parser.add_argument(
         "--max-shard", type=_size, default="5GB", metavar="SIZE", help="bytes per safetensors file (default 5GB)"
@@ -40,11 +47,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export."""
-    to_file = arguments.format == "ckpt" or (
-        arguments.format == "auto" and str(arguments.output).endswith(_FILE_SUFFIXES)
-    )
+    form = arguments.format
+    if form == "auto":
+        form = "ckpt" if str(arguments.output).endswith(_FILE_SUFFIXES) else "safetensors"
+    unused = [f"--{option.replace('_', '-')}" for option in _unused(form) if getattr(arguments, option)]
+    if unused:
+        error_line(f"error: {', '.join(unused)} cannot be used with --format {form}")
+        return 2
     with _progress() as progress:
-        report = _export_file(arguments, progress) if to_file else _export_folder(arguments, progress)
+        report = {"ckpt": _export_file, "safetensors": _export_folder, "dcp": _export_dcp}[form](arguments, progress)
     for path in report.files:
         line(path)
     error_line(f"exported {fmt(report.nbytes)} in {len(report.files)} file(s)")
@@ -52,6 +63,16 @@ def run(arguments: argparse.Namespace) -> int:
         names = ", ".join(report.left_out[:8]) + (", ..." if len(report.left_out) > 8 else "")
         error_line(f"left out, as they do not begin with {arguments.strip_prefix!r}: {names}")
     return 0
+
+
+def _unused(form: str) -> tuple[str, ...]:
+    """Options that mean nothing for a form."""
+    for_folders = ("strip_prefix", "config_from")
+    return {"ckpt": for_folders, "dcp": ("overwrite", *for_folders), "safetensors": ("overwrite", "trust")}[form]
+
+
+def _export_dcp(arguments: argparse.Namespace, progress: ProgressLine) -> ExportReport:
+    return to_dcp(arguments.checkpoint, arguments.output, weights_only=not arguments.trust, progress=progress)
 
 
 def _export_file(arguments: argparse.Namespace, progress: ProgressLine) -> ExportReport:
