@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ class Bench:
         *,
         budget: int | None = 0,
         num_buffers: int = 3,
+        buffer_nbytes: int = BUFFER_NBYTES,
         images: int | None = None,
         trace: Trace | None = None,
         **options: Any,
@@ -41,7 +43,7 @@ class Bench:
         self.trace = trace or Trace()
         self.num_spilled = 0
         self.files = SpillFiles([Disk(str(directory), direct=True)], "activations")
-        self.pool = Pool(num_buffers * BUFFER_NBYTES, "activation", poison=True)
+        self.pool = Pool(num_buffers * buffer_nbytes, "activation", poison=True)
         self.images = None if images is None else Pool(images, "image", poison=True)
         self.store = ActivationStore(
             engine,
@@ -49,7 +51,7 @@ class Bench:
             self.pool,
             device=torch.device("cpu"),
             budget_nbytes=budget,
-            buffer_nbytes=BUFFER_NBYTES,
+            buffer_nbytes=buffer_nbytes,
             images=self.images,
             trace=self.trace,
             **options,
@@ -99,28 +101,30 @@ Spilling = Callable[..., list[Bench]]
 
 @pytest.fixture
 def spilling(monkeypatch: pytest.MonkeyPatch) -> Spilling:
-    """Has every session keep the inputs of its blocks in a store of the given settings; returns those it makes.
+    """`spill_inputs` until the test ends."""
+    return functools.partial(spill_inputs, monkeypatch)
+
+
+def spill_inputs(monkeypatch: pytest.MonkeyPatch, *, min_nbytes: int = 1, **options: Any) -> list[Bench]:
+    """Have every session keep the inputs of its blocks in a store of the given settings; returns those it makes.
 
     Everything is large enough to be kept, unless a test says otherwise.
     """
+    monkeypatch.setattr(kept, "MIN_NBYTES", min_nbytes)
+    start, stop = Streamer.start, Streamer.stop
+    made: list[Bench] = []
 
-    def begin(min_nbytes: int = 1, **options: Any) -> list[Bench]:
-        monkeypatch.setattr(kept, "MIN_NBYTES", min_nbytes)
-        start, stop, made = Streamer.start, Streamer.stop, []
+    def start_with_ours(self: Streamer, **kwargs: Any) -> None:
+        store = self.residents._store
+        ours = Bench(Path(store.spill_directory), store.engine, trace=self._trace, **options)
+        made.append(ours)
+        start(self, **(kwargs | {"activations": ours.store}))
 
-        def start_with_ours(self: Streamer, **kwargs: Any) -> None:
-            store = self.residents._store
-            ours = Bench(Path(store.spill_directory), store.engine, trace=self._trace, **options)
-            made.append(ours)
-            start(self, **(kwargs | {"activations": ours.store}))
+    def stop_ours(self: Streamer) -> None:
+        stop(self)
+        for ours in made:
+            ours.store.close()
 
-        def stop_ours(self: Streamer) -> None:
-            stop(self)
-            for ours in made:
-                ours.store.close()
-
-        monkeypatch.setattr(Streamer, "start", start_with_ours)
-        monkeypatch.setattr(Streamer, "stop", stop_ours)
-        return made
-
-    return begin
+    monkeypatch.setattr(Streamer, "start", start_with_ours)
+    monkeypatch.setattr(Streamer, "stop", stop_ours)
+    return made
