@@ -108,6 +108,20 @@ def memory_now() -> tuple[int, int]:
     return (kib["RssAnon"] + kib["RssShmem"]) * 1024, kib["RssFile"] * 1024
 
 
+def plan_of(session: Any) -> dict[str, Any]:
+    """The memory plan of a session of the strategy: bytes by pool, and how much is kept."""
+    plan = session.plan
+    names = ("host", "smallest", "param", "update", "grad", "staging", "kept", "queue")
+    return {f"{name}_nbytes": getattr(plan, f"{name}_nbytes") for name in names} | {
+        "chunk_numel": plan.chunk_numel,
+        "depth": plan.depth,
+        "fits": plan.fits,
+        "num_units": len(session.units),
+        "num_kept_params": len(plan.kept_params),
+        "num_kept_states": len(plan.kept_states),
+    }
+
+
 def _start(
     argv: Sequence[str | os.PathLike[str]], env: Mapping[str, str] | None, **options: Any
 ) -> subprocess.Popen[bytes]:
