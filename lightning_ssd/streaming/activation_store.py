@@ -27,7 +27,7 @@ from lightning_ssd.streaming.kept import Entry, can_keep, key_of
 from lightning_ssd.streaming.reload import Reloader
 from lightning_ssd.streaming.shuttle import Place, Shuttle, Slot
 from lightning_ssd.streaming.spill import SpillFiles
-from lightning_ssd.trace import Trace
+from lightning_ssd.trace import Lane, Trace
 
 BUFFER_NBYTES = 4 * MiB
 FRAMES_AHEAD = 2
@@ -75,7 +75,7 @@ class ActivationStore:
         buffer_nbytes: Size of a piece, a multiple of 4096.
         images: Where values that left a GPU wait: memory of the budget, not of ``pool``; None takes it from torch.
         verify: Check what is read against checksums of what was written.
-        trace: Gets the events ``spill``, ``preload`` and ``load``.
+        trace: Gets the events ``spill``, ``preload`` and ``load``, and spans.
     """
 
     def __init__(
@@ -91,8 +91,10 @@ class ActivationStore:
         verify: bool = False,
         trace: Trace | None = None,
     ) -> None:
-        self._shuttle = Shuttle(engine, files, pool, images=images, budget_nbytes=budget_nbytes, verify=verify)
         self._trace = trace or Trace()
+        self._shuttle = Shuttle(
+            engine, files, pool, images=images, budget_nbytes=budget_nbytes, verify=verify, trace=self._trace
+        )
         self._reader = Reloader(self._shuttle, buffer_nbytes, self._trace, self._cancel_one)
         self._device = device
         self._budget_nbytes = budget_nbytes
@@ -226,7 +228,8 @@ class ActivationStore:
                 image, place.image = place.image, None
                 self._shuttle.write(slot, 0, image)
             else:
-                self._write_values(entry, slot)
+                with self._trace.span(Lane.COPY, "spill", entry.unit):
+                    self._write_values(entry, slot)
                 self._drop_values(entry)
         except BaseException:
             self._shuttle.give_back_slot(slot)

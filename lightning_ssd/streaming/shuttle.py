@@ -18,6 +18,7 @@ from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.sizes import BLOCK_NBYTES
 from lightning_ssd.streaming.device_copies import DeviceCopies
 from lightning_ssd.streaming.spill import Extent, SpillFiles
+from lightning_ssd.trace import Lane, Trace
 
 
 class Memory:
@@ -140,6 +141,7 @@ class Shuttle:
         images: Lends memory of the budget; None takes it from torch.
         budget_nbytes: Bound of `held_nbytes`, None for no bound.
         verify: Keep checksums of what is written.
+        trace: Gets the transfers, and what waits for them.
 
     Attributes:
         held_nbytes: Of the budget, what is taken.
@@ -157,11 +159,13 @@ class Shuttle:
         images: Pool | None,
         budget_nbytes: int | None,
         verify: bool,
+        trace: Trace,
     ) -> None:
         self.held_nbytes = 0
         self.leaving_nbytes = 0
         self.copies = DeviceCopies()
         self.verify = verify
+        self._trace = trace
         self._engine = engine
         self._files = files
         self._pool = pool
@@ -257,6 +261,7 @@ class Shuttle:
             slot.num_writes += 1
         else:
             slot.num_reads += 1
+        self._trace.follow(Lane.WRITE if is_write else Lane.READ, "kept input", slot.unit, memory.nbytes, transfer)
         return Move(slot, begin, memory, transfer, is_write)
 
     def finish(self, move: Move) -> None:
@@ -265,8 +270,9 @@ class Shuttle:
         Raises:
             IoError: The transfer failed; names the unit and the file.
         """
+        what = "writing an input to disk" if move.is_write else "reading an input from disk"
         try:
-            with _naming(move.slot.unit, "writing an input to disk" if move.is_write else "reading an input from disk"):
+            with _naming(move.slot.unit, what), self._trace.span(Lane.WAIT, "wait for kept inputs", move.slot.unit):
                 move.transfer.wait()  # sync: the disk
         except DeadlineError:
             self._unwanted.append(move)  # still in flight, and still owns its memory
