@@ -128,3 +128,28 @@ def test_the_way_off_a_device_is_equal(
     plain = train(tmp_path, Masked)
     spilling(budget=images, images=images, verify=True)
     assert_equal(plain, train(tmp_path, Masked, streamed()))
+
+
+def llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
+    )
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = transformers.LlamaForCausalLM(config)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids, attention_mask=(ids > 3).long()).logits
+
+    return Net()
+
+
+def test_a_hugging_face_model_holds_none_of_its_inputs(tmp_path: Path, spilling: Spilling) -> None:
+    """Nobody but us holds them: each block's input and the tables and mask that all share are written, once a step."""
+    plain = train(tmp_path, llama, max_steps=3)
+    made = spilling(budget=0)
+    assert_equal(plain, train(tmp_path, llama, streamed(), max_steps=3))
+    assert made[0].num_spilled >= 3 * 3

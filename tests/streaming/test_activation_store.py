@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import random
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_ssd.errors import CorruptionError, IoError, SSDOffloadError
+from lightning_ssd.errors import CorruptionError, DeadlineError, IoError, SSDOffloadError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.io.faulty import Fault, FaultyEngine, When
 from lightning_ssd.io.python_engine import PythonEngine
@@ -313,6 +314,45 @@ def test_space_is_not_lent_again_while_a_write_to_it_is_in_flight(tmp_store: Pat
         b.assert_all_returned()
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_the_order_values_are_right(tmp_store: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Frames come, are asked for and go in any order, over a disk that is late now and then."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(DeviceCopies, "is_off_host", lambda self, device: seed % 3 == 2)
+    late = [When(Fault(delay_s=0.003), nth=n) for n in rng.sample(range(400), 60)]
+    budget = rng.choice([0, NBYTES, 3 * NBYTES, 10 * NBYTES])
+    images = budget if seed % 2 and budget else None
+    with faulty(tmp_store, *late, budget=budget, num_buffers=rng.choice([1, 2, 8]), images=images, verify=True) as b:
+        shared = values(999)
+        frames: list[tuple[Kept, list[int]]] = []
+        for turn in range(80):
+            b.store.settle()
+            what = rng.random()
+            if what < 0.45:
+                seeds = [rng.randrange(turn + 1) for _ in range(rng.randrange(3))]
+                given = [values(n, rng.choice([5_000, NUMEL])) for n in seeds]
+                kept = b.store.keep(f"unit {turn}", [shared, *given])
+                frames.append((kept, [x.numel() * 1000 + n for n, x in zip(seeds, given, strict=True)]))
+                del given, kept
+            elif what < 0.85 and frames:
+                kept, codes = frames[-1] if rng.random() < 0.7 else rng.choice(frames)
+                loaded = kept.load()
+                assert torch.equal(loaded[0], values(999))
+                for code, x in zip(codes, loaded[1:], strict=True):
+                    assert torch.equal(x, values(code % 1000, code // 1000))
+                del loaded, kept
+            elif what < 0.95 and frames:
+                frames.pop(rng.choice([-1, rng.randrange(len(frames))]))
+            elif what < 0.97:
+                b.store.abort()
+            elif turn > 40:
+                shared = values(999)  # the caller has forgotten the one before
+            assert b.store.held_nbytes <= budget
+        frames.clear()
+        del shared
+        b.assert_all_returned()
+
+
 # -- failures ------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +381,20 @@ def test_a_failed_read_names_unit_and_file(tmp_store: Path, nth: int, budget: in
             load_all(frames)
         b.store.abort()
         frames.clear()
+        b.assert_all_returned()
+
+
+def test_a_disk_that_does_not_answer_keeps_its_memory(tmp_store: Path) -> None:
+    engine = FaultyEngine(PythonEngine(IOOptions()), [When(Fault(hold=True), is_write=False, nth=0)], deadline_s=0.2)
+    with bench(tmp_store, engine, budget=0) as b:
+        frames = keep(b, 0, 1)
+        with pytest.raises(DeadlineError, match=r"unit 'unit 1': reading an input"):
+            frames[1].load()
+        frames.clear()
+        b.store.settle()
+        assert b.pool.num_lent == 1  # the one that the engine may still write to
+        assert b.files.in_use_nbytes == NBYTES
+        engine.release()
         b.assert_all_returned()
 
 
