@@ -73,16 +73,12 @@ def median(values: Iterable[float]) -> float:
 
 
 def run_json(argv: Sequence[str | os.PathLike[str]], *, env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run a timed program; returns the JSON object that it prints last.
-
-    It gets a session of its own, with priority where we may: with autogroups on, neighbours in other sessions share
-    the cores by session, and ``nice`` changes nothing.
-    """
-    process = _start(argv, env, stdout=subprocess.PIPE)
+    """`launch` a program; returns the JSON object that it prints last."""
+    process = launch(argv, env=env, stdout=subprocess.PIPE)
     try:
         output, _ = process.communicate()
     finally:
-        _end(process)
+        end(process)
     lines = [line for line in output.decode().splitlines() if line.startswith("{")]
     if process.returncode != 0 or not lines:
         raise SystemExit(f"{' '.join(map(str, argv))} ended with {process.returncode} and {len(lines)} JSON lines")
@@ -91,14 +87,39 @@ def run_json(argv: Sequence[str | os.PathLike[str]], *, env: Mapping[str, str] |
 
 
 def in_own_session() -> None:
-    """For a program that times in its own process: run it again as `run_json` would, unless it is run so already."""
+    """For a program that times in its own process: `launch` it again, unless it runs so already."""
     if os.getsid(0) == os.getpid():
         return
-    process = _start([sys.executable, *sys.orig_argv[1:]], None)
+    process = launch([sys.executable, *sys.orig_argv[1:]])
     try:
         raise SystemExit(process.wait())
     finally:
-        _end(process)
+        end(process)
+
+
+def launch(
+    argv: Sequence[str | os.PathLike[str]], *, env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a timed program in a session of its own, with priority where we may; `end` it whatever happens.
+
+    With autogroups on, neighbours in other sessions share the cores by session, and ``nice`` changes nothing.
+    """
+    environment = {**os.environ, **(env or {})}
+    process = subprocess.Popen(argv, env=environment, cwd=ROOT, start_new_session=True, **options)
+    with suppress(OSError):  # not root, or no autogroups
+        Path(f"/proc/{process.pid}/autogroup").write_text(PRIORITY)
+    return process
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Make sure that a launched program is over: in another session, Ctrl-C does not reach it."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def memory_now() -> tuple[int, int]:
@@ -120,27 +141,6 @@ def plan_of(session: Any) -> dict[str, Any]:
         "num_kept_params": len(plan.kept_params),
         "num_kept_states": len(plan.kept_states),
     }
-
-
-def _start(
-    argv: Sequence[str | os.PathLike[str]], env: Mapping[str, str] | None, **options: Any
-) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, **(env or {})}
-    process = subprocess.Popen(argv, env=environment, cwd=ROOT, start_new_session=True, **options)
-    with suppress(OSError):  # not root, or no autogroups
-        Path(f"/proc/{process.pid}/autogroup").write_text(PRIORITY)
-    return process
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """After an interrupt the process is still there, and in another session Ctrl-C has not reached it."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def _value_of(path: str, key: str) -> str:
