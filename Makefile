@@ -64,10 +64,18 @@ lint: $(VENV)/.package $(VENV)/.lint
 	$(VENV)/bin/mypy --strict lightning_ssd
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'native/*.cpp' 'native/*.hpp' 'native/*.h')
 
+# About an hour and a half on a quiet machine, 80 GB of disk for the 4 B model. State goes to LIGHTNING_SSD_PATH, lines are
+# appended in docs/results. DEEPSPEED_PYTHON: a Python with DeepSpeed; PEERS: the folder of the peers' adapters.
+BENCH_DIR := $(or $(LIGHTNING_SSD_PATH),$(DEMO)/bench)
+BENCH := $(PY) -m tests.benchmarks.bench_
+
 bench: $(VENV)/.test
-	$(PY) tests/benchmarks/bench_io.py $(or $(LIGHTNING_SSD_PATH),.)
-	$(PY) tests/benchmarks/bench_kernels.py
-	$(PY) tests/benchmarks/bench_memory.py --size 1.3b --path $(or $(LIGHTNING_SSD_PATH),.demo)
+	mkdir -p $(BENCH_DIR)
+	$(BENCH)io $(BENCH_DIR) --out docs/results/io.jsonl
+	$(BENCH)kernels --out docs/results/kernels.jsonl
+	$(BENCH)step $(BENCH_DIR) --out docs/results/step.jsonl
+	$(if $(DEEPSPEED_PYTHON),$(BENCH)peers $(BENCH_DIR) --out docs/results/peers.jsonl,@echo 'no peers: DEEPSPEED_PYTHON is not set')
+	$(BENCH)memory $(BENCH_DIR) --out docs/results/memory.jsonl
 
 # The C++ core alone: no Python, no pip.
 native-test:

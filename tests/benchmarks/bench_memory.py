@@ -1,10 +1,13 @@
-"""Host memory and disk traffic of a GPT that does not fit: one JSON line.
+"""Host memory and disk traffic of GPTs that do not fit: a JSON line for each size.
 
-    python tests/benchmarks/bench_memory.py --size 1.3b --precision bf16-true --host-memory 1GiB --path /nvme
+    python -m tests.benchmarks.bench_memory DIRECTORY [--sizes 124m 1.3b 4b] [--host-memory 1GiB]
+    python -m tests.benchmarks.bench_memory DIRECTORY --sizes 124m --host-memory 320MiB --batch 32 --seq 768 --vocab 512
+        --precision bf16-mixed --plain      # inputs of blocks past host_memory, losses beside plain Lightning's
 
-Random weights, created in ``configure_model``, batch 1 x 256 tokens, AdamW. Anonymous memory is RssAnon + RssShmem,
-sampled every 10 ms, above what the process had before the Trainer was made (interpreter, torch, Lightning). Plain
-training would hold weights, gradients and two float32 moments at least.
+Random weights, created in `configure_model`, AdamW, each size in a process of its own. Anonymous memory is RssAnon +
+RssShmem, sampled every 10 ms, above what the process had before the Trainer was made (interpreter, torch, Lightning).
+``activations_nbytes`` is the same for a model of one block without the strategy, less its weights: what the user's
+compute takes however the model is stored (the gradient that is being made is in it, and no other).
 """
 
 from __future__ import annotations
@@ -12,151 +15,191 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
+import shutil
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import lightning_ssd
-from tests.helpers.models import Block
+from lightning_ssd.sizes import MiB, fmt, parse_nbytes
+from tests.benchmarks.gpt import GPT, SEQ, SIZES, VOCAB, Module, batches, numel
+from tests.benchmarks.support import emit, facts, memory_now, plan_of, run_json, say
 
-SIZES = {"124m": (12, 768, 12), "350m": (24, 1024, 16), "1.3b": (24, 2048, 16), "4b": (32, 3072, 24)}
-VOCAB, SEQ = 25600, 256
-
-
-class GPT(nn.Module):
-    def __init__(self, layers: int, width: int, heads: int) -> None:
-        super().__init__()
-        self.tok = nn.Embedding(VOCAB, width)
-        self.pos = nn.Embedding(SEQ, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, VOCAB, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tok(ids) + self.pos(torch.arange(ids.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-class Module(pl.LightningModule):
-    def __init__(self, size: str) -> None:
-        super().__init__()
-        self.size = size
-        self.losses: list[float] = []
-        self.began_s: list[float] = []
-
-    def configure_model(self) -> None:
-        if not hasattr(self, "net"):
-            self.net = GPT(*SIZES[self.size])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.began_s.append(time.perf_counter())
-        loss = F.cross_entropy(self.net(batch[0]).float().view(-1, VOCAB), batch[1].view(-1))
-        self.losses.append(loss.item())
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
-
-
-class Sampler:
-    """Largest anonymous and file-mapped memory of this process, bytes."""
-
-    def __init__(self) -> None:
-        self.anonymous = self.mapped = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.01):
-            anonymous, mapped = memory_now()
-            self.anonymous, self.mapped = max(self.anonymous, anonymous), max(self.mapped, mapped)
-
-
-def memory_now() -> tuple[int, int]:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
-    return (kib["RssAnon"] + kib["RssShmem"]) * 1024, kib["RssFile"] * 1024
+SLACK_NBYTES = 64 * MiB
+DISK_NBYTES_PER_PARAM = 16  # master and moments 12, parameter and spilled gradient 4
+PLAIN_NBYTES_PER_PARAM = {"bf16-true": 12, "bf16-mixed": 16, "32-true": 16}  # weights, gradients and moments
+PLAIN_DTYPE = {"bf16-true": torch.bfloat16}
+SAMPLE_S = 0.01
+Line = dict[str, Any]
 
 
 def main() -> None:
+    """Measure and print, or, with ``--worker``, be one of the processes that are measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="124m")
-    parser.add_argument("--precision", default="bf16-true")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["124m", "1.3b", "4b"])
+    parser.add_argument("--precision", default="bf16-true", choices=PLAIN_NBYTES_PER_PARAM)
     parser.add_argument("--host-memory", default="1GiB")
     parser.add_argument("--update", default="auto")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--path", default=None)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=SEQ)
+    parser.add_argument("--vocab", type=int, default=VOCAB)
+    parser.add_argument("--plain", action="store_true", help="run plain Lightning too and compare losses")
+    parser.add_argument("--out", help="append the lines to this file")
+    parser.add_argument("--worker", choices=["ours", "plain", "one-block"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    tokens = torch.randint(0, 512, (args.steps, SEQ + 1), generator=torch.Generator().manual_seed(0))
-    loader = DataLoader([(row[:-1], row[1:]) for row in tokens], batch_size=1)
-    strategy = lightning_ssd.SSDOffloadStrategy(nvme_path=args.path, host_memory=args.host_memory, update=args.update)
-    pl.seed_everything(0, verbose=False)
-    module = Module(args.size)
-    base, _ = memory_now()
-    sampler = Sampler()
-    begin_s = time.perf_counter()
-    trainer = pl.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        precision=args.precision,
-        max_steps=args.steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, loader)
-    end_s = time.perf_counter()
-    sampler.stop()
-    session = strategy.session
-    plan = session.plan
-    numel = sum(unit.layout.numel for unit in session.units)
-    stats = strategy.stats()
-    starts = [*module.began_s, end_s]
+    if args.worker:
+        warnings.simplefilter("ignore")
+        work = one_block if args.worker == "one-block" else train
+        sys.stdout.write(json.dumps(work(args)) + "\n")
+        return
+    require_disk(args)
+    for size in args.sizes:
+        emit({"benchmark": "memory", "size": size, **facts(args.directory), **measure(args, size)}, args.out)
+
+
+def require_disk(args: argparse.Namespace) -> None:
+    """End the program if a size does not fit the disk."""
+    free = shutil.disk_usage(args.directory).free
+    for size in args.sizes:
+        need = numel(size, args.vocab, args.seq) * DISK_NBYTES_PER_PARAM
+        if need > free:
+            raise SystemExit(
+                f"size {size} needs {fmt(need)} of disk, {args.directory} has {fmt(free)} free: "
+                "choose another directory, or smaller --sizes"
+            )
+
+
+def measure(args: argparse.Namespace, size: str) -> Line:
+    """One size, in processes of its own."""
+    say(f"memory: {size}")
+    ours = worker("ours", size)
+    alone = worker("one-block", size)
+    total = numel(size, args.vocab, args.seq)
+    itemsize = 2 if args.precision.startswith("bf16") else 4
     line = {
-        "benchmark": "memory",
-        "size": args.size,
-        "numel": numel,
         "precision": args.precision,
+        "numel": total,
+        "batch": args.batch,
+        "seq": args.seq,
+        "vocab": args.vocab,
         "host_memory": args.host_memory,
-        "plan_nbytes": plan.host_nbytes,
-        "smallest_plan_nbytes": plan.smallest_nbytes,
-        "peak_anonymous_above_base_nbytes": sampler.anonymous - base,
-        "peak_mapped_file_nbytes": sampler.mapped,
-        "base_anonymous_nbytes": base,
-        # logits, their float32 copy, log-softmax and its gradient; a block's saved tensors and gradients
-        "activations_estimate_nbytes": SEQ * VOCAB * 14 + SEQ * SIZES[args.size][1] * 4 * 40,
-        "plain_at_least_nbytes": numel * (16 if args.precision == "32-true" else 12),
-        "setup_s": round(starts[0] - begin_s, 1),
-        "step_s": [round(b - a, 2) for a, b in itertools.pairwise(starts)],
-        "read_nbytes": stats.read_nbytes,
-        "written_nbytes": stats.written_nbytes,
-        "losses": [round(loss, 4) for loss in module.losses],
-        "engine": session.engine.name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "lightning": pl.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
+        "activations_nbytes": alone["peak_anonymous_above_base_nbytes"] - alone["weights_nbytes"],
+        "block_inputs_nbytes": SIZES[size][0] * SIZES[size][1] * args.batch * args.seq * itemsize,
+        "plain_at_least_nbytes": total * PLAIN_NBYTES_PER_PARAM[args.precision],
+        **ours,
     }
-    sys.stdout.write(json.dumps(line) + "\n")
+    if args.host_memory not in ("auto", "min"):
+        allowed = parse_nbytes(args.host_memory) + SLACK_NBYTES
+        line["beyond_budget_and_slack_nbytes"] = ours["peak_anonymous_above_base_nbytes"] - allowed
+        line["is_within"] = line["beyond_budget_and_slack_nbytes"] <= line["activations_nbytes"]
+    if args.plain:
+        plain = worker("plain", size)
+        line["plain_peak_anonymous_above_base_nbytes"] = plain["peak_anonymous_above_base_nbytes"]
+        line["plain_step_s"] = plain["step_s"]
+        line["loss_difference"] = max(abs(a - b) for a, b in zip(ours["losses"], plain["losses"], strict=True))
+    return line
+
+
+def worker(kind: str, size: str) -> Line:
+    """This program again, as a worker."""
+    return run_json([sys.executable, *sys.orig_argv[1:], "--sizes", size, "--worker", kind])
+
+
+def train(args: argparse.Namespace) -> Line:
+    """Ours or plain."""
+    is_ours = args.worker == "ours"
+    strategy: Any = "auto"
+    if is_ours:
+        path, memory = str(args.directory), args.host_memory
+        strategy = lightning_ssd.SSDOffloadStrategy(nvme_path=path, host_memory=memory, update=args.update)
+    pl.seed_everything(0, verbose=False)
+    module = Module(args.sizes[0], vocab=args.vocab, seq=args.seq)
+    begins: list[float] = []
+
+    class Clock(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            begins.append(time.perf_counter())
+
+    with sampled() as peak:
+        since = time.perf_counter()
+        trainer = pl.Trainer(
+            strategy=strategy,
+            accelerator="cpu",
+            devices=1,
+            precision=args.precision,
+            max_steps=args.steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[Clock()],
+        )
+        trainer.fit(module, batches(args.steps, args.batch, args.seq))
+        until = time.perf_counter()
+    line: Line = {
+        **peak,
+        "setup_s": begins[0] - since,
+        "step_s": [b - a for a, b in itertools.pairwise([*begins, until])],  # the last with what was owed, and teardown
+        "losses": module.losses,
+        "threads": torch.get_num_threads(),
+    }
+    if is_ours:
+        stats = strategy.stats()
+        line |= {"read_nbytes": stats.read_nbytes, "written_nbytes": stats.written_nbytes}
+        line |= {"plan": plan_of(strategy.session), "engine": strategy.session.engine.name}
+    return line
+
+
+def one_block(args: argparse.Namespace) -> Line:
+    """Forward and backward of one block with embedding and head, gradients dropped as they come."""
+    dtype = PLAIN_DTYPE.get(args.precision, torch.float32)
+    batch = next(iter(batches(1, args.batch, args.seq)))
+    torch.set_default_dtype(dtype)
+    with sampled() as peak:
+        net = GPT(args.sizes[0], layers=1, vocab=args.vocab, seq=args.seq)
+        for param in net.parameters():
+            param.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16-mixed"):
+                logits = net(batch[0])
+            logits = logits.float()
+            torch.nn.functional.cross_entropy(logits.view(-1, args.vocab), batch[1].view(-1)).backward()
+            del logits
+    return {**peak, "weights_nbytes": sum(p.numel() * p.element_size() for p in net.parameters())}
+
+
+@contextmanager
+def sampled() -> Iterator[Line]:
+    """Fills what it yields, at the end, with the largest memory seen inside."""
+    found: Line = {}
+    base, _ = memory_now()
+    largest = [0, 0]
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(SAMPLE_S):
+            largest[:] = map(max, largest, memory_now())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+        found["base_anonymous_nbytes"] = base
+        found["peak_anonymous_above_base_nbytes"] = largest[0] - base
+        found["peak_mapped_file_nbytes"] = largest[1]
 
 
 if __name__ == "__main__":

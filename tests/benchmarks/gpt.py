@@ -31,15 +31,17 @@ def numel(size: str, vocab: int = VOCAB, seq: int = SEQ) -> int:
 
 
 class GPT(nn.Module):
-    """``recompute``: torch's own checkpointing of each block, for runs without the strategy."""
+    """``recompute``: torch's own checkpointing of each block, for runs without the strategy; ``layers``: not all."""
 
-    def __init__(self, size: str, *, vocab: int = VOCAB, seq: int = SEQ, recompute: bool = False) -> None:
+    def __init__(
+        self, size: str, *, vocab: int = VOCAB, seq: int = SEQ, recompute: bool = False, layers: int | None = None
+    ) -> None:
         super().__init__()
-        layers, width, heads = SIZES[size]
+        num_layers, width, heads = SIZES[size]
         self.recompute = recompute
         self.tok = nn.Embedding(vocab, width)
         self.pos = nn.Embedding(seq, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(num_layers if layers is None else layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab, bias=False)
 
