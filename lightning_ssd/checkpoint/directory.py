@@ -256,7 +256,7 @@ def _make_staging(target: str) -> tuple[str, int]:
             os.rmdir(path)
             raise
         # Another process may take the directory for stale between mkdir and flock, and remove it: then try again.
-        locked = _try_lock(lock)
+        locked = try_lock(lock)
         if locked is None or (locked and os.path.isdir(path)):
             return path, lock
         os.close(lock)
@@ -293,12 +293,12 @@ def locked(path: str) -> Iterator[bool]:
         yield False
         return
     try:
-        yield _try_lock(fd) is True
+        yield try_lock(fd) is True
     finally:
         os.close(fd)
 
 
-def _try_lock(fd: int) -> bool | None:
+def try_lock(fd: int) -> bool | None:
     """Whether the lock was free and is ours now; None where directories cannot be locked (some network disks)."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,8 @@
 """A checkpoint as a folder of ``torch.distributed.checkpoint``, laid out as Lightning's sharded strategies write it.
 
 ``model`` holds the state dict, ``optimizer_0`` and so on the optimizers' states by parameter name, ``meta.pt`` what
-else Lightning keeps. ``torch.distributed.checkpoint.load`` reads it with or without a process group, on any number of ranks.
+else Lightning keeps. ``torch.distributed.checkpoint.load`` reads it with or without a process group, on any number
+of ranks.
 """
 
 from __future__ import annotations

@@ -134,6 +134,10 @@ class CheckpointReader:
         """Absolute path of a unit file; it is immutable, so it may be linked, and must not be written."""
         return os.path.join(self.directory, record.path)
 
+    def open_file(self, path: str) -> int:
+        """A file of the checkpoint by its relative path, open for reading; the descriptor is the caller's."""
+        return open_inside(self._open_directory_fd(), path, self.directory)
+
     def rest(self) -> dict[str, Tensor]:
         """Buffers, unmanaged tensors and odd-shaped optimizer state, checked against their checksum; in place.
 

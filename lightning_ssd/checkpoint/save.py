@@ -7,6 +7,7 @@ made durable; then one rename. Whoever dies on the way leaves the previous check
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import stat
@@ -37,6 +38,7 @@ from lightning_ssd.checkpoint.manifest import (
     decode_manifest,
     encode_manifest,
 )
+from lightning_ssd.checkpoint.progress import LogProgress
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
 from lightning_ssd.checkpoint.values import encode_optimizer
 from lightning_ssd.checkpoint.writer import (
@@ -51,6 +53,7 @@ from lightning_ssd.checkpoint.writer import (
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.store.dtypes import TORCH_DTYPE
 
+_log = logging.getLogger("lightning_ssd.checkpoint")
 _NUM_SYNCS = 16
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -103,7 +106,8 @@ def save(
             that dtype. Default: the dtype of ``master`` if there is one, else of ``param``.
         aliases: Further names of tied tensors -> the name under which the tensor is in ``files`` or ``rest``.
         recycle: Takes unit files of a replaced checkpoint that nothing else links; see `directory.Recycle`.
-        progress: Called with bytes done and bytes in all.
+        progress: Called with bytes done and bytes in all. Default: a line every few seconds, by the logger
+            ``lightning_ssd.checkpoint``.
 
     Raises:
         CheckpointError: If it could not be saved. The one that was there is still whole then (or, if only its removal
@@ -113,7 +117,7 @@ def save(
     begin_s = time.monotonic()
     target = os.path.abspath(os.fspath(directory))
     moved_aside = moved_aside_name(target)
-    job = _Job(progress, sum(file.nbytes for file in files))
+    job = _Job(progress or LogProgress(_log, f"saving {target}"), sum(file.nbytes for file in files))
     try:
         with staging(target, recycle) as path:
             records = _place_units(path, files, job)
@@ -143,7 +147,7 @@ def save(
 class _Job:
     """Bytes on their way."""
 
-    progress: Progress | None
+    progress: Progress
     total_nbytes: int
     nbytes_linked: int = 0
     nbytes_written: int = 0
@@ -151,8 +155,7 @@ class _Job:
     def report(self, written: int = 0, linked: int = 0) -> None:
         self.nbytes_written += written
         self.nbytes_linked += linked
-        if self.progress is not None:
-            self.progress(min(self.nbytes_linked + self.nbytes_written, self.total_nbytes), self.total_nbytes)
+        self.progress(min(self.nbytes_linked + self.nbytes_written, self.total_nbytes), self.total_nbytes)
 
 
 def _place_units(path: str, files: Sequence[UnitFile | ComposedFile], job: _Job) -> tuple[FileRecord, ...]:

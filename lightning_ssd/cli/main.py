@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from lightning_ssd.cli import clean, export, import_, inspect, trace, verify
+from lightning_ssd.cli import clean, copy, export, import_, inspect, trace, verify
 from lightning_ssd.cli.output import error_line
 from lightning_ssd.errors import SSDOffloadError
 
-COMMANDS: tuple[ModuleType, ...] = (clean, export, import_, inspect, trace, verify)
+COMMANDS: tuple[ModuleType, ...] = (clean, copy, export, import_, inspect, trace, verify)
 """Each has NAME, HELP, ``configure(parser)`` and ``run(arguments) -> exit code``."""
 
 

@@ -1,0 +1,237 @@
+"""A checkpoint copied to another place, usually another file system: checked on the way, gone on with after a kill.
+
+The copy grows in a hidden sibling of its target, ``.NAME.copy-0-CHECKSUM``, named after the checksum of the manifest:
+the same checkpoint copied to the same name again finds what is there; of that, each MiB whose checksum fits is kept.
+The directory is locked meanwhile, and takes the target's name once every byte has been read back and compared.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
+from lightning_ssd.checkpoint.directory import UNIT_FILE, sync_directory, try_lock
+from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.checkpoint.manifest import MANIFEST, UNITS, FileRecord, decode_manifest
+from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress
+from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.sizes import fmt
+
+
+@dataclass(frozen=True)
+class CopyReport:
+    """What copying did.
+
+    Attributes:
+        nbytes_copied: Bytes that were copied.
+        nbytes_kept: Bytes that an earlier, interrupted copy had brought over and that are right.
+    """
+
+    nbytes_copied: int
+    nbytes_kept: int
+
+
+def copy_checkpoint(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress | None = None
+) -> CopyReport:
+    """Copy a checkpoint through a buffer of 1 MiB; interrupted, it goes on where it was when called again.
+
+    Args:
+        source: The checkpoint.
+        target: The copy's directory; must not exist.
+        progress: Called with bytes done and bytes in all: each byte counts when it is copied and when it is read back.
+
+    Raises:
+        CheckpointError: If it could not be copied. What was copied stays, to go on from.
+        CorruptionError: If the source, or what was read back, is not what the manifest says.
+    """
+    to = os.path.abspath(os.fspath(target))
+    if os.path.lexists(to):
+        raise CheckpointError(f"{to!r} exists; name a directory that does not")
+    try:
+        with CheckpointReader(source) as reader, ExitStack() as stack:
+            text = _manifest_of(reader)
+            path, fd = stack.enter_context(_unfinished(to, checksum(text)))
+            job = _Job(reader, fd, progress)
+            _require_free(path, reader.manifest.nbytes)
+            for record in reader.manifest.files:
+                job.copy_unit(record)
+            job.copy_small_files(text)
+            sync_directory(os.path.join(path, UNITS))
+            sync_directory(path)
+            _read_back(path, job)
+            os.rename(path, to)
+            sync_directory(os.path.dirname(to))
+    except OSError as error:
+        raise CheckpointError(
+            f"{to!r} could not be written: {error}; call the same again to go on, or see lightning-ssd clean"
+        ) from error
+    return CopyReport(job.nbytes_copied, job.nbytes_kept)
+
+
+def _manifest_of(reader: CheckpointReader) -> bytes:
+    """The manifest's own text, which must not have changed since it was read."""
+    fd = reader.open_file(MANIFEST)
+    with os.fdopen(fd, "rb") as file:
+        text = file.read()
+    if decode_manifest(text, os.path.join(reader.directory, MANIFEST)) != reader.manifest:
+        raise CheckpointError(f"{reader.directory!r} was replaced while it was read")
+    return text
+
+
+@contextmanager
+def _unfinished(target: str, mark: int) -> Iterator[tuple[str, int]]:
+    """The directory in which the copy grows, old or new, locked; its path and descriptor."""
+    folder, name = os.path.split(target)
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f".{name}.copy-0-{mark:08x}")
+    for each in (path, os.path.join(path, UNITS)):
+        if not os.path.lexists(each):
+            os.mkdir(each, 0o700)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(fd).st_uid != os.geteuid():
+            raise CheckpointError(f"{path!r} belongs to another user")
+        if try_lock(fd) is False:
+            raise CheckpointError(f"{target!r} is being copied to by another process")
+        yield path, fd
+    finally:
+        os.close(fd)
+
+
+def _require_free(path: str, nbytes: int) -> None:
+    found = os.statvfs(path)
+    there = sum(entry.stat().st_blocks * 512 for entry in os.scandir(os.path.join(path, UNITS)))
+    if found.f_bavail * found.f_frsize + there < nbytes:
+        raise CheckpointError(
+            f"the copy needs {fmt(nbytes)}, {path!r} has {fmt(there)} of it and its disk "
+            f"{fmt(found.f_bavail * found.f_frsize)} free"
+        )
+
+
+def _read_back(path: str, job: _Job) -> None:
+    """Compare every byte with the checksums once more; the page cache was emptied, so they come from the disk."""
+    with CheckpointReader(path) as copied:
+        copied.verify(lambda done, _: job.report(read_back=done))
+
+
+class _Job:
+    """One copy on its way."""
+
+    def __init__(self, reader: CheckpointReader, directory_fd: int, progress: Progress | None) -> None:
+        self._reader = reader
+        self._fd = directory_fd
+        self._progress = progress
+        self.nbytes_copied = 0
+        self.nbytes_kept = 0
+
+    def report(self, *, copied: int = 0, kept: int = 0, read_back: int = 0) -> None:
+        self.nbytes_copied += copied
+        self.nbytes_kept += kept
+        if self._progress is not None:
+            done = self.nbytes_copied + self.nbytes_kept + read_back
+            total = 2 * self._reader.manifest.nbytes
+            self._progress(min(done, total), total)
+
+    def copy_unit(self, record: FileRecord) -> None:
+        """Copy a unit file, piece by piece."""
+        folder, _, name = record.path.partition("/")
+        if folder != UNITS or not UNIT_FILE.fullmatch(name):
+            raise CheckpointError(f"{self._reader.directory}: {record.path!r} is no name that a save gives")
+        sums = record.checksums
+        with ExitStack() as stack:
+            source = stack.enter_context(_closing(self._reader.open_file(record.path)))
+            target = stack.enter_context(_closing(_open_for_writing(self._fd, record.path)))
+            self._piece(source, target, 0, record.data_begin, None, record.path)
+            for index, offset in enumerate(range(record.data_begin, record.nbytes, PIECE_NBYTES)):
+                nbytes = min(PIECE_NBYTES, record.nbytes - offset)
+                self._piece(source, target, offset, nbytes, None if sums is None else sums[index], record.path)
+                if offset % FLUSH_NBYTES < PIECE_NBYTES:
+                    _flush(source, target)
+            os.ftruncate(target, record.nbytes)
+            _flush(source, target)
+
+    def copy_small_files(self, manifest: bytes) -> None:
+        """Copy the small files, and last the manifest."""
+        for name, small in self._reader.manifest.small_files.items():
+            with (
+                _closing(self._reader.open_file(name)) as source,
+                _closing(_open_for_writing(self._fd, name)) as target,
+            ):
+                for offset in range(0, small.nbytes, PIECE_NBYTES):
+                    self._piece(source, target, offset, min(PIECE_NBYTES, small.nbytes - offset), None, name)
+                os.ftruncate(target, small.nbytes)
+                _flush(source, target)
+        with _closing(_open_for_writing(self._fd, MANIFEST)) as target:
+            _write(target, manifest, 0)
+            os.ftruncate(target, len(manifest))
+            os.fsync(target)
+
+    def _piece(self, source: int, target: int, offset: int, nbytes: int, expected: int | None, name: str) -> None:
+        """Copy some bytes, unless they are there and known to be right."""
+        is_there = expected is not None and os.fstat(target).st_size >= offset + nbytes
+        if is_there and checksum(_read(target, nbytes, offset, name)) == expected:
+            self.report(kept=nbytes)
+            return
+        data = _read(source, nbytes, offset, name)
+        if expected is not None and checksum(data) != expected:
+            raise CorruptionError(
+                f"{self._reader.directory}: {name!r} is damaged in the {nbytes} bytes at offset {offset}; see "
+                "lightning-ssd verify"
+            )
+        _write(target, data, offset)
+        self.report(copied=nbytes)
+
+
+def _open_for_writing(directory_fd: int, path: str) -> int:
+    """A file of the unfinished copy, which no symlink and no other link may lead to."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    folder, _, name = path.rpartition("/")
+    inner = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
+    try:
+        fd = os.open(name, flags, 0o600, dir_fd=inner)
+    finally:
+        os.close(inner)
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        os.close(fd)
+        raise CheckpointError(f"{path!r} of the unfinished copy is no plain file of its own")
+    return fd
+
+
+def _read(fd: int, nbytes: int, offset: int, name: str) -> bytes:
+    pieces: list[bytes] = []
+    missing = nbytes
+    while missing:
+        piece = os.pread(fd, missing, offset + nbytes - missing)
+        if not piece:
+            raise CheckpointError(f"{name!r} ended at byte {offset + nbytes - missing} while it was read")
+        pieces.append(piece)
+        missing -= len(piece)
+    return b"".join(pieces)
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(fd, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def _flush(source: int, target: int) -> None:
+    """Make what was written durable, and leave neither file in the page cache."""
+    os.fdatasync(target)
+    for fd in (source, target):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
