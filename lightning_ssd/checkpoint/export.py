@@ -298,7 +298,8 @@ def _copy_configuration(source: str, folder: str) -> None:
     with os.scandir(source) as found:
         for entry in found:
             if entry.is_file() and not entry.name.endswith(_WEIGHT_SUFFIXES):
-                shutil.copyfile(entry.path, os.path.join(folder, entry.name))
+                with open(entry.path, "rb") as original, new_file(os.path.join(folder, entry.name)) as fd:
+                    shutil.copyfileobj(original, StreamWriter(fd))
 
 
 def _write_text(path: str, text: str) -> None:

@@ -1,6 +1,6 @@
 """The directory of one run's live store: made, locked, recognised when its run is dead, and removed by its owner.
 
-What is removed, by the owner or after its death, is what a run makes: plain files with our ending, the lock, and the
+What is removed, by the owner or after its death, is what a run makes: plain files with our endings, the lock, and the
 directory if that left it empty. Nothing is reached through a symlink, and nothing of another user's is touched.
 """
 
@@ -27,7 +27,7 @@ from lightning_ssd.sizes import fmt
 _PREFIX = "ssd-run-"
 _LOCK = "lock"
 _NAME = re.compile(r"(\.new-)?ssd-run-\d{8}-\d{6}-\d+-\d{6}")
-_DATA_SUFFIX = ".safetensors"
+_DATA_SUFFIXES = (".safetensors", ".spill")
 _PROBE = re.compile(r"\.direct-probe-\w+")
 _UNBORN_S = 3600.0
 """Age at which a directory that never got its name, and so may not have been locked yet, is taken for dead."""
@@ -232,7 +232,7 @@ def _remove_contents(directory_fd: int) -> None:
     with os.scandir(directory_fd) as entries:
         found = list(entries)
     for entry in found:
-        if entry.name.endswith(_DATA_SUFFIX) and entry.is_file(follow_symlinks=False):
+        if entry.name.endswith(_DATA_SUFFIXES) and entry.is_file(follow_symlinks=False):
             os.unlink(entry.name, dir_fd=directory_fd)
         elif _PROBE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
             _remove_probe(entry.name, directory_fd)

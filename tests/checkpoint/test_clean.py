@@ -32,7 +32,8 @@ def dead_run_in(root: Path) -> Path:
     ) as process:
         assert process.stdout is not None
         path = Path(process.stdout.readline().strip())
-        (path / "0.safetensors").write_bytes(b"x" * 100_000)
+        (path / "0.safetensors").write_bytes(b"x" * 90_000)
+        (path / "inputs-0000.spill").write_bytes(b"x" * 10_000)
         process.send_signal(signal.SIGKILL)
     return path
 
@@ -115,6 +116,9 @@ def test_what_we_did_not_make_stays(tmp_path: Path, capsys: pytest.CaptureFixtur
     (run / "link.safetensors").symlink_to(outside)
     (run / "folder.safetensors").mkdir()
     (run / "notes.txt").touch()
+    probe = run / ".direct-probe-a1_x"
+    probe.mkdir()
+    (probe / "probe").touch()
     code, found = clean(tmp_path, "--yes", capsys=capsys)
     assert code == 1
     assert "not removed" in found[0]["kept_because"]
