@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class SSDOffloadError(RuntimeError):
@@ -71,3 +73,14 @@ class IoError(SSDOffloadError, OSError):
 
 class DeadlineError(IoError):
     """A disk operation did not finish in the time allowed; it is still in flight."""
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Let an error of a descriptor tell which file it was, as one of a path does by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = path
+        raise

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE, UNITS, check_relative_path
-from lightning_ssd.errors import CheckpointError, IoError
+from lightning_ssd.errors import CheckpointError, IoError, naming
 
 Recycle = Callable[[str], bool]
 """Called with the path of a unit file that nothing else links, before it is unlinked; True if it was moved away."""
@@ -29,6 +29,7 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
+_OLD = re.compile(r"\.old-\d+-[0-9a-f]{8}$")
 UNIT_FILE = re.compile(r"\d{5,}-[^/]*\.safetensors")
 
 
@@ -110,7 +111,8 @@ def sync_directory(path: str) -> None:
     """Make the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -140,11 +142,15 @@ def staging(target: str, recycle: Recycle | None = None) -> Iterator[str]:
         published = False
         try:
             yield path
-            _publish(path, target, recycle)
+            old = _publish(path, target)
             published = True
         finally:
             if not published and os.path.isdir(path):
                 shutil.rmtree(path, ignore_errors=True)
+        # If this fails, the old one stays where it is: the disk may still have it under the name.
+        sync_directory(os.path.dirname(target))
+        if old is not None:
+            _discard(old, target, recycle)
     finally:
         os.close(lock)
 
@@ -176,22 +182,20 @@ def moved_aside_name(target: str) -> str | None:
     return name
 
 
-def _publish(path: str, target: str, recycle: Recycle | None) -> None:
-    """Let ``path`` take the name ``target``; a checkpoint that had it is removed, a symlink too, a file is renamed."""
-    parent = os.path.dirname(target)
-    old: str | None = None
+def _publish(path: str, target: str) -> str | None:
+    """Let ``path`` take the name ``target``; return where the checkpoint is now that had it.
+
+    A symlink that had it is removed, a plain file is renamed.
+    """
     file_name = moved_aside_name(target)
     if file_name is not None:
         os.rename(target, file_name)
     elif os.path.islink(target):
         os.unlink(target)
     if is_checkpoint(target):
-        old = _replace(path, target)
-    else:
-        os.rename(path, target)
-    sync_directory(parent)
-    if old is not None:
-        _discard(old, target, recycle)
+        return _replace(path, target)
+    os.rename(path, target)
+    return None
 
 
 def _replace(path: str, target: str) -> str:
@@ -326,6 +330,8 @@ def discard_contents(path: str, recycle: Recycle | None = None) -> None:
     for name in (MANIFEST, STATE, REST, ODD):
         with suppress(FileNotFoundError):
             os.unlink(os.path.join(path, name))
+    if _OLD.search(path):
+        sync_directory(path)  # or a power cut may leave its manifest, but not its units, and `recover` would trust it
     if os.path.isdir(units) and not os.path.islink(units):
         for name in os.listdir(units):
             if UNIT_FILE.fullmatch(name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import re
@@ -27,10 +26,10 @@ from lightning_ssd.checkpoint.manifest import (
     OptimizerRecord,
     decode_manifest,
 )
-from lightning_ssd.checkpoint.mapped import MappedFile
+from lightning_ssd.checkpoint.mapped import MappedFile, read_exactly
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
-from lightning_ssd.errors import CheckpointError, CorruptionError, IoError
+from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.header import TensorEntry
@@ -209,7 +208,7 @@ class CheckpointReader:
         with _Closing(self._open(record)) as fd:
             for index, expected in enumerate(record.checksums):
                 offset = record.data_begin + index * PIECE_NBYTES
-                piece = _pread(fd, min(PIECE_NBYTES, record.nbytes - offset), offset, self._where(record.path))
+                piece = read_exactly(fd, min(PIECE_NBYTES, record.nbytes - offset), offset, self._where(record.path))
                 if checksum(piece) != expected:
                     raise CorruptionError(self._damage(record, index * PIECE_NBYTES))
                 os.posix_fadvise(fd, offset, PIECE_NBYTES, os.POSIX_FADV_DONTNEED)
@@ -229,7 +228,7 @@ class CheckpointReader:
             nbytes = os.fstat(fd).st_size
             if nbytes > _MAX_MANIFEST_NBYTES:
                 raise CheckpointError(f"{self._where(MANIFEST)}: {nbytes} bytes are no manifest")
-            return decode_manifest(_pread(fd, nbytes, 0, self._where(MANIFEST)), self._where(MANIFEST))
+            return decode_manifest(read_exactly(fd, nbytes, 0, self._where(MANIFEST)), self._where(MANIFEST))
 
     def _check_sizes(self) -> None:
         for record in self.manifest.files:
@@ -287,7 +286,8 @@ class CheckpointReader:
                 raise CheckpointError(f"{self._where(name)} has {nbytes} bytes, not {small.nbytes}")
             actual = 0
             for offset in range(0, nbytes if compare else 0, PIECE_NBYTES):
-                actual = checksum(_pread(fd, min(PIECE_NBYTES, nbytes - offset), offset, self._where(name)), actual)
+                piece = read_exactly(fd, min(PIECE_NBYTES, nbytes - offset), offset, self._where(name))
+                actual = checksum(piece, actual)
             if compare and actual != small.checksum:
                 raise CorruptionError(
                     f"{self._where(name)} is damaged: its {nbytes} bytes have checksum {actual:08x}, "
@@ -368,18 +368,3 @@ def _open_directory(path: str) -> int:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise CheckpointError(f"{path!r} is not a checkpoint directory: {error.strerror}") from error
-
-
-def _pread(fd: int, nbytes: int, offset: int, where: str) -> bytes:
-    pieces: list[bytes] = []
-    missing = nbytes
-    while missing:
-        try:
-            piece = os.pread(fd, missing, offset + nbytes - missing)
-        except OSError as error:
-            raise IoError(error.errno or errno.EIO, where, offset + nbytes - missing, missing, "read") from error
-        if not piece:
-            raise CheckpointError(f"{where} ended at byte {offset + nbytes - missing} while it was read")
-        pieces.append(piece)
-        missing -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

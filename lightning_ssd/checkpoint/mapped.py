@@ -30,12 +30,31 @@ def read_header(fd: int, where: str) -> Header:
         IoError: If the disk failed.
     """
     file_nbytes = os.fstat(fd).st_size
-    data_begin = PREFIX_NBYTES
-    try:
-        data_begin = decode_data_begin(os.pread(fd, PREFIX_NBYTES, 0), file_nbytes, where)
-        return decode_header(os.pread(fd, data_begin, 0), file_nbytes, where)
-    except OSError as error:
-        raise IoError(error.errno or errno.EIO, where, 0, data_begin, "read") from error
+    first_bytes = read_exactly(fd, min(PREFIX_NBYTES, file_nbytes), 0, where)
+    data_begin = decode_data_begin(first_bytes, file_nbytes, where)
+    return decode_header(read_exactly(fd, data_begin, 0, where), file_nbytes, where)
+
+
+def read_exactly(fd: int, nbytes: int, offset: int, where: str) -> bytes:
+    """All of the bytes asked for, however many the system gives at a time.
+
+    Raises:
+        CheckpointError: If the file ends before.
+        IoError: If the disk failed.
+    """
+    pieces: list[bytes] = []
+    missing = nbytes
+    while missing:
+        begin = offset + nbytes - missing
+        try:
+            piece = os.pread(fd, missing, begin)
+        except OSError as error:
+            raise IoError(error.errno or errno.EIO, where, begin, missing, "read") from error
+        if not piece:
+            raise CheckpointError(f"{where} ended at byte {begin} while it was read")
+        pieces.append(piece)
+        missing -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class MappedFile:

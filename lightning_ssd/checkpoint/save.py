@@ -50,7 +50,7 @@ from lightning_ssd.checkpoint.writer import (
     write_pickle,
     write_tensors,
 )
-from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.errors import CheckpointError, CorruptionError, naming
 from lightning_ssd.store.dtypes import TORCH_DTYPE
 
 _log = logging.getLogger("lightning_ssd.checkpoint")
@@ -185,7 +185,8 @@ def _sync_sources(files: Sequence[UnitFile], device: int) -> None:
             found = os.fstat(fd)
             # One that is linked already is in a checkpoint and was made durable then: generations are immutable.
             if found.st_nlink == 1 and found.st_dev == device:
-                os.fdatasync(fd)
+                with naming(path):
+                    os.fdatasync(fd)
         finally:
             os.close(fd)
 
@@ -255,7 +256,8 @@ def _read_exactly(fd: int, nbytes: int, offset: int, file: UnitFile) -> bytes:
     pieces: list[bytes] = []
     missing = nbytes
     while missing:
-        piece = os.pread(fd, missing, offset + nbytes - missing)
+        with naming(file.source):
+            piece = os.pread(fd, missing, offset + nbytes - missing)
         if not piece:
             raise CheckpointError(f"{file.source!r} ends at byte {offset + nbytes - missing} of {file.nbytes}")
         pieces.append(piece)
@@ -327,7 +329,8 @@ def _make_durable(path: str, names: Iterable[str]) -> None:
     for name in names:
         fd = os.open(os.path.join(path, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            with naming(os.path.join(path, name)):
+                os.fsync(fd)
         finally:
             os.close(fd)
     sync_directory(os.path.join(path, UNITS))

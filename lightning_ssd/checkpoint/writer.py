@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import Bytes, checksum
-from lightning_ssd.errors import CheckpointError
+from lightning_ssd.errors import CheckpointError, naming
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import name_of
 from lightning_ssd.store.header import ITEMSIZE, TensorEntry, encode_header
@@ -88,7 +88,8 @@ def new_file(path: str) -> Iterator[int]:
     """A file that did not exist, open for writing, readable by its owner only."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        yield fd
+        with naming(path):
+            yield fd
     finally:
         os.close(fd)
 

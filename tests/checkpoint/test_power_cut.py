@@ -4,19 +4,22 @@ combination; every checkpoint that has a name is whole, and one that was saved i
 from __future__ import annotations
 
 import ast
+import errno
 import itertools
 import os
 import random
 import shutil
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lightning_ssd.checkpoint import directory, save, writer
-from lightning_ssd.checkpoint.directory import is_checkpoint, remove
+from lightning_ssd.checkpoint.directory import is_checkpoint, remove, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.errors import CheckpointError
 from tests.checkpoint.support import Training, assert_whole
 from tests.helpers.power_cut import READING, Cut, Recorder, UnknownOperation, after, cuts, tree, write_tree
 
@@ -45,10 +48,8 @@ class Run:
     def save(self, name: str, *, copied: int = 0) -> None:
         """Train a step and save it; the first ``copied`` files are not linked."""
         self.training.advance()
-        self.training.files = [
-            types.SimpleNamespace(**vars(f) | {"linkable": False, "nbytes": f.nbytes}) if i < copied else f  # type: ignore[misc]
-            for i, f in enumerate(self.training.files)
-        ]
+        files = self.training.files
+        self.training.files = [replace(file, linkable=False) for file in files[:copied]] + files[copied:]
         self.recorder.mark(f"save {name} {self.training.step}")
         self.training.save(self.root / name, recycle=self.recycle)
         self.recorder.mark(f"saved {name} {self.training.step}")
@@ -218,6 +219,28 @@ def test_killed_then_saved_again_then_cut(disk: Path, can_exchange: bool) -> Non
     for die_at in sorted({*range(0, num_ops, 9), *range(moves[0], min(moves[0] + 12, num_ops))}):
         run, second = play(die_at)
         assert run.check(second, num_random=2, prefixes=False) > 0
+
+
+@pytest.mark.parametrize("can_exchange", [True, False], ids=["exchange", "renames"])
+def test_a_sync_that_fails_then_cut(run: Run, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+    """The disk refuses to make the new name durable: the old checkpoint is not given up for it."""
+    with run.recorder.recording(can_exchange=can_exchange):
+        run.save("last.ckpt")
+        begin = len(run.recorder.ops)
+
+        def fail(path: str) -> None:
+            if path == str(run.root):
+                raise OSError(errno.EIO, "Input/output error")
+            sync_directory(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(directory, "sync_directory", fail)
+            with pytest.raises(CheckpointError, match="could not be saved"):
+                run.save("last.ckpt")
+        run.save("last.ckpt")
+    assert run.check(begin) > 3
+    # What the failure left is gone with the next save.
+    assert sorted(os.listdir(run.root)) == ["last.ckpt", "live"]
 
 
 def test_what_is_left_can_be_saved_over(run: Run, disk: Path) -> None:

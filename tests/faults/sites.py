@@ -56,6 +56,7 @@ class Site:
         faults: Ways to fail.
         settings: Of the strategy.
         trainer: Of the Trainer.
+        keeps_inputs: Inputs of recomputed blocks wait on disk.
         by_engine: Whether an engine carries it, so that it is tried with each.
     """
 
@@ -67,13 +68,14 @@ class Site:
     nth: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    keeps_inputs: bool = False
 
     @property
     def by_engine(self) -> bool:
         return self.when in ("place", "train") and self.calls[0] in ("read", "write")
 
 
-RUN, SAVING = "*ssd-run-*", "*/.step=2.ckpt.tmp-*"
+RUN, SAVING = "*ssd-run-*", "*/.step=3.ckpt.tmp-*"
 CLIP = {"gradient_clip_val": 0.5}
 
 SITES: tuple[Site, ...] = (
@@ -96,6 +98,8 @@ SITES: tuple[Site, ...] = (
          trainer={"precision": "bf16-true"}),
     Site("gradient spilled: file reserved", "train", ("reserve",), f"{RUN}grad*", ("EIO", "ENOSPC", "delay"), nth=0,
          trainer=CLIP),
+    Site("kept input written", "train", ("write",), "*activations-*.spill", WRITE_FAULTS, nth=2, keeps_inputs=True),
+    Site("kept input read", "train", ("read",), "*activations-*.spill", READ_FAULTS, nth=2, keeps_inputs=True),
     # -- saving ------------------------------------------------------------------------------------------------------
     Site("generation synced", "save", ("fdatasync", "fsync"), f"{RUN}.safetensors", CALL_FAULTS, nth=0),
     Site("generation opened to be linked", "save", ("open",), f"{RUN}.safetensors", ("EIO", "delay"), nth=20),
@@ -213,7 +217,8 @@ def _failing(fault: str, name: str, call: Callable[..., Any], *args: Any, **kwar
         return call(*args, **kwargs)
     if fault in ("EIO", "ENOSPC"):
         code = getattr(errno, fault)
-        raise OSError(code, os.strerror(code))
+        # The system names the file in an error of a path, not in one of a descriptor.
+        raise OSError(code, os.strerror(code), *([args[0]] if isinstance(args[0], str) else []))
     if name == "pread":
         fd, nbytes, offset = args
         if fault == "short":
