@@ -133,7 +133,7 @@ def _generations(session: Session, units: Mapping[str, Unit], *, with_state: boo
             for kind in session.store.kinds(unit.name):
                 generation = session.store.current(unit.name, kind)
                 if generation is not None and (with_state or kind == "param"):
-                    yield generation
+                    yield session.store.on_disk(generation)
 
 
 def _unit_file(generation: Generation) -> UnitFile:

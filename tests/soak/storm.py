@@ -61,7 +61,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "accumulate, clip": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
     "bf16-true": {"precision": "bf16-true"},
     "bf16-true, accumulate": {"precision": "bf16-true", "accumulate_grad_batches": 2},
+    "in memory, clip": {"gradient_clip_val": 0.5},
 }
+
+STRATEGY: dict[str, dict[str, Any]] = {"in memory, clip": {"host_memory": "64MiB"}}
+"""Settings other than the smallest memory. With more, units stay in memory; a checkpoint has them too."""
 
 
 # --------------------------------------------------------------------------------------------------------- the child
@@ -235,7 +239,8 @@ def train(folder: Path, scenario: str, hooks: Hooks) -> None:
     log_fd = os.open(folder / "losses", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with hooks.phase("start" if newest is None else "resume"):
         pl.seed_everything(1 if newest is None else 99, verbose=False)
-        strategy = WatchedStrategy(host_memory="min", min_unit_numel=0, nvme_path=str(folder / "store"))
+        settings = {"host_memory": "min", "min_unit_numel": 0} | STRATEGY.get(scenario, {})
+        strategy = WatchedStrategy(nvme_path=str(folder / "store"), **settings)
         strategy.hooks = hooks
         module = Watched(hooks, log_fd)
         saver = ModelCheckpoint(
