@@ -22,8 +22,9 @@ from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.optim.rules import Options, Rule
 from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Segment, UnitLayout, chunks
-from lightning_ssd.store.state_store import Generation, StateStore
+from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.unit import Unit
 from lightning_ssd.trace import Lane, Trace
 

@@ -141,7 +141,7 @@ class UpdateQueue:
                 finally:
                     self._num_insisting -= insists
             if self._failure is not None:
-                # A copy each time: autograd keeps what is raised inside backward, and with it every frame it went through.
+                # A copy each time: autograd keeps what is raised inside backward, and every frame it went through.
                 raise copy(self._failure) from self._failure
 
     def _work(self) -> None:

@@ -23,55 +23,20 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lightning_ssd.errors import CorruptionError, IoError, StoreError
+from lightning_ssd.errors import IoError, StoreError
 from lightning_ssd.io.engine import Engine, File, Transfer
 from lightning_ssd.kernels.api import crc32c, is_native
 from lightning_ssd.memory.plan import STAGING_NBYTES
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import BLOCK_NBYTES, fmt
 from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.generation import CheckedRead, Generation
 from lightning_ssd.store.layout import CHECK_NBYTES, UnitLayout, chunks
 from lightning_ssd.store.run_directory import RunDirectory
 from lightning_ssd.trace import Lane, Trace
-
-
-@dataclass(eq=False)
-class Generation:
-    """One written version of one kind of one unit: one file, or memory that is kept, or both.
-
-    Attributes:
-        layout: What is where in the file.
-        kept: One tensor per parameter, in file order, where the values are kept in memory; see [Note: kept].
-        checks: CRC32C of each `CHECK_NBYTES` of the data section, None where not written yet or not known.
-        is_mapped: Somebody may hold a view that writes to the file: never link it.
-        damage: Why the values are unusable: an update of kept memory failed midway. Empty if they are whole.
-    """
-
-    layout: UnitLayout
-    _file: File | None
-    kept: tuple[Tensor, ...] | None = None
-    checks: list[int | None] = field(default_factory=list)
-    is_mapped: bool = False
-    damage: str = ""
-
-    @property
-    def file(self) -> File:
-        """The open file; what is kept has one after `StateStore.on_disk`."""
-        assert self._file is not None, f"{self.layout.unit} {self.layout.kind}: not on disk"
-        return self._file
-
-    @file.setter
-    def file(self, file: File) -> None:
-        self._file = file
-
-    @property
-    def has_file(self) -> bool:
-        """Whether the values are on disk."""
-        return self._file is not None
 
 
 class StateStore:
@@ -114,6 +79,11 @@ class StateStore:
     def spill_directory(self) -> str:
         """Where files that are no generations may be made."""
         return self._directories[0].path
+
+    @property
+    def disks(self) -> list[tuple[str, bool]]:
+        """Directory of each disk, and whether files in it take O_DIRECT."""
+        return [(d.path, direct) for d, direct in zip(self._directories, self._direct, strict=True)]
 
     # -- generations ---------------------------------------------------------------------------------------------
 
@@ -254,7 +224,7 @@ class StateStore:
         where = generation.layout.data_begin + offset
         transfer = self.engine.read(generation.file, where, address, nbytes, keep=keep)
         self._trace.follow(Lane.READ, generation.layout.kind, generation.layout.unit, nbytes, transfer)
-        return _CheckedRead(transfer, generation, offset, address, nbytes) if self.verify else transfer
+        return CheckedRead(transfer, generation, offset, address, nbytes) if self.verify else transfer
 
     def write(self, generation: Generation, offset: int, address: int, nbytes: int, *, keep: object = None) -> Transfer:
         """Start writing ``nbytes`` at ``offset`` of the data section of a generation that is not committed yet.
@@ -458,45 +428,6 @@ class StateStore:
         else:
             with self._lock:
                 self._free[file.nbytes].append(file)
-
-
-class _CheckedRead:
-    """A read whose bytes are compared with the checksums of what was written, once, when it is waited for."""
-
-    def __init__(self, transfer: Transfer, generation: Generation, offset: int, address: int, nbytes: int) -> None:
-        self._transfer = transfer
-        self._generation = generation
-        self._offset = offset
-        self._address = address
-        self._nbytes = nbytes
-        self._is_checked = False
-
-    def done(self) -> bool:
-        return self._transfer.done()
-
-    def times(self) -> tuple[float, float | None] | None:
-        return self._transfer.times()
-
-    def wait(self, deadline_s: float | None = None) -> None:
-        self._transfer.wait(deadline_s)
-        if self._is_checked:
-            return
-        for begin, end in chunks(self._nbytes, CHECK_NBYTES):
-            whole = end - begin == min(CHECK_NBYTES, self._generation.layout.data_nbytes - self._offset - begin)
-            expected = self._generation.checks[(self._offset + begin) // CHECK_NBYTES]
-            if whole and expected is not None and crc32c(self._address + begin, end - begin) != expected:
-                raise CorruptionError(self._message(self._offset + begin))
-        self._is_checked = True
-
-    def _message(self, offset: int) -> str:
-        layout = self._generation.layout
-        names = [e.name for e in layout.entries if e.begin < offset + CHECK_NBYTES and e.end > offset]
-        return (
-            f"unit {layout.unit!r}, kind {layout.kind!r}: the {CHECK_NBYTES} bytes at offset {offset} of the data in "
-            f"{self._generation.file.path!r} are not the bytes that were written (parameters {', '.join(names[:4])}"
-            f"{', ...' if len(names) > 4 else ''}); the disk or its controller corrupts data: "
-            "stop using it and resume from the last checkpoint"
-        )
 
 
 def _write_all(file: File, data: bytes) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from lightning_ssd.memory.views import Views, address_of
 from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import UnitLayout
-from lightning_ssd.store.state_store import Generation, StateStore
+from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.content import content
 
 _PAGE = mmap.PAGESIZE

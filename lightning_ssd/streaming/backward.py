@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_ssd.store.state_store import Generation
+from lightning_ssd.store.generation import Generation
 from lightning_ssd.streaming.activations import Frame, Rerun
 from lightning_ssd.streaming.gradients import GradientSink
 from lightning_ssd.streaming.residency import Residents

@@ -11,9 +11,10 @@ from lightning_ssd.errors import ResidencyError
 from lightning_ssd.io.engine import Transfer
 from lightning_ssd.memory.pool import Buffer
 from lightning_ssd.store.dtypes import dtype_of, name_of
+from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Shape, UnitLayout, file_order, lay_out
-from lightning_ssd.store.state_store import Generation
 from lightning_ssd.streaming.at_rest import AtRest, KeptAtRest
+from lightning_ssd.streaming.device import Placed
 from lightning_ssd.streaming.partition import UnitSpec
 
 
@@ -56,6 +57,7 @@ class Unit:
         transfer: The read under way, in READING.
         generation: What the buffer holds or will hold.
         kept: One tensor per parameter where the unit is kept in memory; it then has no buffer and is never ON_DISK.
+        placed: Its tensors where compute reads; on a GPU they may still be there when nobody uses them.
         num_holds: How many users want it resident now.
         num_borrows: How many updates read the bytes in its buffer.
         at_rest: The mapping of its file while a parameter is awake outside a step.
@@ -80,6 +82,7 @@ class Unit:
         self.transfer: Transfer | None = None
         self.generation: Generation | None = None
         self.kept: tuple[Tensor, ...] | None = None
+        self.placed: Placed | None = None
         self.num_holds = 0
         self.num_borrows = 0
         self.at_rest: AtRest | KeptAtRest | None = None
