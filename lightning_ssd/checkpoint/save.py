@@ -161,16 +161,14 @@ class _Job:
 def _place_units(path: str, files: Sequence[UnitFile | ComposedFile], job: _Job) -> tuple[FileRecord, ...]:
     units = os.path.join(path, UNITS)
     os.mkdir(units, 0o700)
-    _sync_sources([file for file in files if isinstance(file, UnitFile)], os.stat(units).st_dev)
+    _sync_sources([file for file in files if not isinstance(file, ComposedFile)], os.stat(units).st_dev)
     records: list[FileRecord] = []
     for index, file in enumerate(files):
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", f"{file.unit}.{file.kind}")[:120]
         name = f"{index:05d}-{plain}.safetensors"
         to = os.path.join(units, name)
-        if isinstance(file, UnitFile):
-            checksums, renamed = _place(file, to, job), file.renamed
-        else:
-            checksums, renamed = file.write(to, job.report), {}
+        checksums = file.write(to, job.report) if isinstance(file, ComposedFile) else _place(file, to, job)
+        renamed = {} if isinstance(file, ComposedFile) else file.renamed
         layout = (file.nbytes, file.unit, file.kind, file.data_begin, file.entries)
         records.append(FileRecord(f"{UNITS}/{name}", *layout, checksums, renamed))
     return tuple(records)

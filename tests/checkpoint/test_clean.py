@@ -206,3 +206,20 @@ def test_a_directory_with_something_else_in_it_is_no_leftover(training: Training
     (path / "rest.safetensors").unlink()
     (path / "rest.safetensors").symlink_to(tmp_store)
     assert leftover(str(path)) is None
+
+
+def test_a_save_leaves_alone_what_another_user_planted(
+    training: Training, tmp_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a directory that many may write to, they could exchange what is inside it while we remove it."""
+    planted = [tmp_store / name for name in (".c.tmp-1-0123abcd", ".c.old-1-0123abcd")]
+    training.save(planted[0])
+    training.save(planted[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        directory.recover(str(tmp_store / "c"))
+        assert not (tmp_store / "c").exists()
+        training.save(tmp_store / "c")
+    assert all((path / "manifest.json").exists() for path in planted)
+    training.save(tmp_store / "c")
+    assert not any(path.exists() for path in planted)

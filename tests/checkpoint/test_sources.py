@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import threading
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning_ssd.checkpoint.attribution import optimizer_from_torch
 from lightning_ssd.checkpoint.dcp import open_dcp
 from lightning_ssd.checkpoint.ingest import Options, import_checkpoint, open_source
 from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.checkpoint.manifest import seal
 from lightning_ssd.checkpoint.rename import Renaming
 from lightning_ssd.errors import CheckpointError
 from tests.checkpoint.support import Training
@@ -258,3 +260,21 @@ def test_no_memory_in_proportion_to_the_source(tmp_store: Path) -> None:
             import_checkpoint(tmp_store / source, tmp_store / f"{source}-c")
         assert memory.growth_nbytes < slack << 20, source
     assert threading.active_count() < 4
+
+
+def test_a_manifest_that_lies_about_names_is_refused(training: Training, tmp_store: Path) -> None:
+    training.save(tmp_store / "c")
+    manifest = tmp_store / "c" / "manifest.json"
+    content = json.loads(manifest.read_bytes())
+    for renamed, message in [
+        ({"nobody": "a.weight"}, "renamed"),
+        ({"a.weight": "a.none"}, "two alike"),
+        ({"a.weight": "other"}, "does not list"),
+        ({"a.weight": 3}, "text"),
+        ([], "renamed"),
+    ]:
+        content["files"][0]["renamed"] = renamed
+        content["crc32c"] = "00000000"
+        manifest.write_bytes(seal(json.dumps(content, separators=(",", ":")).encode()))
+        with pytest.raises(CheckpointError, match=message), CheckpointReader(tmp_store / "c") as reader:
+            reader.tensor("a.weight", "master")
