@@ -21,7 +21,8 @@ from lightning_ssd.checkpoint.directory import is_checkpoint, remove, sync_direc
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.errors import CheckpointError
 from tests.checkpoint.support import Training, assert_whole
-from tests.helpers.power_cut import READING, Cut, Recorder, UnknownOperation, after, cuts, tree, write_tree
+from tests.helpers.power_cut import Cut, after, cuts, tree, write_tree
+from tests.helpers.recorder import READING, Recorder, UnknownOperation
 
 SHAPES = {"a": {"a.weight": (9, 7)}, "b": {"b.bias": (5,)}}
 

@@ -49,7 +49,8 @@ class Site:
 
     Attributes:
         name: What the table calls it.
-        when: Part of the run it belongs to: place, train, save, copy (saving to another disk), remove, load, export.
+        when: Part of the run it belongs to: place, train, save, copy (to another disk), flush
+            (what is kept in memory is written to be saved), remove, load, export.
         calls: Functions of ``os`` that are used there; or "read" or "write" of an engine; or "reserve".
         path: Pattern of the file's path.
         nth: Which of the operations that match fails.
@@ -72,11 +73,12 @@ class Site:
 
     @property
     def by_engine(self) -> bool:
-        return self.when in ("place", "train") and self.calls[0] in ("read", "write")
+        return self.when in ("place", "train", "flush") and self.calls[0] in ("read", "write")
 
 
 RUN, SAVING = "*ssd-run-*", "*/.step=3.ckpt.tmp-*"
 CLIP = {"gradient_clip_val": 0.5}
+ROOMY = {"host_memory": "512MiB"}
 
 SITES: tuple[Site, ...] = (
     # -- the store ---------------------------------------------------------------------------------------------------
@@ -101,6 +103,12 @@ SITES: tuple[Site, ...] = (
     Site("kept input written", "train", ("write",), "*activations-*.spill", WRITE_FAULTS, nth=2, keeps_inputs=True),
     Site("kept input read", "train", ("read",), "*activations-*.spill", READ_FAULTS, nth=2, keeps_inputs=True),
     # -- saving ------------------------------------------------------------------------------------------------------
+    Site("state kept in memory, written to be saved", "train", ("write",), f"{RUN}blocks.0.exp_avg.*", WRITE_FAULTS,
+         nth=2, settings=ROOMY),
+    Site("parameters kept in memory, written to be saved", "flush", ("write",), f"{RUN}blocks.0.param.*", WRITE_FAULTS,
+         settings=ROOMY),
+    Site("file of what is kept reserved", "train", ("reserve",), f"{RUN}exp_avg.*", ("EIO", "ENOSPC", "delay"),
+         nth=13, settings=ROOMY),
     Site("generation synced", "save", ("fdatasync", "fsync"), f"{RUN}.safetensors", CALL_FAULTS, nth=0),
     Site("generation opened to be linked", "save", ("open",), f"{RUN}.safetensors", ("EIO", "delay"), nth=20),
     Site("generation linked", "save", ("link",), f"{SAVING}/units/*", CALL_FAULTS, nth=3),

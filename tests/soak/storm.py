@@ -17,6 +17,7 @@ import hashlib
 import json
 import mmap
 import os
+import platform
 import random
 import shutil
 import signal
@@ -373,7 +374,7 @@ class Storm:
             sorts = ["read param", "write param", "read exp_avg", "write exp_avg", "write exp_avg_sq"]
             sorts += ["read grad", "write grad"] * is_clipped
             return Kill("transfer", rng.choice(sorts), rng.randint(1, 30))
-        where = rng.choice(["checkpoint", "remove", "export"] + ["spill"] * is_clipped)
+        where = rng.choice(["checkpoint", "remove", "export"] + ["spill", "spill"] * is_clipped)
         return Kill("name", where, rng.randint(1, 40 if where == "checkpoint" else 12))
 
     def _child(self, folder: Path, scenario: str, kill: Kill | None) -> bool:
@@ -471,7 +472,10 @@ def main(directory: Path, seed: int, count: int, scenarios: Sequence[str]) -> No
     storm = Storm(directory, seed)
     storm.rage(count, scenarios)
     report = vars(storm.report) | {"hit": dict(storm.report.hit), "ways": dict(storm.report.ways)}
-    print(json.dumps(report))
+    settings = {"benchmark": "kill_storm", "seed": seed, "scenarios": list(scenarios), "steps": END}
+    facts = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "lightning": pl.__version__}
+    print(json.dumps(settings | facts | versions | report))
 
 
 if __name__ == "__main__":

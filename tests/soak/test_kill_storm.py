@@ -28,7 +28,7 @@ def storm(directory: Path, seed: int, count: int, *scenarios: str) -> dict[str, 
 
 
 def test_a_small_storm(tmp_store: Path) -> None:
-    report = storm(tmp_store, 1, 10, "accumulate, clip", "bf16-true")
+    report = storm(tmp_store, 1, 12, "accumulate, clip", "bf16-true", "in memory, clip")
     assert report["finished"] >= 3
 
 
