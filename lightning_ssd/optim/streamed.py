@@ -98,25 +98,38 @@ class StreamedOptimizer:
 
     # -- step ----------------------------------------------------------------------------------------------------
 
-    def update(self, unit: Unit, grads: Mapping[int, Tensor], *, is_last: bool = False) -> None:
+    def update(
+        self,
+        unit: Unit,
+        grads: Mapping[int, Tensor],
+        *,
+        is_last: bool = False,
+        land: Callable[[], None] | None = None,
+    ) -> None:
         """Owe the update of the parameters of ``unit`` that this optimizer owns and that have a gradient.
 
         Args:
             unit: What to update.
             grads: Complete gradients by parameter index; they must not change before the update has run.
             is_last: The gradients are held by nobody else, and count against the queue's memory.
+            land: Returns when the gradients are there; None if they are. The thread that updates calls it.
 
         Raises:
-            NonFiniteGradientError: A gradient holds NaN or Inf; nothing of the unit has changed.
+            NonFiniteGradientError: A gradient holds NaN or Inf; nothing of the unit has changed. Of gradients that are
+                still to land, it is raised by who next waits for an update.
         """
         pipeline, residents, queue = self._pipeline, self._residents, self._queue
         assert pipeline is not None
         assert residents is not None
         assert queue is not None
         queue.wait(unit)  # of another optimizer, or of the step before
-        parts = self._parts(unit, grads)
-        if not parts:
+        groups = self._groups()
+        mine = {index: grad for index, grad in grads.items() if unit.params[index] in groups}
+        if not mine:
             return
+        if land is None:
+            require_finite(unit, mine)
+        parts = self._parts(unit, mine, groups)
         residents.settle(unit)
         held = [residents.borrow(unit)]
 
@@ -126,6 +139,12 @@ class StreamedOptimizer:
 
         def run() -> None:
             try:
+                if land is not None:
+                    land()
+                    require_finite(unit, mine)
+                    for part in parts.values():
+                        part.version = part.grad._version  # what landed may have been added to it
+                residents.end_copy(unit)
                 pipeline.update(unit, self.rule, parts, held[0])
             finally:
                 done()
@@ -135,12 +154,11 @@ class StreamedOptimizer:
         position = residents.schedule.position(unit.name, "train")
         queue.add(Owed(unit, nbytes, position, lambda: residents.is_free(unit), run, done))
 
-    def _parts(self, unit: Unit, grads: Mapping[int, Tensor]) -> dict[int, ParameterUpdate]:
+    def _parts(
+        self, unit: Unit, grads: Mapping[int, Tensor], groups: Mapping[nn.Parameter, int]
+    ) -> dict[int, ParameterUpdate]:
         parts: dict[int, ParameterUpdate] = {}
-        groups = self._groups()
-        mine = {index: grad for index, grad in grads.items() if unit.params[index] in groups}
-        require_finite(unit, mine)
-        for index, grad in mine.items():
+        for index, grad in grads.items():
             param = unit.params[index]
             group = groups[param]
             options = dict(self._options(group))

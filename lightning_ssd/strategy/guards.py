@@ -57,11 +57,6 @@ def require_choices(settings: dict[str, Any]) -> None:
     units = settings["units"]
     if not callable(units) and not isinstance(units, str) and not _is_list_of_text(units):
         raise ConfigurationError(f"units={units!r} is unknown; it may be 'auto' or class names of modules")
-    if settings["device_memory"] != "auto":
-        raise ConfigurationError(
-            "device_memory cannot be bounded in this version; leave it at 'auto' (on the CPU device, host_memory "
-            "bounds everything)"
-        )
 
 
 def host_budget(host_memory: int | str) -> int | None:
@@ -85,6 +80,25 @@ def host_budget(host_memory: int | str) -> int | None:
             "its control group's limits): set a smaller one, or 'auto'"
         )
     return budget
+
+
+def device_budget(device_memory: int | str, device: torch.device) -> int | None:
+    """Bytes that ``device_memory`` allows; None for ``"auto"``.
+
+    Raises:
+        ConfigurationError: If it is no size, or the device has no memory of its own.
+    """
+    if device_memory == "auto":
+        return None
+    if device.type == "cpu":
+        raise ConfigurationError(
+            f"device_memory={device_memory!r} bounds the memory of a GPU, this run computes on the CPU, where "
+            "host_memory bounds everything: leave device_memory at 'auto'"
+        )
+    try:
+        return parse_nbytes(device_memory)
+    except ValueError as error:
+        raise ConfigurationError(f"device_memory: {error}; or 'auto'") from None
 
 
 def store_roots(nvme_path: list[str] | str | None, default_root: str) -> list[str]:

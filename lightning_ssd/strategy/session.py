@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import resource
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
@@ -20,7 +20,9 @@ from torch.optim import Optimizer
 from lightning_ssd.errors import ConfigurationError, SSDOffloadError
 from lightning_ssd.io.engine import Engine, IOOptions, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
+from lightning_ssd.memory.device_plan import device_capacity, tensors_nbytes
 from lightning_ssd.memory.limits import return_freed_memory
+from lightning_ssd.memory.pinned import Pinned
 from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
 from lightning_ssd.memory.views import address_of
@@ -34,8 +36,9 @@ from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.activations import keeps_activations
 from lightning_ssd.streaming.at_rest import AtRest
-from lightning_ssd.streaming.fetch import make_route
+from lightning_ssd.streaming.fetch import Route, make_route
 from lightning_ssd.streaming.gradients import GradientSink, Mode
+from lightning_ssd.streaming.landing import Landing
 from lightning_ssd.streaming.nursery import Nursery
 from lightning_ssd.streaming.partition import UnitPolicy, partition
 from lightning_ssd.streaming.placeholder import placeholders
@@ -53,6 +56,7 @@ class Settings:
         roots: Directories for the live store, one per disk.
         budget_nbytes: Host memory; None for the smallest plan that works.
         device: Where compute runs.
+        device_nbytes: Device memory for parameters; None for what lets one unit arrive while others compute.
         units: Which modules become units.
         min_unit_numel: Elements from which a leftover is a unit of its own.
         activations: ``"auto"``, ``"recompute"`` or ``"keep"``.
@@ -70,6 +74,7 @@ class Settings:
     roots: list[str]
     budget_nbytes: int | None
     device: torch.device
+    device_nbytes: int | None
     units: UnitPolicy
     min_unit_numel: int
     activations: str
@@ -117,6 +122,7 @@ class Session:
         self.is_started = False
         self._pools: list[Pool] = []
         self._arena: mmap.mmap | None = None
+        self._pinned: Pinned | None = None
         self._pipeline: Pipeline | None = None
         self._queue: UpdateQueue | None = None
         self._streaming_for: StreamedOptimizer | None = None
@@ -174,12 +180,14 @@ class Session:
         if not plan.fits:
             return_freed_memory()
         self.store.require_free(self.disk_nbytes, "the optimizer state and generations being written")
+        route = self._make_route(module)
         params, updates, kept = self._make_pools(plan)
         self._keep(plan, kept)
         self.sink = GradientSink(
             None if plan.keep_grads or plan.fits else self.store.spill_directory,
             self._on_complete,
-            off_device=self.settings.device.type != "cpu",
+            off_device=self._is_off_host,
+            landing=self._make_landing(),
         )
         self._queue = UpdateQueue(capacity_nbytes=plan.queue_nbytes, is_async=self.settings.overlap, trace=self.trace)
         self._pipeline = Pipeline(
@@ -195,7 +203,7 @@ class Session:
         window = self.settings.window
         self.streamer.residents.start(
             pool=params,
-            route=make_route(self.settings.device),
+            route=route,
             owing=self._queue,
             keep_cache=plan.keep_cache,
             num_ahead=(None if plan.keep_cache else 1) if window is None else window - 1,
@@ -266,6 +274,8 @@ class Session:
                     stack.callback(self._queue.drain)
 
     def _free_arena(self) -> None:
+        if self._pinned is not None:
+            self._pinned.close()
         self._arena = None
 
     def close(self) -> None:
@@ -328,9 +338,9 @@ class Session:
         self._streaming_for = next((a for a in self.optimizers if a.optimizer is optimizer), None)
         self.sink.mode = Mode.VISIBLE if self._streaming_for is None else Mode.STREAMED
 
-    def _on_complete(self, unit: Unit, grads: dict[int, Tensor]) -> None:
+    def _on_complete(self, unit: Unit, grads: dict[int, Tensor], land: Callable[[], None] | None) -> None:
         assert self._streaming_for is not None
-        self._streaming_for.update(unit, grads, is_last=True)
+        self._streaming_for.update(unit, grads, is_last=True, land=land)
 
     # -- numbers -------------------------------------------------------------------------------------------------
 
@@ -376,14 +386,18 @@ class Session:
     def _make_pools(self, plan: MemoryPlan) -> tuple[Pool, Pool, Pool]:
         """Pools for parameters, updates and what is kept, cut from one arena that the engine knows."""
         sizes = {"parameter": plan.param_nbytes, "update": plan.update_nbytes, "kept": plan.kept_nbytes}
+        if self._is_off_host:
+            sizes["gradient"] = plan.grad_nbytes
         self._arena = arena = map_anonymous(sum(map(pool_nbytes, sizes.values())))
         # Where it is refused (a limit on locked memory), transfers cost more CPU time and work the same.
         self.engine.register_memory(address_of(arena), len(arena))
+        if self._is_off_host:
+            self._pinned = Pinned(address_of(arena), len(arena), self.settings.device)
         begin = 0
         for name, nbytes in sizes.items():
             self._pools.append(Pool(nbytes, name, arena=arena, begin=begin))
             begin += pool_nbytes(nbytes)
-        params, updates, kept = self._pools
+        params, updates, kept = self._pools[:3]
         return params, updates, kept
 
     def _make_plan(self, module: nn.Module, *, has_gate: bool) -> MemoryPlan:
@@ -398,7 +412,7 @@ class Session:
                 UnitSize(
                     unit.name,
                     unit.layout.buffer_nbytes,
-                    unit.layout.data_nbytes if is_trained else 0,
+                    self._grad_nbytes(unit) if is_trained else 0,
                     unit.layout.numel if can_train else 0,
                     unit.layout.itemsize,
                     self._state_nbytes(unit, None if is_trained else most_kinds),
@@ -417,6 +431,34 @@ class Session:
                 window=self.settings.window,
             ),
         )
+
+    # -- a device with memory of its own -------------------------------------------------------------------------
+
+    @property
+    def _is_off_host(self) -> bool:
+        return self.settings.device.type != "cpu"
+
+    def _grad_nbytes(self, unit: Unit) -> int:
+        """Host memory of the gradients of ``unit``; off the device each lands in a buffer of its own."""
+        return (
+            sum(map(pool_nbytes, (e.nbytes for e in unit.layout.entries)))
+            if self._is_off_host
+            else unit.layout.data_nbytes
+        )
+
+    def _make_landing(self) -> Landing | None:
+        if not self._is_off_host:
+            return None
+        gradients = next(pool for pool in self._pools if pool.name == "gradient")
+        return Landing(gradients, most_nbytes=max(unit.layout.data_nbytes for unit in self.units))
+
+    def _make_route(self, module: nn.Module) -> Route:
+        if not self._is_off_host:
+            return make_route(self.settings.device)
+        units = {unit.name: tensors_nbytes(entry.nbytes for entry in unit.layout.entries) for unit in self.units}
+        budget = self.settings.device_nbytes
+        capacity = device_capacity(units, chains(module, self.units), budget)
+        return make_route(self.settings.device, capacity_nbytes=capacity, is_limit=budget is not None)
 
     def _make_store(self) -> StateStore:
         # Each generation of each kind of each unit is an open file.

@@ -44,7 +44,8 @@ class StrategyMixin(StrategyBase):
         host_memory: Bytes (int, or text such as ``"16GiB"``) of host memory that may be used; ``"auto"`` takes half of
             what the machine and the control group leave; ``"min"`` takes the smallest plan that works and keeps
             nothing in memory.
-        device_memory: Only ``"auto"`` in this version.
+        device_memory: Bytes of a GPU's memory for parameters, those in use and those that wait there to be used again;
+            ``"auto"`` is what lets one unit arrive while others compute. Activations and gradients come on top.
         units: ``"auto"``, or class names of the modules that are streamed as one unit each.
         min_unit_numel: Modules outside repeated blocks with at least this many parameters are units of their own;
             smaller ones share a unit that stays in memory during a step.
@@ -220,6 +221,7 @@ class StrategyMixin(StrategyBase):
             roots=roots,
             budget_nbytes=guards.host_budget(chosen["host_memory"]),
             device=self.root_device,
+            device_nbytes=guards.device_budget(chosen["device_memory"], self.root_device),
             units=chosen["units"],
             min_unit_numel=chosen["min_unit_numel"],
             activations=chosen["activations"],

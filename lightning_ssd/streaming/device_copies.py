@@ -29,7 +29,8 @@ class DeviceCopies:
         stream.wait_stream(torch.cuda.current_stream(data.device))
         with torch.cuda.stream(stream):
             memory.copy_(data, non_blocking=True)
-            copied: torch.cuda.Event = stream.record_event()
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a waiting thread must not spin
+            copied.record(stream)
         # Without this the allocator gives the memory to the next block while it is still being sent.
         data.record_stream(stream)
         return copied

@@ -1,4 +1,4 @@
-"""The way from a host buffer to where compute reads, and back: the only code here that knows about devices."""
+"""The way from a host buffer to where compute reads: in place on the CPU, by copies to a GPU (`streaming.device`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_ssd.memory.pool import Buffer
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
+from lightning_ssd.streaming.device import CudaStreams, DeviceRoute, Placed
 
 
 class Route(Protocol):
@@ -20,12 +21,32 @@ class Route(Protocol):
     keeps_buffer: bool
     """Whether the parameters view the host buffer, which therefore stays with the unit."""
 
-    def install(self, layout: UnitLayout, buffer: Buffer) -> list[Tensor]:
+    def install(self, layout: UnitLayout, buffer: Buffer) -> Placed:
         """One tensor per parameter, in file order, on the device, ready for the current stream."""
         ...
 
-    def show(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def show(self, tensors: Sequence[Tensor]) -> Placed:
         """The same of a unit whose host tensors are kept in memory."""
+        ...
+
+    def release(self, placed: Placed) -> None:
+        """Parameters view its tensors no longer."""
+        ...
+
+    def use_again(self, placed: Placed) -> bool:
+        """Whether what was released is still there; if so it is in use as if it had just been installed."""
+        ...
+
+    def poll(self) -> None:
+        """Let go of host memory whose copy is over."""
+        ...
+
+    def wait_for_one(self) -> bool:
+        """Let go of host memory after waiting for its copy; False if no copy is under way."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; every copy is over."""
         ...
 
 
@@ -34,56 +55,41 @@ class HostRoute:
 
     keeps_buffer = True
 
-    def install(self, layout: UnitLayout, buffer: Buffer) -> list[Tensor]:
+    def install(self, layout: UnitLayout, buffer: Buffer) -> Placed:
         """See `Route.install`; nothing is copied but parameters whose file offset is not 64-byte aligned."""
         for entry, place in zip(layout.entries, layout.places, strict=True):
             if place != entry.begin:
                 ctypes.memmove(buffer.address + place, buffer.address + entry.begin, entry.nbytes)
-        return _tensors(layout, buffer)
+        return Placed(_tensors(layout, buffer))
 
-    def show(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def show(self, tensors: Sequence[Tensor]) -> Placed:
         """See `Route.show`; they are used where they are."""
-        return tensors
+        return Placed(list(tensors))
+
+    def release(self, placed: Placed) -> None:
+        """See `Route.release`; a tensor that lived on would keep the buffer in use."""
+        placed.tensors.clear()
+
+    def use_again(self, placed: Placed) -> bool:
+        """See `Route.use_again`; the buffer has it."""
+        return False
+
+    def poll(self) -> None:
+        """See `Route.poll`; there are no copies."""
+
+    def wait_for_one(self) -> bool:
+        """See `Route.wait_for_one`; there are no copies."""
+        return False
+
+    def close(self) -> None:
+        """See `Route.close`."""
 
 
-class CudaRoute:
-    """The device is a GPU: one copy per unit on a stream of its own; compute waits for it by an event."""
-
-    keeps_buffer = False
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def install(self, layout: UnitLayout, buffer: Buffer) -> list[Tensor]:
-        """See `Route.install`. The host buffer is free when this returns."""
-        dtype = dtype_of(layout.dtype)
-        host = buffer.tensor(0, dtype, (layout.numel,))
-        with torch.cuda.device(self._device), torch.inference_mode(False):
-            on_device = torch.empty(layout.numel, dtype=dtype, device=self._device)
-            # The allocator may hand out memory that compute still reads on its own stream: the copy waits for it.
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                on_device.copy_(host, non_blocking=True)
-                copied = self._stream.record_event()
-            on_device.record_stream(self._stream)
-            torch.cuda.current_stream().wait_event(copied)
-            # sync: waits for the copy. The pool lends the buffer again right away; without this the next read
-            # overwrites bytes that are still being sent.
-            copied.synchronize()
-            flat = on_device.view(-1)
-            itemsize = layout.itemsize
-            return [flat[e.begin // itemsize : e.end // itemsize].view(e.shape).clone() for e in layout.entries]
-
-    def show(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """See `Route.show`; copies, since an update may change the host's while compute reads these."""
-        with torch.inference_mode(False):
-            return [tensor.to(self._device) for tensor in tensors]
-
-
-def make_route(device: torch.device) -> Route:
-    """The route to ``device``."""
-    return CudaRoute(device) if device.type == "cuda" else HostRoute()
+def make_route(device: torch.device, *, capacity_nbytes: int = 0, is_limit: bool = False) -> Route:
+    """The route to ``device``; on a GPU it takes ``capacity_nbytes``, see `DeviceRoute`."""
+    if device.type == "cpu":
+        return HostRoute()
+    return DeviceRoute(CudaStreams(device), capacity_nbytes=capacity_nbytes, is_limit=is_limit)
 
 
 def _tensors(layout: UnitLayout, buffer: Buffer) -> list[Tensor]:

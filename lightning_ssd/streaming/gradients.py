@@ -3,10 +3,14 @@
 [Note: gradients] Inside the optimizer's step, when nobody may look at gradients, a unit whose gradients are all there
 is handed on at once (`Mode.STREAMED`) and its memory is freed. Otherwise gradients wait as ``.grad``
 (`Mode.VISIBLE`), in memory or, past the budget, on a mapped file that the kernel may write back: no anonymous memory.
+
+Off the device they are copied to the host as they arrive, and nobody waits for that before he must: the update for
+those that are handed on, the end of backward for those that stay visible.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import mmap
 import os
@@ -22,6 +26,7 @@ from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import File
 from lightning_ssd.memory.views import Views, address_of
 from lightning_ssd.store.layout import MEMORY_ALIGNMENT
+from lightning_ssd.streaming.landing import Landed, Landing
 from lightning_ssd.streaming.unit import Unit
 
 
@@ -37,19 +42,24 @@ class GradientSink:
 
     Args:
         spill_directory: Where waiting gradients are mapped; None keeps them in memory.
-        on_complete: Called in `Mode.STREAMED` with a unit and its gradients by parameter index.
+        on_complete: Called in `Mode.STREAMED` with a unit, its gradients by parameter index, and what to call before
+            they are read, from any thread; None where they are there.
         off_device: Compute runs elsewhere than on the host: gradients are copied to the host as they arrive.
+        landing: Makes these copies.
     """
 
     def __init__(
         self,
         spill_directory: str | None,
-        on_complete: Callable[[Unit, dict[int, Tensor]], None],
+        on_complete: Callable[[Unit, dict[int, Tensor], Callable[[], None] | None], None],
         *,
         off_device: bool = False,
+        landing: Landing | None = None,
     ) -> None:
         self.mode = Mode.VISIBLE
         self._off_device = off_device
+        self._landing = Landing() if landing is None else landing
+        self._arriving: dict[nn.Parameter, list[tuple[Unit, int, Landed]]] = {}  # not yet in `_hidden`
         self.is_needed: Callable[[Unit], bool] = lambda unit: (
             False
         )  # values still to be read by backward; set by the owner
@@ -88,7 +98,7 @@ class GradientSink:
         arrived = self._arrived.setdefault(unit.name, set())
         arrived.add(index)
         if self._off_device:
-            self._take_off(unit, index, unit.params[index], grad)
+            self._take_off(unit, index, grad)
         if self.mode is Mode.VISIBLE:
             if not self._off_device:
                 param.grad = self._kept(unit, index, grad)
@@ -117,6 +127,7 @@ class GradientSink:
         try:
             yield
         finally:
+            self._land()
             for unit in units:
                 for param, parked in zip(unit.params, unit.parked, strict=True):
                     grad = self._hidden.pop(param, None)
@@ -140,21 +151,35 @@ class GradientSink:
     def _hand_on(self, unit: Unit) -> None:
         self._arrived.pop(unit.name, None)
         grads: dict[int, Tensor] = {}
+        sums: list[tuple[Tensor, Landed]] = []
         for index, param in enumerate(unit.params):
             grad = self._hidden.pop(param, None) if self._off_device else param.grad
             param.grad = None
+            for _, _, landed in self._arriving.pop(param, ()):
+                grad = landed.tensor if grad is None else grad
+                sums.append((grad, landed))
             if grad is not None:
                 grads[index] = grad
-        self._on_complete(unit, grads)
+        self._on_complete(unit, grads, functools.partial(_add_up, sums) if sums else None)
 
-    def _take_off(self, unit: Unit, index: int, param: nn.Parameter, grad: Tensor) -> None:
+    def _take_off(self, unit: Unit, index: int, grad: Tensor) -> None:
+        param = unit.params[index]
         param.grad = None
-        waiting = self._hidden.get(param)
-        on_host = grad.to("cpu")  # sync: waits for the device
-        if waiting is not None:
-            waiting.add_(on_host)
-        else:
-            self._hidden[param] = on_host if self.mode is Mode.STREAMED else self._kept(unit, index, on_host)
+        landed = self._landing.take(grad, self._land if self.mode is Mode.VISIBLE else lambda: None)
+        self._arriving.setdefault(param, []).append((unit, index, landed))
+
+    def _land(self) -> None:
+        """Wait for all copies; gradients go where they can stay."""
+        while self._arriving:
+            param, arrivals = self._arriving.popitem()
+            for unit, index, landed in arrivals:
+                landed.wait()
+                waiting = self._hidden.get(param)
+                if waiting is not None:
+                    waiting.add_(landed.tensor)
+                else:
+                    kept = landed.tensor if self.mode is Mode.STREAMED else self._kept(unit, index, landed.tensor)
+                    self._hidden[param] = kept
 
     def _kept(self, unit: Unit, index: int, grad: Tensor) -> Tensor:
         """``grad`` where it can wait: itself, or past the budget a copy in a mapped file."""
@@ -215,6 +240,13 @@ class _Spill:
     def close(self) -> None:
         """Close the file; its bytes live as long as a gradient views them."""
         self._file.close()
+
+
+def _add_up(sums: list[tuple[Tensor, Landed]]) -> None:
+    for grad, landed in sums:
+        landed.wait()
+        if landed.tensor is not grad:
+            grad.add_(landed.tensor)
 
 
 def _set_host_grad(param: nn.Parameter, parked: Tensor, grad: Tensor) -> None:

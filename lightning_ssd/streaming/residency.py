@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.memory.pool import Buffer, Pool
-from lightning_ssd.store.state_store import Generation, StateStore
+from lightning_ssd.store.generation import Generation
+from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.at_rest import AtRest, KeptAtRest, is_assigned
+from lightning_ssd.streaming.device import Placed
 from lightning_ssd.streaming.fence import fenced_class
-from lightning_ssd.streaming.fetch import Route
+from lightning_ssd.streaming.fetch import HostRoute, Route
 from lightning_ssd.streaming.in_step import Reachable
 from lightning_ssd.streaming.schedule import Schedule
 from lightning_ssd.streaming.unit import Residency, Unit
@@ -66,7 +68,7 @@ class Residents:
         self._store = store
         self._trace = trace
         self._pool: Pool
-        self._route: Route
+        self._route: Route = HostRoute()
         self._owing: Owing
         self._keep_cache = False
         self._num_ahead = 1
@@ -110,6 +112,7 @@ class Residents:
                 self.settle(unit)
                 unit.kept = None
                 unit.move(Residency.ON_DISK)
+        self._route.close()
         self._store.stop_keeping()
         for unit in self.units:
             is_placed = self._store.current(unit.name, "param") is not None  # not if the disk failed or filled before
@@ -209,7 +212,10 @@ class Residents:
             self._evict(unit)
         if unit.at_rest is not None:
             self.settle(unit)
-        if unit.state is Residency.ON_DISK:
+        if unit.state is Residency.ON_DISK and self._is_placed(unit):
+            unit.move(Residency.STAGED)
+        elif unit.state is Residency.ON_DISK:
+            self._route.poll()
             self._start_read(unit, self._pool.lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", self._make_room))
 
     def _end_fetch(self, unit: Unit) -> None:
@@ -230,14 +236,8 @@ class Residents:
             unit.transfer = self._store.read(generation, 0, buffer.address, unit.layout.data_nbytes, keep=buffer)
 
     def _install(self, unit: Unit) -> None:
-        if unit.kept is not None:
-            unit.generation = self.current(unit)
-            tensors = self._route.show(unit.kept)
-        else:
-            assert unit.buffer is not None
-            with self._trace.span(Lane.COPY, "to the device", unit.name):
-                tensors = self._route.install(unit.layout, unit.buffer)
-        for index, (param, tensor) in enumerate(zip(unit.params, tensors, strict=True)):
+        unit.placed = self._place(unit)
+        for index, (param, tensor) in enumerate(zip(unit.params, unit.placed.tensors, strict=True)):
             _give(param, tensor, nn.Parameter)
             if tensor.numel():
                 self._places[tensor.untyped_storage().data_ptr()] = (unit, index)
@@ -248,13 +248,33 @@ class Residents:
             self._pool.give_back(unit.buffer)
             unit.buffer = None
 
+    def _place(self, unit: Unit) -> Placed:
+        if unit.buffer is None:  # it is kept, or on the device
+            unit.generation = self.current(unit)
+        placed = unit.placed
+        if placed is None or not (self._is_placed(unit) and self._route.use_again(placed)):
+            if unit.kept is not None:
+                placed = self._route.show(unit.kept)
+            else:
+                assert unit.buffer is not None
+                with self._trace.span(Lane.COPY, "to the device", unit.name):
+                    placed = self._route.install(unit.layout, unit.buffer)
+            placed.generation = unit.generation
+        return placed
+
+    def _is_placed(self, unit: Unit) -> bool:
+        """Whether the newest values are where compute reads."""
+        placed = unit.placed
+        return placed is not None and bool(placed.tensors) and placed.generation is self.current(unit)
+
     def _prefetch(self, *, beyond: bool = False) -> None:
         """Start reads of what is needed next, as far as free memory goes; ``beyond`` the end of the step too."""
+        self._route.poll()
         group: list[Unit] = []
         num_ahead = 0
         for name in dict.fromkeys(self.schedule.upcoming(beyond=beyond)):
             unit = self._by_name[name]
-            if unit.state is Residency.RESIDENT or unit.kept is not None:
+            if unit.state is Residency.RESIDENT or unit.kept is not None or self._is_placed(unit):
                 continue
             num_ahead += 1
             if num_ahead > self._num_ahead or unit.at_rest is not None or self._owing.is_owed(unit):
@@ -300,6 +320,12 @@ class Residents:
             unit.num_borrows += 1
             return unit.buffer.tensor(0, unit.dtype, (unit.layout.numel,))
 
+    def end_copy(self, unit: Unit) -> None:
+        """Return when no copy of ``unit`` reads what is kept of it in memory, which may change then."""
+        placed = unit.placed
+        if unit.kept is not None and placed is not None and placed.copied is not None:
+            placed.copied.synchronize()  # sync: a copy to the device
+
     def end_borrow(self, unit: Unit) -> None:
         """Undo one `borrow`; the tensor is gone."""
         with self._lock:
@@ -322,6 +348,8 @@ class Residents:
 
     def _make_room(self) -> bool:
         """Give back the memory of one unit that nobody uses now: cached ones first, then what is needed last."""
+        if self._route.wait_for_one():
+            return True  # what is being sent is done with, or soon: sooner than anything that was read ahead
         upcoming = {name: i for i, name in reversed(list(enumerate(self.schedule.upcoming())))}
         idle = [u for u in self.units if u.num_holds == 0 and u.buffer is not None]
         free = [u for u in idle if u.num_borrows == 0]
@@ -350,6 +378,8 @@ class Residents:
         self._reachable.forget(unit)
         self.park(unit)
         self._forget_places(unit)
+        if unit.placed is not None:
+            self._route.release(unit.placed)
 
     def _evict(self, unit: Unit) -> None:
         """Hold no memory for ``unit``, whatever state it is in; what is kept goes to rest."""
@@ -452,8 +482,10 @@ class Residents:
 
     def _wake_at_rest(self, unit: Unit) -> None:
         self._owing.wait(unit)
+        self.end_copy(unit)
         with self._lock:
             if unit.at_rest is None:
+                unit.placed = None  # the user may write a value of the same generation
                 generation = self.current(unit)
                 unit.at_rest = AtRest(self._store, generation) if unit.kept is None else KeptAtRest(generation)
                 self._wake(unit)

@@ -45,7 +45,7 @@ def _nothing_is_lost(tmp_path: Path) -> Iterator[None]:
         ({"min_unit_numel": -1}, ("min_unit_numel=-1",)),
         ({"min_unit_numel": "1M"}, ("min_unit_numel='1M'", "number of elements")),
         ({"keep_store": "no"}, ("keep_store='no' is unknown", "True, False")),
-        ({"device_memory": "8GiB"}, ("device_memory cannot be bounded", "'auto'")),
+        ({"device_memory": "8GiB"}, ("device_memory='8GiB' bounds the memory of a GPU", "'auto'")),
         ({"host_memory": "lots"}, ("host_memory: cannot read 'lots'", "'16GiB'", "'auto' or 'min'")),
         ({"host_memory": -1}, ("host_memory: a size cannot be negative",)),
         ({"host_memory": 1.5}, ("host_memory: cannot read 1.5",)),

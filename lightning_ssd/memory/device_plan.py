@@ -1,0 +1,40 @@
+"""What parameters take of a GPU's memory, decided before the first is sent there. Pure arithmetic: bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from lightning_ssd.errors import MemoryPlanError
+from lightning_ssd.sizes import MiB, fmt, round_up
+
+ALLOCATION_NBYTES = 512
+"""CUDA's allocator of torch hands out multiples of this."""
+
+
+def tensors_nbytes(sizes: Iterable[int]) -> int:
+    """Device memory of tensors of so many bytes each."""
+    return sum(round_up(nbytes, ALLOCATION_NBYTES) for nbytes in sizes)
+
+
+def device_capacity(units: Mapping[str, int], chains: Sequence[Sequence[str]], budget_nbytes: int | None) -> int:
+    """What units in use, and those that were released or are on their way, may take together.
+
+    Args:
+        units: Device memory of each unit.
+        chains: Units that modules nested in each other need at the same time.
+        budget_nbytes: ``device_memory``; None for as much as lets one unit arrive while others compute.
+
+    Raises:
+        MemoryPlanError: The budget does not hold the largest chain.
+    """
+    need, chain = max((sum(units[name] for name in chain), list(chain)) for chain in chains)
+    if budget_nbytes is None:
+        return need + max(units.values(), default=0)
+    if budget_nbytes < need:
+        parts = ", ".join(f"{name!r} {fmt(units[name])}" for name in chain)
+        raise MemoryPlanError(
+            f"device_memory={fmt(budget_nbytes)} cannot work: parameters that are needed at the same time take "
+            f"{fmt(need)} ({parts}). Set device_memory to at least {-(-need // MiB)}MiB, or cut smaller units with "
+            "units=... (activations and gradients on the device come on top of it)"
+        )
+    return budget_nbytes

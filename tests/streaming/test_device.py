@@ -1,0 +1,183 @@
+"""The route to a device with memory of its own: host and device memory are used again when, and only when, they may."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from lightning_ssd.errors import MemoryPlanError, ResidencyError
+from lightning_ssd.memory.device_plan import device_capacity
+from lightning_ssd.memory.pool import Pool
+from lightning_ssd.sizes import MiB
+from lightning_ssd.store.layout import Shape, lay_out
+from lightning_ssd.streaming.device import DeviceRoute, Placed
+from lightning_ssd.streaming.landing import Landing
+from tests.helpers.fake_device import LateCopies, SimulatedDevice
+
+LAYOUT = lay_out("unit", "param", [Shape("a", (40, 30)), Shape("b", (30,)), Shape("c", ())], "F32")
+NBYTES = 40 * 30 * 4 + 512 - 40 * 30 * 4 % 512 + 512 + 512
+Break = Callable[[SimulatedDevice], None]
+
+
+def value_at(address: int) -> float:
+    import ctypes
+
+    return ctypes.c_float.from_address(address).value
+
+
+class Run:
+    """Units of distinct values go through a route; compute reads each late, and finds what was sent, or not."""
+
+    def __init__(self, seed: int, *, capacity: int, breaks: Break = lambda device: None) -> None:
+        self.rng = random.Random(seed)
+        self.device = SimulatedDevice(1 << 20, self.rng)
+        breaks(self.device)
+        self.route = DeviceRoute(self.device, capacity_nbytes=capacity * NBYTES, is_limit=True)
+        self.pool = Pool(3 * LAYOUT.buffer_nbytes, "host", poison=True)
+        self.wrong = 0
+        self.most_nbytes = 0
+
+    def fetch(self, value: float) -> Placed:
+        buffer = self.pool.lend(LAYOUT.buffer_nbytes, "unit", self.route.wait_for_one)
+        buffer.tensor(0, torch.float32, (LAYOUT.numel,)).fill_(value)
+        placed = self.route.install(LAYOUT, buffer)
+        self.pool.give_back(buffer)
+        self.most_nbytes = max(self.most_nbytes, self.route._nbytes)
+        return placed
+
+    def read(self, placed: Placed, value: float) -> None:
+        """Compute reads the first and the last tensor."""
+        for address in (placed.tensors[0].data_ptr(), placed.tensors[-1].data_ptr()):
+            self.device.compute(lambda address=address: self._check(address, value))
+
+    def end(self) -> None:
+        while self.device.advance():
+            pass
+        self.route.close()
+
+    def _check(self, address: int, value: float) -> None:
+        self.wrong += value_at(address) != value
+
+
+def run_units(run: Run, *, num: int = 40, keep_view: bool = False) -> None:
+    views: list[tuple[float, torch.Tensor]] = []
+    last: tuple[float, Placed] | None = None
+    for i in range(num):
+        value = float(i)
+        if last is not None and run.rng.random() < 0.3 and run.route.use_again(last[1]):
+            value, placed = last
+        else:
+            placed = run.fetch(value)
+        run.read(placed, value)
+        if keep_view and run.rng.random() < 0.3:
+            views.append((value, placed.tensors[0][3:]))
+        run.route.release(placed)
+        last = (value, placed)
+        for view_value, view in views:  # what somebody kept is used after its unit was released
+            address = view.data_ptr()
+            run.device.compute(lambda address=address, value=view_value: run._check(address, value))
+        if run.rng.random() < 0.5:
+            views.clear()
+        for _ in range(run.rng.randrange(4)):
+            run.device.advance()
+    views.clear()
+    run.end()
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 5])
+@pytest.mark.parametrize("keep_view", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_compute_reads_what_was_sent(seed: int, keep_view: bool, capacity: int) -> None:
+    run = Run(seed, capacity=capacity)
+    run_units(run, keep_view=keep_view)
+    assert run.wrong == 0
+    assert run.most_nbytes <= capacity * NBYTES
+    assert run.pool.num_lent == 0
+    assert run.pool.lingering == []
+    assert run.route._nbytes == 0
+
+
+def no_wait_for_compute(device: SimulatedDevice) -> None:
+    device.wait = lambda event: None  # type: ignore[method-assign]
+
+
+def events_fire_at_once(device: SimulatedDevice) -> None:
+    send = device.send
+
+    class Over:
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            pass
+
+    def send_without_event(hosts: Sequence[torch.Tensor]) -> object:
+        return send(hosts)[0], Over()
+
+    device.send = send_without_event  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize("breaks", [no_wait_for_compute, events_fire_at_once])
+def test_the_simulation_finds_a_missing_wait(breaks: Break) -> None:
+    wrong = 0
+    for seed in range(10):
+        run = Run(seed, capacity=1, breaks=breaks)
+        run_units(run)
+        wrong += run.wrong
+    assert wrong > 0
+
+
+def test_the_next_copy_waits_for_the_unit_before_the_one_in_use_only() -> None:
+    run = Run(0, capacity=2)
+    for i in range(2):
+        placed = run.fetch(float(i))
+        run.read(placed, float(i))
+        run.route.release(placed)
+    run.fetch(2.0)  # into the memory of the first
+    while run.device.queues["copies"]:
+        run.device.advance(prefer="copies")
+    assert len(run.device.queues["compute"]) == 4  # the waits for two units, and the reads of the first of these
+    run.end()
+    assert run.wrong == 0
+
+
+def test_units_in_use_beyond_the_limit_are_refused() -> None:
+    run = Run(0, capacity=1)
+    run.fetch(1.0)
+    with pytest.raises(ResidencyError, match="device_memory"):
+        run.fetch(2.0)
+    run.end()
+
+
+def test_capacity() -> None:
+    units, chains = {"a": 3 * MiB, "b": 4 * MiB, "c": 1 * MiB}, [["a"], ["a", "c"], ["b"]]
+    assert device_capacity(units, chains, None) == 8 * MiB
+    assert device_capacity(units, chains, 5 * MiB) == 5 * MiB
+    with pytest.raises(MemoryPlanError, match=r"device_memory=3.00 MiB.*4.00 MiB.*at least 4MiB"):
+        device_capacity(units, chains, 3 * MiB)
+
+
+def test_landing_bounds_what_is_on_its_way_and_goes_on_without_room() -> None:
+    waited: list[float] = []
+
+    class Copies(LateCopies):
+        def to_host(self, data: torch.Tensor, memory: torch.Tensor) -> object:  # type: ignore[override]
+            event = super().to_host(data, memory)
+            synchronize = event.synchronize
+            event.synchronize = lambda: (waited.append(data[0].item()), synchronize())  # type: ignore
+            return event
+
+    landing = Landing(Pool(4 * 4096, "gradient", poison=True), most_nbytes=2 * 4096, copies=Copies(random.Random(0)))  # type: ignore[arg-type]
+    asked: list[int] = []
+    landed = [landing.take(torch.full((1024,), float(i)), lambda: asked.append(1)) for i in range(6)]
+    assert waited == [0.0, 1.0, 2.0]  # two may be on their way
+    assert len(asked) == 2  # the pool holds four
+    for i, one in enumerate(landed):
+        one.wait()
+        assert (one.tensor == i).all()
+    del landed, one
+    assert landing.take(torch.ones(1024), lambda: asked.append(1)).tensor.numel() == 1024
+    assert len(asked) == 2
