@@ -10,7 +10,7 @@ written a step, a byte of a state one and one.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_ssd.errors import MemoryPlanError
 from lightning_ssd.sizes import MiB, fmt, round_up
@@ -22,6 +22,9 @@ MAX_CHUNK_NUMEL = 4 * CHUNK_STEP_NUMEL
 DEPTH = 3
 STAGING_NBYTES = 8 * MiB
 """Memory used to stream tensors into files."""
+
+SPILL_NBYTES = 8 * MiB
+"""Memory through which inputs of blocks go to the disk and come back."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,15 @@ class Demand:
         is_overlapped: Updates run beside compute.
         has_gate: Gradients wait for all others: clipping by norm, accumulation, a loss scaler, somebody who looks.
         window: Units in memory at once beside nesting, the one in use among them; None for as many as fit.
+        recomputes: Blocks run their forward again in backward and keep their inputs: True, False, or None for: unless
+            everything fits.
     """
 
     is_elementwise: bool = True
     is_overlapped: bool = True
     has_gate: bool = False
     window: int | None = None
+    recomputes: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class MemoryPlan:
         grad_nbytes: Gradients that compute allocates while units wait for their updates, and kept ones.
         staging_nbytes: Pool for streaming tensors into files.
         kept_nbytes: Parameters and states that are kept in memory.
+        activation_nbytes: Inputs of blocks that wait for backward in memory; what is more waits on disk.
+        spill_nbytes: Pool for inputs on their way to the disk and back; 0 if nothing is recomputed.
         chunk_numel: Elements of a chunk.
         depth: Chunks in memory at a time.
         keep_cache: Released parameters stay while there is room, and as many are fetched ahead as fit.
@@ -89,6 +97,7 @@ class MemoryPlan:
         kept_params: Units whose parameters are kept in memory.
         kept_states: Units whose states are.
         fits: Everything is kept: no step touches the disk.
+        recomputes: Blocks run their forward again in backward.
         smallest_nbytes: The smallest budget that works.
     """
 
@@ -97,6 +106,8 @@ class MemoryPlan:
     grad_nbytes: int
     staging_nbytes: int
     kept_nbytes: int
+    activation_nbytes: int
+    spill_nbytes: int
     chunk_numel: int
     depth: int
     keep_cache: bool
@@ -105,12 +116,14 @@ class MemoryPlan:
     kept_params: frozenset[str]
     kept_states: frozenset[str]
     fits: bool
+    recomputes: bool
     smallest_nbytes: int
 
     @property
     def host_nbytes(self) -> int:
         """All of it."""
-        return self.param_nbytes + self.update_nbytes + self.grad_nbytes + self.staging_nbytes + self.kept_nbytes
+        pools = self.param_nbytes + self.update_nbytes + self.staging_nbytes + self.spill_nbytes
+        return pools + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
 
 
 def make_plan(
@@ -135,10 +148,16 @@ def make_plan(
     """
     draft = _Draft(units, chains, demand)
     smallest = draft.total
-    if budget_nbytes is not None:
-        if budget_nbytes < smallest:
-            raise MemoryPlanError(_too_small(draft, budget_nbytes, budget_name))
-        draft.grow(budget_nbytes)
+    if budget_nbytes is None:
+        return draft.plan(smallest)
+    if budget_nbytes < smallest:
+        raise MemoryPlanError(_too_small(draft, budget_nbytes, budget_name))
+    if demand.recomputes is None:
+        lavish = _Draft(units, chains, replace(demand, recomputes=False))
+        lavish.grow(budget_nbytes)
+        if lavish.fits:
+            return lavish.plan(smallest)
+    draft.grow(budget_nbytes)
     return draft.plan(smallest)
 
 
@@ -153,6 +172,8 @@ class _Draft:
         self._largest_grad = max((u.grad_nbytes for u in units), default=0)
         self._all_grads = sum(u.grad_nbytes for u in units)
         self.chunk_numel = CHUNK_STEP_NUMEL
+        self.spill_nbytes = 0 if demand.recomputes is False else SPILL_NBYTES
+        self.activation_nbytes = 0
         self.num_queued = 0  # of the largest gradients
         self.keep_grads = False
         self.keep_cache = False
@@ -212,13 +233,21 @@ class _Draft:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.param_nbytes + self.update_nbytes + self.grad_nbytes + STAGING_NBYTES + self.kept_nbytes
+        pools = self.param_nbytes + self.update_nbytes + STAGING_NBYTES + self.spill_nbytes
+        return pools + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything is kept."""
+        return not self.streamed and all(u.name in self.kept_states for u in self.units if u.kept_state_nbytes)
 
     # -- growing -------------------------------------------------------------------------------------------------
 
     def grow(self, budget: int) -> None:
         """Spend the budget, the most useful first."""
         demand = self.demand
+        if self.spill_nbytes:  # how large inputs are is not known before the first step
+            self.activation_nbytes = (budget - self.total) // 8
         trained = self._largest_grad > 0
         if trained and demand.is_elementwise and demand.is_overlapped:
             self._try(budget, num_queued=1)
@@ -254,13 +283,14 @@ class _Draft:
 
     def plan(self, smallest_nbytes: int) -> MemoryPlan:
         """The plan as it is now."""
-        fits = not self.streamed and all(u.name in self.kept_states for u in self.units if u.kept_state_nbytes)
         return MemoryPlan(
             param_nbytes=self.param_nbytes,
             update_nbytes=self.update_nbytes,
             grad_nbytes=self.grad_nbytes,
             staging_nbytes=STAGING_NBYTES,
             kept_nbytes=self.kept_nbytes,
+            activation_nbytes=self.activation_nbytes,
+            spill_nbytes=self.spill_nbytes,
             chunk_numel=self.chunk_numel,
             depth=DEPTH,
             keep_cache=self.keep_cache,
@@ -268,7 +298,8 @@ class _Draft:
             queue_nbytes=self.queue_nbytes,
             kept_params=frozenset(self.kept_params),
             kept_states=frozenset(self.kept_states),
-            fits=fits,
+            fits=self.fits,
+            recomputes=self.spill_nbytes > 0,
             smallest_nbytes=smallest_nbytes,
         )
 
@@ -288,7 +319,8 @@ def _too_small(draft: _Draft, budget: int, name: str) -> str:
     return (
         f"{name}={fmt(budget)} cannot work: parameters in use and one unit arriving need {fmt(draft.param_nbytes)}, "
         f"small ones that always stay {fmt(draft.kept_nbytes)}, gradients of one unit {fmt(draft.grad_nbytes)}, the "
-        f"update {fmt(draft.update_nbytes)}, staging {fmt(STAGING_NBYTES)}: together {fmt(draft.total)} "
+        f"update {fmt(draft.update_nbytes)}, staging {fmt(STAGING_NBYTES + draft.spill_nbytes)}: together "
+        f"{fmt(draft.total)} "
         f"({draft.total} bytes). The largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set {name} to "
         f"at least {-(-draft.total // MiB)}MiB, or cut smaller units with units=..."
     )

@@ -18,7 +18,6 @@ from lightning_ssd.errors import ResidencyError
 from lightning_ssd.memory.views import Views, address_of
 from lightning_ssd.sizes import BLOCK_NBYTES, MiB, fmt, round_up
 
-
 HUGE_PAGE_NBYTES = 2 * MiB
 
 

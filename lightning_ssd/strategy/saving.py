@@ -18,7 +18,7 @@ from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
 from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, StateDictView, split_rest
 from lightning_ssd.codec import float32
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.store.state_store import Generation
+from lightning_ssd.store.generation import Generation
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.streaming.unit import Unit
 

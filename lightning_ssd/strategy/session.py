@@ -34,6 +34,7 @@ from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.streaming.activation_store import ActivationStore
 from lightning_ssd.streaming.activations import keeps_activations
 from lightning_ssd.streaming.at_rest import AtRest
 from lightning_ssd.streaming.fetch import Route, make_route
@@ -43,6 +44,7 @@ from lightning_ssd.streaming.nursery import Nursery
 from lightning_ssd.streaming.partition import UnitPolicy, partition
 from lightning_ssd.streaming.placeholder import placeholders
 from lightning_ssd.streaming.residency import Residents
+from lightning_ssd.streaming.spill import Disk, SpillFiles
 from lightning_ssd.streaming.streamer import Streamer
 from lightning_ssd.streaming.unit import Unit
 from lightning_ssd.trace import Trace
@@ -125,6 +127,7 @@ class Session:
         self._pinned: Pinned | None = None
         self._pipeline: Pipeline | None = None
         self._queue: UpdateQueue | None = None
+        self._activations: ActivationStore | None = None
         self._streaming_for: StreamedOptimizer | None = None
         self.nursery = Nursery(self.store.spill_directory)
         # Runs when nobody holds the session any more, at the latest when the process ends.
@@ -181,7 +184,7 @@ class Session:
             return_freed_memory()
         self.store.require_free(self.disk_nbytes, "the optimizer state and generations being written")
         route = self._make_route(module)
-        params, updates, kept = self._make_pools(plan)
+        params, updates, kept, spill = self._make_pools(plan)
         self._keep(plan, kept)
         self.sink = GradientSink(
             None if plan.keep_grads or plan.fits else self.store.spill_directory,
@@ -209,7 +212,10 @@ class Session:
             num_ahead=(None if plan.keep_cache else 1) if window is None else window - 1,
             quantum=self.settings.quantum,
         )
-        self.streamer.start(sink=self.sink, recompute=self._recomputed(plan))
+        if plan.recomputes:
+            self._activations = self._make_activations(plan, spill)
+        recompute = self._blocks() if plan.recomputes else set()
+        self.streamer.start(sink=self.sink, recompute=recompute, activations=self._activations)
         self.is_started = True
 
     def drain(self) -> None:
@@ -239,12 +245,21 @@ class Session:
             if unit.name in plan.kept_params:
                 self.streamer.residents.keep(unit)
 
-    def _recomputed(self, plan: MemoryPlan) -> set[nn.Module]:
-        """Blocks that run their forward again in backward."""
-        wanted = self.settings.activations
-        if wanted == "keep" or (wanted == "auto" and plan.fits):
-            return set()
+    def _blocks(self) -> set[nn.Module]:
+        """Blocks whose forward can be run again in backward."""
         return {unit.block for unit in self.units if unit.block is not None and not keeps_activations(unit.block)}
+
+    def _make_activations(self, plan: MemoryPlan, pool: Pool) -> ActivationStore:
+        return ActivationStore(
+            self.engine,
+            SpillFiles([Disk(*disk) for disk in self.store.disks], "activations"),
+            pool,
+            device=self.settings.device,
+            budget_nbytes=plan.activation_nbytes,
+            buffer_nbytes=plan.spill_nbytes // 4,  # one being filled, and others on their way
+            verify=self.settings.verify,
+            trace=self.trace,
+        )
 
     def abort_step(self) -> None:
         """Drop what a step that failed held. Updates that the step before still owes are made."""
@@ -262,6 +277,8 @@ class Session:
             pools, self._pools = self._pools, []
             for pool in pools:
                 stack.callback(pool.close)
+            if self._activations is not None:
+                stack.callback(self._activations.close)
             for adopted in self.optimizers:
                 stack.callback(adopted.release)
             if self.sink is not None:
@@ -333,10 +350,22 @@ class Session:
     # -- the step ------------------------------------------------------------------------------------------------
 
     def stream_updates_for(self, optimizer: Optimizer | None) -> None:
-        """From now on gradients of units that are complete update them at once, or (None) stay visible."""
-        assert self.sink is not None
+        """In `backward`, from now on, complete units go to the update of ``optimizer`` at once; None: no more."""
         self._streaming_for = next((a for a in self.optimizers if a.optimizer is optimizer), None)
-        self.sink.mode = Mode.VISIBLE if self._streaming_for is None else Mode.STREAMED
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around the backward of a step; not around one that the user runs, after which gradients must be there."""
+        assert self.sink is not None
+        assert self.streamer is not None
+        self.drain()  # autograd may add to gradients that an update still reads
+        if self._streaming_for is not None:
+            self.sink.mode = Mode.STREAMED
+        try:
+            with self.streamer.backward():
+                yield
+        finally:
+            self.sink.mode = Mode.VISIBLE
 
     def _on_complete(self, unit: Unit, grads: dict[int, Tensor], land: Callable[[], None] | None) -> None:
         assert self._streaming_for is not None
@@ -383,9 +412,14 @@ class Session:
             num_kinds = len(self._state_kinds(unit))
         return state_nbytes_per_numel(unit, num_kinds, keep_master=self.settings.keep_master) - unit.layout.itemsize
 
-    def _make_pools(self, plan: MemoryPlan) -> tuple[Pool, Pool, Pool]:
-        """Pools for parameters, updates and what is kept, cut from one arena that the engine knows."""
-        sizes = {"parameter": plan.param_nbytes, "update": plan.update_nbytes, "kept": plan.kept_nbytes}
+    def _make_pools(self, plan: MemoryPlan) -> tuple[Pool, Pool, Pool, Pool]:
+        """Pools for parameters, updates, what is kept and inputs on their way, cut from one arena."""
+        sizes = {
+            "parameter": plan.param_nbytes,
+            "update": plan.update_nbytes,
+            "kept": plan.kept_nbytes,
+            "activation": plan.spill_nbytes,
+        }
         if self._is_off_host:
             sizes["gradient"] = plan.grad_nbytes
         self._arena = arena = map_anonymous(sum(map(pool_nbytes, sizes.values())))
@@ -397,8 +431,8 @@ class Session:
         for name, nbytes in sizes.items():
             self._pools.append(Pool(nbytes, name, arena=arena, begin=begin))
             begin += pool_nbytes(nbytes)
-        params, updates, kept = self._pools[:3]
-        return params, updates, kept
+        params, updates, kept, spill = self._pools[:4]
+        return params, updates, kept, spill
 
     def _make_plan(self, module: nn.Module, *, has_gate: bool) -> MemoryPlan:
         trained = {unit.name for unit in self._trained()}
@@ -429,8 +463,14 @@ class Session:
                 is_overlapped=self.settings.overlap,
                 has_gate=has_gate,
                 window=self.settings.window,
+                recomputes=self._recomputes(),
             ),
         )
+
+    def _recomputes(self) -> bool | None:
+        if not self.optimizers or not self._blocks():
+            return False
+        return {"auto": None, "recompute": True, "keep": False}[self.settings.activations]
 
     # -- a device with memory of its own -------------------------------------------------------------------------
 

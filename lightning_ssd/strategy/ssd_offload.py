@@ -319,9 +319,7 @@ class StrategyMixin(StrategyBase):
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run backward; units come again, gradients go."""
-        streamer = self.session.streamer
-        assert streamer is not None
-        with streamer.backward():
+        with self.session.backward():
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:

@@ -14,12 +14,23 @@ def summary(session: Session) -> str:
     numel = sum(unit.layout.numel for unit in session.units)
     largest = max(session.units, key=lambda unit: unit.layout.data_nbytes)
     budget = "the smallest plan" if settings.budget_nbytes is None else f"host_memory={fmt(settings.budget_nbytes)}"
+    num = len(session.units)
+    reserves = {
+        "kept": plan.kept_nbytes,
+        "parameters in use": plan.param_nbytes,
+        "gradients": plan.grad_nbytes,
+        "update": plan.update_nbytes,
+        "inputs of blocks": plan.activation_nbytes + plan.spill_nbytes,
+        "staging": plan.staging_nbytes,
+    }
+    kept = f"parameters of {len(plan.kept_params)} and states of {len(plan.kept_states)} of {num} units"
     lines = [
-        f"ssd_offload: {numel:,} parameters in {len(session.units)} units, the largest {largest.name!r} with "
+        f"ssd_offload: {numel:,} parameters in {num} units, the largest {largest.name!r} with "
         f"{fmt(largest.layout.data_nbytes)}",
         f"  host memory: {fmt(plan.host_nbytes)} of {budget} (smallest that works: {fmt(plan.smallest_nbytes)}): "
-        f"parameters {fmt(plan.param_nbytes)}, gradients {fmt(plan.grad_nbytes)}, update {fmt(plan.update_nbytes)}, "
-        f"staging {fmt(plan.staging_nbytes)}",
+        + ", ".join(f"{name} {fmt(nbytes)}" for name, nbytes in reserves.items() if nbytes),
+        f"  kept in memory: {'everything; steps do not touch the disk' if plan.fits else kept}"
+        + ("; blocks run their forward again in backward" if plan.recomputes else ""),
         f"  disk: {fmt(session.store.nbytes_on_disk + session.disk_nbytes)} in {', '.join(settings.roots)} "
         f"({session.engine.reason})",
     ]

@@ -46,6 +46,7 @@ def models(draw: st.DrawFn) -> dict[str, object]:
             is_overlapped=draw(st.booleans()),
             has_gate=draw(st.booleans()),
             window=draw(st.sampled_from([None, None, 1, 2, 4])),
+            recomputes=draw(st.sampled_from([True, False, None])),
         ),
     }
 
@@ -80,6 +81,9 @@ def test_a_plan_keeps_to_its_budget_and_grows_with_it(model: dict[str, object], 
         assert made.kept_params >= smallest.kept_params
         assert made.chunk_numel % CHUNK_STEP_NUMEL == 0
         assert made.chunk_numel <= MAX_CHUNK_NUMEL
+        demand: Demand = model["demand"]  # type: ignore[assignment]
+        assert made.recomputes == (not made.fits if demand.recomputes is None else demand.recomputes)
+        assert (made.spill_nbytes > 0) == made.recomputes
         if made.fits:
             assert made.param_nbytes == 0
             assert made.update_nbytes == 0 or any(not u.numel for u in model["units"])  # type: ignore[attr-defined]

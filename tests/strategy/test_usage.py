@@ -143,6 +143,16 @@ class OwnBackward(Base):
         (0.5 * loss).backward()
 
 
+class BackwardInStep(Base):
+    """Looks at gradients of its own; Lightning zeroes them before the step's backward."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.zero_grad()  # those of the step before are gone where its updates were streamed
+        self.loss(batch).backward()
+        self.notes.append(sum(float(p.grad.norm()) for p in self.parameters() if p.grad is not None))
+        return super().training_step(batch, batch_idx)
+
+
 class Schedules(Base):
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -282,6 +292,15 @@ CASES: dict[str, Case] = {
     "penalty": Case(Penalised),
     "penalty, bf16-mixed": Case(Penalised, trainer={"precision": "bf16-mixed"}),
     "two backwards": Case(OwnBackward),
+    "backward in training_step": Case(BackwardInStep),
+    "backward in training_step, kept": Case(BackwardInStep, strategy={"host_memory": "64MiB"}),
+    "clipped, kept": Case(Base, trainer={"gradient_clip_val": 0.1}, strategy={"host_memory": "64MiB"}),
+    "gan, kept": Case(Gan, strategy={"host_memory": "64MiB"}),
+    "steps every second, kept": Case(StepsEverySecond, strategy={"host_memory": "64MiB"}),
+    "changes gradients, kept": Case(ChangesGradients, strategy={"host_memory": "64MiB"}),
+    "penalty, kept": Case(Penalised, strategy={"host_memory": "64MiB"}),
+    "recompute by the user, kept": Case(lambda: Base(Checkpointed(True, True)), strategy={"host_memory": "64MiB"}),
+    "user hooks, kept": Case(lambda: Base(Hooked()), strategy={"host_memory": "64MiB"}),
     "plateau": Case(lambda: Schedules("plateau")),
     "one cycle": Case(lambda: Schedules("one cycle"), lambda: [cb.LearningRateMonitor()]),
     "per epoch": Case(lambda: Schedules("per epoch")),
