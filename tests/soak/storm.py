@@ -375,7 +375,7 @@ class Storm:
             sorts += ["read grad", "write grad"] * is_clipped
             return Kill("transfer", rng.choice(sorts), rng.randint(1, 30))
         where = rng.choice(["checkpoint", "remove", "export"] + ["spill", "spill"] * is_clipped)
-        return Kill("name", where, rng.randint(1, 40 if where == "checkpoint" else 12))
+        return Kill("name", where, rng.randint(1, {"checkpoint": 40, "spill": 5}.get(where, 12)))
 
     def _child(self, folder: Path, scenario: str, kill: Kill | None) -> bool:
         """Run a child; whether it was killed, rather than ended by itself."""
