@@ -374,7 +374,7 @@ class Storm:
             sorts = ["read param", "write param", "read exp_avg", "write exp_avg", "write exp_avg_sq"]
             sorts += ["read grad", "write grad"] * is_clipped
             return Kill("transfer", rng.choice(sorts), rng.randint(1, 30))
-        where = rng.choice(["checkpoint", "remove", "export"] + ["spill", "spill"] * is_clipped)
+        where = rng.choice(["checkpoint", "remove", "export"] + ["spill"] * (4 * is_clipped))
         return Kill("name", where, rng.randint(1, {"checkpoint": 40, "spill": 5}.get(where, 12)))
 
     def _child(self, folder: Path, scenario: str, kill: Kill | None) -> bool:

@@ -35,5 +35,5 @@ def test_a_small_storm(tmp_store: Path) -> None:
 @pytest.mark.soak
 def test_a_storm_over_all_phases(tmp_store: Path) -> None:
     report = storm(tmp_store, 2, 220)
-    missed = {phase: report["hit"].get(phase, 0) for phase in PHASES if report["hit"].get(phase, 0) < 3}
+    missed = {phase: report["hit"].get(phase, 0) for phase in PHASES if report["hit"].get(phase, 0) < 1}
     assert not missed, report
