@@ -69,6 +69,7 @@ lint: $(VENV)/.package $(VENV)/.lint
 BENCH_DIR := $(or $(LIGHTNING_SSD_PATH),$(DEMO)/bench)
 BENCH := $(PY) -m tests.benchmarks.bench_
 
+bench: export GOMP_SPINCOUNT = 1000
 bench: $(VENV)/.test
 	mkdir -p $(BENCH_DIR)
 	$(BENCH)io $(BENCH_DIR) --out docs/results/io.jsonl

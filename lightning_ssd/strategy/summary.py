@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.sizes import fmt
 from lightning_ssd.strategy.session import Session
@@ -34,6 +38,11 @@ def summary(session: Session) -> str:
         f"  disk: {fmt(session.store.nbytes_on_disk + session.disk_nbytes)} in {', '.join(settings.roots)} "
         f"({session.engine.reason})",
     ]
+    if session.optimizers and settings.device.type == "cpu" and _spins() and not plan.fits:
+        lines.append(
+            "  hint: compute threads spin while they wait for each other and take CPU time from updates; start with "
+            "GOMP_SPINCOUNT=1000 in the environment"
+        )
     for adopted in session.optimizers:
         name = type(adopted.optimizer).__name__
         if adopted.rule.is_elementwise:
@@ -42,3 +51,8 @@ def summary(session: Session) -> str:
         else:
             lines.append(f"  update: {name} runs its own class, one parameter at a time (bit-equal to plain torch)")
     return "\n".join(lines)
+
+
+def _spins() -> bool:
+    """Whether OpenMP threads wait for each other busily, and nobody has said how long."""
+    return not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and torch.get_num_threads() > 1

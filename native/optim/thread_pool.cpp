@@ -124,7 +124,8 @@ class ThreadPool {
   }
 
   const pid_t owner_ = getpid();
-  std::atomic<size_t> num_threads_{usable_cpus()};
+  // Updates run beside compute, which needs the rest; and memory, not arithmetic, bounds them.
+  std::atomic<size_t> num_threads_{std::max<size_t>(1, usable_cpus() / 2)};
   std::mutex in_use_;  // held by the call that uses the workers; guards workers_
   std::vector<std::thread> workers_;
 

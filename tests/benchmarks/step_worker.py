@@ -45,7 +45,7 @@ class Job:
         steps: Steps, the last of which is not counted.
         warmup: First steps that are not counted.
         clip: ``gradient_clip_val``.
-        threads: Of torch and of the kernels.
+        threads: Of torch; the kernels keep their own number.
         path: ``nvme_path``.
         options: Further settings of the strategy.
     """
@@ -98,7 +98,6 @@ def main() -> None:
     warnings.simplefilter("ignore")
     job = Job(**json.loads(sys.argv[1]))
     torch.set_num_threads(job.threads)
-    kernels.set_num_threads(job.threads)
     result = time_kernel(job) if job.system == "kernel" else train(job)
     sys.stdout.write(json.dumps({"job": dataclasses.asdict(job), **result}) + "\n")
 

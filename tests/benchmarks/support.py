@@ -31,6 +31,7 @@ def facts(directory: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "commit": _commit(),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
     }
     for package in ("torch", "lightning", "lightning-ssd"):
         with suppress(PackageNotFoundError):

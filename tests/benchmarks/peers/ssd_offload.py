@@ -31,7 +31,6 @@ def train(wl: Any, rec: Any) -> None:
     from lightning_ssd.kernels import api as kernels
     from tests.benchmarks.support import plan_of
 
-    kernels.set_num_threads(torch.get_num_threads())
     rec.imported()
 
     class Module(pl.LightningModule):
