@@ -210,8 +210,8 @@ class StateStore:
                 for segment in layout.segments(begin, end):
                     part = tensors[segment.index].view(-1)[segment.offset : segment.offset + segment.numel]
                     part.copy_(staged[segment.begin - begin : segment.end - begin])
-                del staged
         finally:
+            staged = None  # type: ignore[assignment]  # an error keeps this frame, and the buffer is lent again
             self._staging.give_back(buffer)
 
     # -- bytes ---------------------------------------------------------------------------------------------------
@@ -278,8 +278,9 @@ class StateStore:
                     else:
                         part.copy_(flat[segment.offset : segment.offset + segment.numel])
                 self.write(generation, begin * layout.itemsize, buffer.address, staged.nbytes).wait()  # sync: staging
-                del staged, part
+                staged = part = None  # type: ignore[assignment]
         except BaseException:
+            staged = part = None  # type: ignore[assignment]  # the error keeps this frame, and the buffer is lent again
             self.abandon(generation)
             raise
         finally:

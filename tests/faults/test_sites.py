@@ -26,7 +26,7 @@ from lightning_ssd.errors import CheckpointError, CorruptionError, SSDOffloadErr
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
-from tests.faults.sites import ROOMY, SITES, Injector, Site
+from tests.faults.sites import SITES, Injector, Site
 from tests.faults.support import finish_backward, small_gpt
 from tests.helpers.activations import Spilling, spilling  # noqa: F401
 from tests.helpers.io_engines import engine_or_skip
@@ -42,9 +42,6 @@ def _cases() -> Iterator[Any]:
     """All of them; in a normal run the first fault of each site, and for the next site the next one."""
     for number, site in enumerate(SITES):
         for index, fault in enumerate(site.faults):
-            # What is kept in memory: the buffer of a write that failed is not lent again while its error lives, and the
-            # end of the run wants it. Until that is so, a normal run has only the delay.
-            number = -1 if site.settings == ROOMY else number
             for engine in ENGINES if site.by_engine else ENGINES[:1]:
                 is_quick = index == number % len(site.faults) and engine == ENGINES[number % 2 if site.by_engine else 0]
                 marks = () if is_quick else (pytest.mark.soak,)

@@ -30,9 +30,9 @@ class Traced(pl.Callback):
             self.events = [f"{event.name} {event.what.removeprefix('net.')}" for event in found]
 
 
-def trace(tmp_path: Path, **settings: Any) -> list[str]:
+def trace(tmp_path: Path, options: dict[str, Any] | None = None, **settings: Any) -> list[str]:
     traced = Traced()
-    train(tmp_path, GPT, streamed(**settings), max_steps=3, callbacks=[traced])
+    train(tmp_path, GPT, streamed(**settings), max_steps=3, callbacks=[traced], **(options or {}))
     return traced.events
 
 
@@ -75,6 +75,25 @@ def test_updates_run_during_backward_or_after_it(tmp_path: Path, update: str) ->
     first_update = next(i for i, event in enumerate(events) if event.startswith("update "))
     last_of_backward = max(i for i, event in enumerate(events) if event.startswith("recompute"))
     assert last_of_backward < first_update
+
+
+@pytest.mark.parametrize("update", ["native", "torch"])
+def test_after_a_gate_updates_run_under_the_next_forward(tmp_path: Path, update: str) -> None:
+    events = trace(tmp_path, {"gradient_clip_val": 0.5}, update=update)
+    forward = events[: events.index("recompute blocks.2")]
+    order = ["tok", "blocks.0", "blocks.1", "blocks.2", "norm", "head"]
+    if update == "torch":  # what such a class leaves in its groups is needed before the next step
+        assert not any(event.startswith("update") for event in forward)
+        return
+    updates = [event for event in forward if event.startswith("updated ")]
+    assert updates == sorted(updates, key=lambda event: order.index(event.split()[1]) if "net" not in event else -1)
+    for name in order[2:]:  # each before it is needed, the soonest first; the first ones may be done before we listen
+        assert forward.index(f"updated {name}") < forward.index(f"fetch {name}")
+    assert forward.index("fetch tok") < forward.index("update head")
+    back = events[events.index("recompute blocks.2") :]
+    assert not any(
+        event.startswith("updated") and event != "updated net" for event in back[: back.index("fetch blocks.0")]
+    )
 
 
 def test_no_unit_is_updated_twice_or_left_out(tmp_path: Path) -> None:
