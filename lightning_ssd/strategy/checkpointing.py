@@ -1,0 +1,90 @@
+"""What Lightning asks of a strategy about checkpoints: directories of hard links, and what they hold of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch.optim import Optimizer
+
+from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.errors import CheckpointError, ConfigurationError
+from lightning_ssd.strategy.bases import StrategyBase
+from lightning_ssd.strategy.resume import Resume
+from lightning_ssd.strategy.saving import MASTERS, load, remove, save, state_dict
+from lightning_ssd.strategy.session import Session
+from lightning_ssd.strategy.succession import Succession
+
+
+class CheckpointMixin(StrategyBase):
+    """Saves, loads and removes checkpoints of the session."""
+
+    _session: Session | None
+    _resume: Resume
+    _succession: Succession
+
+    @property
+    def session(self) -> Session:
+        """The parts, once the Trainer has set the environment up."""
+        if self._session is None:
+            raise ConfigurationError("strategy='ssd_offload' has no session yet: the Trainer has not started")
+        return self._session
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are restored before they are placed, so finetuning and averaging callbacks see them."""
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state, with streamed parameters as they are: at rest, unread."""
+        assert self.lightning_module is not None
+        return state_dict(self.lightning_module)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state, with tensors mapped from the store."""
+        inner = getattr(optimizer, "_optimizer", optimizer)
+        return cast(dict[str, Any], inner.state_dict())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save a checkpoint directory: hard links to the store, and a little beside them."""
+        if storage_options is not None:
+            raise ConfigurationError("storage_options are not used by strategy='ssd_offload'; leave them out")
+        assert self.lightning_module is not None
+        if self._succession.is_pending and "optimizer_states" in checkpoint:
+            with self.session.settled():
+                self._succession.move_into(self.session, self.optimizers)
+        save(self.session, {**checkpoint, **self._resume.state(self.lightning_module.trainer)}, filepath)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors stay mapped until they are placed."""
+        checkpoint = load(checkpoint_path, weights_only)
+        self._resume.take(checkpoint)
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load weights before they are placed; what is on the meta device takes the mapped tensors as they are."""
+        assert self.lightning_module is not None
+        self.session.nursery.load(self.lightning_module, checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Stream optimizer state, and float32 masters, into the store."""
+        states = checkpoint["optimizer_states"]
+        if len(states) != len(self.optimizers):
+            raise CheckpointError(
+                f"the checkpoint has the state of {len(states)} optimizer(s), configure_optimizers made "
+                f"{len(self.optimizers)}; it must be as it was when the checkpoint was saved"
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        masters = checkpoint.get(MASTERS, {})
+        params = {
+            name: param for unit in self.session.units for name, param in zip(unit.names, unit.params, strict=True)
+        }
+        self.session.take_masters({params[name]: value for name, value in masters.items() if name in params})
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint directory of ours, or a plain checkpoint file."""
+        if is_checkpoint(filepath):
+            remove(filepath, None if self._session is None else self._session.store.recycle)
+        else:
+            super().remove_checkpoint(filepath)
