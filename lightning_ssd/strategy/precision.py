@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.strategy.bases import PrecisionBase
@@ -135,8 +135,10 @@ class PrecisionMixin(PrecisionBase):
     def post_backward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         return self.inner.post_backward(*args, **kwargs)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        return self.inner.optimizer_step(*args, **kwargs)
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        if self.scaler is not None:
+            unscale_on_host(self.scaler, optimizer)
+        return self.inner.optimizer_step(optimizer, *args, **kwargs)
 
     def clip_gradients(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
         self.inner.clip_gradients(*args, **kwargs)
@@ -159,3 +161,18 @@ class PrecisionMixin(PrecisionBase):
     def teardown(self) -> None:  # noqa: D102
         if self.inner is not None:
             self.inner.teardown()
+
+
+def unscale_on_host(scaler: Any, optimizer: Any) -> None:
+    """Make a loss scaler of a GPU work on gradients that are on the host, for an optimizer whose step is ours."""
+    # Fused optimizers leave unscaling to their own kernel, which does not run.
+    optimizer._step_supports_amp_scaling = False
+    if "_unscale_grads_" in vars(scaler):
+        return
+    unscale = scaler._unscale_grads_
+
+    def unscale_here(optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
+        # torch would copy both to the host without waiting, and read them there at once: whatever was there before.
+        return unscale(optimizer, inv_scale.cpu(), found_inf.cpu(), allow_fp16)  # sync: two numbers
+
+    scaler._unscale_grads_ = unscale_here

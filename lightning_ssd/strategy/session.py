@@ -11,84 +11,41 @@ import resource
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.errors import ConfigurationError, SSDOffloadError
-from lightning_ssd.io.engine import Engine, IOOptions, IOStats
+from lightning_ssd.errors import SSDOffloadError
+from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
 from lightning_ssd.memory.device_plan import device_capacity, tensors_nbytes
 from lightning_ssd.memory.limits import return_freed_memory
 from lightning_ssd.memory.pinned import Pinned
-from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
+from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
 from lightning_ssd.memory.views import address_of
-from lightning_ssd.optim.pipeline import Pipeline, master_dtype, state_nbytes_per_numel
+from lightning_ssd.optim.pipeline import Pipeline, master_dtype
 from lightning_ssd.optim.queue import UpdateQueue
 from lightning_ssd.optim.rules import choose_rule
 from lightning_ssd.optim.streamed import StreamedOptimizer
 from lightning_ssd.store.dtypes import dtype_of
-from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.strategy.settings import Settings
+from lightning_ssd.strategy.sizing import Sizing, chains
 from lightning_ssd.streaming.activation_store import ActivationStore
-from lightning_ssd.streaming.activations import keeps_activations
 from lightning_ssd.streaming.at_rest import AtRest
 from lightning_ssd.streaming.fetch import Route, make_route
 from lightning_ssd.streaming.gradients import GradientSink, Mode
 from lightning_ssd.streaming.landing import Landing
 from lightning_ssd.streaming.nursery import Nursery
-from lightning_ssd.streaming.partition import UnitPolicy, partition
+from lightning_ssd.streaming.partition import partition
 from lightning_ssd.streaming.placeholder import placeholders
 from lightning_ssd.streaming.residency import Residents
 from lightning_ssd.streaming.spill import Disk, SpillFiles
 from lightning_ssd.streaming.streamer import Streamer
 from lightning_ssd.streaming.unit import Unit
 from lightning_ssd.trace import Trace
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user set, checked. Sizes in bytes.
-
-    Attributes:
-        roots: Directories for the live store, one per disk.
-        budget_nbytes: Host memory; None for the smallest plan that works.
-        device: Where compute runs.
-        device_nbytes: Device memory for parameters; None for what lets one unit arrive while others compute.
-        units: Which modules become units.
-        min_unit_numel: Elements from which a leftover is a unit of its own.
-        activations: ``"auto"``, ``"recompute"`` or ``"keep"``.
-        overlap: Updates run beside compute; else after it.
-        update: ``"auto"``, ``"native"`` or ``"torch"``.
-        window: Units in memory at once, the one in use among them; None for as many as the plan has room for.
-        quantum: Units whose reads are started together.
-        verify: Check every read against checksums.
-        io: Disk transport.
-        param_dtype: Dtype of floating parameters in the store; None leaves them as they are.
-        keep_master: Keep a float32 master of 16-bit parameters.
-        keep_store: Leave the files when the run ends.
-    """
-
-    roots: list[str]
-    budget_nbytes: int | None
-    device: torch.device
-    device_nbytes: int | None
-    units: UnitPolicy
-    min_unit_numel: int
-    activations: str
-    overlap: bool
-    update: str
-    window: int | None
-    quantum: int
-    verify: bool
-    io: IOOptions
-    param_dtype: torch.dtype | None
-    keep_master: bool
-    keep_store: bool
 
 
 class Session:
@@ -179,10 +136,10 @@ class Session:
             StoreError: If the disk cannot hold the run.
         """
         assert self.streamer is not None
-        self.plan = plan = self._make_plan(module, has_gate=has_gate)
+        self.plan = plan = self.sizing.plan(module, has_gate=has_gate)
         if not plan.fits:
             return_freed_memory()
-        self.store.require_free(self.disk_nbytes, "the optimizer state and generations being written")
+        self.store.require_free(self.sizing.disk_nbytes, "the optimizer state and generations being written")
         route = self._make_route(module)
         params, updates, kept, spill = self._make_pools(plan)
         self._keep(plan, kept)
@@ -214,7 +171,7 @@ class Session:
         )
         if plan.recomputes:
             self._activations = self._make_activations(plan, spill)
-        recompute = self._blocks() if plan.recomputes else set()
+        recompute = self.sizing.blocks() if plan.recomputes else set()
         self.streamer.start(sink=self.sink, recompute=recompute, activations=self._activations)
         self.is_started = True
 
@@ -237,17 +194,13 @@ class Session:
         for unit in self.units:
             layouts = [unit.layout] if unit.name in plan.kept_params else []
             if unit.name in plan.kept_states:
-                layouts += self._state_layouts(unit)
+                layouts += self.sizing.state_layouts(unit)
             for layout in layouts:
                 buffer, dtype = pool.lend(layout.buffer_nbytes, f"unit {unit.name!r}"), dtype_of(layout.dtype)
                 places = zip(layout.entries, layout.places, strict=True)
                 self.store.keep(layout, [buffer.tensor(place, dtype, entry.shape) for entry, place in places])
             if unit.name in plan.kept_params:
                 self.streamer.residents.keep(unit)
-
-    def _blocks(self) -> set[nn.Module]:
-        """Blocks whose forward can be run again in backward."""
-        return {unit.block for unit in self.units if unit.block is not None and not keeps_activations(unit.block)}
 
     def _make_activations(self, plan: MemoryPlan, pool: Pool) -> ActivationStore:
         return ActivationStore(
@@ -374,43 +327,13 @@ class Session:
     # -- numbers -------------------------------------------------------------------------------------------------
 
     @property
-    def disk_nbytes(self) -> int:
-        """Bytes that the run still needs on disk: optimizer state, generations being written, waiting gradients."""
-        state = sum(self._state_nbytes(unit) * unit.layout.numel for unit in self._trained())
-        in_flight = max(
-            (self._state_nbytes(u) * u.layout.numel + u.layout.data_nbytes for u in self._trained()), default=0
-        )
-        spilled = sum(unit.layout.data_nbytes for unit in self._trained())
-        return state + in_flight + spilled
+    def sizing(self) -> Sizing:
+        """What the units need, with the optimizers that are adopted now."""
+        return Sizing(self.settings, self.units, self.optimizers)
 
     def stats(self) -> IOStats:
         """What was read and written so far."""
         return self.engine.stats()
-
-    def _trained(self) -> list[Unit]:
-        owned = {p for adopted in self.optimizers for g in adopted.optimizer.param_groups for p in g["params"]}
-        return [unit for unit in self.units if any(p in owned and p.requires_grad for p in unit.params)]
-
-    def _state_kinds(self, unit: Unit) -> set[str]:
-        kinds: set[str] = set()
-        mine = set(unit.params)
-        for adopted in self.optimizers:
-            for group in adopted.optimizer.param_groups:
-                if not mine.isdisjoint(group["params"]):
-                    kinds.update(adopted.rule.kinds(group))
-        return kinds
-
-    def _state_layouts(self, unit: Unit) -> list[UnitLayout]:
-        """Everything that an update of ``unit`` needs beside the parameters."""
-        dtype = master_dtype(unit, keep_master=self.settings.keep_master)
-        kinds = sorted(self._state_kinds(unit)) + (["master"] if dtype != unit.layout.dtype else [])
-        return [unit.layout_of(kind, dtype) for kind in kinds]
-
-    def _state_nbytes(self, unit: Unit, num_kinds: int | None = None) -> int:
-        """Bytes per element of a unit's state beyond the parameter itself."""
-        if num_kinds is None:
-            num_kinds = len(self._state_kinds(unit))
-        return state_nbytes_per_numel(unit, num_kinds, keep_master=self.settings.keep_master) - unit.layout.itemsize
 
     def _make_pools(self, plan: MemoryPlan) -> tuple[Pool, Pool, Pool, Pool]:
         """Pools for parameters, updates, what is kept and inputs on their way, cut from one arena."""
@@ -434,57 +357,11 @@ class Session:
         params, updates, kept, spill = self._pools[:4]
         return params, updates, kept, spill
 
-    def _make_plan(self, module: nn.Module, *, has_gate: bool) -> MemoryPlan:
-        trained = {unit.name for unit in self._trained()}
-        most_kinds = max((len(self._state_kinds(unit)) for unit in self.units), default=0)
-        sizes = []
-        for unit in self.units:
-            # A frozen unit may be trained later in the run: there is room for its update too.
-            can_train = bool(self.optimizers) and unit.params[0].is_floating_point()
-            is_trained = unit.name in trained
-            sizes.append(
-                UnitSize(
-                    unit.name,
-                    unit.layout.buffer_nbytes,
-                    self._grad_nbytes(unit) if is_trained else 0,
-                    unit.layout.numel if can_train else 0,
-                    unit.layout.itemsize,
-                    self._state_nbytes(unit, None if is_trained else most_kinds),
-                    sum(layout.buffer_nbytes for layout in self._state_layouts(unit)) if is_trained else 0,
-                    is_sticky=unit.sticky,
-                )
-            )
-        return make_plan(
-            sizes,
-            chains(module, self.units),
-            budget_nbytes=self.settings.budget_nbytes,
-            demand=Demand(
-                is_elementwise=all(adopted.rule.is_elementwise for adopted in self.optimizers),
-                is_overlapped=self.settings.overlap,
-                has_gate=has_gate,
-                window=self.settings.window,
-                recomputes=self._recomputes(),
-            ),
-        )
-
-    def _recomputes(self) -> bool | None:
-        if not self.optimizers or not self._blocks():
-            return False
-        return {"auto": None, "recompute": True, "keep": False}[self.settings.activations]
-
     # -- a device with memory of its own -------------------------------------------------------------------------
 
     @property
     def _is_off_host(self) -> bool:
         return self.settings.device.type != "cpu"
-
-    def _grad_nbytes(self, unit: Unit) -> int:
-        """Host memory of the gradients of ``unit``; off the device each lands in a buffer of its own."""
-        return (
-            sum(map(pool_nbytes, (e.nbytes for e in unit.layout.entries)))
-            if self._is_off_host
-            else unit.layout.data_nbytes
-        )
 
     def _make_landing(self) -> Landing | None:
         if not self._is_off_host:
@@ -515,24 +392,3 @@ class Session:
                 directory.close(remove=True)
             raise
         return StateStore(directories, self.engine, direct=direct, verify=self.settings.verify, trace=self.trace)
-
-
-def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:
-    """Units that modules nested in each other need at the same time."""
-    users: dict[nn.Module, list[Unit]] = {}
-    for unit in units:
-        for user in unit.modules:
-            users.setdefault(user, []).append(unit)
-    found: list[list[str]] = []
-
-    def visit(inner: nn.Module, held: list[str]) -> None:
-        here = held + [unit.name for unit in users.get(inner, []) if unit.name not in held]
-        if len(here) > len(held):
-            found.append(here)
-        for child in inner.children():
-            visit(child, here)
-
-    visit(module, [])
-    if not found:
-        raise ConfigurationError("the model has no parameters to stream")
-    return found

@@ -23,7 +23,8 @@ from lightning_ssd.strategy.checkpointing import CheckpointMixin
 from lightning_ssd.strategy.listeners import gradient_listener
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.resume import Resume
-from lightning_ssd.strategy.session import Session, Settings
+from lightning_ssd.strategy.session import Session
+from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.succession import Succession
 from lightning_ssd.strategy.summary import summary
 

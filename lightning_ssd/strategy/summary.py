@@ -35,7 +35,7 @@ def summary(session: Session) -> str:
         + ", ".join(f"{name} {fmt(nbytes)}" for name, nbytes in reserves.items() if nbytes),
         f"  kept in memory: {'everything; steps do not touch the disk' if plan.fits else kept}"
         + ("; blocks run their forward again in backward" if plan.recomputes else ""),
-        f"  disk: {fmt(session.store.nbytes_on_disk + session.disk_nbytes)} in {', '.join(settings.roots)} "
+        f"  disk: {fmt(session.store.nbytes_on_disk + session.sizing.disk_nbytes)} in {', '.join(settings.roots)} "
         f"({session.engine.reason})",
     ]
     if session.optimizers and settings.device.type == "cpu" and _spins() and not plan.fits:

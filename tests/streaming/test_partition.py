@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.strategy.session import chains
+from lightning_ssd.strategy.sizing import chains
 from lightning_ssd.streaming.partition import UnitSpec, partition
 from lightning_ssd.streaming.unit import Unit
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT

@@ -1,0 +1,143 @@
+"""What the units of a session need of disk and memory, once its optimizers are known."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
+from lightning_ssd.memory.pool import pool_nbytes
+from lightning_ssd.optim.pipeline import master_dtype, state_nbytes_per_numel
+from lightning_ssd.optim.streamed import StreamedOptimizer
+from lightning_ssd.store.layout import UnitLayout
+from lightning_ssd.strategy.settings import Settings
+from lightning_ssd.streaming.activations import keeps_activations
+from lightning_ssd.streaming.unit import Unit
+
+
+class Sizing:
+    """Sizes of one model's units.
+
+    Args:
+        settings: What the user set.
+        units: The model's units.
+        optimizers: The adopted optimizers.
+    """
+
+    def __init__(self, settings: Settings, units: list[Unit], optimizers: list[StreamedOptimizer]) -> None:
+        self._settings = settings
+        self._units = units
+        self._optimizers = optimizers
+        self._is_off_host = settings.device.type != "cpu"
+
+    @property
+    def disk_nbytes(self) -> int:
+        """Bytes that the run still needs on disk: optimizer state, generations being written, waiting gradients."""
+        state = sum(self._state_nbytes(unit) * unit.layout.numel for unit in self.trained())
+        in_flight = max(
+            (self._state_nbytes(u) * u.layout.numel + u.layout.data_nbytes for u in self.trained()), default=0
+        )
+        spilled = sum(unit.layout.data_nbytes for unit in self.trained())
+        return state + in_flight + spilled
+
+    def blocks(self) -> set[nn.Module]:
+        """Blocks whose forward can be run again in backward."""
+        return {unit.block for unit in self._units if unit.block is not None and not keeps_activations(unit.block)}
+
+    def trained(self) -> list[Unit]:
+        """Units that an optimizer updates."""
+        owned = {p for adopted in self._optimizers for g in adopted.optimizer.param_groups for p in g["params"]}
+        return [unit for unit in self._units if any(p in owned and p.requires_grad for p in unit.params)]
+
+    def _state_kinds(self, unit: Unit) -> set[str]:
+        kinds: set[str] = set()
+        mine = set(unit.params)
+        for adopted in self._optimizers:
+            for group in adopted.optimizer.param_groups:
+                if not mine.isdisjoint(group["params"]):
+                    kinds.update(adopted.rule.kinds(group))
+        return kinds
+
+    def state_layouts(self, unit: Unit) -> list[UnitLayout]:
+        """Everything that an update of ``unit`` needs beside the parameters."""
+        dtype = master_dtype(unit, keep_master=self._settings.keep_master)
+        kinds = sorted(self._state_kinds(unit)) + (["master"] if dtype != unit.layout.dtype else [])
+        return [unit.layout_of(kind, dtype) for kind in kinds]
+
+    def _state_nbytes(self, unit: Unit, num_kinds: int | None = None) -> int:
+        """Bytes per element of a unit's state beyond the parameter itself."""
+        if num_kinds is None:
+            num_kinds = len(self._state_kinds(unit))
+        return state_nbytes_per_numel(unit, num_kinds, keep_master=self._settings.keep_master) - unit.layout.itemsize
+
+    def plan(self, module: nn.Module, *, has_gate: bool) -> MemoryPlan:
+        """The plan of host memory.
+
+        Raises:
+            MemoryPlanError: If the budget cannot work.
+        """
+        trained = {unit.name for unit in self.trained()}
+        most_kinds = max((len(self._state_kinds(unit)) for unit in self._units), default=0)
+        sizes = []
+        for unit in self._units:
+            # A frozen unit may be trained later in the run: there is room for its update too.
+            can_train = bool(self._optimizers) and unit.params[0].is_floating_point()
+            is_trained = unit.name in trained
+            sizes.append(
+                UnitSize(
+                    unit.name,
+                    unit.layout.buffer_nbytes,
+                    self._grad_nbytes(unit) if is_trained else 0,
+                    unit.layout.numel if can_train else 0,
+                    unit.layout.itemsize,
+                    self._state_nbytes(unit, None if is_trained else most_kinds),
+                    sum(layout.buffer_nbytes for layout in self.state_layouts(unit)) if is_trained else 0,
+                    is_sticky=unit.sticky,
+                )
+            )
+        return make_plan(
+            sizes,
+            chains(module, self._units),
+            budget_nbytes=self._settings.budget_nbytes,
+            demand=Demand(
+                is_elementwise=all(adopted.rule.is_elementwise for adopted in self._optimizers),
+                is_overlapped=self._settings.overlap,
+                has_gate=has_gate,
+                window=self._settings.window,
+                recomputes=self._recomputes(),
+            ),
+        )
+
+    def _recomputes(self) -> bool | None:
+        if not self._optimizers or not self.blocks():
+            return False
+        return {"auto": None, "recompute": True, "keep": False}[self._settings.activations]
+
+    def _grad_nbytes(self, unit: Unit) -> int:
+        """Host memory of the gradients of ``unit``; off the device each lands in a buffer of its own."""
+        return (
+            sum(map(pool_nbytes, (e.nbytes for e in unit.layout.entries)))
+            if self._is_off_host
+            else unit.layout.data_nbytes
+        )
+
+
+def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:
+    """Units that modules nested in each other need at the same time."""
+    users: dict[nn.Module, list[Unit]] = {}
+    for unit in units:
+        for user in unit.modules:
+            users.setdefault(user, []).append(unit)
+    found: list[list[str]] = []
+
+    def visit(inner: nn.Module, held: list[str]) -> None:
+        here = held + [unit.name for unit in users.get(inner, []) if unit.name not in held]
+        if len(here) > len(held):
+            found.append(here)
+        for child in inner.children():
+            visit(child, here)
+
+    visit(module, [])
+    if not found:
+        raise ConfigurationError("the model has no parameters to stream")
+    return found
