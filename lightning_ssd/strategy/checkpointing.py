@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ class CheckpointMixin(StrategyBase):
     _session: Session | None
     _resume: Resume
     _succession: Succession
+    _namespace: str
 
     @property
     def session(self) -> Session:
@@ -53,7 +55,8 @@ class CheckpointMixin(StrategyBase):
         if self._succession.is_pending and "optimizer_states" in checkpoint:
             with self.session.settled():
                 self._succession.move_into(self.session, self.optimizers)
-        save(self.session, {**checkpoint, **self._resume.state(self.lightning_module.trainer)}, filepath)
+        whole = {**checkpoint, **self._resume.state(self.lightning_module.trainer)}
+        save(self.session, whole, filepath, logging.getLogger(f"{self._namespace}.ssd_offload"))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors stay mapped until they are placed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from lightning_ssd.checkpoint.directory import remove as remove
 from lightning_ssd.checkpoint.export import optimizer_state
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
+from lightning_ssd.checkpoint.progress import LogProgress
 from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, StateDictView, split_rest
 from lightning_ssd.codec import float32
 from lightning_ssd.errors import CheckpointError
@@ -37,8 +39,8 @@ def state_dict(module: nn.Module) -> dict[str, Any]:
         return dict(module.state_dict())
 
 
-def save(session: Session, checkpoint: dict[str, Any], path: Any) -> None:
-    """Save what Lightning dumped as a checkpoint directory.
+def save(session: Session, checkpoint: dict[str, Any], path: Any, logger: logging.Logger) -> None:
+    """Save what Lightning dumped as a checkpoint directory; ``logger`` is told how far a copy to another disk is.
 
     Raises:
         CheckpointError: If it could not be saved; what was there before is untouched.
@@ -81,6 +83,7 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any) -> None:
             dtypes=dtypes,
             aliases=aliases,
             recycle=session.store.recycle,
+            progress=LogProgress(logger, f"saving {os.fspath(path)}"),
         )
     if done.moved_aside is not None:
         warnings.warn(f"a file had the checkpoint's name and is now {done.moved_aside!r}", stacklevel=2)
