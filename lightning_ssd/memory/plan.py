@@ -257,6 +257,11 @@ class _Draft:
             is_small = self.update_nbytes <= (budget - self.total) // 8
             if not (is_small and self._try(budget, chunk_numel=2 * self.chunk_numel)):
                 break
+        if trained and demand.is_overlapped and not demand.has_gate:
+            # What backward leaves queued is updated under the next forward.
+            share = self.total + (budget - self.total) // 8
+            while self.queue_nbytes < self._all_grads and self._try(share, num_queued=self.num_queued + 1):
+                pass
         if trained and demand.has_gate and self._all_grads - self.grad_nbytes <= (budget - self.total) // 2:
             self._try(budget, keep_grads=True)
         self._keep(budget, self.kept_params)

@@ -19,6 +19,7 @@ from lightning_ssd.codec import float32
 from lightning_ssd.errors import NonFiniteGradientError, ResidencyError, SSDOffloadError
 from lightning_ssd.io.engine import Transfer
 from lightning_ssd.kernels import api as kernels
+from lightning_ssd.memory.plan import CHUNK_STEP_NUMEL
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.optim.rules import Options, Rule
 from lightning_ssd.store.dtypes import dtype_of
@@ -27,6 +28,9 @@ from lightning_ssd.store.layout import Segment, UnitLayout, chunks
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.unit import Unit
 from lightning_ssd.trace import Lane, Trace
+
+CHUNKS_PER_UNIT = 16
+"""Into at least so many a unit is cut, if they are not too small then."""
 
 
 @dataclass
@@ -119,12 +123,15 @@ class Pipeline:
             files.is_touched = True
             self._compute(unit, rule, parts, flats, files, None, 0, unit.layout.numel)
             return
-        sizes = [(column.kind, column.layout.itemsize * self._chunk_numel) for column in files.streamed]
-        depth = min(self._depth, -(-unit.layout.numel // self._chunk_numel))
+        # Many chunks: nothing is computed while the first is read and the last is written.
+        most = unit.layout.numel // CHUNKS_PER_UNIT // CHUNK_STEP_NUMEL * CHUNK_STEP_NUMEL
+        chunk_numel = max(min(self._chunk_numel, most), CHUNK_STEP_NUMEL)
+        sizes = [(column.kind, column.layout.itemsize * chunk_numel) for column in files.streamed]
+        depth = min(self._depth, -(-unit.layout.numel // chunk_numel))
         with ExitStack() as stack:
             slots = [_Slot(self._pool, sizes, unit.name, stack) for _ in range(depth)]
             pending: list[tuple[_Slot, int, int]] = []
-            ranges = list(chunks(unit.layout.numel, self._chunk_numel))
+            ranges = list(chunks(unit.layout.numel, chunk_numel))
             for i, (begin, end) in enumerate([*ranges, (0, 0)]):
                 if i < len(ranges):
                     slot = slots[i % depth]
