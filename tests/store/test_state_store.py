@@ -20,9 +20,9 @@ from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store import state_store
+from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import CHECK_NBYTES, Shape, UnitLayout, file_order, lay_out
 from lightning_ssd.store.run_directory import RunDirectory
-from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.state_store import StateStore
 
 # Several checksum pieces, an odd tail, an empty and a scalar parameter.
