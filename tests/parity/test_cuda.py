@@ -1,39 +1,217 @@
-"""On a GPU: forward and backward are those of plain Lightning on it; overlap changes nothing."""
+"""On a GPU: what plain Lightning computes there, to the bit where the arithmetic is the same, in the planned memory."""
 
 from __future__ import annotations
 
 import functools
+import gc
+import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
-from tests.helpers.models import GPT
-from tests.helpers.training import assert_equal, train
+from lightning_ssd.errors import MemoryPlanError
+from lightning_ssd.sizes import MiB
+from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision, SSDOffloadStrategy
+from lightning_ssd.streaming.residency import Residents
+from tests.helpers.models import GPT, FunctionalTie
+from tests.helpers.plans import choose_plan
+from tests.helpers.training import Result, Tokens, assert_equal, train
+from tests.parity.test_any_plan import random_choices
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+WORKSPACES_NBYTES = 100 * MiB  # cuBLAS keeps one for each thread that computes
+PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
+WIDE = functools.partial(GPT, vocab=512, width=256, layers=6)  # copies long enough to race with compute
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5}, {"accumulate_grad_batches": 3}], ids=str)
-def test_training_is_equal(tmp_path: Path, precision: str, options: dict[str, float]) -> None:
-    kwargs = {"accelerator": "gpu", "precision": precision, "max_steps": 10, "deterministic": True, **options}
+
+@pytest.fixture(autouse=True)
+def _same_kernels_each_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def exact_sgd(module: nn.Module) -> torch.optim.Optimizer:
+    """Steps of SGD have the same bits on the CPU and the GPU if every product is exact: factors are powers of two."""
+    return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=2**-4, momentum=0.5)
+
+
+def run(tmp_path: Path, make_net: Any = GPT, strategy: Any = "auto", **options: Any) -> Result:
+    defaults: dict[str, Any] = {"accelerator": "gpu", "deterministic": True, "schedule": False, "optimizer": exact_sgd}
+    return train(tmp_path, make_net, strategy, **(defaults | {"data": Tokens(400)} | options))
+
+
+def assert_same(plain: Result, ours: Result) -> None:
+    for result in (plain, ours):
+        result.weights = {name: value.cpu() for name, value in result.weights.items()}
+    assert_equal(plain, ours)
+
+
+def with_precision(precision: str) -> dict[str, Any]:
+    if precision == "bf16-true":  # without a float32 master, as plain Lightning
+        return {"plugins": SSDOffloadPrecision(precision, "cuda", master_dtype="param")}
+    return {"precision": precision}
+
+
+# -- equality --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"}],
+    ids=["plain", "accumulate", "clip"],
+)
+@pytest.mark.parametrize("host_memory", ["min", "1GiB"], ids=["streamed", "kept"])
+def test_equal_to_plain(tmp_path: Path, host_memory: str, precision: str, options: dict[str, Any]) -> None:
     make_net = functools.partial(GPT, tie=True, dropout=0.1)
-    plain = train(tmp_path, make_net, **kwargs)
-    strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0, update="torch")
-    ours = train(tmp_path, make_net, strategy, **kwargs)
-    # The update of plain Lightning runs on the GPU, ours on the CPU: forward and backward are equal, updates close.
+    plain = run(tmp_path, make_net, precision=precision, **options)
+    strategy = SSDOffloadStrategy(host_memory=host_memory, min_unit_numel=0, update="torch", activations="recompute")
+    assert_same(plain, run(tmp_path, make_net, strategy, **with_precision(precision), **options))
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_close_to_plain_with_adamw(tmp_path: Path, clip: float | None) -> None:
+    """The update of plain Lightning runs on the GPU, and so does the norm: sums and roots round differently there."""
+    options: dict[str, Any] = {"accelerator": "gpu", "gradient_clip_val": clip}
+    plain = train(tmp_path, GPT, **options)
+    ours = train(tmp_path, GPT, SSDOffloadStrategy(host_memory="min", min_unit_numel=0), **options)
     assert plain.losses[0] == ours.losses[0]
     assert plain.losses == pytest.approx(ours.losses, rel=1e-4)
 
 
-def test_overlap_on_and_off_are_equal(tmp_path: Path) -> None:
-    def run(overlap: str) -> object:
-        strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0, overlap=overlap)  # type: ignore[arg-type]
-        return train(tmp_path, GPT, strategy, accelerator="gpu", max_steps=10, deterministic=True)
+@pytest.mark.parametrize("seed", range(8))
+def test_any_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    rng = random.Random(seed)
+    make_net = rng.choice([WIDE, FunctionalTie, functools.partial(GPT, dropout=0.1)])
+    options = rng.choice([{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
+    plain = run(tmp_path, make_net, **options)
+    choose_plan(monkeypatch, lambda draft: random_choices(rng, draft))
+    strategy = SSDOffloadStrategy(
+        host_memory="1GiB",
+        min_unit_numel=rng.choice([0, 1000]),
+        update="torch",
+        activations=rng.choice(["recompute", "keep"]),
+        device_memory=rng.choice(["auto", "16MiB", "1GiB"]),
+        overlap=rng.choice(["auto", "auto", "off"]),
+    )
+    assert_same(plain, run(tmp_path, make_net, strategy, **options))
 
-    assert_equal(run("auto"), run("off"))  # type: ignore[arg-type]
+
+def test_no_wait_is_missing_where_compute_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute that lags far behind the host and the copies finds every unit's own values."""
+
+    def lagging(net: nn.Module) -> nn.Module:
+        for block in net.blocks:  # type: ignore[union-attr]
+            block.register_forward_pre_hook(lambda *_: torch.cuda._sleep(20_000_000))  # about 10 ms
+        return net
+
+    plain = run(tmp_path, WIDE, max_steps=5)
+    strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0, update="torch")
+    assert_same(plain, run(tmp_path, lambda: lagging(WIDE()), strategy, max_steps=5))
+
+
+# -- streams and memory ----------------------------------------------------------------------------------------------
+
+
+def test_a_copy_does_not_wait_for_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for it, the next unit arrives while compute is still busy, and the host has not waited."""
+    arrived_early: list[bool] = []
+    acquire = Residents.acquire
+
+    def watched(self: Residents, unit: Any) -> None:
+        torch.cuda._sleep(100_000_000)  # compute is busy for some 50 ms
+        busy = torch.cuda.Event()
+        busy.record()
+        acquire(self, unit)
+        if unit.placed is not None and unit.placed.copied is not None and not busy.query():
+            unit.placed.copied.synchronize()
+            arrived_early.append(not busy.query())
+
+    monkeypatch.setattr(Residents, "acquire", watched)
+    strategy = SSDOffloadStrategy(host_memory="1GiB", min_unit_numel=0, device_memory="1GiB")
+    run(tmp_path, WIDE, strategy, max_steps=3)
+    assert len(arrived_early) > 10
+    assert sum(arrived_early) > 0.8 * len(arrived_early)
+
+
+def test_the_arena_is_registered_while_training_only(tmp_path: Path) -> None:
+    pinned: list[bool] = []
+
+    class Net(GPT):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            session = strategy.session
+            assert session._pinned is not None
+            buffer = session._pools[0].try_lend(4096, "test")
+            if buffer is not None:
+                pinned.append(buffer.tensor(0, torch.uint8, (4096,)).is_pinned())
+                session._pools[0].give_back(buffer)
+            return super().forward(ids)
+
+    strategy = SSDOffloadStrategy(host_memory="1GiB", min_unit_numel=0)
+    run(tmp_path, Net, strategy, max_steps=2)
+    assert pinned
+    assert all(pinned)
+    assert not strategy.session._pinned.is_registered  # type: ignore[union-attr]
+
+
+def test_device_memory_follows_the_plan(tmp_path: Path) -> None:
+    """Beside activations and gradients, which the plan does not count, parameters take what it allows."""
+    make_net = functools.partial(GPT, vocab=64, width=1024, layers=12)  # 48 MiB a block
+    block_nbytes = 12 * 1024**2 * 4
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0, activations="recompute")
+    run(tmp_path, make_net, strategy, max_steps=3, batch_size=1)
+    peak = torch.cuda.max_memory_allocated() - before
+    # Two blocks of parameters; gradients of one that is computed and of one on its way; activations are small.
+    assert peak < 4.5 * block_nbytes + WORKSPACES_NBYTES
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < WORKSPACES_NBYTES
+
+
+def test_device_memory_that_holds_no_chain_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MemoryPlanError, match=r"device_memory=1\.00 MiB"):
+        run(tmp_path, WIDE, SSDOffloadStrategy(device_memory="1MiB", min_unit_numel=0))
+
+
+def test_overlap_on_and_off_are_equal(tmp_path: Path) -> None:
+    def ours(overlap: Any) -> Result:
+        return run(tmp_path, WIDE, SSDOffloadStrategy(host_memory="min", min_unit_numel=0, overlap=overlap))
+
+    assert_same(ours("auto"), ours("off"))
+
+
+def test_a_second_fit_and_a_failed_step_leave_nothing(tmp_path: Path) -> None:
+    class Fails(GPT):
+        left = 0
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            if Fails.left == 0:
+                raise ValueError("on purpose")
+            Fails.left -= 1
+            return super().forward(ids)
+
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for left, expected in ((3, ValueError), (100, None)):
+        Fails.left = left
+        strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0)
+        if expected is None:
+            run(tmp_path, Fails, strategy, max_steps=4)
+        else:
+            with pytest.raises(expected, match="on purpose"):
+                run(tmp_path, Fails, strategy, max_steps=10)
+        assert strategy.session._pools == []
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < WORKSPACES_NBYTES
