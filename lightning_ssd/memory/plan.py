@@ -18,8 +18,8 @@ from lightning_ssd.sizes import MiB, fmt, round_up
 CHUNK_STEP_NUMEL = 1 << 19
 """Chunks are multiples of this: then a chunk of any kind is a multiple of 1 MiB, the extent of a checksum."""
 
-MAX_CHUNK_NUMEL = 4 * CHUNK_STEP_NUMEL
-DEPTH = 3
+MAX_CHUNK_NUMEL = 2 * CHUNK_STEP_NUMEL
+MIN_DEPTH, MAX_DEPTH = 3, 6
 STAGING_NBYTES = 8 * MiB
 """Memory used to stream tensors into files."""
 
@@ -172,6 +172,7 @@ class _Draft:
         self._largest_grad = max((u.grad_nbytes for u in units), default=0)
         self._all_grads = sum(u.grad_nbytes for u in units)
         self.chunk_numel = CHUNK_STEP_NUMEL
+        self.depth = MIN_DEPTH
         self.spill_nbytes = 0 if demand.recomputes is False else SPILL_NBYTES
         self.activation_nbytes = 0
         self.num_queued = 0  # of the largest gradients
@@ -207,7 +208,7 @@ class _Draft:
             return max((round_up(n * width) + 64 * 4096 for n, width in per_unit if width), default=0)
         largest = max((n for n, width in per_unit if width), default=0)
         width = max((width for _, width in per_unit), default=0)
-        return min(DEPTH, -(-largest // self.chunk_numel)) * self.chunk_numel * width
+        return min(self.depth, -(-largest // self.chunk_numel)) * self.chunk_numel * width
 
     def _streamed_width(self, unit: UnitSize) -> int:
         """Bytes per element of the kinds of ``unit`` that an update streams."""
@@ -253,10 +254,12 @@ class _Draft:
             self._try(budget, num_queued=1)
         if demand.window is None and self.streamed:
             self._try(budget, keep_cache=True)
-        while trained and self.chunk_numel < MAX_CHUNK_NUMEL:
-            is_small = self.update_nbytes <= (budget - self.total) // 8
-            if not (is_small and self._try(budget, chunk_numel=2 * self.chunk_numel)):
-                break
+        if trained and demand.is_elementwise:
+            share = self.total + (budget - self.total) // 8
+            while self.depth < MAX_DEPTH and self._try(share, depth=self.depth + 1):
+                pass
+            while self.chunk_numel < MAX_CHUNK_NUMEL and self._try(share, chunk_numel=2 * self.chunk_numel):
+                pass
         if trained and demand.is_overlapped and not demand.has_gate:
             # What backward leaves queued is updated under the next forward.
             share = self.total + (budget - self.total) // 8
@@ -297,7 +300,7 @@ class _Draft:
             activation_nbytes=self.activation_nbytes,
             spill_nbytes=self.spill_nbytes,
             chunk_numel=self.chunk_numel,
-            depth=DEPTH,
+            depth=self.depth,
             keep_cache=self.keep_cache,
             keep_grads=self.keep_grads,
             queue_nbytes=self.queue_nbytes,
