@@ -18,7 +18,12 @@ SIZES = {  # layers, width, heads
     "124m": (12, 768, 12),
     "350m": (24, 1024, 16),
     "1.3b": (24, 2048, 16),
+    "2.7b": (32, 2560, 32),
     "4b": (32, 3072, 24),
+    "6.7b": (32, 4096, 32),
+    "13b": (40, 5120, 40),
+    "30b": (48, 7168, 56),
+    "66b": (64, 9216, 72),
 }
 VOCAB, SEQ = 25600, 256
 
@@ -46,7 +51,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, vocab, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.tok(ids) + self.pos(torch.arange(ids.shape[1]))
+        x = self.tok(ids) + self.pos(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x)
         return self.head(self.norm(x))
