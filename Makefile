@@ -1,4 +1,4 @@
-# make test | demo | lint | soak | bench | native-test | clean
+# make test | demo | lint | soak | bench | gpu | native-test | clean
 # A fresh machine needs Python 3.10+, make and a C++ compiler; everything else goes into .venv. PYTHON=python3.12 picks another.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 NATIVE := $(shell find native -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: test demo lint soak bench native-test clean
+.PHONY: test demo lint soak bench gpu native-test clean
 .DELETE_ON_ERROR:
 
 # The environment is built in steps, each with a stamp, so that nothing is installed twice.
@@ -77,6 +77,26 @@ bench: $(VENV)/.test
 	$(BENCH)step $(BENCH_DIR) --out docs/results/step.jsonl
 	$(if $(DEEPSPEED_PYTHON),$(BENCH)peers $(BENCH_DIR) --out docs/results/peers.jsonl,@echo 'no peers: DEEPSPEED_PYTHON is not set')
 	$(BENCH)memory $(BENCH_DIR) --out docs/results/memory.jsonl
+
+# Everything that needs a GPU, within ten minutes and without a network, by any $(PYTHON) that has torch, Lightning, pytest and
+# what builds the package (nanobind, scikit-build-core, cmake, ninja); it is left as it is. A failed test ends in an error, but
+# the benchmark runs all the same. GPU_CHECK= GPU_ARGS='--device cpu --sizes tiny' tries the target itself out.
+GPU_BUILD := build/gpu
+GPU_MINUTES := 9
+GPU_CHECK := import torch; torch.cuda.is_available() or exit("make gpu: torch sees no CUDA device")
+
+gpu: export GOMP_SPINCOUNT = 1000
+gpu:
+	$(PYTHON) -c '$(GPU_CHECK)'
+	mkdir -p $(BENCH_DIR)
+	@until=$$(( $$(date +%s) + 60 * $(GPU_MINUTES) )); set -e; \
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --upgrade --target $(GPU_BUILD) .; \
+	cp $(GPU_BUILD)/lightning_ssd/_native*.so lightning_ssd/; \
+	tests=0; timeout --signal=INT --kill-after=10 240 \
+		$(PYTHON) -m pytest -q -m cuda tests/parity/test_cuda.py $(TEST_ARGS) || tests=$$?; \
+	left=$$(( (until - $$(date +%s)) / 60 )); \
+	$(PYTHON) -m tests.benchmarks.bench_gpu $(BENCH_DIR) --minutes $$left --out docs/results/gpu.jsonl $(GPU_ARGS); \
+	exit $$tests
 
 # The C++ core alone: no Python, no pip.
 native-test:
