@@ -3,7 +3,7 @@
     python -m tests.benchmarks.gpu_worker '{"system": "ours", "size": "350m", "device": "cuda", ...}'
 
 A step is timed from its begin to the next one's, the device being done with all before; so updates that a step leaves
-owed count once. The last step is not counted, nor the first.
+owed count once. The last step is not counted, nor the first, nor the last but one, which is traced.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ import torch
 from torch import Tensor, nn
 
 import lightning_ssd
+from lightning_ssd.io.engine import IOStats
+from lightning_ssd.trace_summary import Summary, summarize
+from tests.benchmarks.bench_memory import sampled
 from tests.benchmarks.gpt import SIZES, VOCAB, Module, batches
-from tests.benchmarks.support import median, memory_now, plan_of
+from tests.benchmarks.support import median, plan_of
 from tests.helpers.models import Block
 
 PROBE_NBYTES = 1 << 28
@@ -42,7 +45,7 @@ class Job:
         device: "cuda" or "cpu".
         batch: Sequences in a batch.
         seq: Tokens in a sequence.
-        steps: Steps; the first and the last are not counted.
+        steps: Steps; the first and the last two are not counted.
         path: Where state goes.
         device_nbytes: What the process may take of the GPU's memory.
         host_memory: Setting of the strategy.
@@ -56,26 +59,37 @@ class Job:
     steps: int
     path: str
     device_nbytes: int
-    host_memory: str = "auto"
+    host_memory: int | str = "auto"
 
 
 class Clock(pl.Callback):
     """Overrides no hook that would make gradients visible, since that would change what is timed."""
 
-    def __init__(self, strategy: Any) -> None:
-        self._stats = getattr(strategy, "stats", None)
+    def __init__(self, strategy: Any, traced_step: int) -> None:
+        self._strategy = strategy if hasattr(strategy, "stats") else None
+        self._traced_step = traced_step
         self.begins: list[float] = []
-        self.moved: list[tuple[int, int]] = []
-        self.rss: list[int] = []
+        self.moved: list[IOStats] = []
+        self.trace: Summary | None = None
 
     def on_train_batch_start(self, *_: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.begins.append(time.perf_counter())
-        self.rss.append(memory_now()[0])
-        if self._stats is not None:
-            stats = self._stats()
-            self.moved.append((stats.read_nbytes, stats.written_nbytes))
+        if self._strategy is None:
+            return
+        self.moved.append(self._strategy.stats())
+        trace = self._strategy.session.trace
+        if trace.is_on:
+            trace.stop()
+            self.trace = summarize(dataclasses.replace(trace.collect(), num_steps=1))
+        elif len(self.begins) == self._traced_step + 1:
+            trace.start()
+
+
+def precision_of(system: str) -> str:
+    """Lightning's, with float32 masters."""
+    return "bf16-mixed" if system == "plain" else "bf16-true"
 
 
 def main() -> None:
@@ -99,7 +113,7 @@ def train(job: Job) -> dict[str, Any]:
     """The job, by Lightning."""
     begin = time.perf_counter()
     strategy = make_strategy(job)
-    clock = Clock(strategy)
+    clock = Clock(strategy, job.steps - 2)
     module = make_module(job)
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -107,7 +121,7 @@ def train(job: Job) -> dict[str, Any]:
         strategy=strategy,
         accelerator="gpu" if job.device == "cuda" else "cpu",
         devices=1,
-        precision="bf16-true",
+        precision=precision_of(job.system),
         max_steps=job.steps,
         logger=False,
         enable_checkpointing=False,
@@ -115,23 +129,37 @@ def train(job: Job) -> dict[str, Any]:
         enable_model_summary=False,
         callbacks=[clock],
     )
-    with quick_init():
+    with quick_init(), sampled() as peak:
         trainer.fit(module, batches(job.steps, job.batch, job.seq))
-    steps = [b - a for a, b in itertools.pairwise(clock.begins)][1:]
+    counted = slice(1, -1)  # of the pairs of begins, the last of which is the traced step
+    steps = [b - a for a, b in itertools.pairwise(clock.begins)][counted]
     found: dict[str, Any] = {
         "step_s": median(steps),
         "steps_s": steps,
         "losses": module.losses,
         "setup_s": clock.begins[0] - begin,
-        "peak_anonymous_nbytes": max(clock.rss),
+        **peak,
     }
     if job.device == "cuda":
         found["peak_device_nbytes"] = torch.cuda.max_memory_allocated()
         found["peak_device_reserved_nbytes"] = torch.cuda.max_memory_reserved()
     if clock.moved:
-        moved = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(clock.moved)][1:]
-        found["read_nbytes"], found["written_nbytes"] = (median(step[i] for step in moved) for i in (0, 1))
-        found["plan"] = plan_of(strategy.session)
+        found |= disk_use(list(itertools.pairwise(clock.moved))[counted])
+        found |= {"plan": plan_of(strategy.session), "engine": strategy.session.engine.name}
+    if clock.trace is not None:
+        trace = clock.trace.to_json()
+        found["trace"] = {key: trace[key] for key in ("wall_s", "overlap", "disk_busy_s", "waits_s", "limit")}
+        found["trace"]["update_busy_s"] = trace["lanes"]["update"]["busy_s"]
+    return found
+
+
+def disk_use(steps: list[tuple[IOStats, IOStats]]) -> dict[str, Any]:
+    """Bytes of a step, and rates while any transfer was in flight, GB/s; steps by what was moved at begin and end."""
+    found: dict[str, Any] = {}
+    for name, busy in (("read", "read_busy_s"), ("written", "write_busy_s")):
+        nbytes = median(getattr(b, f"{name}_nbytes") - getattr(a, f"{name}_nbytes") for a, b in steps)
+        busy_s = median(getattr(b, busy) - getattr(a, busy) for a, b in steps)
+        found |= {f"{name}_nbytes": nbytes, busy: busy_s, f"{name}_gbps": nbytes / busy_s / 1e9 if busy_s else None}
     return found
 
 

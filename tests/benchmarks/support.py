@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -127,6 +128,8 @@ def memory_now() -> tuple[int, int]:
     """Anonymous (RssAnon + RssShmem) and file-mapped memory of this process, bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
+    if "RssAnon" not in kib:  # gVisor does not tell them apart
+        return kib["VmRSS"] * 1024, 0
     return (kib["RssAnon"] + kib["RssShmem"]) * 1024, kib["RssFile"] * 1024
 
 
@@ -145,11 +148,14 @@ def plan_of(session: Any) -> dict[str, Any]:
 
 
 def _value_of(path: str, key: str) -> str:
-    return next(line.split(":", 1)[1].strip() for line in Path(path).read_text().splitlines() if line.startswith(key))
+    lines = Path(path).read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "unknown")  # as CPUs of Arm
 
 
 def _commit() -> str | None:
     """Short hash, with a plus where sources differ from it."""
+    if shutil.which("git") is None:
+        return None
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if head.returncode != 0:
