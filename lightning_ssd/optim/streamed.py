@@ -56,6 +56,7 @@ class StreamedOptimizer:
         self._pipeline: Pipeline | None = None
         self._residents: Residents | None = None
         self._queue: UpdateQueue | None = None
+        self._is_half_made = False  # when the run ended
         for i, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
                 if param not in self._places:
@@ -87,6 +88,7 @@ class StreamedOptimizer:
 
     def release(self) -> None:
         """Give the optimizer its own step back; ``state_dict`` goes on to show what is in the store."""
+        self._is_half_made = self.is_mid_step
         self._pipeline = self._residents = self._queue = None
         for name in ("step", "zero_grad"):
             self.optimizer.__dict__.pop(name, None)
@@ -171,7 +173,7 @@ class StreamedOptimizer:
     @property
     def is_mid_step(self) -> bool:
         """Whether a step has updated some units and can or could not update all: it runs now, or it failed."""
-        return bool(self._after) or (self._queue is not None and self._queue.is_broken)
+        return self._is_half_made or bool(self._after) or (self._queue is not None and self._queue.is_broken)
 
     def _make_step(self) -> Callable[..., Any]:
         optimizer = self.optimizer

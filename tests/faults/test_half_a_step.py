@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 from torch.utils.data import DataLoader
 
-from lightning_ssd.errors import CheckpointError, NonFiniteGradientError
+from lightning_ssd.errors import CheckpointError, IoError, NonFiniteGradientError
+from lightning_ssd.optim.pipeline import Pipeline
 from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from tests.faults.support import finish_backward
 from tests.helpers.models import GPT
 from tests.helpers.training import Module, Tokens, make_trainer
 
@@ -26,6 +31,27 @@ def test_a_failed_update_is_not_saved(tmp_path: Path, overlap: str) -> None:
     with pytest.raises(NonFiniteGradientError, match="net"):
         trainer.fit(module, DataLoader(Tokens(40), batch_size=4))
     assert not (tmp_path / "failed.ckpt").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5}], ids=["in backward", "after a gate"])
+def test_nor_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """After a gate the update fails under the next forward, when the step itself seemed to be over."""
+    calls, update = itertools.count(), Pipeline.update
+
+    def fails(self: Pipeline, *args: Any) -> None:
+        if next(calls) == 10:
+            raise IoError(errno.EIO, "a file", 0, 4096)
+        update(self, *args)
+
+    monkeypatch.setattr(Pipeline, "update", fails)
+    strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0)
+    trainer = make_trainer(tmp_path, strategy, max_steps=5, **options)
+    with pytest.raises(IoError, match="a file"):
+        trainer.fit(Module(GPT()), DataLoader(Tokens(40), batch_size=4))
+    with pytest.raises(CheckpointError, match="a part of the model"):
+        trainer.save_checkpoint(tmp_path / "failed.ckpt")
+    assert not (tmp_path / "failed.ckpt").exists()
+    finish_backward()
 
 
 class _SaveOnException(pl.Callback):
