@@ -91,7 +91,7 @@ gpu:
 	mkdir -p $(BENCH_DIR)
 	@until=$$(( $$(date +%s) + 60 * $(GPU_MINUTES) )); set -e; \
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --upgrade --target $(GPU_BUILD) .; \
-	cp $(GPU_BUILD)/lightning_ssd/_native*.so lightning_ssd/; \
+	find $(GPU_BUILD)/lightning_ssd -name '_native*.so' -exec cp {} lightning_ssd/ ';'; \
 	tests=0; timeout --signal=INT --kill-after=10 240 \
 		$(PYTHON) -m pytest -q -m cuda tests/parity/test_cuda.py $(TEST_ARGS) || tests=$$?; \
 	left=$$(( (until - $$(date +%s)) / 60 )); \
