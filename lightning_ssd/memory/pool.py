@@ -170,15 +170,7 @@ class Pool:
     def _reclaim(self, buffer: Buffer) -> None:
         if self._poison:
             buffer.fill(0xFF)
-        spans = sorted([*self._free, (buffer.offset, buffer.nbytes)])
-        joined = [spans[0]]
-        for offset, nbytes in spans[1:]:
-            last_offset, last_nbytes = joined[-1]
-            if last_offset + last_nbytes == offset:
-                joined[-1] = (last_offset, last_nbytes + nbytes)
-            else:
-                joined.append((offset, nbytes))
-        self._free = joined
+        self._free = with_span(self._free, buffer.offset, buffer.nbytes)
 
     def _no_room(self, nbytes: int, owner: str) -> str:
         held = ", ".join(f"{b.owner} {fmt(b.nbytes)}" for b in self._lent.values()) or "nothing"
@@ -188,3 +180,16 @@ class Pool:
             f"released but still referenced by tensors kept outside: {kept}; "
             "raise host_memory, cut smaller units with units=..., or do not keep views of parameters"
         )
+
+
+def with_span(free: list[tuple[int, int]], offset: int, nbytes: int) -> list[tuple[int, int]]:
+    """Free stretches ``(offset, nbytes)``, by offset, and one more; neighbours are joined."""
+    spans = sorted([*free, (offset, nbytes)])
+    joined = [spans[0]]
+    for begin, room in spans[1:]:
+        last_begin, last_room = joined[-1]
+        if last_begin + last_room == begin:
+            joined[-1] = (last_begin, last_room + room)
+        else:
+            joined.append((begin, room))
+    return joined

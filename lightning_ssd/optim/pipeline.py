@@ -6,8 +6,8 @@ memory is depth x chunk whatever the unit's size. Any other rule sees whole para
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +17,13 @@ from torch import Tensor
 
 from lightning_ssd.codec import float32
 from lightning_ssd.errors import NonFiniteGradientError, ResidencyError, SSDOffloadError
-from lightning_ssd.io.engine import Transfer
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.plan import CHUNK_STEP_NUMEL
-from lightning_ssd.memory.pool import Buffer, Pool
+from lightning_ssd.memory.pool import Pool
+from lightning_ssd.optim.files import Files, Slot
 from lightning_ssd.optim.rules import Options, Rule
 from lightning_ssd.store.dtypes import dtype_of
-from lightning_ssd.store.generation import Generation
-from lightning_ssd.store.layout import Segment, UnitLayout, chunks
+from lightning_ssd.store.layout import Segment, chunks
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.unit import Unit
 from lightning_ssd.trace import Lane, Trace
@@ -117,7 +116,7 @@ class Pipeline:
 
     # -- elementwise ---------------------------------------------------------------------------------------------
 
-    def _in_chunks(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], files: _Files) -> None:
+    def _in_chunks(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], files: Files) -> None:
         flats = {i: part.grad.detach().reshape(-1) for i, part in parts.items()}
         if not files.streamed:
             files.is_touched = True
@@ -129,8 +128,8 @@ class Pipeline:
         sizes = [(column.kind, column.layout.itemsize * chunk_numel) for column in files.streamed]
         depth = min(self._depth, -(-unit.layout.numel // chunk_numel))
         with ExitStack() as stack:
-            slots = [_Slot(self._pool, sizes, unit.name, stack) for _ in range(depth)]
-            pending: list[tuple[_Slot, int, int]] = []
+            slots = [Slot(self._pool, sizes, unit.name, stack) for _ in range(depth)]
+            pending: list[tuple[Slot, int, int]] = []
             ranges = list(chunks(unit.layout.numel, chunk_numel))
             for i, (begin, end) in enumerate([*ranges, (0, 0)]):
                 if i < len(ranges):
@@ -150,7 +149,7 @@ class Pipeline:
             for slot in slots:
                 self._wait(slot, unit)  # sync: the last writes
 
-    def _wait(self, slot: _Slot, unit: Unit) -> None:
+    def _wait(self, slot: Slot, unit: Unit) -> None:
         with self._trace.span(Lane.WAIT, "update waits for the disk", unit.name):
             slot.wait()
 
@@ -160,8 +159,8 @@ class Pipeline:
         rule: Rule,
         parts: Mapping[int, ParameterUpdate],
         flats: Mapping[int, Tensor],
-        files: _Files,
-        slot: _Slot | None,
+        files: Files,
+        slot: Slot | None,
         begin: int,
         end: int,
     ) -> None:
@@ -193,11 +192,11 @@ class Pipeline:
 
     # -- any rule ------------------------------------------------------------------------------------------------
 
-    def _in_whole(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], files: _Files) -> None:
+    def _in_whole(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], files: Files) -> None:
         numel = unit.layout.numel
         with ExitStack() as stack:
             sizes = [(column.kind, column.layout.itemsize * numel) for column in files.streamed]
-            slot = _Slot(self._pool, sizes, unit.name, stack)
+            slot = Slot(self._pool, sizes, unit.name, stack)
             files.read(slot, 0, numel)
             self._wait(slot, unit)  # sync: the unit's state
             files.is_touched = True
@@ -209,7 +208,7 @@ class Pipeline:
             self._wait(slot, unit)  # sync: the writes
 
     @staticmethod
-    def _update_whole(rule: Rule, part: ParameterUpdate | None, files: _Files, slot: _Slot, index: int) -> None:
+    def _update_whole(rule: Rule, part: ParameterUpdate | None, files: Files, slot: Slot, index: int) -> None:
         views = {kind: column.whole(slot, index) for kind, column in files.columns.items()}
         master = views[files.master_kind]
         if files.widens:
@@ -235,13 +234,13 @@ class Pipeline:
     # -- files ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _new_generations(self, unit: Unit, kinds: list[str], values: Tensor | None) -> Iterator[_Files]:
+    def _new_generations(self, unit: Unit, kinds: list[str], values: Tensor | None) -> Iterator[Files]:
         dtype = master_dtype(unit, keep_master=self._keep_master)
         layouts = {"param": unit.layout}
         if dtype != unit.layout.dtype:
             layouts["master"] = unit.layout_of("master", dtype)
         layouts |= {kind: unit.layout_of(kind, dtype) for kind in kinds}
-        files = _Files(self._store, layouts, values)
+        files = Files(self._store, layouts, values)
         try:
             files.begin()
             yield files
@@ -290,125 +289,6 @@ def _unchanged_on_failure(parts: Iterable[ParameterUpdate]) -> Iterator[None]:
             part.initialised.clear()
             part.initialised.update(initialised)
         raise
-
-
-class _Slot:
-    """Buffers for one chunk of every kind, and the transfers under way on them."""
-
-    def __init__(self, pool: Pool, sizes: list[tuple[str, int]], owner: str, stack: ExitStack) -> None:
-        self._buffers: dict[str, Buffer] = {}
-        self._transfers: list[Transfer] = []
-        for kind, nbytes in sizes:
-            buffer = pool.lend(nbytes, f"update of unit {owner!r}")
-            stack.callback(pool.give_back, buffer)
-            self._buffers[kind] = buffer
-        stack.callback(self._settle)  # runs first: the engine owns the buffers while transfers are under way
-
-    def add(self, start: Callable[..., Transfer], generation: Generation, kind: str, offset: int, nbytes: int) -> None:
-        buffer = self._buffers[kind]
-        self._transfers.append(start(generation, offset, buffer.address, nbytes, keep=buffer))
-
-    def clear(self, kind: str) -> None:
-        self._buffers[kind].fill(0)
-
-    def tensor(self, kind: str, dtype: torch.dtype, shape: int | tuple[int, ...], offset: int = 0) -> Tensor:
-        return self._buffers[kind].tensor(offset, dtype, (shape,) if isinstance(shape, int) else shape)
-
-    def wait(self) -> None:
-        while self._transfers:
-            self._transfers[0].wait()
-            del self._transfers[0]
-
-    def _settle(self) -> None:
-        for transfer in self._transfers:
-            with suppress(SSDOffloadError):  # reported by `wait`, or another error is on its way up
-                transfer.wait()
-        self._transfers.clear()
-
-
-@dataclass
-class _Column:
-    """One kind of a unit in an update: streamed through slots, or kept in memory and changed there."""
-
-    kind: str
-    layout: UnitLayout
-    current: Generation | None
-    kept: tuple[Tensor, ...] | None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return dtype_of(self.layout.dtype)
-
-    def whole(self, slot: _Slot, index: int) -> Tensor:
-        """Parameter ``index`` of a slot that holds the whole unit."""
-        if self.kept is not None:
-            return self.kept[index]
-        entry = self.layout.entries[index]
-        return slot.tensor(self.kind, self.dtype, entry.shape, entry.begin)
-
-
-class _Files:
-    """Current and new generations of the kinds of one unit.
-
-    Attributes:
-        columns: By kind.
-        streamed: Those that are not kept.
-        state_kinds: All but the parameter and its master.
-        master_kind: Which kind the rule updates.
-        widens: There is no master yet: it is made from the parameter.
-        values: See `Pipeline.update`.
-        is_touched: Kept memory may hold new values by now.
-    """
-
-    def __init__(self, store: StateStore, layouts: dict[str, UnitLayout], values: Tensor | None) -> None:
-        self._store = store
-        unit = layouts["param"].unit
-        self.columns = {k: _Column(k, lay, store.current(unit, k), store.kept(unit, k)) for k, lay in layouts.items()}
-        self.streamed = [column for column in self.columns.values() if column.kept is None]
-        self.state_kinds = [kind for kind in layouts if kind not in ("param", "master")]
-        self.master_kind = "master" if "master" in layouts else "param"
-        self.widens = self.master_kind == "master" and self.columns["master"].current is None
-        self.values = values if self.master_kind == "param" else None
-        self.is_touched = False
-        self._new: list[Generation] = []
-
-    def begin(self) -> None:
-        for column in self.columns.values():
-            if column.current is None and column.kept is not None:
-                for tensor in column.kept:
-                    tensor.zero_()
-            self._new.append(self._store.begin(column.layout))
-
-    def staged(self, slot: _Slot, numel: int) -> dict[str, Tensor]:
-        """The streamed kinds' tensors of a chunk."""
-        return {column.kind: slot.tensor(column.kind, column.dtype, numel) for column in self.streamed}
-
-    def read(self, slot: _Slot, begin: int, end: int) -> None:
-        for column in self.streamed:
-            if column.kind == "param" and (
-                self.values is not None or (self.master_kind != "param" and not self.widens)
-            ):
-                continue  # it is in memory, or written from the master
-            if column.current is None:
-                slot.clear(column.kind)
-            else:
-                itemsize = column.layout.itemsize
-                slot.add(self._store.read, column.current, column.kind, begin * itemsize, (end - begin) * itemsize)
-
-    def write(self, slot: _Slot, begin: int, end: int) -> None:
-        for column, new in zip(self.columns.values(), self._new, strict=True):
-            if column.kept is None:
-                itemsize = column.layout.itemsize
-                slot.add(self._store.write, new, column.kind, begin * itemsize, (end - begin) * itemsize)
-
-    def commit(self) -> None:
-        self._store.commit(*self._new)
-
-    def abandon(self, error: BaseException) -> None:
-        unit = self.columns["param"].layout.unit
-        damage = f"the update of unit {unit!r} failed midway ({error}): resume from the last checkpoint"
-        for generation in self._new:
-            self._store.abandon(generation, damage if self.is_touched else "")
 
 
 def state_nbytes_per_numel(unit: Unit, num_kinds: int, *, keep_master: bool) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from lightning_ssd.errors import IoError
 from lightning_ssd.io.engine import File
+from lightning_ssd.memory.pool import with_span
 from lightning_ssd.sizes import GiB, MiB, round_up
 
 MIN_FILE_NBYTES = 64 * MiB
@@ -79,15 +80,7 @@ class SpillFiles:
     def give_back(self, extent: Extent) -> None:
         """Return an extent. No transfer on it may be in flight."""
         spill = next(spill for spill in self._files if spill.file is extent.file)
-        spans = sorted([*spill.free, (extent.offset, extent.nbytes)])
-        joined = [spans[0]]
-        for offset, nbytes in spans[1:]:
-            last_offset, last_nbytes = joined[-1]
-            if last_offset + last_nbytes == offset:
-                joined[-1] = (last_offset, last_nbytes + nbytes)
-            else:
-                joined.append((offset, nbytes))
-        spill.free = joined
+        spill.free = with_span(spill.free, extent.offset, extent.nbytes)
 
     @property
     def nbytes(self) -> int:

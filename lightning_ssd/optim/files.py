@@ -1,0 +1,151 @@
+"""What an update streams and what it changes in memory: slots of chunks, and the kinds of a unit before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_ssd.errors import SSDOffloadError
+from lightning_ssd.io.engine import Transfer
+from lightning_ssd.memory.pool import Buffer, Pool
+from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.generation import Generation
+from lightning_ssd.store.layout import UnitLayout
+from lightning_ssd.store.state_store import StateStore
+
+
+class Slot:
+    """Buffers for one chunk of every kind, and the transfers under way on them."""
+
+    def __init__(self, pool: Pool, sizes: list[tuple[str, int]], owner: str, stack: ExitStack) -> None:
+        self._buffers: dict[str, Buffer] = {}
+        self._transfers: list[Transfer] = []
+        for kind, nbytes in sizes:
+            buffer = pool.lend(nbytes, f"update of unit {owner!r}")
+            stack.callback(pool.give_back, buffer)
+            self._buffers[kind] = buffer
+        stack.callback(self._settle)  # runs first: the engine owns the buffers while transfers are under way
+
+    def add(self, start: Callable[..., Transfer], generation: Generation, kind: str, offset: int, nbytes: int) -> None:
+        """Start a transfer between the buffer of ``kind`` and bytes of a generation's data section."""
+        buffer = self._buffers[kind]
+        self._transfers.append(start(generation, offset, buffer.address, nbytes, keep=buffer))
+
+    def clear(self, kind: str) -> None:
+        """Zeros, for a kind that has no generation yet."""
+        self._buffers[kind].fill(0)
+
+    def tensor(self, kind: str, dtype: torch.dtype, shape: int | tuple[int, ...], offset: int = 0) -> Tensor:
+        """A tensor at byte ``offset`` of the buffer of ``kind``."""
+        return self._buffers[kind].tensor(offset, dtype, (shape,) if isinstance(shape, int) else shape)
+
+    def wait(self) -> None:
+        """Return when the transfers are over.
+
+        Raises:
+            IoError: One of them failed.
+        """
+        while self._transfers:
+            self._transfers[0].wait()
+            del self._transfers[0]
+
+    def _settle(self) -> None:
+        for transfer in self._transfers:
+            with suppress(SSDOffloadError):  # reported by `wait`, or another error is on its way up
+                transfer.wait()
+        self._transfers.clear()
+
+
+@dataclass
+class Column:
+    """One kind of a unit in an update: streamed through slots, or kept in memory and changed there."""
+
+    kind: str
+    layout: UnitLayout
+    current: Generation | None
+    kept: tuple[Tensor, ...] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its tensors."""
+        return dtype_of(self.layout.dtype)
+
+    def whole(self, slot: Slot, index: int) -> Tensor:
+        """Parameter ``index`` of a slot that holds the whole unit."""
+        if self.kept is not None:
+            return self.kept[index]
+        entry = self.layout.entries[index]
+        return slot.tensor(self.kind, self.dtype, entry.shape, entry.begin)
+
+
+class Files:
+    """Current and new generations of the kinds of one unit.
+
+    Attributes:
+        columns: By kind.
+        streamed: Those that are not kept.
+        state_kinds: All but the parameter and its master.
+        master_kind: Which kind the rule updates.
+        widens: There is no master yet: it is made from the parameter.
+        values: See `Pipeline.update`.
+        is_touched: Kept memory may hold new values by now.
+    """
+
+    def __init__(self, store: StateStore, layouts: dict[str, UnitLayout], values: Tensor | None) -> None:
+        self._store = store
+        unit = layouts["param"].unit
+        self.columns = {k: Column(k, lay, store.current(unit, k), store.kept(unit, k)) for k, lay in layouts.items()}
+        self.streamed = [column for column in self.columns.values() if column.kept is None]
+        self.state_kinds = [kind for kind in layouts if kind not in ("param", "master")]
+        self.master_kind = "master" if "master" in layouts else "param"
+        self.widens = self.master_kind == "master" and self.columns["master"].current is None
+        self.values = values if self.master_kind == "param" else None
+        self.is_touched = False
+        self._new: list[Generation] = []
+
+    def begin(self) -> None:
+        """New generations of every kind."""
+        for column in self.columns.values():
+            if column.current is None and column.kept is not None:
+                for tensor in column.kept:
+                    tensor.zero_()
+            self._new.append(self._store.begin(column.layout))
+
+    def staged(self, slot: Slot, numel: int) -> dict[str, Tensor]:
+        """The streamed kinds' tensors of a chunk."""
+        return {column.kind: slot.tensor(column.kind, column.dtype, numel) for column in self.streamed}
+
+    def read(self, slot: Slot, begin: int, end: int) -> None:
+        """Start reading elements ``[begin, end)`` of the kinds that stream."""
+        for column in self.streamed:
+            if column.kind == "param" and (
+                self.values is not None or (self.master_kind != "param" and not self.widens)
+            ):
+                continue  # it is in memory, or written from the master
+            if column.current is None:
+                slot.clear(column.kind)
+            else:
+                itemsize = column.layout.itemsize
+                slot.add(self._store.read, column.current, column.kind, begin * itemsize, (end - begin) * itemsize)
+
+    def write(self, slot: Slot, begin: int, end: int) -> None:
+        """Start writing them."""
+        for column, new in zip(self.columns.values(), self._new, strict=True):
+            if column.kept is None:
+                itemsize = column.layout.itemsize
+                slot.add(self._store.write, new, column.kind, begin * itemsize, (end - begin) * itemsize)
+
+    def commit(self) -> None:
+        """The new generations are the current ones."""
+        self._store.commit(*self._new)
+
+    def abandon(self, error: BaseException) -> None:
+        """The update failed: the current generations stay, unless they are kept and were touched."""
+        unit = self.columns["param"].layout.unit
+        damage = f"the update of unit {unit!r} failed midway ({error}): resume from the last checkpoint"
+        for generation in self._new:
+            self._store.abandon(generation, damage if self.is_touched else "")
