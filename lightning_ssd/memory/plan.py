@@ -206,9 +206,14 @@ class _Draft:
         per_unit = [(u.numel, self._streamed_width(u)) for u in updated]
         if not self.demand.is_elementwise:
             return max((round_up(n * width) + 64 * 4096 for n, width in per_unit if width), default=0)
-        largest = max((n for n, width in per_unit if width), default=0)
         width = max((width for _, width in per_unit), default=0)
-        return min(self.depth, -(-largest // self.chunk_numel)) * self.chunk_numel * width
+        return self._num_slots * self.chunk_numel * width
+
+    @property
+    def _num_slots(self) -> int:
+        """Chunks in memory at a time; the largest unit may have fewer than `depth`."""
+        largest = max((u.numel for u in self.units if u.numel and self._streamed_width(u)), default=0)
+        return min(self.depth, -(-largest // self.chunk_numel))
 
     def _streamed_width(self, unit: UnitSize) -> int:
         """Bytes per element of the kinds of ``unit`` that an update streams."""
@@ -300,7 +305,7 @@ class _Draft:
             activation_nbytes=self.activation_nbytes,
             spill_nbytes=self.spill_nbytes,
             chunk_numel=self.chunk_numel,
-            depth=self.depth,
+            depth=max(self._num_slots, 1),
             keep_cache=self.keep_cache,
             keep_grads=self.keep_grads,
             queue_nbytes=self.queue_nbytes,

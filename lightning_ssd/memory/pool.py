@@ -48,9 +48,9 @@ class Buffer:
         """Whether a tensor on this buffer, or a view of one, still exists."""
         return self._views.in_use
 
-    def fill(self, byte: int) -> None:
-        """Overwrite every byte."""
-        ctypes.memset(self.address, byte, self.nbytes)
+    def fill(self, byte: int, offset: int = 0, nbytes: int | None = None) -> None:
+        """Overwrite ``nbytes`` at ``offset``, by default every byte."""
+        ctypes.memset(self.address + offset, byte, self.nbytes if nbytes is None else nbytes)
 
 
 def map_anonymous(nbytes: int) -> mmap.mmap:

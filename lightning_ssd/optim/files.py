@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.engine import Transfer
-from lightning_ssd.memory.pool import Buffer, Pool
+from lightning_ssd.memory.pool import Pool
+from lightning_ssd.sizes import round_up
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import UnitLayout
@@ -19,29 +20,47 @@ from lightning_ssd.store.state_store import StateStore
 
 
 class Slot:
-    """Buffers for one chunk of every kind, and the transfers under way on them."""
+    """A buffer for one chunk of every kind, and the transfers under way on it.
 
-    def __init__(self, pool: Pool, sizes: list[tuple[str, int]], owner: str, stack: ExitStack) -> None:
-        self._buffers: dict[str, Buffer] = {}
+    Args:
+        pool: Lends the buffer.
+        sizes: Kinds and their bytes.
+        owner: The unit, for messages.
+        nbytes: Of the buffer at least: slots of equal size leave no gaps in the pool.
+        make_room: See `Pool.lend`.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        sizes: list[tuple[str, int]],
+        owner: str,
+        *,
+        nbytes: int = 0,
+        make_room: Callable[[], bool] | None = None,
+    ) -> None:
+        self._pool = pool
         self._transfers: list[Transfer] = []
-        for kind, nbytes in sizes:
-            buffer = pool.lend(nbytes, f"update of unit {owner!r}")
-            stack.callback(pool.give_back, buffer)
-            self._buffers[kind] = buffer
-        stack.callback(self._settle)  # runs first: the engine owns the buffers while transfers are under way
+        self._places: dict[str, tuple[int, int]] = {}  # offset and bytes of a kind
+        end = 0
+        for kind, size in sizes:
+            self._places[kind] = (end, size)
+            end += round_up(size)
+        self._buffer = pool.lend(max(end, nbytes), f"update of unit {owner!r}", make_room)
 
     def add(self, start: Callable[..., Transfer], generation: Generation, kind: str, offset: int, nbytes: int) -> None:
-        """Start a transfer between the buffer of ``kind`` and bytes of a generation's data section."""
-        buffer = self._buffers[kind]
-        self._transfers.append(start(generation, offset, buffer.address, nbytes, keep=buffer))
+        """Start a transfer between the memory of ``kind`` and bytes of a generation's data section."""
+        address = self._buffer.address + self._places[kind][0]
+        self._transfers.append(start(generation, offset, address, nbytes, keep=self._buffer))
 
     def clear(self, kind: str) -> None:
         """Zeros, for a kind that has no generation yet."""
-        self._buffers[kind].fill(0)
+        self._buffer.fill(0, *self._places[kind])
 
     def tensor(self, kind: str, dtype: torch.dtype, shape: int | tuple[int, ...], offset: int = 0) -> Tensor:
-        """A tensor at byte ``offset`` of the buffer of ``kind``."""
-        return self._buffers[kind].tensor(offset, dtype, (shape,) if isinstance(shape, int) else shape)
+        """A tensor at byte ``offset`` of the memory of ``kind``."""
+        begin = self._places[kind][0] + offset
+        return self._buffer.tensor(begin, dtype, (shape,) if isinstance(shape, int) else shape)
 
     def wait(self) -> None:
         """Return when the transfers are over.
@@ -53,11 +72,13 @@ class Slot:
             self._transfers[0].wait()
             del self._transfers[0]
 
-    def _settle(self) -> None:
+    def close(self) -> None:
+        """Give the buffer back, after the transfers on it are over."""
         for transfer in self._transfers:
             with suppress(SSDOffloadError):  # reported by `wait`, or another error is on its way up
                 transfer.wait()
         self._transfers.clear()
+        self._pool.give_back(self._buffer)
 
 
 @dataclass

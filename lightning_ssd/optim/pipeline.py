@@ -2,12 +2,16 @@
 
 An elementwise rule sees the unit in chunks: while chunk c is computed, c+1 is being read and c-1 written, so host
 memory is depth x chunk whatever the unit's size. Any other rule sees whole parameters, with the unit's state in memory.
+
+[Note: trailing] The last chunks of a unit are written while the first ones of the next unit are read: without that the
+disk idles between units. So `Pipeline.update` returns when all is computed, and the new generations become current in
+the next call of `update` or in `finish`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +65,7 @@ class Pipeline:
 
     Args:
         store: Where states and parameters are.
-        pool: Memory for updates.
+        pool: Memory for updates, ``depth`` slots of equal size.
         chunk_numel: Elements of a chunk, a multiple of 2**19.
         depth: Chunks in memory at a time.
         keep_master: Keep a float32 master of 16-bit parameters.
@@ -77,77 +81,129 @@ class Pipeline:
         self._depth = depth
         self._keep_master = keep_master
         self._trace = trace
+        self._slot_nbytes = pool.nbytes // depth
+        self._trailing: _Writes | None = None
 
     def update(
-        self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], values: Tensor | None = None
+        self,
+        unit: Unit,
+        rule: Rule,
+        parts: Mapping[int, ParameterUpdate],
+        values: Tensor | None = None,
+        *,
+        done: Callable[[], None] = lambda: None,
     ) -> None:
-        """Update the parameters of ``unit`` that have a part, by index, and commit new generations.
+        """Update the parameters of ``unit`` that have a part, by index; [Note: trailing].
 
         Args:
             unit: What to update.
             rule: How.
             parts: Gradients and hyper-parameters by parameter index.
             values: All elements of ``unit``, flat, where they are in memory and are the master: not read again then.
+            done: Called once the new generations are the current ones.
 
         Raises:
             ResidencyError: A gradient was changed in place since the step.
-            IoError: The disk failed; the generations before the update are still the current ones.
+            IoError: The disk failed, under this update or under the one that trails; the generations before an update
+                that failed are still the current ones.
         """
         _require_unchanged(unit, parts)
         self._trace.mark("update", unit.name)
         kinds = [k for k in self._store.kinds(unit.name) if k not in ("param", "master")]
         for part in parts.values():
             kinds += [k for k in rule.kinds(part.options) if k not in kinds]
-        with (
-            self._trace.span(Lane.UPDATE, "update", unit.name),
-            _unchanged_on_failure(parts.values()),
-            self._new_generations(unit, kinds, values) as files,
-        ):
-            for part in parts.values():
-                rule.begin(part.scalars, part.options)
-            if rule.is_elementwise:
-                self._in_chunks(unit, rule, parts, files)
-            else:
-                self._in_whole(unit, rule, parts, files)
-        if rule.is_elementwise:
-            for part in parts.values():
-                part.initialised.update(rule.kinds(part.options))
-        self._trace.mark("updated", unit.name)
+        with self._trace.span(Lane.UPDATE, "update", unit.name):
+            writes = _Writes(unit, parts.values(), self._files(unit, kinds, values), done)
+            try:
+                writes.files.begin()
+                for part in parts.values():
+                    rule.begin(part.scalars, part.options)
+                if rule.is_elementwise:
+                    self._in_chunks(unit, rule, parts, writes)
+                    for part in parts.values():
+                        part.initialised.update(rule.kinds(part.options))
+                else:
+                    self._in_whole(unit, rule, parts, writes)
+                writes.files.values = None  # its memory goes back now
+                self._end_trailing()
+            except BaseException as error:
+                writes.fail(error)
+                raise
+            self._trailing = writes
+            if not writes.slots:  # all of it is kept in memory
+                self._end_trailing()
+
+    def finish(self) -> None:
+        """Return when the new generations of every update are the current ones.
+
+        Raises:
+            IoError: The disk failed; the generations before the update are still the current ones.
+        """
+        self._end_trailing()
+
+    def _end_trailing(self) -> None:
+        writes, self._trailing = self._trailing, None
+        if writes is None:
+            return
+        try:
+            while writes.slots:
+                self._wait(writes.slots[0], writes.unit)  # sync: the last writes
+                writes.slots.popleft().close()
+            writes.files.commit()
+        except BaseException as error:
+            writes.fail(error)
+            raise
+        self._trace.mark("updated", writes.unit.name)
+        writes.done()
+
+    def _make_room(self) -> bool:
+        """Wait for a slot that the update before still writes."""
+        if self._trailing is None or not self._trailing.slots:
+            return False
+        self._wait(self._trailing.slots[0], self._trailing.unit)  # sync: its writes
+        self._trailing.slots.popleft().close()
+        return True
 
     # -- elementwise ---------------------------------------------------------------------------------------------
 
-    def _in_chunks(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], files: Files) -> None:
+    def _in_chunks(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], writes: _Writes) -> None:
         flats = {i: part.grad.detach().reshape(-1) for i, part in parts.items()}
+        files = writes.files
         if not files.streamed:
             files.is_touched = True
             self._compute(unit, rule, parts, flats, files, None, 0, unit.layout.numel)
             return
-        # Many chunks: nothing is computed while the first is read and the last is written.
+        # Many chunks: nothing is computed while the first is read.
         most = unit.layout.numel // CHUNKS_PER_UNIT // CHUNK_STEP_NUMEL * CHUNK_STEP_NUMEL
         chunk_numel = max(min(self._chunk_numel, most), CHUNK_STEP_NUMEL)
         sizes = [(column.kind, column.layout.itemsize * chunk_numel) for column in files.streamed]
         depth = min(self._depth, -(-unit.layout.numel // chunk_numel))
-        with ExitStack() as stack:
-            slots = [Slot(self._pool, sizes, unit.name, stack) for _ in range(depth)]
-            pending: list[tuple[Slot, int, int]] = []
-            ranges = list(chunks(unit.layout.numel, chunk_numel))
-            for i, (begin, end) in enumerate([*ranges, (0, 0)]):
-                if i < len(ranges):
-                    slot = slots[i % depth]
-                    self._wait(slot, unit)  # sync: what the slot held before is on disk
-                    files.read(slot, begin, end)
-                    pending.append((slot, begin, end))
-                # One slot is left free of reads, so that its writes run while the next chunk is computed.
-                if len(pending) == max(depth - 1, 1) or i == len(ranges):
-                    ready = pending[:] if i == len(ranges) else pending[:1]
-                    del pending[: len(ready)]
-                    for slot, begin, end in ready:
-                        self._wait(slot, unit)  # sync: the chunk's reads
-                        files.is_touched = True
-                        self._compute(unit, rule, parts, flats, files, slot, begin, end)
-                        files.write(slot, begin, end)
-            for slot in slots:
-                self._wait(slot, unit)  # sync: the last writes
+        pending: deque[tuple[Slot, int, int]] = deque()
+        # One slot is left free of reads, so that its writes run while the next chunk is computed.
+        most_pending = max(depth - 1, 1)
+
+        def compute_one() -> None:
+            self._end_trailing()  # its writes were there before the reads that are waited for now
+            slot, begin, end = pending.popleft()
+            self._wait(slot, unit)  # sync: the chunk's reads
+            files.is_touched = True
+            self._compute(unit, rule, parts, flats, files, slot, begin, end)
+            files.write(slot, begin, end)
+
+        for i, (begin, end) in enumerate(chunks(unit.layout.numel, chunk_numel)):
+            if i < depth:
+                slot = Slot(self._pool, sizes, unit.name, nbytes=self._slot_nbytes, make_room=self._make_room)
+                writes.slots.append(slot)
+            else:
+                writes.slots.rotate(-1)  # the oldest at the front
+                slot = writes.slots[-1]
+            self._wait(slot, unit)  # sync: what the slot held before is on disk
+            files.read(slot, begin, end)
+            pending.append((slot, begin, end))
+            if len(pending) == most_pending:
+                compute_one()
+        while pending:
+            compute_one()
 
     def _wait(self, slot: Slot, unit: Unit) -> None:
         with self._trace.span(Lane.WAIT, "update waits for the disk", unit.name):
@@ -192,20 +248,20 @@ class Pipeline:
 
     # -- any rule ------------------------------------------------------------------------------------------------
 
-    def _in_whole(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], files: Files) -> None:
-        numel = unit.layout.numel
-        with ExitStack() as stack:
-            sizes = [(column.kind, column.layout.itemsize * numel) for column in files.streamed]
-            slot = Slot(self._pool, sizes, unit.name, stack)
-            files.read(slot, 0, numel)
-            self._wait(slot, unit)  # sync: the unit's state
-            files.is_touched = True
-            with self._trace.span(Lane.UPDATE, "rule", unit.name):
-                for index, shape in enumerate(unit.shapes):
-                    if shape.numel:
-                        self._update_whole(rule, parts.get(index), files, slot, index)
-            files.write(slot, 0, numel)
-            self._wait(slot, unit)  # sync: the writes
+    def _in_whole(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], writes: _Writes) -> None:
+        self._end_trailing()
+        numel, files = unit.layout.numel, writes.files
+        sizes = [(column.kind, column.layout.itemsize * numel) for column in files.streamed]
+        slot = Slot(self._pool, sizes, unit.name)
+        writes.slots.append(slot)
+        files.read(slot, 0, numel)
+        self._wait(slot, unit)  # sync: the unit's state
+        files.is_touched = True
+        with self._trace.span(Lane.UPDATE, "rule", unit.name):
+            for index, shape in enumerate(unit.shapes):
+                if shape.numel:
+                    self._update_whole(rule, parts.get(index), files, slot, index)
+        files.write(slot, 0, numel)
 
     @staticmethod
     def _update_whole(rule: Rule, part: ParameterUpdate | None, files: Files, slot: Slot, index: int) -> None:
@@ -233,21 +289,48 @@ class Pipeline:
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _new_generations(self, unit: Unit, kinds: list[str], values: Tensor | None) -> Iterator[Files]:
+    def _files(self, unit: Unit, kinds: list[str], values: Tensor | None) -> Files:
         dtype = master_dtype(unit, keep_master=self._keep_master)
         layouts = {"param": unit.layout}
         if dtype != unit.layout.dtype:
             layouts["master"] = unit.layout_of("master", dtype)
         layouts |= {kind: unit.layout_of(kind, dtype) for kind in kinds}
-        files = Files(self._store, layouts, values)
-        try:
-            files.begin()
-            yield files
-        except BaseException as error:
-            files.abandon(error)
-            raise
-        files.commit()
+        return Files(self._store, layouts, values)
+
+
+class _Writes:
+    """What an update writes, until its generations are current or dropped.
+
+    Args:
+        unit: What is updated.
+        parts: Its parts; a step count goes with the files: where they stay as they were, so does it.
+        files: Its kinds.
+        done: See `Pipeline.update`.
+
+    Attributes:
+        unit: What is updated.
+        files: Its kinds.
+        slots: Lent for it; the one whose writes began first at the front.
+        done: See `Pipeline.update`.
+    """
+
+    def __init__(self, unit: Unit, parts: Iterable[ParameterUpdate], files: Files, done: Callable[[], None]) -> None:
+        self.unit = unit
+        self.files = files
+        self.slots: deque[Slot] = deque()
+        self.done = done
+        self._before = [(p.scalars, deepcopy(p.scalars), p.initialised, set(p.initialised)) for p in parts]
+
+    def fail(self, error: BaseException) -> None:
+        """The current generations stay the current ones."""
+        while self.slots:
+            self.slots.popleft().close()
+        self.files.abandon(error)
+        for scalars, old_scalars, initialised, old_initialised in self._before:
+            scalars.clear()
+            scalars.update(old_scalars)
+            initialised.clear()
+            initialised.update(old_initialised)
 
 
 def require_finite(unit: Unit, grads: Mapping[int, Tensor]) -> None:
@@ -274,21 +357,6 @@ def _require_unchanged(unit: Unit, parts: Mapping[int, ParameterUpdate]) -> None
                 f"the gradient of parameter {unit.names[index]!r} was changed in place after optimizer.step(), while "
                 "its update was still to run; change gradients before the step, use zero_grad(), or set overlap='off'"
             )
-
-
-@contextmanager
-def _unchanged_on_failure(parts: Iterable[ParameterUpdate]) -> Iterator[None]:
-    """A step count goes with the files: where they stay as they were, so does it."""
-    before = [(part, deepcopy(part.scalars), set(part.initialised)) for part in parts]
-    try:
-        yield
-    except BaseException:
-        for part, scalars, initialised in before:
-            part.scalars.clear()
-            part.scalars.update(scalars)
-            part.initialised.clear()
-            part.initialised.update(initialised)
-        raise
 
 
 def state_nbytes_per_numel(unit: Unit, num_kinds: int, *, keep_master: bool) -> int:

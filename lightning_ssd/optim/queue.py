@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 
+from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.streaming.unit import Unit
 from lightning_ssd.trace import Lane, Trace
 
@@ -27,8 +29,10 @@ class Owed:
         nbytes: Memory of its gradients that nobody else holds.
         position: Place of the unit in the next forward; the lowest is updated first.
         is_free: Whether the update may change the unit now: what is kept in memory is not changed under compute.
-        run: Runs it.
+        run: Runs it. The last bytes may still be on their way to the disk when it returns: `UpdateQueue.complete` is
+            called when they are there, in the next one's `run` or in ``finish``.
         cancel: Called instead of `run` if an earlier update fails: lets go of what was borrowed for it.
+        has_run: It waits for the disk only, and holds no gradients.
     """
 
     unit: Unit
@@ -37,6 +41,7 @@ class Owed:
     is_free: Callable[[], bool]
     run: Callable[[], None]
     cancel: Callable[[], None]
+    has_run: bool = False
 
 
 class UpdateQueue:
@@ -44,17 +49,19 @@ class UpdateQueue:
 
     Args:
         capacity_nbytes: Gradients that may wait; `add` waits while there are more.
-        is_async: Without it, `add` runs the update and returns when it is done.
+        is_async: Without it, `add` runs the update and returns when it is complete.
+        finish: Returns when every update that has run is complete.
         trace: Gets spans of waiting.
     """
 
-    def __init__(self, *, capacity_nbytes: int, is_async: bool, trace: Trace) -> None:
+    def __init__(self, *, capacity_nbytes: int, is_async: bool, finish: Callable[[], None], trace: Trace) -> None:
         self._capacity_nbytes = capacity_nbytes
         self._is_async = is_async
+        self._finish = finish
         self._trace = trace
         self._changed = threading.Condition()
-        self._owed: dict[str, Owed] = {}  # by unit; the one that runs is among them
-        self._running: Owed | None = None
+        self._owed: dict[str, Owed] = {}  # by unit, until they are complete
+        self._is_working = False
         self._num_insisting = 0  # callers for whom even a unit that is not free is updated
         self._failure: BaseException | None = None
         self._is_closed = False
@@ -73,6 +80,7 @@ class UpdateQueue:
             raise
         if not self._is_async:
             owed.run()
+            self._finish()
             return
         with self._changed:
             if self._thread is None:
@@ -91,8 +99,14 @@ class UpdateQueue:
         if self._owed or self._failure is not None:
             self._wait(unit.name, lambda: unit.name not in self._owed, insists=True)
 
+    def complete(self, unit: Unit) -> None:
+        """The update of ``unit`` that has run is on disk, and its values are the current ones."""
+        with self._changed:
+            self._owed.pop(unit.name, None)
+            self._changed.notify_all()
+
     def is_owed(self, unit: Unit) -> bool:
-        """Whether an update of ``unit`` is still to be done."""
+        """Whether an update of ``unit`` is not complete."""
         return unit.name in self._owed
 
     def drain(self) -> None:
@@ -128,7 +142,7 @@ class UpdateQueue:
         # Units that are not free become so only by what the caller does next: they do not keep it waiting.
         if sum(owed.nbytes for owed in self._owed.values()) <= self._capacity_nbytes:
             return True
-        return self._running is None and not any(owed.is_free() for owed in self._owed.values())
+        return not self._is_working and not any(owed.is_free() for owed in self._owed.values() if not owed.has_run)
 
     def _wait(self, what: str, is_over: Callable[[], bool], *, insists: bool = False) -> None:
         with self._changed:
@@ -147,26 +161,43 @@ class UpdateQueue:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._next() is not None or (self._is_closed and not self._owed))
-                self._running = owed = self._next()
-            if owed is None:
-                return
+                self._is_working = False
+                self._changed.wait_for(lambda: self._next() or self._trails() or (self._is_closed and not self._owed))
+                owed = self._next()
+                if owed is None and not self._owed:
+                    return
+                self._is_working = True
             failure = None
             try:
-                owed.run()
+                if owed is None:
+                    self._finish()  # there is nothing to read meanwhile
+                else:
+                    owed.run()
             except BaseException as error:
                 failure = error
+                with suppress(SSDOffloadError):
+                    self._finish()  # of another unit: it is whole
             with self._changed:
-                self._running = None
-                del self._owed[owed.unit.name]
                 if failure is not None:  # the step cannot be completed any more: whoever waits is told
                     self._failure = failure
                     while self._owed:
-                        self._owed.popitem()[1].cancel()
+                        left = self._owed.popitem()[1]
+                        if not left.has_run and left is not owed:
+                            left.cancel()
+                elif owed is not None:
+                    owed.has_run, owed.nbytes, owed.run = True, 0, _has_run
                 owed = None  # its gradients go now, not with the next update
                 self._changed.notify_all()
 
+    def _trails(self) -> bool:
+        return any(owed.has_run for owed in self._owed.values())
+
     def _next(self) -> Owed | None:
         insists = self._num_insisting > 0 or self._is_closed
-        found = [owed for owed in self._owed.values() if insists or owed.is_free()]
+        waiting = (owed for owed in self._owed.values() if not owed.has_run)
+        found = [owed for owed in waiting if insists or owed.is_free()]
         return min(found, key=lambda owed: owed.position, default=None)
+
+
+def _has_run() -> None:
+    raise AssertionError("an update ran twice")

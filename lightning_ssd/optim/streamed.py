@@ -147,9 +147,12 @@ class StreamedOptimizer:
                     for part in parts.values():
                         part.version = part.grad._version  # what landed may have been added to it
                 residents.end_copy(unit)
-                pipeline.update(unit, self.rule, parts, held[0])
+                pipeline.update(unit, self.rule, parts, held[0], done=complete)
             finally:
                 done()
+
+        def complete() -> None:
+            queue.complete(unit)
             residents.updated(unit)
 
         nbytes = sum(part.grad.nbytes for part in parts.values()) if is_last else 0

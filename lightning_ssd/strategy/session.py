@@ -149,13 +149,18 @@ class Session:
             off_device=self._is_off_host,
             landing=self._make_landing(),
         )
-        self._queue = UpdateQueue(capacity_nbytes=plan.queue_nbytes, is_async=self.settings.overlap, trace=self.trace)
         self._pipeline = Pipeline(
             self.store,
             updates,
             chunk_numel=plan.chunk_numel,
             depth=plan.depth,
             keep_master=self.settings.keep_master,
+            trace=self.trace,
+        )
+        self._queue = UpdateQueue(
+            capacity_nbytes=plan.queue_nbytes,
+            is_async=self.settings.overlap,
+            finish=self._pipeline.finish,
             trace=self.trace,
         )
         for adopted in self.optimizers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -79,6 +80,7 @@ class Residents:
         self._parked_class = fenced_class(self)
         self._places: dict[int, tuple[Unit, int]] = {}  # of resident parameters, by address of their storage
         self._reachable = Reachable()
+        self._renewed: set[str] = set()  # updated since the last backward began
         self._loose: list[dict[str, Unit]] = [{}]  # resident without a hold, by the visit that touched them
 
     def start(
@@ -175,6 +177,11 @@ class Residents:
                 if unit.num_holds == 0:
                     self._release_memory(unit)
 
+    def begin_backward(self) -> None:
+        """Updates of this step are still to come."""
+        with self._lock:
+            self._renewed.clear()
+
     def end_step(self) -> None:
         """The step is over: units that stayed for it go to rest."""
         with self._lock:
@@ -268,11 +275,16 @@ class Residents:
         return placed is not None and bool(placed.tensors) and placed.generation is self.current(unit)
 
     def _prefetch(self, *, beyond: bool = False) -> None:
-        """Start reads of what is needed next, as far as free memory goes; ``beyond`` the end of the step too."""
+        """Start reads of what is needed next, as far as free memory goes.
+
+        Args:
+            beyond: Of what the next step begins with too, as far as no update of this step is still to come.
+        """
         self._route.poll()
         group: list[Unit] = []
         num_ahead = 0
-        for name in dict.fromkeys(self.schedule.upcoming(beyond=beyond)):
+        following = takewhile(self._is_renewed, self.schedule.following()) if beyond else ()
+        for name in dict.fromkeys((*self.schedule.upcoming(), *following)):
             unit = self._by_name[name]
             if unit.state is Residency.RESIDENT or unit.kept is not None or self._is_placed(unit):
                 continue
@@ -285,6 +297,9 @@ class Residents:
                 return
             group = group if len(group) < self._quantum else []
         self._start_reads(group)
+
+    def _is_renewed(self, name: str) -> bool:
+        return name in self._renewed or not any(param.requires_grad for param in self._by_name[name].params)
 
     def _start_reads(self, group: list[Unit]) -> bool:
         """Read units if there is room for all of them."""
@@ -337,6 +352,7 @@ class Residents:
         """``unit`` has a new generation: bytes in memory that nobody uses now are let go."""
         with self._lock:
             self._drop_stale(unit)
+            self._renewed.add(unit.name)
             self._prefetch(beyond=True)
 
     def _drop_stale(self, unit: Unit) -> None:

@@ -32,16 +32,15 @@ class Schedule:
             start = 0 if self._position is None else self._position + 1
             self._position = next((i for i in range(start, len(order)) if order[i] == name), None)
 
-    def upcoming(self, *, beyond: bool = False) -> Iterator[str]:
-        """Units needed after the last one used, soonest first; nothing while the order is not known.
-
-        With ``beyond``, then those of the next step of the same kind.
-        """
-        order = self._learned.get(self._key, [])
+    def upcoming(self) -> Iterator[str]:
+        """Units needed after the last one used, soonest first; nothing while the order is not known."""
         if self._position is not None:
-            yield from order[self._position + 1 :]
-            if beyond:
-                yield from dict.fromkeys(order)
+            yield from self._learned.get(self._key, [])[self._position + 1 :]
+
+    def following(self) -> Iterator[str]:
+        """Units that the next step of the same kind needs, soonest first; nothing while the order is not known."""
+        if self._position is not None:
+            yield from dict.fromkeys(self._learned.get(self._key, []))
 
     def position(self, name: str, key: str) -> int:
         """Place of the first use of ``name`` in a step of kind ``key``; after all others if it is not known."""

@@ -106,6 +106,7 @@ class Streamer:
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Around a backward."""
+        self.residents.begin_backward()
         with self.step(""), self._sink.backward(self.residents.units):
             yield
 

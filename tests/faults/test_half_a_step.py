@@ -38,10 +38,10 @@ def test_nor_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opti
     """After a gate the update fails under the next forward, when the step itself seemed to be over."""
     calls, update = itertools.count(), Pipeline.update
 
-    def fails(self: Pipeline, *args: Any) -> None:
+    def fails(self: Pipeline, *args: Any, **kwargs: Any) -> None:
         if next(calls) == 10:
             raise IoError(errno.EIO, "a file", 0, 4096)
-        update(self, *args)
+        update(self, *args, **kwargs)
 
     monkeypatch.setattr(Pipeline, "update", fails)
     strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0)

@@ -61,9 +61,17 @@ def test_the_window_is_how_far_they_run(tmp_path: Path, window: int) -> None:
 
 @pytest.mark.parametrize("quantum", [1, 2])
 def test_a_quantum_of_units_is_read_together(tmp_path: Path, quantum: int) -> None:
-    events = trace(tmp_path, window=5, quantum=quantum)
-    together = ("prefetch norm", "prefetch head") in pairwise(events)
+    events = trace(tmp_path, window=5, quantum=quantum, overlap="off")
+    together = ("prefetch blocks.2", "prefetch norm") in pairwise(events)
     assert together == (quantum == 2)
+
+
+@pytest.mark.parametrize("overlap", ["auto", "off"])
+def test_what_an_update_will_replace_is_not_read_for_the_next_step(tmp_path: Path, overlap: str) -> None:
+    events = trace(tmp_path, window=5, overlap=overlap)
+    for name in ("net", "tok"):  # backward does not need them, the next forward does
+        back = events[events.index("recompute blocks.2") :]
+        assert f"prefetch {name}" not in back[: back.index(f"update {name}")]
 
 
 @pytest.mark.parametrize("update", ["native", "torch"])
