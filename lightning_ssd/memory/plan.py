@@ -137,7 +137,7 @@ def make_plan(
     """Cut the budget.
 
     Args:
-        units: All units.
+        units: All units, in forward order.
         chains: Sets of units that modules nested in each other need at the same time.
         budget_nbytes: What may be used; None for the smallest plan that works, which keeps nothing in memory.
         demand: What the run asks.
@@ -272,16 +272,17 @@ class _Draft:
                 pass
         if trained and demand.has_gate and self._all_grads - self.grad_nbytes <= (budget - self.total) // 2:
             self._try(budget, keep_grads=True)
-        self._keep(budget, self.kept_params)
-        self._keep(budget, self.kept_states)
+        # The largest first: without them less is needed for units in use.
+        self._keep(budget, sorted(self.units, key=lambda u: -u.param_nbytes), self.kept_params)
+        # Those that forward needs first: their gradients come last, when no backward is left to update them under.
+        self._keep(budget, [unit for unit in self.units if unit.kept_state_nbytes], self.kept_states)
         if trained and demand.is_overlapped:
             while self.queue_nbytes < self._all_grads and self._try(budget, num_queued=self.num_queued + 1):
                 pass
 
-    def _keep(self, budget: int, kept: set[str]) -> None:
-        # The largest first: without them less is needed for units in use.
-        for unit in sorted(self.units, key=lambda u: -u.param_nbytes):
-            if unit.name not in kept and (kept is self.kept_params or unit.kept_state_nbytes):
+    def _keep(self, budget: int, units: Sequence[UnitSize], kept: set[str]) -> None:
+        for unit in units:
+            if unit.name not in kept:
                 kept.add(unit.name)
                 if self.total > budget:
                     kept.discard(unit.name)

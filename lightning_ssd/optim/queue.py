@@ -48,18 +48,24 @@ class UpdateQueue:
     """Runs updates in a thread of its own, soonest needed first.
 
     Args:
-        capacity_nbytes: Gradients that may wait; `add` waits while there are more.
+        capacity: Bytes of gradients that may wait now; `add` waits while there are more.
         is_async: Without it, `add` runs the update and returns when it is complete.
         finish: Returns when every update that has run is complete.
         trace: Gets spans of waiting.
+
+    Attributes:
+        held_nbytes: Gradients that wait, as far as nobody else holds them.
     """
 
-    def __init__(self, *, capacity_nbytes: int, is_async: bool, finish: Callable[[], None], trace: Trace) -> None:
-        self._capacity_nbytes = capacity_nbytes
+    def __init__(
+        self, *, capacity: Callable[[], int], is_async: bool, finish: Callable[[], None], trace: Trace
+    ) -> None:
+        self._capacity = capacity
         self._is_async = is_async
         self._finish = finish
         self._trace = trace
         self._changed = threading.Condition()
+        self.held_nbytes = 0
         self._owed: dict[str, Owed] = {}  # by unit, until they are complete
         self._is_working = False
         self._num_insisting = 0  # callers for whom even a unit that is not free is updated
@@ -87,6 +93,7 @@ class UpdateQueue:
                 self._thread = threading.Thread(target=self._work, name="lightning-ssd-update", daemon=True)
                 self._thread.start()
             self._owed[owed.unit.name] = owed
+            self.held_nbytes += owed.nbytes
             self._changed.notify_all()
         self._wait("gradients of earlier units", self._has_room)
 
@@ -140,7 +147,7 @@ class UpdateQueue:
 
     def _has_room(self) -> bool:
         # Units that are not free become so only by what the caller does next: they do not keep it waiting.
-        if sum(owed.nbytes for owed in self._owed.values()) <= self._capacity_nbytes:
+        if self.held_nbytes <= self._capacity():
             return True
         return not self._is_working and not any(owed.is_free() for owed in self._owed.values() if not owed.has_run)
 
@@ -184,8 +191,10 @@ class UpdateQueue:
                         left = self._owed.popitem()[1]
                         if not left.has_run and left is not owed:
                             left.cancel()
+                    self.held_nbytes = 0
                 elif owed is not None:
-                    owed.has_run, owed.nbytes, owed.run = True, 0, _has_run
+                    self.held_nbytes -= owed.nbytes
+                    owed.has_run, owed.run = True, _has_run
                 owed = None  # its gradients go now, not with the next update
                 self._changed.notify_all()
 

@@ -158,7 +158,7 @@ class Session:
             trace=self.trace,
         )
         self._queue = UpdateQueue(
-            capacity_nbytes=plan.queue_nbytes,
+            capacity=lambda: plan.queue_nbytes + self._left_by_inputs(plan),
             is_async=self.settings.overlap,
             finish=self._pipeline.finish,
             trace=self.trace,
@@ -179,6 +179,19 @@ class Session:
         recompute = self.sizing.blocks() if plan.recomputes else set()
         self.streamer.start(sink=self.sink, recompute=recompute, activations=self._activations)
         self.is_started = True
+
+    def _left_by_inputs(self, plan: MemoryPlan) -> int:
+        """Memory for inputs of blocks that none takes now: gradients come while backward uses these up.
+
+        On a GPU gradients land in memory of their own.
+        """
+        if self._activations is None or self._is_off_host:
+            return 0
+        return max(plan.activation_nbytes - self._activations.held_nbytes, 0)
+
+    def _lent_to_gradients(self, plan: MemoryPlan) -> int:
+        """What they have of it; it comes back while the next forward runs."""
+        return 0 if self._queue is None else max(self._queue.held_nbytes - plan.queue_nbytes, 0)
 
     def drain(self) -> None:
         """Return when every update that is owed has run.
@@ -214,6 +227,7 @@ class Session:
             pool,
             device=self.settings.device,
             budget_nbytes=plan.activation_nbytes,
+            lent=lambda: self._lent_to_gradients(plan),
             buffer_nbytes=plan.spill_nbytes // 4,  # one being filled, and others on their way
             verify=self.settings.verify,
             trace=self.trace,

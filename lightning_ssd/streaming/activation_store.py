@@ -13,7 +13,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -72,6 +72,7 @@ class ActivationStore:
         pool: At least one buffer, for pieces of what does not fit into the budget; two or more to overlap.
         device: Where compute runs.
         budget_nbytes: Host memory for kept values; None does not bound it, and nothing is written.
+        lent: Bytes of the budget that somebody else uses now.
         buffer_nbytes: Size of a piece, a multiple of 4096.
         images: Where values that left a GPU wait: memory of the budget, not of ``pool``; None takes it from torch.
         verify: Check what is read against checksums of what was written.
@@ -86,6 +87,7 @@ class ActivationStore:
         *,
         device: torch.device,
         budget_nbytes: int | None,
+        lent: Callable[[], int] = lambda: 0,
         buffer_nbytes: int = BUFFER_NBYTES,
         images: Pool | None = None,
         verify: bool = False,
@@ -93,11 +95,10 @@ class ActivationStore:
     ) -> None:
         self._trace = trace or Trace()
         self._shuttle = Shuttle(
-            engine, files, pool, images=images, budget_nbytes=budget_nbytes, verify=verify, trace=self._trace
+            engine, files, pool, images=images, budget_nbytes=budget_nbytes, lent=lent, verify=verify, trace=self._trace
         )
         self._reader = Reloader(self._shuttle, buffer_nbytes, self._trace, self._cancel_one)
         self._device = device
-        self._budget_nbytes = budget_nbytes
         self._buffer_nbytes = buffer_nbytes
         self._lock = threading.RLock()
         self._is_closed = False
@@ -114,8 +115,7 @@ class ActivationStore:
     @property
     def held_nbytes(self) -> int:
         """Host memory of the budget that kept values take now, as far as nobody else holds them."""
-        with self._lock:
-            return self._shuttle.held_nbytes
+        return self._shuttle.held_nbytes
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -139,7 +139,8 @@ class ActivationStore:
         """
         with self._working():
             self._count()
-            budget, shuttle = self._budget_nbytes, self._shuttle
+            shuttle = self._shuttle
+            budget = shuttle.budget_nbytes
             if budget is None:
                 return
             self._has_spilled |= shuttle.held_nbytes - shuttle.leaving_nbytes > budget
@@ -200,7 +201,7 @@ class ActivationStore:
         # Room for one image being made and one being written: then compute does not wait for the disk. Only once the
         # budget was not enough: before, the last bytes of it would be left free for nothing.
         slack = 2 * self._largest_nbytes
-        return slack if self._has_spilled and 2 * slack <= (self._budget_nbytes or 0) else 0
+        return slack if self._has_spilled and 2 * slack <= (self._shuttle.budget_nbytes or 0) else 0
 
     # -- memory to disk ------------------------------------------------------------------------------------------
 

@@ -140,6 +140,7 @@ class Shuttle:
         pool: Lends buffers for pieces.
         images: Lends memory of the budget; None takes it from torch.
         budget_nbytes: Bound of `held_nbytes`, None for no bound.
+        lent: Bytes of the budget that somebody else uses now.
         verify: Keep checksums of what is written.
         trace: Gets the transfers, and what waits for them.
 
@@ -158,6 +159,7 @@ class Shuttle:
         *,
         images: Pool | None,
         budget_nbytes: int | None,
+        lent: Callable[[], int],
         verify: bool,
         trace: Trace,
     ) -> None:
@@ -171,15 +173,22 @@ class Shuttle:
         self._pool = pool
         self._images = images
         self._budget_nbytes = budget_nbytes
+        self._lent = lent
         self._writes: deque[Move] = deque()  # in flight, the oldest first
         self._unwanted: list[Move] = []  # in flight, and nobody waits for them
         self._unwanted_slots: list[Slot] = []  # something is in flight on them
 
     # -- memory --------------------------------------------------------------------------------------------------
 
+    @property
+    def budget_nbytes(self) -> int | None:
+        """Bound of `held_nbytes` now, None for no bound."""
+        return None if self._budget_nbytes is None else max(self._budget_nbytes - self._lent(), 0)
+
     def memory(self, nbytes: int) -> Memory | None:
         """Memory of the budget for a whole image, None if there is no room now."""
-        if self._budget_nbytes is not None and self.held_nbytes + nbytes > self._budget_nbytes:
+        budget = self.budget_nbytes
+        if budget is not None and self.held_nbytes + nbytes > budget:
             return None
         lent = None
         if self._images is not None:
