@@ -95,40 +95,29 @@ class Pool:
         self._lent: dict[int, Buffer] = {}  # by offset
         self._lingering: list[Buffer] = []  # given back while a tensor on them was alive
 
-    def try_lend(self, nbytes: int, owner: str) -> Buffer | None:
-        """A buffer of at least ``nbytes``, or None if there is no room now."""
-        self._collect()
-        need = round_up(max(nbytes, 1))
-        for i, (offset, room) in enumerate(self._free):
-            if room >= need:
-                # The last stretch is filled from its end: a buffer in the middle would leave the free memory in two
-                # pieces, neither long enough for the one other unit that the smallest plan has room for.
-                is_last = offset > self._end - self.nbytes and offset + room == self._end
-                begin = offset + room - need if is_last else offset
-                rest = (offset, room - need) if is_last else (offset + need, room - need)
-                self._free[i : i + 1] = [rest] if room > need else []
-                buffer = Buffer(self._memory, self._base, begin, need, owner)
-                self._lent[begin] = buffer
-                return buffer
-        return None
-
-    def lend(self, nbytes: int, owner: str, make_room: Callable[[], bool] | None = None) -> Buffer:
-        """A buffer of at least ``nbytes``.
+    def try_lend(self, nbytes: int, owner: str, make_room: Callable[[], bool] | None = None) -> Buffer | None:
+        """A buffer of at least ``nbytes``, or None if there is no room now.
 
         Args:
             nbytes: Bytes needed.
             owner: Who asks, for messages.
             make_room: Called while there is no room; gives something back and returns True, or returns False.
+        """
+        while True:
+            buffer = self._try_lend(nbytes, owner)
+            if buffer is not None or make_room is None or not make_room():
+                return buffer
+
+    def lend(self, nbytes: int, owner: str, make_room: Callable[[], bool] | None = None) -> Buffer:
+        """As `try_lend`.
 
         Raises:
             ResidencyError: There is no room and none can be made.
         """
-        while True:
-            buffer = self.try_lend(nbytes, owner)
-            if buffer is not None:
-                return buffer
-            if make_room is None or not make_room():
-                raise ResidencyError(self._no_room(nbytes, owner))
+        buffer = self.try_lend(nbytes, owner, make_room)
+        if buffer is None:
+            raise ResidencyError(self._no_room(nbytes, owner))
+        return buffer
 
     def give_back(self, buffer: Buffer) -> None:
         """Return a buffer. While a tensor on it is alive it lingers: nobody gets it before that tensor is gone."""
@@ -157,6 +146,22 @@ class Pool:
         self._lent = {}
         self._lingering = []
         del self._memory
+
+    def _try_lend(self, nbytes: int, owner: str) -> Buffer | None:
+        self._collect()
+        need = round_up(max(nbytes, 1))
+        for i, (offset, room) in enumerate(self._free):
+            if room >= need:
+                # The last stretch is filled from its end: a buffer in the middle would leave the free memory in two
+                # pieces, neither long enough for the one other unit that the smallest plan has room for.
+                is_last = offset > self._end - self.nbytes and offset + room == self._end
+                begin = offset + room - need if is_last else offset
+                rest = (offset, room - need) if is_last else (offset + need, room - need)
+                self._free[i : i + 1] = [rest] if room > need else []
+                buffer = Buffer(self._memory, self._base, begin, need, owner)
+                self._lent[begin] = buffer
+                return buffer
+        return None
 
     def _collect(self) -> None:
         still: list[Buffer] = []

@@ -133,6 +133,10 @@ class Pipeline:
             if not writes.slots:  # all of it is kept in memory
                 self._end_trailing()
 
+    def updates_values_of(self, unit: Unit) -> bool:
+        """Whether the rule updates the parameters of ``unit`` themselves: they have no master."""
+        return master_dtype(unit, keep_master=self._keep_master) == unit.layout.dtype
+
     def finish(self) -> None:
         """Return when the new generations of every update are the current ones.
 

@@ -133,7 +133,8 @@ class StreamedOptimizer:
             require_finite(unit, mine)
         parts = self._parts(unit, mine, groups)
         residents.settle(unit)
-        held = [residents.borrow(unit)]
+        # Where there is a master, the values in memory are not what the rule updates.
+        held = [residents.borrow(unit) if pipeline.updates_values_of(unit) else None]
 
         def done() -> None:
             if held.pop() is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import takewhile
 from typing import Protocol
 
@@ -302,10 +304,11 @@ class Residents:
         return name in self._renewed or not any(param.requires_grad for param in self._by_name[name].params)
 
     def _start_reads(self, group: list[Unit]) -> bool:
-        """Read units if there is room for all of them."""
+        """Read units if there is room for all of them, or what is cached is needed later."""
         buffers: list[Buffer] = []
         for unit in group:
-            buffer = self._pool.try_lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}")
+            make_room = partial(self._evict_one, needed_after=self._need(unit))
+            buffer = self._pool.try_lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", make_room)
             if buffer is None:
                 for lent in buffers:
                     self._pool.give_back(lent)
@@ -315,6 +318,13 @@ class Residents:
             self._start_read(unit, buffer)
             self._trace.mark("prefetch", unit.name)
         return True
+
+    def _need(self, unit: Unit) -> float:
+        """How soon the bytes of ``unit`` are needed; infinity if they are not: an update will replace them before."""
+        if self._owing.is_owed(unit):
+            return math.inf
+        needs = (*self.schedule.upcoming(), *self.schedule.following())
+        return needs.index(unit.name) if unit.name in needs else len(needs)
 
     # -- updates -------------------------------------------------------------------------------------------------
 
@@ -366,14 +376,25 @@ class Residents:
         """Give back the memory of one unit that nobody uses now: cached ones first, then what is needed last."""
         if self._route.wait_for_one():
             return True  # what is being sent is done with, or soon: sooner than anything that was read ahead
-        upcoming = {name: i for i, name in reversed(list(enumerate(self.schedule.upcoming())))}
-        idle = [u for u in self.units if u.num_holds == 0 and u.buffer is not None]
-        free = [u for u in idle if u.num_borrows == 0]
+        if self._evict_one():
+            return True
+        # What an update reads goes when it is done; it waits for nothing that we hold.
+        idle = [unit for unit in self.units if unit.num_holds == 0 and unit.buffer is not None]
+        self._lock.wait_for(lambda: len(idle) == 0 or any(u.num_borrows == 0 for u in idle))  # sync: an update
+        return bool(idle)
+
+    def _evict_one(self, needed_after: float | None = None) -> bool:
+        """Evict the unit that is needed last of those in memory that nobody uses; False if there is none.
+
+        Args:
+            needed_after: Only one that is merely cached, and needed later than this.
+        """
+        free = [u for u in self.units if u.num_holds == u.num_borrows == 0 and u.buffer is not None]
+        if needed_after is not None:
+            free = [u for u in free if u.state is Residency.STAGED and self._need(u) > needed_after]
         if not free:
-            # What an update reads goes when it is done; it waits for nothing that we hold.
-            self._lock.wait_for(lambda: len(idle) == 0 or any(u.num_borrows == 0 for u in idle))  # sync: an update
-            return bool(idle)
-        self._evict(min(free, key=lambda u: (u.state is Residency.READING, -upcoming.get(u.name, len(upcoming) + 1))))
+            return False
+        self._evict(max(free, key=lambda u: (u.state is not Residency.READING, self._need(u))))
         return True
 
     def _release_memory(self, unit: Unit) -> None:
