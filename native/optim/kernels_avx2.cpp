@@ -39,6 +39,13 @@ struct Simd {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
+  static __m256i load_words(const uint16_t* from) {  // two bfloat16 in each
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+  static Floats low_bfloat16(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+  static Floats high_bfloat16(__m256i words) {
+    return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-0x10000)));
+  }
   static Floats load_float16(const uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }

@@ -45,6 +45,11 @@ struct Simd {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
+  static __m512i load_words(const uint16_t* from) { return _mm512_loadu_si512(from); }  // two bfloat16 in each
+  static Floats low_bfloat16(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+  static Floats high_bfloat16(__m512i words) {
+    return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x10000)));
+  }
   static Floats load_float16(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }

@@ -24,6 +24,13 @@ struct Simd {
   static constexpr bool kHasRefinedRoot = false;  // nor has scalar.cpp here
 
   static Floats load_bfloat16(const uint16_t* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from), 16)); }
+  static uint32x4_t load_words(const uint16_t* from) {
+    return vreinterpretq_u32_u16(vld1q_u16(from));
+  }  // two bfloat16 in each
+  static Floats low_bfloat16(uint32x4_t words) { return vreinterpretq_f32_u32(vshlq_n_u32(words, 16)); }
+  static Floats high_bfloat16(uint32x4_t words) {
+    return vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000)));
+  }
   static Floats load_float16(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
 
   using Halves = uint16x4_t;

@@ -316,37 +316,77 @@ void sgd(const SgdUpdate& u, size_t begin, size_t end) {
   Simd::fence_streams();
 }
 
-template <Dtype kDtype>
-void add_squares_of(const void* data, size_t begin, size_t end, double lanes[kNumLanes]) {
-  static_assert(kNumLanes % kWidth == 0);
-  constexpr size_t half = Simd::kWidth / 2;
-  constexpr size_t num_vectors = kNumLanes / Simd::kWidth;
-  Simd::Doubles low[num_vectors];
-  Simd::Doubles high[num_vectors];
-  for (size_t k = 0; k < num_vectors; ++k) {
-    low[k] = Simd::load_doubles(lanes + 2 * k * half);
-    high[k] = Simd::load_doubles(lanes + (2 * k + 1) * half);
+struct SquareSums {  // kNumLanes of them
+  static constexpr size_t kHalf = Simd::kWidth / 2;
+  static constexpr size_t kNumVectors = kNumLanes / Simd::kWidth;
+  Simd::Doubles low[kNumVectors];
+  Simd::Doubles high[kNumVectors];
+
+  explicit SquareSums(const double* lanes) {
+    for (size_t k = 0; k < kNumVectors; ++k) {
+      low[k] = Simd::load_doubles(lanes + 2 * k * kHalf);
+      high[k] = Simd::load_doubles(lanes + (2 * k + 1) * kHalf);
+    }
   }
-  const auto add = [&](size_t first, const Floats& value) __attribute__((always_inline)) {
+  [[gnu::always_inline]] void add(size_t first, const Floats& value) {
     for (size_t k = 0; k < kParts; ++k) {
       low[first + k] = Simd::add_square(low[first + k], Simd::low_doubles(value.part[k]));
       high[first + k] = Simd::add_square(high[first + k], Simd::high_doubles(value.part[k]));
     }
-  };
-  size_t i = begin;
-  for (; i + kNumLanes <= end; i += kNumLanes) {
-    for (size_t k = 0; k < num_vectors; k += kParts) {
-      add(k, load_lanes<kDtype>(data, i + k * Simd::kWidth, Full{}));
+  }
+  void store(double* lanes) const {
+    for (size_t k = 0; k < kNumVectors; ++k) {
+      Simd::store_doubles(lanes + 2 * k * kHalf, low[k]);
+      Simd::store_doubles(lanes + (2 * k + 1) * kHalf, high[k]);
     }
   }
-  for (size_t k = 0; i < end; k += kParts, i += kWidth) {
-    const size_t num = end - i < kWidth ? end - i : kWidth;  // lanes past it add +0
-    add(k, load_lanes<kDtype>(data, i, num));
+};
+
+// Groups of kNumLanes bfloat16, as many as there are; returns where they end. Even elements go to the first part of a
+// Floats and odd ones to the second, without the shuffles that widening in order takes and that would be the limit.
+size_t add_squares_of_pairs(const uint16_t* data, size_t begin, size_t end, double lanes[kNumLanes]) {
+  static_assert(kParts == 2);
+  const auto place = [](size_t lane) { return lane / kWidth * kWidth + lane % 2 * Simd::kWidth + lane % kWidth / 2; };
+  alignas(64) double placed[kNumLanes];
+  for (size_t lane = 0; lane < kNumLanes; ++lane) {
+    placed[place(lane)] = lanes[lane];
   }
-  for (size_t k = 0; k < num_vectors; ++k) {
-    Simd::store_doubles(lanes + 2 * k * half, low[k]);
-    Simd::store_doubles(lanes + (2 * k + 1) * half, high[k]);
+  SquareSums sums(placed);
+  size_t i = begin;
+  for (; i + kNumLanes <= end; i += kNumLanes) {
+    for (size_t k = 0; k < kNumLanes / kWidth; ++k) {
+      const auto words = Simd::load_words(data + i + k * kWidth);
+      sums.add(k * kParts, {Simd::low_bfloat16(words), Simd::high_bfloat16(words)});
+    }
   }
+  sums.store(placed);
+  for (size_t lane = 0; lane < kNumLanes; ++lane) {
+    lanes[lane] = placed[place(lane)];
+  }
+  return i;
+}
+
+template <Dtype kDtype>
+void add_squares_of(const void* data, size_t begin, size_t end, double lanes[kNumLanes]) {
+  static_assert(kNumLanes % kWidth == 0);
+  size_t i = begin;
+  if constexpr (kDtype == Dtype::bfloat16) {
+    i = add_squares_of_pairs(static_cast<const uint16_t*>(data), begin, end, lanes);
+  }
+  SquareSums sums(lanes);
+  for (; i + kNumLanes <= end; i += kNumLanes) {
+    for (size_t k = 0; k < SquareSums::kNumVectors; k += kParts) {
+      sums.add(k, load_lanes<kDtype>(data, i + k * Simd::kWidth, Full{}));
+    }
+  }
+  for (size_t k = 0; k < SquareSums::kNumVectors; k += kParts) {  // bounds known when compiling: sums stay in registers
+    if (i < end) {
+      const size_t num = end - i < kWidth ? end - i : kWidth;  // lanes past it add +0
+      sums.add(k, load_lanes<kDtype>(data, i, num));
+      i += kWidth;
+    }
+  }
+  sums.store(lanes);
 }
 
 void add_squares(const void* data, Dtype dtype, size_t begin, size_t end, double lanes[kNumLanes]) {
