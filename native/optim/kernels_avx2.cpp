@@ -39,13 +39,6 @@ struct Simd {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
-  static __m256i load_words(const uint16_t* from) {  // two bfloat16 in each
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  }
-  static Floats low_bfloat16(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
-  static Floats high_bfloat16(__m256i words) {
-    return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-0x10000)));
-  }
   static Floats load_float16(const uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
@@ -68,6 +61,12 @@ struct Simd {
   static void stream_halves(uint16_t* to, Halves halves) { _mm_stream_si128(reinterpret_cast<__m128i*>(to), halves); }
   static void fence_streams() { _mm_sfence(); }
 
+  // kWidth bfloat16 as kWidth / 2 words of two.
+  static __m128i load_words(const uint16_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+  static Doubles low_bfloat16s(__m128i words) { return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(words, 16))); }
+  static Doubles high_bfloat16s(__m128i words) {
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_and_si128(words, _mm_set1_epi32(-0x10000))));
+  }
   static Doubles load_doubles(const double* from) { return _mm256_loadu_pd(from); }
   static void store_doubles(double* to, Doubles value) { _mm256_storeu_pd(to, value); }
   static Doubles low_doubles(Floats value) { return _mm256_cvtps_pd(_mm256_castps256_ps128(value)); }

@@ -45,11 +45,6 @@ struct Simd {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  static __m512i load_words(const uint16_t* from) { return _mm512_loadu_si512(from); }  // two bfloat16 in each
-  static Floats low_bfloat16(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
-  static Floats high_bfloat16(__m512i words) {
-    return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x10000)));
-  }
   static Floats load_float16(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
@@ -72,6 +67,14 @@ struct Simd {
   }
   static void fence_streams() { _mm_sfence(); }
 
+  // kWidth bfloat16 as kWidth / 2 words of two.
+  static __m256i load_words(const uint16_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+  static Doubles low_bfloat16s(__m256i words) {
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)));
+  }
+  static Doubles high_bfloat16s(__m256i words) {
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-0x10000))));
+  }
   static Doubles load_doubles(const double* from) { return _mm512_loadu_pd(from); }
   static void store_doubles(double* to, Doubles value) { _mm512_storeu_pd(to, value); }
   static Doubles low_doubles(Floats value) { return _mm512_cvtps_pd(_mm512_castps512_ps256(value)); }

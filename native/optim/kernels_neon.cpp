@@ -24,13 +24,6 @@ struct Simd {
   static constexpr bool kHasRefinedRoot = false;  // nor has scalar.cpp here
 
   static Floats load_bfloat16(const uint16_t* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from), 16)); }
-  static uint32x4_t load_words(const uint16_t* from) {
-    return vreinterpretq_u32_u16(vld1q_u16(from));
-  }  // two bfloat16 in each
-  static Floats low_bfloat16(uint32x4_t words) { return vreinterpretq_f32_u32(vshlq_n_u32(words, 16)); }
-  static Floats high_bfloat16(uint32x4_t words) {
-    return vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000)));
-  }
   static Floats load_float16(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
 
   using Halves = uint16x4_t;
@@ -46,6 +39,12 @@ struct Simd {
   static void stream_halves(uint16_t* to, Halves halves) { vst1_u16(to, halves); }  // no intrinsic for it
   static void fence_streams() {}
 
+  // kWidth bfloat16 as kWidth / 2 words of two.
+  static uint32x2_t load_words(const uint16_t* from) { return vreinterpret_u32_u16(vld1_u16(from)); }
+  static Doubles low_bfloat16s(uint32x2_t words) { return vcvt_f64_f32(vreinterpret_f32_u32(vshl_n_u32(words, 16))); }
+  static Doubles high_bfloat16s(uint32x2_t words) {
+    return vcvt_f64_f32(vreinterpret_f32_u32(vand_u32(words, vdup_n_u32(0xffff0000))));
+  }
   static Doubles load_doubles(const double* from) { return vld1q_f64(from); }
   static void store_doubles(double* to, Doubles value) { vst1q_f64(to, value); }
   static Doubles low_doubles(Floats value) { return vcvt_f64_f32(vget_low_f32(value)); }

@@ -316,37 +316,36 @@ void sgd(const SgdUpdate& u, size_t begin, size_t end) {
   Simd::fence_streams();
 }
 
-struct SquareSums {  // kNumLanes of them
-  static constexpr size_t kHalf = Simd::kWidth / 2;
-  static constexpr size_t kNumVectors = kNumLanes / Simd::kWidth;
-  Simd::Doubles low[kNumVectors];
-  Simd::Doubles high[kNumVectors];
+struct SquareSums {                                  // kNumLanes of them
+  static constexpr size_t kHalf = Simd::kWidth / 2;  // doubles per vector
+  Simd::Doubles sums[kNumLanes / kHalf];
 
   explicit SquareSums(const double* lanes) {
-    for (size_t k = 0; k < kNumVectors; ++k) {
-      low[k] = Simd::load_doubles(lanes + 2 * k * kHalf);
-      high[k] = Simd::load_doubles(lanes + (2 * k + 1) * kHalf);
+    for (size_t k = 0; k < kNumLanes / kHalf; ++k) {
+      sums[k] = Simd::load_doubles(lanes + k * kHalf);
     }
   }
-  [[gnu::always_inline]] void add(size_t first, const Floats& value) {
-    for (size_t k = 0; k < kParts; ++k) {
-      low[first + k] = Simd::add_square(low[first + k], Simd::low_doubles(value.part[k]));
-      high[first + k] = Simd::add_square(high[first + k], Simd::high_doubles(value.part[k]));
+  [[gnu::always_inline]] void add(size_t k, Simd::Doubles value) { sums[k] = Simd::add_square(sums[k], value); }
+  [[gnu::always_inline]] void add(size_t k, const Floats& value) {
+    for (const Simd::Floats& part : value.part) {
+      add(k++, Simd::low_doubles(part));
+      add(k++, Simd::high_doubles(part));
     }
   }
   void store(double* lanes) const {
-    for (size_t k = 0; k < kNumVectors; ++k) {
-      Simd::store_doubles(lanes + 2 * k * kHalf, low[k]);
-      Simd::store_doubles(lanes + (2 * k + 1) * kHalf, high[k]);
+    for (size_t k = 0; k < kNumLanes / kHalf; ++k) {
+      Simd::store_doubles(lanes + k * kHalf, sums[k]);
     }
   }
 };
 
-// Groups of kNumLanes bfloat16, as many as there are; returns where they end. Even elements go to the first part of a
-// Floats and odd ones to the second, without the shuffles that widening in order takes and that would be the limit.
+// Groups of kNumLanes bfloat16, as many as there are; returns where they end. Even and odd elements go to vectors of
+// their own: widening in order takes shuffles, which would be the limit here.
 size_t add_squares_of_pairs(const uint16_t* data, size_t begin, size_t end, double lanes[kNumLanes]) {
-  static_assert(kParts == 2);
-  const auto place = [](size_t lane) { return lane / kWidth * kWidth + lane % 2 * Simd::kWidth + lane % kWidth / 2; };
+  const auto place = [](size_t lane) {
+    const size_t in_vector = lane % Simd::kWidth;
+    return lane - in_vector + in_vector % 2 * SquareSums::kHalf + in_vector / 2;
+  };
   alignas(64) double placed[kNumLanes];
   for (size_t lane = 0; lane < kNumLanes; ++lane) {
     placed[place(lane)] = lanes[lane];
@@ -354,9 +353,10 @@ size_t add_squares_of_pairs(const uint16_t* data, size_t begin, size_t end, doub
   SquareSums sums(placed);
   size_t i = begin;
   for (; i + kNumLanes <= end; i += kNumLanes) {
-    for (size_t k = 0; k < kNumLanes / kWidth; ++k) {
-      const auto words = Simd::load_words(data + i + k * kWidth);
-      sums.add(k * kParts, {Simd::low_bfloat16(words), Simd::high_bfloat16(words)});
+    for (size_t k = 0; k < kNumLanes / Simd::kWidth; ++k) {
+      const auto words = Simd::load_words(data + i + k * Simd::kWidth);
+      sums.add(2 * k, Simd::low_bfloat16s(words));
+      sums.add(2 * k + 1, Simd::high_bfloat16s(words));
     }
   }
   sums.store(placed);
@@ -374,12 +374,13 @@ void add_squares_of(const void* data, size_t begin, size_t end, double lanes[kNu
     i = add_squares_of_pairs(static_cast<const uint16_t*>(data), begin, end, lanes);
   }
   SquareSums sums(lanes);
+  constexpr size_t step = kWidth / SquareSums::kHalf;
   for (; i + kNumLanes <= end; i += kNumLanes) {
-    for (size_t k = 0; k < SquareSums::kNumVectors; k += kParts) {
-      sums.add(k, load_lanes<kDtype>(data, i + k * Simd::kWidth, Full{}));
+    for (size_t k = 0; k < kNumLanes / SquareSums::kHalf; k += step) {
+      sums.add(k, load_lanes<kDtype>(data, i + k * SquareSums::kHalf, Full{}));
     }
   }
-  for (size_t k = 0; k < SquareSums::kNumVectors; k += kParts) {  // bounds known when compiling: sums stay in registers
+  for (size_t k = 0; k < kNumLanes / SquareSums::kHalf; k += step) {  // a fixed number, so sums stay in registers
     if (i < end) {
       const size_t num = end - i < kWidth ? end - i : kWidth;  // lanes past it add +0
       sums.add(k, load_lanes<kDtype>(data, i, num));
