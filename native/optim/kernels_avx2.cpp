@@ -22,28 +22,29 @@ struct Simd {
   static Floats negate(Floats a) { return _mm256_xor_ps(a, set(-0.0f)); }
   static Floats sqrt(Floats a) { return _mm256_sqrt_ps(a); }
 
-  // See [Note: the refined square root] in scalar.cpp.
-  static Floats refined_sqrt(Floats value) {
-    const Floats estimate = _mm256_rsqrt_ps(value);
-    const Floats root = mul(value, estimate);
-    const Floats half_reciprocal = mul(estimate, set(0.5f));
-    const Floats error = sub(set(0.5f), mul(root, half_reciprocal));
-    const Floats root1 = add(root, mul(root, error));
-    const Floats half_reciprocal1 = add(half_reciprocal, mul(half_reciprocal, error));
-    const Floats residual = sub(value, mul(root1, root1));
-    const Floats refined = add(root1, mul(half_reciprocal1, residual));
+  // For [Note: the refined square root] in scalar.cpp.
+  static constexpr bool kHasRefinedRoot = true;
+  using Mask = __m256;
+  static Floats reciprocal_root(Floats value) { return _mm256_rsqrt_ps(value); }
+  static Mask needs_exact_root(Floats value) {
     const __m256i bits = _mm256_castps_si256(value);  // signed: negative numbers are below the first normal one
     const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x00800000), bits);
     const __m256i above = _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(0x7f7ff000 - 1));
-    const __m256 special = _mm256_castsi256_ps(_mm256_or_si256(below, above));
-    return _mm256_movemask_ps(special) == 0 ? refined : _mm256_blendv_ps(refined, sqrt(value), special);
+    return _mm256_castsi256_ps(_mm256_or_si256(below, above));
   }
+  static bool any(Mask mask) { return _mm256_movemask_ps(mask) != 0; }
+  static Floats sqrt_where(Mask mask, Floats value, Floats other) { return _mm256_blendv_ps(other, sqrt(value), mask); }
 
   static Floats load_bfloat16(const uint16_t* from) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
-  static void store_bfloat16(uint16_t* to, Floats value) {
+  static Floats load_float16(const uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+
+  using Halves = __m128i;
+  static Halves bfloat16_of(Floats value) {
     const __m256i bits = _mm256_castps_si256(value);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -51,16 +52,21 @@ struct Simd {
     const __m256i wide = _mm256_srli_epi32(_mm256_or_si256(rounded, nan), 16);
     const __m128i low = _mm256_castsi256_si128(wide);
     const __m128i high = _mm256_extracti128_si256(wide, 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi32(low, high));
+    return _mm_packus_epi32(low, high);
   }
-  static Floats load_float16(const uint16_t* from) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  static Halves float16_of(Floats value) {
+    return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  static void store_float16(uint16_t* to, Floats value) {
-    const __m128i bits = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
-  }
+  static void store_halves(uint16_t* to, Halves halves) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves); }
+  static void stream_halves(uint16_t* to, Halves halves) { _mm_stream_si128(reinterpret_cast<__m128i*>(to), halves); }
+  static void fence_streams() { _mm_sfence(); }
 
+  // kWidth bfloat16 as kWidth / 2 words of two.
+  static __m128i load_words(const uint16_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+  static Doubles low_bfloat16s(__m128i words) { return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(words, 16))); }
+  static Doubles high_bfloat16s(__m128i words) {
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_and_si128(words, _mm_set1_epi32(-0x10000))));
+  }
   static Doubles load_doubles(const double* from) { return _mm256_loadu_pd(from); }
   static void store_doubles(double* to, Doubles value) { _mm256_storeu_pd(to, value); }
   static Doubles low_doubles(Floats value) { return _mm256_cvtps_pd(_mm256_castps256_ps128(value)); }

@@ -25,43 +25,56 @@ struct Simd {
   static Floats negate(Floats a) { return _mm512_xor_ps(a, set(-0.0f)); }
   static Floats sqrt(Floats a) { return _mm512_sqrt_ps(a); }
 
-  // See [Note: the refined square root] in scalar.cpp. The estimate is the 256-bit instruction's: VRSQRT14PS differs.
-  static Floats refined_sqrt(Floats value) {
+  // For [Note: the refined square root] in scalar.cpp.
+  static constexpr bool kHasRefinedRoot = true;
+  using Mask = __mmask16;
+  // The estimate of the 256-bit instruction: VRSQRT14PS differs.
+  static Floats reciprocal_root(Floats value) {
     const __m256 low = _mm256_rsqrt_ps(_mm512_castps512_ps256(value));
     const __m256 high = _mm256_rsqrt_ps(_mm512_extractf32x8_ps(value, 1));
-    const Floats estimate = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
-    const Floats root = mul(value, estimate);
-    const Floats half_reciprocal = mul(estimate, set(0.5f));
-    const Floats error = sub(set(0.5f), mul(root, half_reciprocal));
-    const Floats root1 = add(root, mul(root, error));
-    const Floats half_reciprocal1 = add(half_reciprocal, mul(half_reciprocal, error));
-    const Floats residual = sub(value, mul(root1, root1));
-    const Floats refined = add(root1, mul(half_reciprocal1, residual));
-    const __m512i distance = _mm512_sub_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x00800000));
-    const __mmask16 special = _mm512_cmpge_epu32_mask(distance, _mm512_set1_epi32(0x7f7ff000 - 0x00800000));
-    return special == 0 ? refined : _mm512_mask_sqrt_ps(refined, special, value);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
   }
+  static Mask needs_exact_root(Floats value) {
+    const __m512i distance = _mm512_sub_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x00800000));
+    return _mm512_cmpge_epu32_mask(distance, _mm512_set1_epi32(0x7f7ff000 - 0x00800000));
+  }
+  static bool any(Mask mask) { return mask != 0; }
+  static Floats sqrt_where(Mask mask, Floats value, Floats other) { return _mm512_mask_sqrt_ps(other, mask, value); }
 
   static Floats load_bfloat16(const uint16_t* from) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  static void store_bfloat16(uint16_t* to, Floats value) {
+  static Floats load_float16(const uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+
+  using Halves = __m256i;
+  static Halves bfloat16_of(Floats value) {
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    const __m512i result = _mm512_mask_set1_epi32(_mm512_srli_epi32(rounded, 16), nan, 0xffff);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(result));
+    const __m512i result = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0xffff));
+    return _mm512_cvtepi32_epi16(result);
   }
-  static Floats load_float16(const uint16_t* from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  static Halves float16_of(Floats value) {
+    return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  static void store_float16(uint16_t* to, Floats value) {
-    const __m256i bits = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+  static void store_halves(uint16_t* to, Halves halves) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves); }
+  static void stream_halves(uint16_t* to, Halves halves) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), halves);
   }
+  static void fence_streams() { _mm_sfence(); }
 
+  // kWidth bfloat16 as kWidth / 2 words of two.
+  static __m256i load_words(const uint16_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+  static Doubles low_bfloat16s(__m256i words) {
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)));
+  }
+  static Doubles high_bfloat16s(__m256i words) {
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-0x10000))));
+  }
   static Doubles load_doubles(const double* from) { return _mm512_loadu_pd(from); }
   static void store_doubles(double* to, Doubles value) { _mm512_storeu_pd(to, value); }
   static Doubles low_doubles(Floats value) { return _mm512_cvtps_pd(_mm512_castps512_ps256(value)); }

@@ -21,19 +21,30 @@ struct Simd {
   static Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
   static Floats negate(Floats a) { return vnegq_f32(a); }
   static Floats sqrt(Floats a) { return vsqrtq_f32(a); }
-  static Floats refined_sqrt(Floats a) { return vsqrtq_f32(a); }  // no such form here, as in scalar.cpp
+  static constexpr bool kHasRefinedRoot = false;  // nor has scalar.cpp here
 
   static Floats load_bfloat16(const uint16_t* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from), 16)); }
-  static void store_bfloat16(uint16_t* to, Floats value) {
+  static Floats load_float16(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
+
+  using Halves = uint16x4_t;
+  static Halves bfloat16_of(Floats value) {
     const uint32x4_t bits = vreinterpretq_u32_f32(value);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
     const uint32x4_t nan = vmvnq_u32(vceqq_f32(value, value));
-    vst1_u16(to, vshrn_n_u32(vorrq_u32(rounded, nan), 16));
+    return vshrn_n_u32(vorrq_u32(rounded, nan), 16);
   }
-  static Floats load_float16(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
-  static void store_float16(uint16_t* to, Floats value) { vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(value))); }
+  static Halves float16_of(Floats value) { return vreinterpret_u16_f16(vcvt_f16_f32(value)); }
+  static void store_halves(uint16_t* to, Halves halves) { vst1_u16(to, halves); }
+  static void stream_halves(uint16_t* to, Halves halves) { vst1_u16(to, halves); }  // no intrinsic for it
+  static void fence_streams() {}
 
+  // kWidth bfloat16 as kWidth / 2 words of two.
+  static uint32x2_t load_words(const uint16_t* from) { return vreinterpret_u32_u16(vld1_u16(from)); }
+  static Doubles low_bfloat16s(uint32x2_t words) { return vcvt_f64_f32(vreinterpret_f32_u32(vshl_n_u32(words, 16))); }
+  static Doubles high_bfloat16s(uint32x2_t words) {
+    return vcvt_f64_f32(vreinterpret_f32_u32(vand_u32(words, vdup_n_u32(0xffff0000))));
+  }
   static Doubles load_doubles(const double* from) { return vld1q_f64(from); }
   static void store_doubles(double* to, Doubles value) { vst1q_f64(to, value); }
   static Doubles low_doubles(Floats value) { return vcvt_f64_f32(vget_low_f32(value)); }
