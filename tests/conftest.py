@@ -18,6 +18,10 @@ from typing import NamedTuple
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Before torch is imported, and inherited by every process that a test starts: the models are so small that threads only
+# wait for each other, the more so beside a second worker. Sums depend on their number, so it is one for all tests.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 GRACE_S = 2.0  # a thread that was told to stop, or a child that was killed, may take this long to be gone
 
 
@@ -39,6 +43,10 @@ def _one_time_threads() -> None:
     """
     import torch
 
+    # Torch and Lightning, imported by now, are a million objects that stay. Frozen, they are not looked through again in
+    # each collection, of which tests make many: a tenth of a second for each.
+    gc.collect()
+    gc.freeze()
     a = torch.ones(512, 512)
     (a @ a).sum()  # 512 x 512: large enough to be split over the team
     a.clone().requires_grad_().sum().backward()
@@ -101,7 +109,11 @@ def _files() -> dict[int, str]:
 
 
 def _children() -> dict[int, str]:
-    children = {}
+    children: dict[int, str] = {}
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # mostly there is none, and no need to look at every process of the machine
+        return children
     for entry in filter(str.isdigit, os.listdir("/proc")):
         status = _read(f"/proc/{entry}/stat").rpartition(")")[2].split()  # after the name: state, parent's id, ...
         if len(status) > 1 and status[1] == str(os.getpid()):
