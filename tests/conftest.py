@@ -35,25 +35,14 @@ class _Held(NamedTuple):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_time_threads() -> None:
-    """Start the team of OpenMP threads, which torch starts once per process and never stops.
-
-    Native threads carry no name of their own, so they cannot be allowed by name; being older than the first test is
-    what allows them. Each new thread after this is then somebody's leak, in C++ too.
-    """
-    import torch
-
-    # Torch and Lightning, imported by now, are a million objects that stay. Frozen, they are not looked through again in
-    # each collection, of which tests make many: a tenth of a second for each.
+def _frozen_imports() -> None:
+    """Keep what is imported by now out of every collection: a tenth of a second for each, and tests make many."""
     gc.collect()
     gc.freeze()
-    a = torch.ones(512, 512)
-    (a @ a).sum()  # 512 x 512: large enough to be split over the team
-    a.clone().requires_grad_().sum().backward()
 
 
 @pytest.fixture(autouse=True)
-def _leaves_nothing_behind(_one_time_threads: None) -> Iterator[None]:
+def _leaves_nothing_behind(_frozen_imports: None) -> Iterator[None]:
     """Fail a test that leaks a thread, a file descriptor or a child process."""
     before = _held()
     yield
