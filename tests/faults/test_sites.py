@@ -135,7 +135,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[Pool]:
     return made
 
 
-@pytest.mark.parametrize(("site", "fault", "engine"), _cases())
+@pytest.mark.parametrize(("site", "fault", "engine"), list(_cases()))
 def test_a_fault_ends_the_run_clearly_or_does_nothing(
     tmp_path: Path,
     site: Site,

@@ -10,18 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_ssd.io.engine import Engine, IOOptions
+from lightning_ssd.io.faulty import FaultyEngine, When
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import KiB
 from lightning_ssd.streaming import kept
-from lightning_ssd.streaming.activation_store import ActivationStore
+from lightning_ssd.streaming.activation_store import ActivationStore, Kept
 from lightning_ssd.streaming.spill import Disk, SpillFiles
 from lightning_ssd.streaming.streamer import Streamer
 from lightning_ssd.trace import Trace
 
 BUFFER_NBYTES = 8 * KiB
+NUMEL = 20_000  # 80 KB: ten pieces, the last not full
+NBYTES = 80 * KiB  # of its image
 
 
 class Bench:
@@ -94,6 +98,43 @@ def bench(directory: Path, engine: Engine | None = None, **options: Any) -> Iter
     finally:
         made.store.close()
         engine.close()
+
+
+def values(seed: int, numel: int = NUMEL) -> Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+
+
+def keep(b: Bench, *seeds: int) -> list[Kept]:
+    """Frames as in a forward: each input is dropped by its caller before the next block runs."""
+    frames = []
+    for seed in seeds:
+        b.store.settle()
+        frames.append(b.store.keep(f"unit {seed}", [values(seed)]))
+    b.store.settle()
+    return frames
+
+
+def load_in_reverse(frames: list[Kept], *seeds: int) -> None:
+    for seed in reversed(seeds):
+        assert torch.equal(frames.pop().load()[0], values(seed))
+
+
+def load_all(frames: list[Kept]) -> None:
+    while frames:
+        frames.pop().load()
+
+
+def keep_and_load(b: Bench, num_frames: int, frames: list[Kept]) -> None:
+    for seed in range(num_frames):
+        frames += keep(b, seed)
+    load_all(frames)
+
+
+@contextmanager
+def faulty(directory: Path, *lines: When, **options: object) -> Iterator[Bench]:
+    engine = FaultyEngine(PythonEngine(IOOptions(num_threads=2)), lines)
+    with bench(directory, engine, **options) as b:
+        yield b
 
 
 Spilling = Callable[..., list[Bench]]

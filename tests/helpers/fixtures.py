@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.strategy import session as session_module
@@ -33,12 +32,3 @@ def _sessions_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for session in made:
         session.close()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small lose more by waiting for threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

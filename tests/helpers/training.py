@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+
 
 class Tokens(Dataset[tuple[Tensor, Tensor]]):
     """Random tokens and their successors, the same for an index always."""
@@ -89,6 +91,11 @@ class Module(pl.LightningModule):
             return optimizer
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def streamed(**kwargs: Any) -> SSDOffloadStrategy:
+    """The least memory, every module a unit, and each optimizer's own class: the bits of plain Lightning."""
+    return SSDOffloadStrategy(**({"host_memory": "min", "min_unit_numel": 0, "update": "torch"} | kwargs))
 
 
 @dataclass

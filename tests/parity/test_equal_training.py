@@ -16,14 +16,10 @@ import torch
 from torch import nn
 
 from lightning_ssd.strategy import session
-from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision, SSDOffloadStrategy
+from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision
 from lightning_ssd.streaming.gradients import GradientSink
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
-from tests.helpers.training import Images, Tokens, adamw, assert_equal, train
-
-
-def streamed(**kwargs: Any) -> SSDOffloadStrategy:
-    return SSDOffloadStrategy(**({"host_memory": "min", "min_unit_numel": 0, "update": "torch"} | kwargs))
+from tests.helpers.training import Images, Tokens, adamw, assert_equal, streamed, train
 
 
 def frozen_gpt() -> nn.Module:

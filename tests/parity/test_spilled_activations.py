@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssd.sizes import KiB
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
 from lightning_ssd.streaming.device_copies import DeviceCopies
 from tests.helpers.activations import Spilling
 from tests.helpers.models import GPT, Block, ConvNet, ViT
 from tests.helpers.odd_models import Wandering
-from tests.helpers.training import Images, Tokens, assert_equal, train
+from tests.helpers.training import Images, Tokens, assert_equal, streamed, train
 
 
 class Masked(nn.Module):
@@ -84,10 +83,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "wandering": (Wandering, lambda: Tokens(400)),
 }
 INPUT_NBYTES = 4 * 16 * 32 * 4  # of a block of GPT
-
-
-def streamed() -> SSDOffloadStrategy:
-    return SSDOffloadStrategy(host_memory="min", min_unit_numel=0, update="torch")
 
 
 @pytest.mark.parametrize("budget", [0, INPUT_NBYTES * 3 // 2, None], ids=["all", "some", "none"])

@@ -12,7 +12,6 @@ import sys, warnings
 sys.modules["lightning_ssd._native"] = None
 from pathlib import Path
 import torch
-torch.set_num_threads(1)
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy

@@ -175,7 +175,7 @@ def test_our_checkpoint_goes_on_under_plain_lightning(tmp_path: Path) -> None:
 def test_checkpoint_hooks_see_what_they_see_in_plain_lightning(tmp_path: Path) -> None:
     def run(strategy: Any) -> pl.Trainer:
         trainer = fit(tmp_path, strategy, max_steps=5)
-        trainer.save_checkpoint(tmp_path / "hooks.ckpt")
+        trainer.save_checkpoint(tmp_path / f"{type(trainer.strategy).__name__}.ckpt")
         return trainer
 
     assert run("auto").lightning_module.notes == run(streamed()).lightning_module.notes

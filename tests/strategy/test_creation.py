@@ -18,14 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision, SSDOffloadStrategy
+from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision
 from tests.conftest import REPOSITORY
 from tests.helpers.models import GPT
-from tests.helpers.training import Module, Tokens, make_trainer
-
-
-def streamed(**kwargs: Any) -> SSDOffloadStrategy:
-    return SSDOffloadStrategy(**({"host_memory": "min", "min_unit_numel": 0, "update": "torch"} | kwargs))
+from tests.helpers.training import Module, Tokens, make_trainer, streamed
 
 
 class Configured(Module):
@@ -147,7 +143,6 @@ _LARGE = """
 import json, os, re, sys, threading, warnings
 import torch, lightning.pytorch as pl
 from torch import nn
-torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 
 def anonymous():
@@ -273,7 +268,6 @@ warnings.simplefilter("ignore")
 logging.disable(logging.INFO)
 import pytorch_lightning as pl, torch
 from torch import nn
-torch.set_num_threads(1)
 
 class Net(pl.LightningModule):
     def __init__(self):

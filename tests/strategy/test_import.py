@@ -21,15 +21,10 @@ from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.rename import Renaming
 from lightning_ssd.cli.main import main
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
 from tests.helpers.models import GPT, Block
-from tests.helpers.training import Module, Tokens, adamw, make_trainer
+from tests.helpers.training import Module, Tokens, adamw, make_trainer, streamed
 
 START = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": pl.__version__, "lr_schedulers": []}
-
-
-def streamed(**options: Any) -> SSDOffloadStrategy:
-    return SSDOffloadStrategy(**({"host_memory": "min", "min_unit_numel": 0, "update": "torch"} | options))
 
 
 def fit(path: Path, strategy: Any, module: Module, ckpt_path: Path | None, steps: int = 4, **options: Any) -> Module:

@@ -15,13 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
 from tests.helpers.models import GPT
-from tests.helpers.training import Module, Tokens, adamw, make_trainer
-
-
-def streamed(**kwargs: Any) -> SSDOffloadStrategy:
-    return SSDOffloadStrategy(**({"host_memory": "min", "min_unit_numel": 0, "update": "torch"} | kwargs))
+from tests.helpers.training import Module, Tokens, adamw, make_trainer, streamed
 
 
 def loader(shuffle: bool = True) -> DataLoader[Any]:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import gc
 import random
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,58 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_ssd.errors import CorruptionError, DeadlineError, IoError, SSDOffloadError
-from lightning_ssd.io.engine import IOOptions
-from lightning_ssd.io.faulty import Fault, FaultyEngine, When
-from lightning_ssd.io.python_engine import PythonEngine
-from lightning_ssd.sizes import KiB
+from lightning_ssd.io.faulty import Fault, When
 from lightning_ssd.streaming import spill
 from lightning_ssd.streaming.activation_store import Kept
 from lightning_ssd.streaming.device_copies import DeviceCopies
 from lightning_ssd.streaming.kept import MIN_NBYTES, can_keep
 from lightning_ssd.streaming.spill import Disk, SpillFiles
-from tests.helpers.activations import BUFFER_NBYTES, Bench, bench
-
-NUMEL = 20_000  # 80 KB: ten pieces, the last not full
-NBYTES = 80 * KiB  # of its image
-
-
-def values(seed: int, numel: int = NUMEL) -> Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
-
-
-def keep(b: Bench, *seeds: int) -> list[Kept]:
-    """Frames as in a forward: each input is dropped by its caller before the next block runs."""
-    frames = []
-    for seed in seeds:
-        b.store.settle()
-        frames.append(b.store.keep(f"unit {seed}", [values(seed)]))
-    b.store.settle()
-    return frames
-
-
-def load_in_reverse(frames: list[Kept], *seeds: int) -> None:
-    for seed in reversed(seeds):
-        assert torch.equal(frames.pop().load()[0], values(seed))
-
-
-def load_all(frames: list[Kept]) -> None:
-    while frames:
-        frames.pop().load()
-
-
-def keep_and_load(b: Bench, num_frames: int, frames: list[Kept]) -> None:
-    for seed in range(num_frames):
-        frames += keep(b, seed)
-    load_all(frames)
-
-
-@contextmanager
-def faulty(tmp_store: Path, *lines: When, **options: object) -> Iterator[Bench]:
-    engine = FaultyEngine(PythonEngine(IOOptions(num_threads=2)), lines)
-    with bench(tmp_store, engine, **options) as b:
-        yield b
-
+from tests.helpers.activations import (
+    BUFFER_NBYTES,
+    NBYTES,
+    NUMEL,
+    bench,
+    faulty,
+    keep,
+    load_in_reverse,
+    values,
+)
 
 # -- where values wait ---------------------------------------------------------------------------------------------
 
@@ -351,110 +311,6 @@ def test_whatever_the_order_values_are_right(tmp_store: Path, monkeypatch: pytes
         frames.clear()
         del shared
         b.assert_all_returned()
-
-
-# -- failures ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("budget", [0, 6 * NBYTES])
-@pytest.mark.parametrize("nth", [0, 5])
-def test_a_failed_write_names_unit_and_file(tmp_store: Path, nth: int, budget: int) -> None:
-    with faulty(tmp_store, When(Fault(error=errno.EIO), is_write=True, nth=nth), budget=budget) as b:
-        frames: list[Kept] = []
-        with pytest.raises(IoError, match=r"unit 'unit \d+': writing an input.*activations-0000\.spill") as caught:
-            keep_and_load(b, 12, frames)
-        assert caught.value.errno == errno.EIO
-        b.store.abort()
-        del frames, caught  # its traceback holds what the failed calls had in hand
-        gc.collect()
-        b.assert_all_returned()
-
-
-@pytest.mark.parametrize("budget", [0, 3 * NBYTES])
-@pytest.mark.parametrize("nth", [0, 1, 7])
-def test_a_failed_read_names_unit_and_file(tmp_store: Path, nth: int, budget: int) -> None:
-    with faulty(
-        tmp_store, When(Fault(error=errno.EIO), is_write=False, nth=nth % (2 if budget else 8)), budget=budget
-    ) as b:
-        frames = keep(b, *range(6))
-        with pytest.raises(IoError, match=r"unit 'unit \d+': reading an input.*activations-0000\.spill"):
-            load_all(frames)
-        b.store.abort()
-        frames.clear()
-        b.assert_all_returned()
-
-
-def test_a_disk_that_does_not_answer_keeps_its_memory(tmp_store: Path) -> None:
-    engine = FaultyEngine(PythonEngine(IOOptions()), [When(Fault(hold=True), is_write=False, nth=0)], deadline_s=0.2)
-    with bench(tmp_store, engine, budget=0) as b:
-        frames = keep(b, 0, 1)
-        with pytest.raises(DeadlineError, match=r"unit 'unit 1': reading an input"):
-            frames[1].load()
-        frames.clear()
-        b.store.settle()
-        assert b.pool.num_lent == 1  # the one that the engine may still write to
-        assert b.files.in_use_nbytes == NBYTES
-        engine.release()
-        b.assert_all_returned()
-
-
-def test_a_full_disk_names_the_unit(tmp_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    create, limit = spill.File.create, [NBYTES]
-
-    def full(path: str, nbytes: int, *, direct: bool) -> spill.File:
-        if nbytes > limit[0]:
-            raise IoError(errno.ENOSPC, path, 0, nbytes, "create")
-        return create(path, nbytes, direct=direct)
-
-    monkeypatch.setattr(spill.File, "create", full)
-    with bench(tmp_store) as b:
-        frames = keep(b, 0)
-        assert b.files.nbytes == NBYTES  # more is tried first, then just what is needed
-        limit[0] = 0
-        with pytest.raises(IoError, match=r"unit 'unit 1': making room on disk.*No space left"):
-            keep(b, 1)
-        load_in_reverse(frames, 0)
-
-
-@pytest.mark.parametrize("budget", [0, 3 * NBYTES])
-def test_a_flipped_bit_is_found(tmp_store: Path, budget: int) -> None:
-    with faulty(tmp_store, When(Fault(flip_bit=77), is_write=False, nth=1), budget=budget, verify=True) as b:
-        frames = keep(b, *range(6))
-        with pytest.raises(CorruptionError, match=r"unit 'unit \d+'.*activations-0000\.spill"):
-            load_all(frames)
-
-
-def test_frames_without_backward_return_everything(tmp_store: Path) -> None:
-    with bench(tmp_store, budget=2 * NBYTES) as b:
-        frames = keep(b, *range(6))
-        frames[-1].load()  # and what this has read ahead
-        frames.clear()
-        b.assert_all_returned()
-
-
-def test_a_step_that_was_given_up_returns_what_was_read_ahead(tmp_store: Path) -> None:
-    with bench(tmp_store, budget=0) as b:
-        frames = keep(b, *range(4))
-        frames[3].load()
-        b.store.abort()
-        b.store.settle()
-        b.store._shuttle.drop_unwanted()
-        load_in_reverse(frames, *range(4))  # values stay as long as their frames
-        b.assert_all_returned()
-
-
-def test_closing_ends_it(tmp_store: Path) -> None:
-    with bench(tmp_store, budget=0) as b:
-        frames = keep(b, *range(4))
-        frames[3].load()
-        b.store.close()
-        b.store.close()
-        with pytest.raises(SSDOffloadError, match="run the forward again"):
-            frames[0].load()
-        ref = weakref.ref(b.store)
-        del frames, b
-    gc.collect()
-    assert ref() is None
 
 
 def test_spill_files_join_what_is_free_and_use_disks_in_turn(tmp_store: Path) -> None:
