@@ -48,6 +48,11 @@ class StateStore:
         direct: Open files with O_DIRECT, one flag per directory.
         verify: Check every read against the checksums of what was written.
         trace: Gets spans of reads and writes.
+
+    Attributes:
+        engine: Moves the bytes.
+        verify: Whether every read is checked.
+        unsynced: Paths of files that could not be made durable once. They are not linked any more.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class StateStore:
         self._free: dict[int, list[File]] = defaultdict(list)  # by length
         self._numbers = itertools.count()
         self._staging = Pool(STAGING_NBYTES, "staging")
+        self.unsynced: set[str] = set()
         self._is_suspended = False
         # Without the native kernel a checksum takes ten times as long as the transfer.
         self._makes_checks = verify or is_native()

@@ -87,6 +87,7 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any, logger: loggin
             dtypes=dtypes,
             aliases=aliases,
             recycle=session.store.recycle,
+            unsynced=session.store.unsynced,
             progress=LogProgress(logger, f"saving {os.fspath(path)}"),
         )
     if done.moved_aside is not None:
