@@ -78,6 +78,7 @@ bench: $(VENV)/.test
 	$(BENCH)step $(BENCH_DIR) --out docs/results/step.jsonl
 	$(if $(DEEPSPEED_PYTHON),$(BENCH)peers $(BENCH_DIR) --out docs/results/peers.jsonl,@echo 'no peers: DEEPSPEED_PYTHON is not set')
 	$(BENCH)memory $(BENCH_DIR) --out docs/results/memory.jsonl
+	$(BENCH)checkpoint $(BENCH_DIR) --out docs/results/checkpoint.jsonl
 
 # Everything that needs a GPU, within ten minutes and without a network, by any $(PYTHON) that has torch, Lightning, pytest and
 # what builds the package (nanobind, scikit-build-core, cmake, ninja); it is left as it is. A failed test ends in an error, but

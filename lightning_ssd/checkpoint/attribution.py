@@ -3,13 +3,15 @@
 ``torch.optim`` saves states by number. The numbers run through the groups, and inside a group almost always through the
 module in order; where that leaves no choice, the names follow. If two of equal shape were exchanged by a group in
 another order, loading exchanges them back: it goes by the same numbers.
+
+Where names were saved, as in our checkpoints, states go by name, whatever the numbers: `in_order_of`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +55,70 @@ def optimizer_from_torch(
         for g in groups
     ]
     return by_name, {name_of[number]: values for number, values in state.items() if number in name_of}
+
+
+def in_order_of(
+    content: Mapping[str, Any], saved: Sequence[Sequence[str]], shapes: Sequence[Mapping[str, Shape]], where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """What ``Optimizer.state_dict`` gave, arranged for an optimizer whose groups hold the parameters otherwise.
+
+    A parameter keeps its state wherever it is now. Groups keep their hyper-parameters by their place. Parameters
+    without a namesake (the model renames them) go by their place among those, if their shapes fit.
+
+    Args:
+        content: ``state`` and ``param_groups``.
+        saved: Names of the parameters, group by group, in the order of the numbers in ``content``.
+        shapes: Name and shape of the parameters as they are now, group by group.
+        where: What messages call the optimizer.
+
+    Returns:
+        The content, numbers in the order of ``shapes``; and sentences about what was not where it had been.
+
+    Raises:
+        CheckpointError: If there are more or fewer groups, or parameters without state that was saved for them, or the
+            other way round.
+    """
+    if len(saved) != len(shapes):
+        raise CheckpointError(
+            f"{where}: the checkpoint has {len(saved)} parameter group(s), configure_optimizers made {len(shapes)}; it "
+            "must make as many as when the checkpoint was saved, or import it with lightning-ssd import --like"
+        )
+    groups = content["param_groups"]
+    number_of = {
+        name: number
+        for names, group in zip(saved, groups, strict=True)
+        for name, number in zip(names, group["params"], strict=True)
+    }
+    group_of = {name: index for index, names in enumerate(saved) for name in names}
+    now = {name for names in shapes for name in names}
+    notes: list[str] = []
+    for index, (names, here) in enumerate(zip(saved, shapes, strict=True)):
+        new, gone = [n for n in here if n not in number_of], [n for n in names if n not in now]
+        fit = all(_fits(content["state"].get(number_of[old]), here[n]) for old, n in zip(gone, new, strict=False))
+        if len(new) != len(gone) or not fit:
+            raise CheckpointError(
+                f"{where}, group {index}: parameters {_some(new)} of the model are not in the checkpoint, and "
+                f"{_some(gone)} of the checkpoint are not in the model or not in this optimizer; bring it to the model "
+                "with lightning-ssd import --map (renamed) or --like ... --partial (added, left out)"
+            )
+        number_of.update((n, number_of[old]) for old, n in zip(gone, new, strict=True))
+        if new:
+            notes.append(f"group {index}: {_some(new)} took the state of {_some(gone)}, by their place")
+        moved = [n for n in here if group_of.get(n, index) != index]
+        if moved:
+            notes.append(
+                f"group {index}: {_some(moved)} were in another group, and have the hyper-parameters of this one"
+            )
+    arranged = [
+        {**{k: v for k, v in group.items() if k != "param_names"}, "params": [number_of[name] for name in here]}
+        for group, here in zip(groups, shapes, strict=True)
+    ]
+    return {**content, "param_groups": arranged}, notes
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:4])) or "none"
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _names(

@@ -2,6 +2,10 @@
 
 Order: unit files (linked, or copied where they cannot be), rest, state, the manifest; all of them and their directories
 made durable; then one rename. Whoever dies on the way leaves the previous checkpoint as it was.
+
+[Note: failed sync] After a sync that failed Linux calls the pages clean, and the next sync of the file succeeds though
+they never reached the disk. So a generation that could not be synced once is never linked: a later save copies it, and
+compares what it reads with the checksums of what was written.
 """
 
 from __future__ import annotations
@@ -88,6 +92,7 @@ def save(
     dtypes: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
     recycle: Recycle | None = None,
+    unsynced: set[str] | None = None,
     progress: Progress | None = None,
 ) -> SaveReport:
     """Save a checkpoint; an existing one of that name is replaced in one step once the new one is durable.
@@ -106,6 +111,8 @@ def save(
             that dtype. Default: the dtype of ``master`` if there is one, else of ``param``.
         aliases: Further names of tied tensors -> the name under which the tensor is in ``files`` or ``rest``.
         recycle: Takes unit files of a replaced checkpoint that nothing else links; see `directory.Recycle`.
+        unsynced: Paths of generations that could not be made durable; this save adds those it finds. The caller keeps
+            it from save to save; see [Note: failed sync].
         progress: Called with bytes done and bytes in all. Default: a line every few seconds, by the logger
             ``lightning_ssd.checkpoint``.
 
@@ -117,7 +124,8 @@ def save(
     begin_s = time.monotonic()
     target = os.path.abspath(os.fspath(directory))
     moved_aside = moved_aside_name(target)
-    job = _Job(progress or LogProgress(_log, f"saving {target}"), sum(file.nbytes for file in files))
+    unsynced = set() if unsynced is None else unsynced
+    job = _Job(progress or LogProgress(_log, f"saving {target}"), sum(file.nbytes for file in files), unsynced)
     try:
         with staging(target, recycle) as path:
             records = _place_units(path, files, job)
@@ -149,6 +157,7 @@ class _Job:
 
     progress: Progress
     total_nbytes: int
+    unsynced: set[str]
     nbytes_linked: int = 0
     nbytes_written: int = 0
 
@@ -161,7 +170,8 @@ class _Job:
 def _place_units(path: str, files: Sequence[UnitFile | ComposedFile], job: _Job) -> tuple[FileRecord, ...]:
     units = os.path.join(path, UNITS)
     os.mkdir(units, 0o700)
-    _sync_sources([file for file in files if not isinstance(file, ComposedFile)], os.stat(units).st_dev)
+    generations = [file for file in files if isinstance(file, UnitFile) and file.source not in job.unsynced]
+    _sync_sources(generations, os.stat(units).st_dev, job.unsynced)
     records: list[FileRecord] = []
     for index, file in enumerate(files):
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", f"{file.unit}.{file.kind}")[:120]
@@ -174,8 +184,11 @@ def _place_units(path: str, files: Sequence[UnitFile | ComposedFile], job: _Job)
     return tuple(records)
 
 
-def _sync_sources(files: Sequence[UnitFile], device: int) -> None:
-    """Make the generations that will be linked durable; before any is, as a link dirties the inode again."""
+def _sync_sources(files: Sequence[UnitFile], device: int, unsynced: set[str]) -> None:
+    """Make the generations that will be linked durable; before any is, as a link dirties the inode again.
+
+    Those of which it fails are entered in ``unsynced``, all of them, whichever error is raised.
+    """
 
     def sync(path: str) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -183,15 +196,20 @@ def _sync_sources(files: Sequence[UnitFile], device: int) -> None:
             found = os.fstat(fd)
             # One that is linked already is in a checkpoint and was made durable then: generations are immutable.
             if found.st_nlink == 1 and found.st_dev == device:
-                with naming(path):
+                try:
                     os.fdatasync(fd)
+                except OSError as error:
+                    unsynced.add(path)
+                    error.filename = path
+                    raise
         finally:
             os.close(fd)
 
     # Side by side: the disk answers one flush for many, where one after the other each waits for its own.
     with ThreadPoolExecutor(_NUM_SYNCS, thread_name_prefix="checkpoint-sync") as pool:
-        for future in [pool.submit(sync, file.source) for file in files if file.linkable]:
-            future.result()
+        futures = [pool.submit(sync, file.source) for file in files if file.linkable]
+    for future in futures:
+        future.result()
 
 
 def _place(file: UnitFile, to: str, job: _Job) -> tuple[int, ...] | None:
@@ -204,7 +222,12 @@ def _place(file: UnitFile, to: str, job: _Job) -> tuple[int, ...] | None:
                 f"{file.kind} of unit {file.unit!r}: {file.source!r} has {found.st_size} bytes, "
                 f"its header and data have {file.nbytes}"
             )
-        if file.linkable and _link(file.source, to, found):
+        if file.source in job.unsynced and file.linkable and file.checksums is None:
+            raise CheckpointError(
+                f"{file.kind} of unit {file.unit!r}: {file.source!r} could not be made durable before, and has no "
+                "checksums to tell whether it is whole; resume from the last checkpoint, on another disk"
+            )
+        if file.linkable and file.source not in job.unsynced and _link(file.source, to, found):
             job.report(linked=file.nbytes)
             return file.checksums
         return _copy(fd, file, to, job)

@@ -258,6 +258,10 @@ class StreamedOptimizer:
         """Parameter groups with names in place of parameters."""
         return [{**group, "params": [self._name(p) for p in group["params"]]} for group in self.optimizer.param_groups]
 
+    def shapes_by_name(self) -> list[dict[str, tuple[int, ...]]]:
+        """Name and shape of the parameters, group by group."""
+        return [{self._name(p): tuple(p.shape) for p in group["params"]} for group in self.optimizer.param_groups]
+
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with state tensors mapped from the store."""
         self.drain()
@@ -308,6 +312,7 @@ class StreamedOptimizer:
         kinds_of = [self.rule.kinds(group) for group in self.optimizer.param_groups]
         groups = self._groups()
         for param, values in loaded.items():
+            self._require_shapes(param, values, kinds_of[groups[param]])
             full = {k for k, v in values.items() if is_full(k, v, param.shape, kinds_of[groups[param]])}
             self._initialised[param] = full
             self._scalars[param] = {k: v for k, v in values.items() if k not in full}
@@ -316,6 +321,16 @@ class StreamedOptimizer:
             kinds.update(kind for kind in self._store.kinds(unit.name) if kind not in ("param", "master"))
             for kind in sorted(kinds):
                 self._take_kind(unit, kind, loaded)
+
+    def _require_shapes(self, param: nn.Parameter, values: Mapping[str, Any], kinds: Iterable[str]) -> None:
+        """A moment of another shape than its parameter's belongs to another one; a class of its own may keep any."""
+        for kind in kinds if self.rule.is_elementwise else ():
+            value = values.get(kind)
+            if isinstance(value, Tensor) and value.shape != param.shape:
+                raise CheckpointError(
+                    f"state {kind!r} of {self._name(param)!r} has shape {tuple(value.shape)}, the parameter "
+                    f"{tuple(param.shape)}; the optimizer's parameters are in another order than when it was saved"
+                )
 
     def _take_kind(self, unit: Unit, kind: str, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
         layout = unit.layout_of(kind, master_dtype(unit, keep_master=self._keep_master))

@@ -48,6 +48,11 @@ class StateStore:
         direct: Open files with O_DIRECT, one flag per directory.
         verify: Check every read against the checksums of what was written.
         trace: Gets spans of reads and writes.
+
+    Attributes:
+        engine: Moves the bytes.
+        verify: Whether every read is checked.
+        unsynced: Paths of files that could not be made durable once. They are not linked any more.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class StateStore:
         self._free: dict[int, list[File]] = defaultdict(list)  # by length
         self._numbers = itertools.count()
         self._staging = Pool(STAGING_NBYTES, "staging")
+        self.unsynced: set[str] = set()
         self._is_suspended = False
         # Without the native kernel a checksum takes ten times as long as the transfer.
         self._makes_checks = verify or is_native()
@@ -350,13 +356,18 @@ class StateStore:
             shares[os.stat(directory.path).st_dev].append(directory.path)
         for paths in shares.values():
             share = nbytes * len(paths) // len(self._directories)  # generations are spread evenly
-            free = _free_nbytes(paths[0])
+            free = free_nbytes(paths[0])
             if free < share:
                 places = ", ".join(repr(os.path.dirname(path)) for path in paths)
                 raise StoreError(
                     f"{what} needs {fmt(share)} on the disk of {places}, which has {fmt(free)} free; "
                     "free space there or choose another nvme_path"
                 )
+
+    def share_on(self, path: str) -> float:
+        """The share of the generations that lies on the file system of ``path``, which exists."""
+        device = os.stat(path).st_dev
+        return sum(os.stat(d.path).st_dev == device for d in self._directories) / len(self._directories)
 
     @property
     def nbytes_on_disk(self) -> int:
@@ -409,7 +420,7 @@ class StateStore:
             return File.create(os.path.join(directory, name), nbytes, direct=self._direct[disk])
         except IoError as error:
             raise StoreError(
-                f"cannot reserve {fmt(nbytes)} in {directory!r} ({fmt(_free_nbytes(directory))} free): {error}; "
+                f"cannot reserve {fmt(nbytes)} in {directory!r} ({fmt(free_nbytes(directory))} free): {error}; "
                 "free space there or choose another nvme_path; the last checkpoint is whole"
             ) from error
 
@@ -463,7 +474,8 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _free_nbytes(path: str) -> int:
+def free_nbytes(path: str) -> int:
+    """Bytes that this user may still write to the file system of ``path``."""
     stat = os.statvfs(path)
     return stat.f_bavail * stat.f_frsize
 

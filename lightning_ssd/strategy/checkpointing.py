@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
 from torch.optim import Optimizer
 
+from lightning_ssd.checkpoint.attribution import in_order_of
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.errors import CheckpointError, ConfigurationError
 from lightning_ssd.strategy.bases import StrategyBase
 from lightning_ssd.strategy.resume import Resume
-from lightning_ssd.strategy.saving import MASTERS, load, remove, save, state_dict
+from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, save, state_dict
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.strategy.succession import Succession
 
@@ -77,13 +79,30 @@ class CheckpointMixin(StrategyBase):
                 f"the checkpoint has the state of {len(states)} optimizer(s), configure_optimizers made "
                 f"{len(self.optimizers)}; it must be as it was when the checkpoint was saved"
             )
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+        names = checkpoint.get(NAMES, [])
+        for number, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True)):
+            saved = names[number] if len(names) == len(states) else []
+            optimizer.load_state_dict(self._by_name(optimizer, state, saved))
         masters = checkpoint.get(MASTERS, {})
         params = {
             name: param for unit in self.session.units for name, param in zip(unit.names, unit.params, strict=True)
         }
         self.session.take_masters({params[name]: value for name, value in masters.items() if name in params})
+
+    def _by_name(self, optimizer: Optimizer, state: dict[str, Any], saved: list[list[str]]) -> dict[str, Any]:
+        """The state for the optimizer's groups as they are now; as it is where names cannot tell."""
+        adopted = next((each for each in self.session.optimizers if each.optimizer is optimizer), None)
+        # A hook of the user may have changed what is loaded; then it goes by place, as in torch.
+        is_as_saved = [len(names) for names in saved] == [len(group["params"]) for group in state["param_groups"]]
+        if adopted is None or not saved or not is_as_saved:
+            return state
+        where = f"optimizer {type(optimizer).__name__}"
+        arranged, notes = in_order_of(state, saved, adopted.shapes_by_name(), where)
+        if notes:
+            warnings.warn(
+                f"{where} has other parameters than when the checkpoint was saved. {'. '.join(notes)}", stacklevel=2
+            )
+        return arranged
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint directory of ours, or a plain checkpoint file."""

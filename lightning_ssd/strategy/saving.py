@@ -28,6 +28,10 @@ MASTERS = "ssd_offload_masters"
 """Key under which an opened checkpoint carries float32 masters of 16-bit parameters, by parameter name."""
 
 
+NAMES = "ssd_offload_parameter_names"
+"""Key under which an opened checkpoint carries, for each optimizer, the names of each group's parameters."""
+
+
 def state_dict(module: nn.Module) -> dict[str, Any]:
     """The module's state dict with the parameters themselves in it, so that no value is read to make it.
 
@@ -83,6 +87,7 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any, logger: loggin
             dtypes=dtypes,
             aliases=aliases,
             recycle=session.store.recycle,
+            unsynced=session.store.unsynced,
             progress=LogProgress(logger, f"saving {os.fspath(path)}"),
         )
     if done.moved_aside is not None:
@@ -116,6 +121,7 @@ def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
             checkpoint["optimizer_states"] = [
                 optimizer_state(record, _full(reader, record), odd.get(i, {})) for i, record in enumerate(records)
             ]
+            checkpoint[NAMES] = [[list(group["params"]) for group in record.param_groups] for record in records]
         names = [n for n in reader.parameter_names if "master" in reader.kinds(n)]
         checkpoint[MASTERS] = {n: reader.tensor(n, "master") for n in names}
     return checkpoint

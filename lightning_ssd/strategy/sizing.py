@@ -40,6 +40,23 @@ class Sizing:
         spilled = sum(unit.layout.data_nbytes for unit in self.trained())
         return state + in_flight + spilled
 
+    def checkpoint_nbytes(self, *, with_state: bool) -> tuple[int, int]:
+        """Bytes of the unit files of a checkpoint, and how many of them the next steps write anew.
+
+        Args:
+            with_state: With the optimizer's state and masters, else parameters alone.
+        """
+        whole = changing = 0
+        trained = {unit.name for unit in self.trained()}
+        for unit in self._units:
+            layouts = [unit.layout]
+            if with_state and unit.name in trained:
+                layouts += self.state_layouts(unit)
+            nbytes = sum(layout.file_nbytes for layout in layouts)
+            whole += nbytes
+            changing += nbytes if unit.name in trained else 0
+        return whole, changing
+
     def blocks(self) -> set[nn.Module]:
         """Blocks whose forward can be run again in backward."""
         return {unit.block for unit in self._units if unit.block is not None and not keeps_activations(unit.block)}

@@ -19,6 +19,7 @@ from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.strategy import guards
+from lightning_ssd.strategy.checkpoint_room import prepare_checkpoints
 from lightning_ssd.strategy.checkpointing import CheckpointMixin
 from lightning_ssd.strategy.listeners import gradient_listener
 from lightning_ssd.strategy.precision import PrecisionMixin
@@ -260,8 +261,9 @@ class StrategyMixin(CheckpointMixin):
             self._succession.move_into(self.session, ())
         self.setup_precision_plugin()
         has_gate = trainer.accumulate_grad_batches > 1 or not all(map(self._may_stream_updates, self.optimizers))
+        checkpoints = prepare_checkpoints(self.session, trainer) if trainer.state.fn == "fit" else []
         self.session.start(self.lightning_module, has_gate=has_gate)
-        logging.getLogger(f"{self._namespace}.ssd_offload").info(summary(self.session))
+        logging.getLogger(f"{self._namespace}.ssd_offload").info("\n".join([summary(self.session), *checkpoints]))
 
     def model_to_device(self) -> None:
         """Move buffers; parameters go to the device unit by unit."""

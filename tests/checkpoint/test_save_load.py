@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -189,3 +190,51 @@ def test_a_generation_of_another_size_is_refused(training: Training, tmp_store: 
     with pytest.raises(CheckpointError, match="master of unit 'b'"):
         training.save(tmp_store / "c")
     assert os.listdir(tmp_store) == ["live"]
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_generation_that_could_not_be_synced_is_never_linked(
+    training: Training, tmp_store: Path, monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    """Linux reports a failed write-back once: the next sync succeeds, whatever is on the disk."""
+    bad = training.files[0].source
+    sync, failed, unsynced = os.fdatasync, [], set[str]()
+
+    def fails_once(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}") == bad and not failed:
+            failed.append(bad)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fails_once)
+    with pytest.raises(CheckpointError, match=f"Input/output error: '{bad}'"):
+        training.save(tmp_store / "c", unsynced=unsynced)
+    assert unsynced == {bad}
+    if is_lost:
+        with open(bad, "r+b") as file:
+            file.seek(-3, os.SEEK_END)
+            file.write(b"old")
+        with pytest.raises(CorruptionError, match="master of unit 'a' is damaged"):
+            training.save(tmp_store / "c", unsynced=unsynced)
+        assert os.listdir(tmp_store) == ["live"]
+        return
+    training.save(tmp_store / "c", unsynced=unsynced)
+    assert_whole(tmp_store / "c", training, 1)
+    assert [os.stat(file.source).st_nlink for file in training.files] == [1, 2, 2, 2]
+    training.files[0] = replace(training.files[0], checksums=None)
+    with pytest.raises(CheckpointError, match="no checksums to tell"):
+        training.save(tmp_store / "d", unsynced=unsynced)
+
+
+def test_every_generation_that_could_not_be_synced_is_remembered(
+    training: Training, tmp_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    unsynced: set[str] = set()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fails)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            training.save(tmp_store / "c", unsynced=unsynced)
+    assert unsynced == {file.source for file in training.files}

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_ssd.checkpoint.attribution import optimizer_from_torch
+from lightning_ssd.checkpoint.attribution import in_order_of, optimizer_from_torch
 from lightning_ssd.checkpoint.dcp import open_dcp
 from lightning_ssd.checkpoint.ingest import Options, import_checkpoint, open_source
 from lightning_ssd.checkpoint.load import CheckpointReader
@@ -83,6 +83,33 @@ def test_states_find_their_parameters() -> None:
     for bad in ({}, {"state": [], "param_groups": []}, {"state": {}, "param_groups": [{"lr": 1}]}):
         with pytest.raises(CheckpointError, match="not what torch"):
             optimizer_from_torch(bad, shapes, "it")
+
+
+def test_states_saved_with_names_go_by_them() -> None:
+    saved = [["w", "v"], ["b", "c"]]
+    state = {0: state_of((2, 3)), 1: state_of((4, 2)), 2: state_of((3,)), 3: state_of((3,))}
+    content = {"state": state, "param_groups": [{"lr": 1, "params": [0, 1]}, {"lr": 2, "params": [2, 3]}]}
+
+    def numbers(*shapes: dict[str, tuple[int, ...]]) -> tuple[list[list[int]], list[str]]:
+        arranged, notes = in_order_of(content, saved, shapes, "it")
+        assert arranged["state"] is state
+        assert [group["lr"] for group in arranged["param_groups"]] == [1, 2]
+        return [group["params"] for group in arranged["param_groups"]], notes
+
+    w, v, b, c = {"w": (2, 3)}, {"v": (4, 2)}, {"b": (3,)}, {"c": (3,)}
+    assert numbers(w | v, b | c) == ([[0, 1], [2, 3]], [])
+    assert numbers(v | w, c | b) == ([[1, 0], [3, 2]], [])
+    found, (note,) = numbers(v | w | c, b)
+    assert found == [[1, 0, 3], [2]]
+    assert "'c' were in another group" in note
+    found, (note,) = numbers({"V": (4, 2)} | w, b | c)
+    assert found == [[1, 0], [2, 3]]
+    assert "'V' took the state of 'v', by their place" in note
+    for wrong in [(w, b | c), (w | v | {"x": (1,)}, b | c), (w | {"V": (2, 4)}, b | c)]:
+        with pytest.raises(CheckpointError, match=r"it, group 0: .*(x|V|none).*import"):
+            numbers(*wrong)
+    with pytest.raises(CheckpointError, match=r"has 2 parameter group\(s\), configure_optimizers made 1"):
+        numbers(w | v | b | c)
 
 
 # ---------------------------------------------------------------------------------------- torch.distributed.checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.export import consolidate
+from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.errors import CheckpointError
 from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
 from tests.helpers.models import GPT
 from tests.helpers.training import Module, Tokens, make_trainer
@@ -140,6 +143,34 @@ def test_overwritten_in_place(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == [".ssd_offload", "same.ckpt"]
     ours = fit(tmp_path, streamed(), ckpt_path=tmp_path / "same.ckpt", max_steps=16)
     assert_same(plain.lightning_module, ours.lightning_module)
+
+
+def test_a_save_after_one_that_could_not_sync_links_nothing_doubtful(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the error of a save ends the run, and a callback saves once more."""
+    sync, failed = os.fdatasync, list[int]()
+
+    def fails_once(fd: int) -> None:
+        if not failed and "param.safetensors" in os.readlink(f"/proc/self/fd/{fd}"):
+            failed.append(os.fstat(fd).st_ino)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fails_once)
+    strategy = streamed(nvme_path=str(tmp_path / "store"))
+    callbacks = [
+        ModelCheckpoint(tmp_path / "saved", every_n_train_steps=2),
+        OnExceptionCheckpoint(tmp_path / "last"),
+    ]
+    monkeypatch.setattr(OnExceptionCheckpoint, "teardown", lambda *args: None)  # it removes what it saved
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        fit(tmp_path, strategy, Module(GPT()), callbacks=callbacks)
+    files = {path.stat().st_ino: path for path in (tmp_path / "last").rglob("units/*")}
+    assert failed[0] not in files
+    assert sum(path.stat().st_nlink == 1 for path in files.values()) == 1
+    with CheckpointReader(tmp_path / "last" / "on_exception.ckpt") as reader:
+        reader.verify()
 
 
 # ------------------------------------------------------------------------------------- to and from plain Lightning

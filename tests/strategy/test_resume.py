@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
 from tests.conftest import REPOSITORY
+from tests.helpers.models import GPT
 from tests.helpers.resuming import END, SCENARIOS, STOP, make_net, make_strategy, run
-from tests.helpers.training import Module, Tokens, make_trainer
+from tests.helpers.training import Module, Tokens, adamw, assert_equal, make_trainer, train
 
 Weights = dict[str, Tensor]
+
+
+def small(**options: Any) -> SSDOffloadStrategy:
+    return SSDOffloadStrategy(**({"host_memory": "min", "min_unit_numel": 0, "update": "torch"} | options))
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +55,75 @@ def test_data_that_is_not_there_any_more_is_an_error(tmp_path: Path) -> None:
     module = Module(make_net())
     with pytest.raises(CheckpointError, match="after 7 batches of an epoch, the training data loader has only 3"):
         trainer.fit(module, DataLoader(Tokens(12), batch_size=4), ckpt_path=str(tmp_path / "mid-epoch.ckpt"))
+
+
+def _reversed_adamw(module: nn.Module) -> torch.optim.Optimizer:
+    """The groups of `adamw`, their parameters from last to first."""
+    optimizer = adamw(module)
+    for group in optimizer.param_groups:
+        group["params"].reverse()
+    return optimizer
+
+
+def _saved(tmp_path: Path, **kwargs: Any) -> Path:
+    result = train(tmp_path, GPT, small(), max_steps=3, **kwargs)
+    result.trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    return tmp_path / "saved.ckpt"
+
+
+def test_optimizer_state_is_found_by_name(tmp_path: Path) -> None:
+    """Most parameters of a group have the shape of others in it: by place they would be exchanged without a word."""
+    saved = str(_saved(tmp_path))
+    resumed = [
+        train(tmp_path, GPT, small(), optimizer=optimizer, max_steps=6, ckpt_path=saved)
+        for optimizer in (adamw, _reversed_adamw)
+    ]
+    assert_equal(*resumed)
+    states = [result.trainer.optimizers[0].state_dict()["state"] for result in resumed]
+    names = [name for name, p in resumed[0].module.named_parameters() if p.dim() > 1]
+    for number in range(len(names)):
+        assert torch.equal(states[0][number]["exp_avg"], states[1][len(names) - 1 - number]["exp_avg"])
+
+
+def test_parameters_in_another_group_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(module: nn.Module) -> torch.optim.Optimizer:
+        optimizer = adamw(module)
+        optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+        return optimizer
+
+    saved = str(_saved(tmp_path))
+    monkeypatch.setattr(warnings, "simplefilter", lambda *args: None)  # `train` is silent otherwise
+    with pytest.warns(
+        UserWarning, match=r"AdamW has other parameters .*group 1: 'net.head.weight' were in another group"
+    ):
+        result = train(tmp_path, GPT, small(), optimizer=moved, max_steps=3, ckpt_path=saved)
+    with CheckpointReader(saved) as reader:
+        expected = reader.tensor("net.head.weight", "exp_avg")
+        last = len(result.trainer.optimizers[0].state_dict()["state"]) - 1
+        assert torch.equal(result.trainer.optimizers[0].state_dict()["state"][last]["exp_avg"], expected)
+
+
+def test_parameters_that_do_not_match_are_named(tmp_path: Path) -> None:
+    def fewer(module: nn.Module) -> torch.optim.Optimizer:
+        optimizer = adamw(module)
+        optimizer.param_groups[0]["params"].pop()
+        return optimizer
+
+    with pytest.raises(
+        CheckpointError, match=r"AdamW, group 0: .*'net.head.weight' of the checkpoint are not .*--like"
+    ):
+        train(tmp_path, GPT, small(), optimizer=fewer, max_steps=6, ckpt_path=str(_saved(tmp_path)))
+
+
+def test_a_plain_checkpoint_in_another_order_is_refused_where_shapes_tell(tmp_path: Path) -> None:
+    plain = train(tmp_path, GPT, "auto", max_steps=3)
+    plain.trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(CheckpointError, match=r"'exp_avg' of 'net\..*' has shape \(.*another order"):
+        train(
+            tmp_path,
+            GPT,
+            small(update="auto"),
+            optimizer=_reversed_adamw,
+            max_steps=6,
+            ckpt_path=str(tmp_path / "plain.ckpt"),
+        )

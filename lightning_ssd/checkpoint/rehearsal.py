@@ -1,0 +1,81 @@
+"""A save in miniature: shows before the first step what checkpoints in a directory will meet, and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+
+from lightning_ssd.checkpoint.directory import remove
+from lightning_ssd.checkpoint.save import save
+from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
+from lightning_ssd.checkpoint.writer import lay_out_tensors
+from lightning_ssd.errors import CheckpointError
+
+
+def rehearse(folder: str, stores: Sequence[str]) -> float:
+    """Save a checkpoint of a few bytes in ``folder`` by what saves real ones, and remove it.
+
+    Folders that are missing are made, and removed again. The names used are those of an unfinished save, so that what
+    a kill leaves behind is found by ``lightning-ssd clean``.
+
+    Args:
+        folder: Where checkpoints are going to be saved.
+        stores: Directories of the live store; each holds a small file for as long as this takes.
+
+    Returns:
+        The share of ``stores`` whose files can be hard-linked into ``folder``; those of the others must be copied.
+
+    Raises:
+        CheckpointError: If no checkpoint can be saved, or a saved one not removed, in ``folder``.
+    """
+    name = f"rehearsal.tmp-{os.getpid()}-{os.urandom(4).hex()}"
+    target = os.path.join(folder, f".{name}")
+    sources = [os.path.join(store, f"{name}.safetensors") for store in stores]
+    try:
+        with _without_traces(folder), _files(sources) as files:
+            done = save(target, files, {}, {}, [], step=0, progress=lambda done, total: None)
+            remove(target)
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(
+            f"no checkpoint can be saved in {folder!r}, as a trial shows: {error.__cause__ or error}; make it writable "
+            "for this user, free space there, or choose another directory for the checkpoints (dirpath)"
+        ) from error
+    return done.nbytes_linked / sum(file.nbytes for file in files)
+
+
+@contextmanager
+def _files(paths: Sequence[str]) -> Iterator[list[UnitFile]]:
+    """Files that stand for the generations of a store."""
+    tensors = {"rehearsal": torch.zeros(1)}
+    entries = lay_out_tensors(tensors)
+    files: list[UnitFile] = []
+    try:
+        for path in paths:
+            made = ComposedFile("rehearsal", "param", entries, tensors.__getitem__, lambda name: None)
+            sums = made.write(path, lambda nbytes: None)
+            kind = f"param-{len(files)}"  # a checkpoint has each kind of a unit once
+            files.append(UnitFile("rehearsal", kind, path, True, entries, sums, made.data_begin))
+        yield files
+    finally:
+        for path in paths:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+@contextmanager
+def _without_traces(folder: str) -> Iterator[None]:
+    """Afterwards, folders that lead to ``folder`` and were not there are gone, unless somebody uses them by now."""
+    missing: list[str] = []
+    path = os.path.abspath(folder)
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    try:
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                os.rmdir(path)
