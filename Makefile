@@ -69,6 +69,8 @@ lint: $(VENV)/.package $(VENV)/.lint
 # appended in docs/results. DEEPSPEED_PYTHON: a Python with DeepSpeed; PEERS: the folder of the peers' adapters.
 BENCH_DIR := $(or $(LIGHTNING_SSD_PATH),$(DEMO)/bench)
 BENCH := $(PY) -m tests.benchmarks.bench_
+# A batch whose inputs of blocks exceed host_memory, beside plain Lightning.
+PAST_MEMORY := --sizes 124m --host-memory 256MiB --batch 12 --seq 768 --vocab 512 --precision bf16-mixed --plain
 
 bench: export GOMP_SPINCOUNT = 1000
 bench: $(VENV)/.test
@@ -78,6 +80,7 @@ bench: $(VENV)/.test
 	$(BENCH)step $(BENCH_DIR) --out docs/results/step.jsonl
 	$(if $(DEEPSPEED_PYTHON),$(BENCH)peers $(BENCH_DIR) --out docs/results/peers.jsonl,@echo 'no peers: DEEPSPEED_PYTHON is not set')
 	$(BENCH)memory $(BENCH_DIR) --out docs/results/memory.jsonl
+	$(BENCH)memory $(BENCH_DIR) $(PAST_MEMORY) --out docs/results/memory.jsonl
 	$(BENCH)checkpoint $(BENCH_DIR) --out docs/results/checkpoint.jsonl
 
 # Everything that needs a GPU, within ten minutes and without a network, by any $(PYTHON) that has torch, Lightning, pytest and
