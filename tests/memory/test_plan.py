@@ -88,8 +88,14 @@ def test_a_plan_keeps_to_its_budget_and_grows_with_it(model: dict[str, object], 
             assert made.param_nbytes == 0
             assert made.update_nbytes == 0 or any(not u.numel for u in model["units"])  # type: ignore[attr-defined]
     for less, more in pairwise(plans):
-        assert less.chunk_numel <= more.chunk_numel
-        assert less.queue_nbytes <= more.queue_nbytes
+        assert bool(less.queue_nbytes) <= bool(more.queue_nbytes)  # an update beside backward, before all else
+        # What is bought first, such as room to read ahead, leaves less for chunks just above its price.
+        if (less.keep_cache, bool(less.queue_nbytes), less.recomputes) == (
+            more.keep_cache,
+            bool(more.queue_nbytes),
+            more.recomputes,
+        ):
+            assert less.chunk_numel <= more.chunk_numel
 
 
 @given(models(), st.integers(0, 4 << 30))
