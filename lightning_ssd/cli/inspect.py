@@ -6,7 +6,7 @@ import argparse
 
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import FileRecord, Manifest
-from lightning_ssd.cli.output import line, table
+from lightning_ssd.cli.output import line, shown, table
 from lightning_ssd.sizes import fmt
 
 NAME = "inspect"
@@ -31,16 +31,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _show_head(directory: str, manifest: Manifest) -> None:
     written_by = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    line(f"checkpoint  {directory}")
-    line(f"step        {manifest.step}")
-    line(f"created     {manifest.created_at} by {written_by}")
-    line(f"codec       {manifest.codec}, world size {manifest.world_size}")
-    line(f"size        {fmt(manifest.nbytes)}")
+    line(shown(f"checkpoint  {directory}"))
+    line(shown(f"step        {manifest.step}"))
+    line(shown(f"created     {manifest.created_at} by {written_by}"))
+    line(shown(f"codec       {manifest.codec}, world size {manifest.world_size}"))
+    line(shown(f"size        {fmt(manifest.nbytes)}"))
     for record in manifest.optimizers:
         sizes = [len(group["params"]) for group in record.param_groups]
-        line(f"optimizer   {record.class_name}: {sum(sizes)} parameters in {len(sizes)} group(s)")
+        line(shown(f"optimizer   {record.class_name}: {sum(sizes)} parameters in {len(sizes)} group(s)"))
     if manifest.aliases:
-        line("tied        " + ", ".join(f"{alias} = {stored}" for alias, stored in manifest.aliases.items()))
+        line(shown("tied        " + ", ".join(f"{alias} = {stored}" for alias, stored in manifest.aliases.items())))
 
 
 def _show_units(manifest: Manifest) -> None:

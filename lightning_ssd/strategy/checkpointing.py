@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ssd.checkpoint.attribution import in_order_of
@@ -14,7 +16,7 @@ from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.errors import CheckpointError, ConfigurationError
 from lightning_ssd.strategy.bases import StrategyBase
 from lightning_ssd.strategy.resume import Resume
-from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, save, state_dict
+from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, save, state_dict, with_masters
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.strategy.succession import Succession
 
@@ -69,7 +71,10 @@ class CheckpointMixin(StrategyBase):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load weights before they are placed; what is on the meta device takes the mapped tensors as they are."""
         assert self.lightning_module is not None
-        self.session.nursery.load(self.lightning_module, checkpoint["state_dict"], strict=strict)
+        weights = checkpoint["state_dict"]
+        if self.session.settings.param_dtype not in (torch.bfloat16, torch.float16):
+            weights = with_masters(self.lightning_module, weights, checkpoint.get(MASTERS, {}))
+        self.session.nursery.load(self.lightning_module, weights, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Stream optimizer state, and float32 masters, into the store."""
@@ -83,7 +88,9 @@ class CheckpointMixin(StrategyBase):
         for number, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True)):
             saved = names[number] if len(names) == len(states) else []
             optimizer.load_state_dict(self._by_name(optimizer, state, saved))
-        masters = checkpoint.get(MASTERS, {})
+        # What was float32 at rest is the master of a run that keeps it in 16 bits.
+        full = {n: v for n, v in checkpoint["state_dict"].items() if isinstance(v, Tensor) and v.dtype == torch.float32}
+        masters = full | checkpoint.get(MASTERS, {})
         params = {
             name: param for unit in self.session.units for name, param in zip(unit.names, unit.params, strict=True)
         }

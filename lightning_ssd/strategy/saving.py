@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_ssd.checkpoint import save as saving
@@ -125,6 +126,25 @@ def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
         names = [n for n in reader.parameter_names if "master" in reader.kinds(n)]
         checkpoint[MASTERS] = {n: reader.tensor(n, "master") for n in names}
     return checkpoint
+
+
+def with_masters(module: nn.Module, weights: Mapping[str, Any], masters: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """``weights`` with masters in place of the 16-bit values made from them, where ``module`` has float32.
+
+    A value that somebody has changed since, or that is the master of nothing here, stays.
+    """
+    found: dict[str, Tensor] = {}
+    params = dict(module.named_parameters())
+    for name, master in masters.items():
+        value, param = weights.get(name), params.get(name)
+        is_narrow = isinstance(value, Tensor) and value.dtype != torch.float32
+        if is_narrow and param is not None and param.dtype == torch.float32 and _is_rounded(value, master):
+            found[name] = master
+    return {**weights, **found} if found else weights
+
+
+def _is_rounded(value: Any, master: Tensor) -> bool:
+    return torch.equal(master.to(value.dtype), value)
 
 
 def _full(reader: CheckpointReader, record: OptimizerRecord) -> Any:

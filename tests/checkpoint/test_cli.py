@@ -24,6 +24,22 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "master:BF16 exp_avg:BF16" in out
 
 
+def test_names_do_not_act_on_the_terminal(
+    training: Training, tmp_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b[2J\u202eevil\r\nforged"
+    training.shapes = {evil: {f"a{evil}": (3,)}}
+    training.advance()
+    training.save(tmp_store / "c", aliases={f"b{evil}": f"a{evil}"}, dtypes={})
+    assert main(["inspect", str(tmp_store / "c"), "--parameters"]) == 0
+    assert main(["verify", str(tmp_store / "nowhere" / evil)]) == 1
+    captured = capsys.readouterr()
+    for text in (captured.out, captured.err):
+        assert "forged" in text
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert not [line for line in captured.out.splitlines() if line.startswith("forged")]
+
+
 def test_verify_tells_damage_by_its_exit_code(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(checkpoint)]) == 0
     assert "no damage" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
 
 from lightning_ssd.errors import ConfigurationError, MemoryPlanError, StoreError
@@ -195,9 +195,10 @@ def test_a_device_without_a_route(tmp_path: Path) -> None:
     refused(tmp_path, strategy, "accelerator='cpu' or 'gpu'", "not on 'mps'", error=ConfigurationError)
 
 
-def test_a_checkpoint_plugin(tmp_path: Path) -> None:
-    parts = ("TorchCheckpointIO", "remove it from plugins")
-    refused(tmp_path, streamed(), *parts, error=ConfigurationError, plugins=[TorchCheckpointIO()])
+@pytest.mark.parametrize("plugin", [TorchCheckpointIO, AsyncCheckpointIO])
+def test_a_checkpoint_plugin(tmp_path: Path, plugin: type[CheckpointIO]) -> None:
+    parts = (plugin.__name__, "remove it from plugins")
+    refused(tmp_path, streamed(), *parts, error=ConfigurationError, plugins=[plugin()])
 
 
 def test_a_precision_that_is_not_supported(tmp_path: Path) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
 from tests.conftest import REPOSITORY
 from tests.helpers.models import GPT
@@ -127,3 +131,65 @@ def test_a_plain_checkpoint_in_another_order_is_refused_where_shapes_tell(tmp_pa
             max_steps=6,
             ckpt_path=str(tmp_path / "plain.ckpt"),
         )
+
+
+# ------------------------------------------------------------------------------------------------- the resumed side
+
+OTHER_SIDES: dict[str, dict[str, Any]] = {
+    "everything in memory": {"host_memory": "512MiB"},
+    "in memory, recomputing": {"host_memory": "512MiB", "activations": "recompute"},
+    "one unit": {"units": ["GPT"]},
+    "a unit for each Linear": {"units": ["Linear", "Embedding"], "window": 2},
+    "small leftovers together": {"min_unit_numel": 1_000_000, "overlap": "off"},
+    "two disks": {"nvme_path": ["a", "b"]},
+    "posix": {"io": IOOptions(engine="posix"), "verify_reads": False},
+    "python, buffered": {"io": IOOptions(engine="python", direct="off")},
+}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_checkpoint_resumes_anywhere(tmp_path: Path, precision: str) -> None:
+    """Budget, cut, disks and engine are no part of a checkpoint: whatever they are now, the bits are the same."""
+    options: dict[str, Any] = {"precision": precision}
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    both = {"callbacks": [saver], "enable_checkpointing": True}
+    whole = train(tmp_path, GPT, small(update="auto"), max_steps=6, **options, **both)
+    for name, settings in OTHER_SIDES.items():
+        folder = tmp_path / name
+        paths = [str(folder / path) for path in settings.get("nvme_path", ["a"])]
+        strategy = small(**({"update": "auto"} | settings | {"nvme_path": paths}))
+        rest = train(folder, GPT, strategy, max_steps=6, ckpt_path=str(tmp_path / "step=3.ckpt"), **options)
+        assert rest.losses == whole.losses[3:], name
+        rest.losses = whole.losses
+        assert_equal(whole, rest)
+        if len(paths) == 2:
+            used = {os.path.dirname(g.file.path) for g in strategy.session.store._current.values()}
+            assert len(used) == 2
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("bf16-true", "32-true"), ("32-true", "bf16-true")])
+def test_a_checkpoint_resumes_in_another_precision(tmp_path: Path, saved: str, resumed: str) -> None:
+    """Nothing is rounded on the way: what is updated is the float32 that was saved. The steps then round otherwise."""
+    first = train(tmp_path, GPT, small(update="auto"), max_steps=3, precision=saved)
+    first.trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    class Looks(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            session = trainer.strategy.session
+            masters = session.masters()
+            with CheckpointReader(tmp_path / "saved.ckpt") as reader:
+                for name, param in module.named_parameters():
+                    kind = "master" if saved == "bf16-true" else "param"
+                    expected = reader.tensor(name, kind)
+                    found = param.detach() if resumed == "32-true" else masters[param]
+                    assert found.dtype == expected.dtype == torch.float32
+                    assert torch.equal(found, expected), name
+                    assert torch.equal(param.detach().to(torch.bfloat16), expected.to(torch.bfloat16))
+                    seen.append(name)
+
+    seen: list[str] = []
+    options: dict[str, Any] = {"max_steps": 6, "ckpt_path": str(tmp_path / "saved.ckpt")}
+    rest = train(tmp_path, GPT, small(update="auto"), precision=resumed, callbacks=[Looks()], **options)
+    assert seen
+    same = train(tmp_path, GPT, small(update="auto"), precision=saved, **options)
+    assert rest.losses == pytest.approx(same.losses, rel=2**-6)  # bfloat16 has 8 bits, and three steps add little
