@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -22,6 +20,7 @@ from lightning_ssd.streaming.device import Placed
 from lightning_ssd.streaming.fence import fenced_class
 from lightning_ssd.streaming.fetch import HostRoute, Route
 from lightning_ssd.streaming.in_step import Reachable
+from lightning_ssd.streaming.outlook import Outlook
 from lightning_ssd.streaming.schedule import Schedule
 from lightning_ssd.streaming.unit import Residency, Unit
 from lightning_ssd.trace import Lane, Trace
@@ -74,15 +73,12 @@ class Residents:
         self._route: Route = HostRoute()
         self._owing: Owing
         self._keep_cache = False
-        self._num_ahead = 1
-        self._quantum = 1
+        self._outlook = Outlook(units, self.schedule)
         self._lock = threading.Condition()
-        self._by_name = {unit.name: unit for unit in units}
         self._owners = {param: unit for unit in units for param in unit.params}
         self._parked_class = fenced_class(self)
         self._places: dict[int, tuple[Unit, int]] = {}  # of resident parameters, by address of their storage
         self._reachable = Reachable()
-        self._renewed: set[str] = set()  # updated since the last backward began
         self._loose: list[dict[str, Unit]] = [{}]  # resident without a hold, by the visit that touched them
 
     def start(
@@ -99,8 +95,14 @@ class Residents:
             quantum: Units whose reads are started together.
         """
         self._pool, self._route, self._owing = pool, route, owing
-        self._keep_cache, self._quantum = keep_cache, quantum
-        self._num_ahead = len(self.units) if num_ahead is None else num_ahead
+        self._keep_cache = keep_cache
+        self._outlook = Outlook(
+            self.units,
+            self.schedule,
+            is_owed=owing.is_owed,
+            num_ahead=len(self.units) if num_ahead is None else num_ahead,
+            quantum=quantum,
+        )
 
     def keep(self, unit: Unit) -> None:
         """``unit`` is kept in memory by the store from now on."""
@@ -182,7 +184,7 @@ class Residents:
     def begin_backward(self) -> None:
         """Updates of this step are still to come."""
         with self._lock:
-            self._renewed.clear()
+            self._outlook.begin_backward()
 
     def end_step(self) -> None:
         """The step is over: units that stayed for it go to rest."""
@@ -277,37 +279,17 @@ class Residents:
         return placed is not None and bool(placed.tensors) and placed.generation is self.current(unit)
 
     def _prefetch(self, *, beyond: bool = False) -> None:
-        """Start reads of what is needed next, as far as free memory goes.
-
-        Args:
-            beyond: Of what the next step begins with too, as far as no update of this step is still to come.
-        """
+        """Start reads of what is needed next, as far as free memory goes; see `Outlook.wanted`."""
         self._route.poll()
-        group: list[Unit] = []
-        num_ahead = 0
-        following = takewhile(self._is_renewed, self.schedule.following()) if beyond else ()
-        for name in dict.fromkeys((*self.schedule.upcoming(), *following)):
-            unit = self._by_name[name]
-            if unit.state is Residency.RESIDENT or unit.kept is not None or self._is_placed(unit):
-                continue
-            num_ahead += 1
-            if num_ahead > self._num_ahead or unit.at_rest is not None or self._owing.is_owed(unit):
+        for group in self._outlook.wanted(self._is_placed, beyond=beyond):
+            if not self._start_reads(group):
                 return
-            if unit.state is Residency.ON_DISK:
-                group.append(unit)
-            if len(group) == self._quantum and not self._start_reads(group):
-                return
-            group = group if len(group) < self._quantum else []
-        self._start_reads(group)
-
-    def _is_renewed(self, name: str) -> bool:
-        return name in self._renewed or not any(param.requires_grad for param in self._by_name[name].params)
 
     def _start_reads(self, group: list[Unit]) -> bool:
         """Read units if there is room for all of them, or what is cached is needed later."""
         buffers: list[Buffer] = []
         for unit in group:
-            make_room = partial(self._evict_one, needed_after=self._need(unit))
+            make_room = partial(self._evict_one, needed_after=self._outlook.need(unit))
             buffer = self._pool.try_lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", make_room)
             if buffer is None:
                 for lent in buffers:
@@ -318,13 +300,6 @@ class Residents:
             self._start_read(unit, buffer)
             self._trace.mark("prefetch", unit.name)
         return True
-
-    def _need(self, unit: Unit) -> float:
-        """How soon the bytes of ``unit`` are needed; infinity if they are not: an update will replace them before."""
-        if self._owing.is_owed(unit):
-            return math.inf
-        needs = (*self.schedule.upcoming(), *self.schedule.following())
-        return needs.index(unit.name) if unit.name in needs else len(needs)
 
     # -- updates -------------------------------------------------------------------------------------------------
 
@@ -362,7 +337,7 @@ class Residents:
         """``unit`` has a new generation: bytes in memory that nobody uses now are let go."""
         with self._lock:
             self._drop_stale(unit)
-            self._renewed.add(unit.name)
+            self._outlook.updated(unit)
             self._prefetch(beyond=True)
 
     def _drop_stale(self, unit: Unit) -> None:
@@ -384,17 +359,11 @@ class Residents:
         return bool(idle)
 
     def _evict_one(self, needed_after: float | None = None) -> bool:
-        """Evict the unit that is needed last of those in memory that nobody uses; False if there is none.
-
-        Args:
-            needed_after: Only one that is merely cached, and needed later than this.
-        """
-        free = [u for u in self.units if u.num_holds == u.num_borrows == 0 and u.buffer is not None]
-        if needed_after is not None:
-            free = [u for u in free if u.state is Residency.STAGED and self._need(u) > needed_after]
-        if not free:
+        """Evict what `Outlook.dispensable` says; False if there is nothing."""
+        unit = self._outlook.dispensable(needed_after)
+        if unit is None:
             return False
-        self._evict(max(free, key=lambda u: (u.state is not Residency.READING, self._need(u))))
+        self._evict(unit)
         return True
 
     def _release_memory(self, unit: Unit) -> None:

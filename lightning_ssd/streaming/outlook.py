@@ -1,0 +1,93 @@
+"""Which units to read next and which may go for them: choices over the order of use, no moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+
+from lightning_ssd.streaming.schedule import Schedule
+from lightning_ssd.streaming.unit import Residency, Unit
+
+
+class Outlook:
+    """What a step needs soon.
+
+    Args:
+        units: All units.
+        schedule: Order of use.
+        is_owed: Whether an update of a unit is still to be done.
+        num_ahead: Units that may be fetched ahead of use.
+        quantum: Units whose reads are started together.
+    """
+
+    def __init__(
+        self,
+        units: list[Unit],
+        schedule: Schedule,
+        *,
+        is_owed: Callable[[Unit], bool] = lambda unit: False,
+        num_ahead: int = 1,
+        quantum: int = 1,
+    ) -> None:
+        self._units = units
+        self._by_name = {unit.name: unit for unit in units}
+        self._schedule = schedule
+        self._is_owed = is_owed
+        self._num_ahead = num_ahead
+        self._quantum = quantum
+        self._renewed: set[str] = set()  # updated since the last backward began
+
+    def begin_backward(self) -> None:
+        """Updates of this step are still to come."""
+        self._renewed.clear()
+
+    def updated(self, unit: Unit) -> None:
+        """The update of this step has come."""
+        self._renewed.add(unit.name)
+
+    def wanted(self, is_placed: Callable[[Unit], bool], *, beyond: bool) -> Iterator[list[Unit]]:
+        """Groups of units to read now, soonest needed first; to be asked for one by one, as each takes memory.
+
+        Args:
+            is_placed: Whether the newest values of a unit are where compute reads.
+            beyond: Of what the next step begins with too, as far as no update of this step is still to come.
+        """
+        following = takewhile(self._is_renewed, self._schedule.following()) if beyond else ()
+        group: list[Unit] = []
+        num_ahead = 0
+        for name in dict.fromkeys((*self._schedule.upcoming(), *following)):
+            unit = self._by_name[name]
+            if unit.state is Residency.RESIDENT or unit.kept is not None or is_placed(unit):
+                continue
+            num_ahead += 1
+            if num_ahead > self._num_ahead or unit.at_rest is not None or self._is_owed(unit):
+                return
+            if unit.state is Residency.ON_DISK:
+                group.append(unit)
+            if len(group) == self._quantum:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def need(self, unit: Unit) -> float:
+        """How soon the bytes of ``unit`` are needed; infinity if they are not: an update will replace them before."""
+        if self._is_owed(unit):
+            return math.inf
+        needs = (*self._schedule.upcoming(), *self._schedule.following())
+        return needs.index(unit.name) if unit.name in needs else len(needs)
+
+    def dispensable(self, needed_after: float | None = None) -> Unit | None:
+        """The unit that is needed last of those in host memory that nobody uses; None if there is none.
+
+        Args:
+            needed_after: Only one that is merely cached, and needed later than this.
+        """
+        free = [u for u in self._units if u.num_holds == u.num_borrows == 0 and u.buffer is not None]
+        if needed_after is not None:
+            free = [u for u in free if u.state is Residency.STAGED and self.need(u) > needed_after]
+        return max(free, key=lambda u: (u.state is not Residency.READING, self.need(u)), default=None)
+
+    def _is_renewed(self, name: str) -> bool:
+        return name in self._renewed or not any(param.requires_grad for param in self._by_name[name].params)
