@@ -64,6 +64,13 @@ def convert(dst: int, dst_dtype: Dtype, src: int, src_dtype: Dtype, numel: int) 
 
 def crc32c(data: int, nbytes: int, initial: int = 0) -> int: ...
 
+def crc32c_by(name: str, data: int, nbytes: int, initial: int = 0) -> int: ...
+
+def crc32c_names() -> list[str]:
+    """
+    Implementations of CRC32C on this CPU, slowest first; crc32c takes the last.
+    """
+
 def matching_sqrt(function: int) -> SqrtForm: ...
 
 def num_kernel_threads() -> int: ...

@@ -87,6 +87,23 @@ uint32_t crc32c(uintptr_t data, size_t nbytes, uint32_t initial) {
   return optim::crc32c(pointer<const void>(data), nbytes, initial);
 }
 
+uint32_t crc32c_by(const std::string& name, uintptr_t data, size_t nbytes, uint32_t initial) {
+  for (const optim::Crc32cVariant& variant : optim::crc32c_variants()) {
+    if (variant.name == name) {
+      return ~variant.crc(~initial, pointer<const unsigned char>(data), nbytes);
+    }
+  }
+  throw std::invalid_argument("this CPU has no CRC32C '" + name + "'");
+}
+
+std::vector<std::string> crc32c_names() {
+  std::vector<std::string> names;
+  for (const optim::Crc32cVariant& variant : optim::crc32c_variants()) {
+    names.push_back(variant.name);
+  }
+  return names;
+}
+
 optim::SqrtForm matching_sqrt(uintptr_t function) {
   return optim::matching_sqrt(reinterpret_cast<optim::ExternalSqrt>(function));
 }
@@ -118,6 +135,8 @@ void bind_optim(nb::module_& m) {
   m.def("sum_of_squares", sum_of_squares, Released(), "data"_a, "dtype"_a, "numel"_a);
   m.def("convert", convert, Released(), "dst"_a, "dst_dtype"_a, "src"_a, "src_dtype"_a, "numel"_a);
   m.def("crc32c", crc32c, Released(), "data"_a, "nbytes"_a, "initial"_a = 0);
+  m.def("crc32c_by", crc32c_by, Released(), "name"_a, "data"_a, "nbytes"_a, "initial"_a = 0);
+  m.def("crc32c_names", crc32c_names, "Implementations of CRC32C on this CPU, slowest first; crc32c takes the last.");
   m.def("matching_sqrt", matching_sqrt, Released(), "function"_a);
   m.def("num_kernel_threads", optim::num_threads);
   m.def("set_num_kernel_threads", optim::set_num_threads, Released(), "num"_a);

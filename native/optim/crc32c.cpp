@@ -83,22 +83,30 @@ uint32_t crc32c_software(uint32_t state, const unsigned char* data, size_t nbyte
   return state;
 }
 
-Crc32cRegister crc32c_hardware() {
+std::vector<Crc32cVariant> crc32c_variants() {
+  std::vector<Crc32cVariant> variants = {{"software", crc32c_software}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return __builtin_cpu_supports("sse4.2") ? crc32c_sse42 : nullptr;
+  if (__builtin_cpu_supports("sse4.2")) {
+    variants.push_back({"sse42", crc32c_sse42});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("vpclmulqdq")) {
+      variants.push_back({"vpclmul", crc32c_vpclmul});
+    }
+  }
 #elif defined(__aarch64__) && defined(__linux__)
   constexpr unsigned long crc32_bit = 1ul << 7;  // HWCAP_CRC32
-  return (getauxval(AT_HWCAP) & crc32_bit) ? crc32c_neon : nullptr;
+  if (getauxval(AT_HWCAP) & crc32_bit) {
+    variants.push_back({"neon", crc32c_neon});
+  }
 #elif defined(__aarch64__) && defined(__APPLE__)
-  return crc32c_neon;  // every arm64 Mac has it
-#else
-  return nullptr;
+  variants.push_back({"neon", crc32c_neon});  // every arm64 Mac has it
 #endif
+  return variants;
 }
 
 uint32_t crc32c(const void* data, size_t nbytes, uint32_t initial) {
-  static const Crc32cRegister fastest = crc32c_hardware() != nullptr ? crc32c_hardware() : crc32c_software;
+  static const Crc32cRegister fastest = crc32c_variants().back().crc;
   return ~fastest(~initial, static_cast<const unsigned char*>(data), nbytes);
 }
 

@@ -4,6 +4,8 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace lightning_ssd::optim {
 
@@ -14,8 +16,14 @@ uint32_t crc32c(const void* data, size_t nbytes, uint32_t initial = 0);
 using Crc32cRegister = uint32_t (*)(uint32_t state, const unsigned char* data, size_t nbytes);
 uint32_t crc32c_software(uint32_t state, const unsigned char* data, size_t nbytes);
 uint32_t crc32c_sse42(uint32_t state, const unsigned char* data, size_t nbytes);
+uint32_t crc32c_vpclmul(uint32_t state, const unsigned char* data, size_t nbytes);
 uint32_t crc32c_neon(uint32_t state, const unsigned char* data, size_t nbytes);
-Crc32cRegister crc32c_hardware();  // null if the CPU has no such instruction
+
+struct Crc32cVariant {
+  std::string name;
+  Crc32cRegister crc;
+};
+std::vector<Crc32cVariant> crc32c_variants();  // of this CPU, slowest first, beginning with the software one
 
 // [Note: three streams] The instruction takes one 8-byte word per cycle but needs three cycles for a result, so three
 // stretches of equal length run side by side. The CRC is linear: the register of an earlier stretch is moved past the

@@ -137,12 +137,18 @@ void test_crc32c() {
   for (unsigned char& byte : data) {
     byte = static_cast<unsigned char>(random.bits());
   }
-  if (const Crc32cRegister hardware = crc32c_hardware()) {
-    for (const size_t nbytes : {0, 1, 7, 8, 767, 768, 24'575, 24'576, 99'990}) {
-      for (const size_t start : {0, 1, 5}) {
-        const uint32_t state = random.bits();
-        CHECK(hardware(state, data.data() + start, nbytes) == crc32c_software(state, data.data() + start, nbytes));
+  for (const Crc32cVariant& variant : crc32c_variants()) {
+    const auto same = [&](size_t start, size_t nbytes) {
+      const uint32_t state = random.bits();
+      return variant.crc(state, data.data() + start, nbytes) == crc32c_software(state, data.data() + start, nbytes);
+    };
+    for (const size_t nbytes : {0, 1, 7, 8, 511, 512, 575, 576, 767, 768, 24'575, 24'576, 99'900}) {
+      for (const size_t start : {0, 1, 5, 64}) {
+        CHECK(same(start, nbytes));
       }
+    }
+    for (int i = 0; i < 500; ++i) {
+      CHECK(same(random.bits() % 99, random.bits() % 3000));
     }
   }
   CHECK(crc32c(data.data() + 777, 99'223, crc32c(data.data(), 777)) == crc32c(data.data(), data.size()));

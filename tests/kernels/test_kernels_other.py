@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from lightning_ssd.kernels import reference
 
 NATIVE = kernels._native
 LEVELS = NATIVE.kernel_levels() if NATIVE is not None else []
+CRC32CS = NATIVE.crc32c_names() if NATIVE is not None else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 16_384
 
@@ -79,12 +81,13 @@ def test_sum_of_squares(level: str, dtype: torch.dtype, numel: int) -> None:
     assert kernels.sum_of_squares(largest)[1]
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=["reference", "native", *CRC32CS])
 def crc32c(request: pytest.FixtureRequest) -> Callable[..., int]:
     """The checksum over bytes."""
     if request.param == "native" and NATIVE is None:
         pytest.skip("needs the native module")
-    function = kernels.crc32c if request.param == "native" else reference.crc32c
+    functions = {"reference": reference.crc32c, "native": kernels.crc32c}
+    function = functions.get(request.param) or functools.partial(NATIVE.crc32c_by, request.param)
 
     def checksum(data: bytes, initial: int = 0, start: int = 0) -> int:
         array = np.frombuffer(data, dtype=np.uint8)
