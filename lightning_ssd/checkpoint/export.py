@@ -186,7 +186,9 @@ def drop_empty_loader_states(content: dict[str, Any]) -> None:
     for key in ("loops", "fit_loop", "state_dict"):
         loop = loop.get(key) if isinstance(loop, dict) else None
     if isinstance(loop, dict) and isinstance(loop.get("combined_loader"), list):
-        loop["combined_loader"] = [state for state in loop["combined_loader"] if state != {}]
+        states = [state for state in loop.pop("combined_loader") if state != {}]
+        if states:
+            loop["combined_loader"] = states
 
 
 def _as_torch_keeps_it(key: str, value: Any) -> Any:
