@@ -290,9 +290,9 @@ def _clean_stale(target: str) -> None:
 
 @contextmanager
 def locked(path: str) -> Iterator[bool]:
-    """Hold the lock of a directory, if nobody else does and the file system has locks."""
+    """Hold the lock of a directory or file, if nobody else does and the file system has locks."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         yield False
         return

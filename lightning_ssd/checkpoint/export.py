@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_ssd.checkpoint.beside import file_beside, folder_beside
 from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
@@ -86,7 +87,7 @@ def consolidate(
         content["state_dict"] = {**mapped_state_dict(reader, spill), **content.pop(STATE_DICT_EXTRA, {})}
         if "lr_schedulers" in content or reader.manifest.optimizers:
             content["optimizer_states"] = optimizer_states(reader, weights_only)
-        with _new_beside(target) as (fd, temporary):
+        with file_beside(target) as (fd, temporary):
             total = reader.manifest.nbytes
             writer = StreamWriter(fd, on_flush=dropper(reader, spill, progress, total))
             write_pickle(writer, content)
@@ -185,7 +186,9 @@ def drop_empty_loader_states(content: dict[str, Any]) -> None:
     for key in ("loops", "fit_loop", "state_dict"):
         loop = loop.get(key) if isinstance(loop, dict) else None
     if isinstance(loop, dict) and isinstance(loop.get("combined_loader"), list):
-        loop["combined_loader"] = [state for state in loop["combined_loader"] if state != {}]
+        states = [state for state in loop.pop("combined_loader") if state != {}]
+        if states:
+            loop["combined_loader"] = states
 
 
 def _as_torch_keeps_it(key: str, value: Any) -> Any:
@@ -307,30 +310,6 @@ def _write_text(path: str, text: str) -> None:
         writer = StreamWriter(fd)
         writer.write(text.encode())
         writer.finish()
-
-
-@contextmanager
-def _new_beside(target: str) -> Iterator[tuple[int, str]]:
-    """A new file with a temporary name, which is gone on leaving unless it was renamed."""
-    temporary = f"{target}.tmp-{os.getpid()}-{os.urandom(4).hex()}"
-    try:
-        with new_file(temporary) as fd:
-            yield fd, temporary
-    finally:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
-
-
-@contextmanager
-def folder_beside(target: str) -> Iterator[str]:
-    """A new folder with a temporary name, which is gone on leaving unless it was renamed."""
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    folder = f"{target}.tmp-{os.getpid()}-{os.urandom(4).hex()}"
-    os.mkdir(folder, 0o700)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

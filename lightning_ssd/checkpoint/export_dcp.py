@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lightning_ssd.checkpoint.beside import folder_beside
 from lightning_ssd.checkpoint.dcp import META
 from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
 from lightning_ssd.checkpoint.export import (
@@ -25,7 +26,6 @@ from lightning_ssd.checkpoint.export import (
     Spill,
     drop_empty_loader_states,
     dropper,
-    folder_beside,
     mapped_state_dict,
     optimizer_states,
     os_errors,

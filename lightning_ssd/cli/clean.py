@@ -1,4 +1,4 @@
-"""``lightning-ssd clean``: what runs and saves that died have left on disk, shown and, if wanted, removed."""
+"""``lightning-ssd clean``: what runs, saves and exports that died have left on disk, shown and, if wanted, removed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.leftovers import leftover, remove_leftover
+from lightning_ssd.checkpoint.leftovers import could_be_left_over, leftover, remove_leftover
 from lightning_ssd.cli.output import error_line, fmt_age, line, table
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.run_directory import dead_run, is_run_directory, remove_dead_run
 
 NAME = "clean"
-HELP = "Show what runs and saves that died have left on disk; remove it with --yes, or after a question on a terminal."
+HELP = "Show what runs, saves and exports that died have left; remove it with --yes, or after a question on a terminal."
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -83,11 +83,12 @@ def _search(top: str, other_hosts: bool) -> Iterator[_Find]:
 
 
 def _below(top: str) -> Iterator[str]:
-    for folder, names, _ in os.walk(top):
+    for folder, names, files in os.walk(top):
         names.sort()
         paths = [os.path.join(folder, name) for name in names]
         found = [path for path in paths if not os.path.islink(path)]
         yield from found
+        yield from (os.path.join(folder, name) for name in sorted(files) if could_be_left_over(name))
         names[:] = [os.path.basename(path) for path in found if not _is_closed(path)]
 
 

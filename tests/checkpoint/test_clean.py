@@ -173,6 +173,76 @@ def test_a_run_that_is_being_made_is_left_alone(tmp_path: Path) -> None:
     assert [run.path for run in dead_runs(str(tmp_path))] == [str(unborn)]
 
 
+EXPORTS = {
+    "out.ckpt": ("lightning_ssd.checkpoint.export", "consolidate", {}),
+    "hf": ("lightning_ssd.checkpoint.export", "to_safetensors", {"max_shard": "1MB"}),
+    "dcp": ("lightning_ssd.checkpoint.export_dcp", "to_dcp", {}),
+}
+EXPORT = """
+import importlib, sys
+checkpoint, target, module, name, options = sys.argv[1:]
+module = importlib.import_module(module)
+# What makes an export durable comes before it takes its name.
+def halt(path):
+    print(flush=True)
+    sys.stdin.read()
+for place in (module, importlib.import_module("lightning_ssd.checkpoint.writer").StreamWriter):
+    if hasattr(place, "sync_directory"):
+        place.sync_directory = halt
+    elif name == "consolidate":
+        place.finish = halt
+getattr(module, name)(checkpoint, target, **eval(options))
+"""
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_is_left_alone_until_it_is_dead(
+    training: Training, tmp_store: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    training.save(tmp_store / "c")
+    (tmp_store / "config").mkdir()
+    (tmp_store / "config" / "tokenizer.of-any-name").write_text("{}")
+    module, function, options = EXPORTS[name]
+    if name == "hf":
+        options = options | {"config_from": str(tmp_store / "config")}
+    before = sorted(os.listdir(tmp_store))
+    command = [sys.executable, "-c", EXPORT, str(tmp_store / "c"), str(tmp_store / name), module, function]
+    with subprocess.Popen([*command, repr(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        assert clean(tmp_store, "--yes", capsys=capsys) == (0, [])
+        assert len(os.listdir(tmp_store)) == len(before) + 1
+        process.send_signal(signal.SIGKILL)
+    code, found = clean(tmp_store, capsys=capsys)
+    assert (code, [find["what"] for find in found]) == (0, ["unfinished export"])
+    assert found[0]["nbytes"] > 0
+    assert sorted(os.listdir(tmp_store)) != before
+    assert clean(tmp_store, "--yes", capsys=capsys)[1][0]["removed"]
+    assert sorted(os.listdir(tmp_store)) == before
+
+
+def test_what_no_export_writes_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f".{name}.export-1-0123abcd" for name in ("text", "shared", "link", "mixed", "config", "nested")]
+    text, shared, link, mixed, config, nested = (tmp_path / name for name in names)
+    text.write_text("mine")
+    shared.write_bytes(b"PK\x03\x04")
+    os.chmod(text, 0o600)
+    os.chmod(shared, 0o644)
+    link.symlink_to(text)
+    for folder, inside in ((mixed, ("model.safetensors", "notes.txt")), (config, ("config.json",)), (nested, ())):
+        folder.mkdir(0o700)
+        for name in inside:
+            (folder / name).touch(0o644)
+    os.chmod(config / "config.json", 0o600)  # private, but without weights
+    (nested / "model.safetensors").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert clean(tmp_path, "--yes", capsys=capsys) == (0, [])
+    assert sorted(tmp_path.rglob("*")) == before
+    (mixed / "notes.txt").unlink()
+    assert clean(tmp_path, "--yes", capsys=capsys)[1][0]["removed"]
+    assert not mixed.exists()
+
+
 def test_a_save_that_lives_is_left_alone(
     training: Training, tmp_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -249,7 +249,7 @@ def _plain(text: str, folder: Path) -> str:
     """Without what differs from run to run."""
     text = text.replace(str(folder), "")
     text = re.sub(r"ssd-run-[\d-]+", "ssd-run", text)
-    text = re.sub(r"\.tmp-\d+-[0-9a-f]{8}", ".tmp", text)
+    text = re.sub(r"\.(tmp|export)-\d+-[0-9a-f]{8}", r".\1", text)
     text = re.sub(r"/\d{8}-", "/", text)
     text = re.sub(r"checksum [0-9a-f]{8}, not '?[0-9a-f]{8}'?", "checksum ..., not ...", text)
     return re.sub(r"\([\d.]+ [KMGT]iB free\)", "(... free)", text)

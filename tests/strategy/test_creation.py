@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision
 from tests.conftest import REPOSITORY
+from tests.helpers.hugging_face import Causal, make_folder
 from tests.helpers.models import GPT
 from tests.helpers.training import Module, Tokens, make_trainer, streamed
 
@@ -185,56 +186,17 @@ def test_a_large_model_is_never_in_memory(tmp_store: Path) -> None:
 # -------------------------------------------------------------------------------------------------- Hugging Face
 
 
-class _Causal(Module):
-    """The way people wrap these models: labels in, loss out, generation's cache left on."""
-
-    def __init__(self, folder: Path, use_cache: bool) -> None:
-        super().__init__(nn.Identity())
-        self._folder: Path | None = folder
-        self._use_cache = use_cache
-
-    def configure_model(self) -> None:
-        from transformers import AutoModelForCausalLM
-
-        if self._folder is not None:
-            self.net, self._folder = AutoModelForCausalLM.from_pretrained(self._folder).train(), None
-            self.net.config.use_cache = self._use_cache
-
-    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return self.net(input_ids=batch[0], labels=batch[0]).loss
-
-
-def _folder(tmp_path: Path, kind: str) -> Path:
-    import transformers
-
-    torch.manual_seed(0)
-    if kind == "llama":
-        config: Any = transformers.LlamaConfig(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-        )
-    else:
-        config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=32, n_inner=64)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
-    return tmp_path / kind
-
-
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_hugging_face_models(tmp_path: Path, kind: str, precision: str) -> None:
     pytest.importorskip("transformers")
-    folder = _folder(tmp_path, kind)
+    folder = make_folder(tmp_path, kind)
     results = []
     for strategy in ("auto", streamed()):
         pl.seed_everything(1, verbose=False)
         # A block that is recomputed gets no cache, so the plain run has none either: filling one copies keys and
         # values, and attention on the copies rounds differently in the last bit.
-        module = _Causal(folder, use_cache=strategy != "auto")
+        module = Causal(folder, use_cache=strategy != "auto")
         results.append(fit(tmp_path, module, strategy, precision=precision, gradient_clip_val=1.0, max_steps=6))
     assert_same(*results)
 
