@@ -93,8 +93,8 @@ def test_an_error_of_the_user_comes_out_as_it_is(tmp_path: Path, act: Any, clip:
 
 @pytest.fixture
 def _sigint() -> Iterator[None]:
-    """Lightning ignores further interrupts while it shuts down."""
-    before = signal.getsignal(signal.SIGINT)
+    """Lightning ignores further interrupts while it shuts down, and a shell ignores them for what runs behind it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
