@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -147,3 +148,30 @@ def require_no_compile(module: nn.Module) -> None:
             f"module {scripted!r} is compiled by TorchScript, whose forward would not run the hooks by which "
             "strategy='ssd_offload' moves parameters: use the module that it was made from"
         )
+
+
+ASYNC_IS_NOT_NEEDED = (
+    "ssd_offload: AsyncCheckpointIO has nothing to do: a save makes hard links and waits for no copy, so checkpoints "
+    "are whole when it returns"
+)
+
+
+def is_async_checkpoint_plugin(plugin: Any) -> bool:
+    """Whether ``plugin`` is an ``AsyncCheckpointIO`` over Lightning's own format, which needs nothing here.
+
+    Raises:
+        ConfigurationError: If it is another checkpoint plugin, which would write files of its own.
+    """
+    if plugin is None:
+        return False
+    inner = getattr(plugin, "checkpoint_io", None)
+    for namespace in ("lightning.pytorch", "pytorch_lightning"):
+        plugins = sys.modules.get(f"{namespace}.plugins")
+        if plugins is not None and isinstance(plugin, plugins.AsyncCheckpointIO):
+            if inner is None or type(inner) is plugins.TorchCheckpointIO:
+                return True
+            plugin = inner
+    raise ConfigurationError(
+        f"the checkpoint plugin {type(plugin).__name__} cannot be used with strategy='ssd_offload', whose checkpoints "
+        "are directories of hard links: remove it from plugins"
+    )

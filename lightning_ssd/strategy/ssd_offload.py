@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.strategy import guards
@@ -37,7 +36,8 @@ class StrategyMixin(CheckpointMixin):
         accelerator: As in every Lightning strategy; so are the next four.
         parallel_devices: The one device to use.
         cluster_environment: Where ranks come from; one process in this version.
-        checkpoint_io: Not supported, since checkpoints are hard links to the store: leave it unset.
+        checkpoint_io: Not supported, since checkpoints are hard links to the store: leave it unset. Only
+            ``AsyncCheckpointIO`` is accepted, and has nothing to do.
         precision_plugin: A precision plugin; `Trainer(precision=...)` sets it.
         nvme_path: Directory, or one per disk, for the live store. Default: ``$LIGHTNING_SSD_PATH``, else
             ``.ssd_offload`` under the Trainer's ``default_root_dir``.
@@ -186,11 +186,8 @@ class StrategyMixin(CheckpointMixin):
         plugin = self.precision_plugin
         if isinstance(plugin, PrecisionMixin):
             plugin.prepare(self._stock_precision, self.root_device.type)
-        if self._checkpoint_io is not None:
-            raise ConfigurationError(
-                f"the checkpoint plugin {type(self._checkpoint_io).__name__} cannot be used with "
-                "strategy='ssd_offload', whose checkpoints are directories of hard links: remove it from plugins"
-            )
+        if guards.is_async_checkpoint_plugin(self._checkpoint_io):
+            logging.getLogger(f"{self._namespace}.ssd_offload").info(guards.ASYNC_IS_NOT_NEEDED)
         super().setup_environment()
         assert self.lightning_module is not None
         self._resume.begin(is_fit=self.lightning_module.trainer.state.fn == "fit")

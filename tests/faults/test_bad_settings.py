@@ -195,10 +195,15 @@ def test_a_device_without_a_route(tmp_path: Path) -> None:
     refused(tmp_path, strategy, "accelerator='cpu' or 'gpu'", "not on 'mps'", error=ConfigurationError)
 
 
-@pytest.mark.parametrize("plugin", [TorchCheckpointIO, AsyncCheckpointIO])
-def test_a_checkpoint_plugin(tmp_path: Path, plugin: type[CheckpointIO]) -> None:
-    parts = (plugin.__name__, "remove it from plugins")
-    refused(tmp_path, streamed(), *parts, error=ConfigurationError, plugins=[plugin()])
+class _OwnFormat(TorchCheckpointIO):
+    pass
+
+
+@pytest.mark.parametrize("plugin", [TorchCheckpointIO(), _OwnFormat(), AsyncCheckpointIO(_OwnFormat())])
+def test_a_checkpoint_plugin(tmp_path: Path, plugin: CheckpointIO) -> None:
+    inner = getattr(plugin, "checkpoint_io", plugin)
+    parts = (f"plugin {type(inner).__name__} cannot", "remove it from plugins")
+    refused(tmp_path, streamed(), *parts, error=ConfigurationError, plugins=[plugin])
 
 
 def test_a_precision_that_is_not_supported(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A logger that copies checkpoints away in a thread, as uploading loggers do, while training goes on."""
+"""Asynchronous use: a logger that copies checkpoints away in a thread, as uploading ones do, and AsyncCheckpointIO."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 from lightning_ssd.checkpoint.load import CheckpointReader
@@ -83,3 +85,20 @@ def test_what_is_read_while_training_goes_on_is_the_checkpoint(tmp_path: Path) -
         assert reader.manifest.step == 2
         for name in reader.parameter_names:
             assert torch.equal(reader.value(name), weights.weights[name])
+
+
+def test_async_checkpoint_io_has_nothing_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Reads(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step:  # the save of the step before has returned, so it is whole
+                with CheckpointReader(saver.best_model_path) as reader:
+                    reader.verify()
+                    self.step = reader.manifest.step
+
+    saver, reads = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1), Reads()
+    options: dict[str, Any] = {"plugins": [AsyncCheckpointIO()], "callbacks": [reads, saver]}
+    trainer = make_trainer(tmp_path, streamed(), max_steps=4, enable_checkpointing=True, **options)
+    with caplog.at_level("INFO"):
+        trainer.fit(Module(GPT()), DataLoader(Tokens(40), batch_size=4))
+    assert reads.step == 3
+    assert "AsyncCheckpointIO has nothing to do" in caplog.text
