@@ -125,13 +125,13 @@ class Pipeline:
                 else:
                     self._in_whole(unit, rule, parts, writes)
                 writes.files.values = None  # its memory goes back now
-                self._end_trailing()
+                self.finish()
             except BaseException as error:
                 writes.fail(error)
                 raise
             self._trailing = writes
             if not writes.slots:  # all of it is kept in memory
-                self._end_trailing()
+                self.finish()
 
     def updates_values_of(self, unit: Unit) -> bool:
         """Whether the rule updates the parameters of ``unit`` themselves: they have no master."""
@@ -143,9 +143,6 @@ class Pipeline:
         Raises:
             IoError: The disk failed; the generations before the update are still the current ones.
         """
-        self._end_trailing()
-
-    def _end_trailing(self) -> None:
         writes, self._trailing = self._trailing, None
         if writes is None:
             return
@@ -187,7 +184,7 @@ class Pipeline:
         most_pending = max(depth - 1, 1)
 
         def compute_one() -> None:
-            self._end_trailing()  # its writes were there before the reads that are waited for now
+            self.finish()  # its writes were there before the reads that are waited for now
             slot, begin, end = pending.popleft()
             self._wait(slot, unit)  # sync: the chunk's reads
             files.is_touched = True
@@ -253,7 +250,7 @@ class Pipeline:
     # -- any rule ------------------------------------------------------------------------------------------------
 
     def _in_whole(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], writes: _Writes) -> None:
-        self._end_trailing()
+        self.finish()
         numel, files = unit.layout.numel, writes.files
         sizes = [(column.kind, column.layout.itemsize * numel) for column in files.streamed]
         slot = Slot(self._pool, sizes, unit.name)
