@@ -19,7 +19,7 @@ from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
 from lightning_ssd.memory.device_plan import device_capacity, tensors_nbytes
-from lightning_ssd.memory.limits import return_freed_memory
+from lightning_ssd.memory.limits import bound_heap, trim_heap
 from lightning_ssd.memory.pinned import Pinned
 from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
@@ -138,7 +138,7 @@ class Session:
         assert self.streamer is not None
         self.plan = plan = self.sizing.plan(module, has_gate=has_gate)
         if not plan.fits:
-            return_freed_memory()
+            bound_heap()
         self.store.require_free(self.sizing.disk_nbytes, "the optimizer state and generations being written")
         route = self._make_route(module)
         params, updates, kept, spill = self._make_pools(plan)
@@ -243,6 +243,7 @@ class Session:
     def rest(self) -> None:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
         with ExitStack() as stack:  # in reverse order, each whatever became of the one before
+            stack.callback(trim_heap)  # here, not while training
             stack.callback(self._free_arena)  # the engine knows it
             stack.callback(self.engine.close)
             stack.callback(self.store.suspend)
