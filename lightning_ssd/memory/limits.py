@@ -62,7 +62,7 @@ def _lines(path: str) -> list[str]:
 
 
 def bound_heap() -> None:
-    """Make the C library give freed blocks of 16 MiB or more back to the system at once, and keep smaller ones for reuse.
+    """Make the C library give freed blocks of 16 MiB or more back to the system at once, and keep others to reuse.
 
     For the whole process. By default glibc raises that threshold to the size of what it has seen freed (up to 32 MiB)
     and keeps such blocks in its heap, in pieces: gradients of a streamed model then stay in memory and grow with it.

@@ -12,6 +12,9 @@ FORMULAS = {
     "max(share * update_s, its written_nbytes * read_per_written / r + its written_nbytes / w) where it holds over "
     "3 % of the parameters, else 0; its bytes are its share of the units whose states are not kept in memory",
     "strict_bound_s": "max(disk_s, max(compute_s, update_s) + first_update_s): no byte counts twice",
+    "beside_bound_s": "forward and backward with everything in memory while the disk, by a thread beside it, moves as "
+    "many bytes and nothing waits for anything, + first_update_s: what disk and compute cost each other is in it, the "
+    "update's arithmetic is not",
     "gated_bound_s": "max(forward_s, disk_s of the bytes moved in forward) + max(backward_s, disk_s of the others)",
     "efficiency": "bound / step",
 }

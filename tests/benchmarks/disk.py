@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +72,18 @@ class Scratch:
             if registered:
                 engine.register_memory(self._address, NUM_BUFFERS * TRANSFER_NBYTES)
             cpu_s, start_s = _used_cpu_s(), time.monotonic()
-            self._move(engine, job)
+            self._run(engine, self._transfers(job))
             taken_s = time.monotonic() - start_s
             return Cell(self.nbytes / taken_s / 1e9, (_used_cpu_s() - cpu_s) / self.nbytes * 1e9)
         finally:
             engine.close()
+
+    def exchange(self, engine: Engine, read_nbytes: float, written_nbytes: float) -> None:
+        """Read and write so many bytes by ``engine``, evenly mixed, in whole transfers."""
+        num_reads, num_writes = (round(n / TRANSFER_NBYTES) for n in (read_nbytes, written_nbytes))
+        total, count = num_reads + num_writes, self.nbytes // TRANSFER_NBYTES
+        writes = ((i + 1) * num_writes // total - i * num_writes // total for i in range(total))
+        self._run(engine, ((bool(is_write), i % count * TRANSFER_NBYTES) for i, is_write in enumerate(writes)))
 
     def huge_nbytes(self) -> int:
         """How much of the memory is in huge pages: in scattered small ones a transfer takes many more requests."""
@@ -113,9 +120,9 @@ class Scratch:
         """Rate of each job now, by our engine ("own") or by fio's io_uring ("fio")."""
         return {job: (self.own(job) if tool == "own" else self.fio(job, "io_uring")).gbps for job in JOBS}
 
-    def _move(self, engine: Engine, job: str) -> None:
+    def _run(self, engine: Engine, transfers: Iterable[tuple[bool, int]]) -> None:
         in_flight: deque[Transfer] = deque()
-        for i, (is_write, offset) in enumerate(self._transfers(job)):
+        for i, (is_write, offset) in enumerate(transfers):
             if len(in_flight) == NUM_BUFFERS:
                 in_flight.popleft().wait()
             start = engine.write if is_write else engine.read

@@ -9,12 +9,15 @@ in steady state. So the last step is not counted, nor the first ``warmup``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +26,17 @@ import lightning.pytorch as pl
 import torch
 
 import lightning_ssd
-from lightning_ssd.io.engine import IOStats
+from lightning_ssd.io.engine import Engine, IOOptions, IOStats
+from lightning_ssd.io.select import make_engine
 from lightning_ssd.kernels import api as kernels
+from tests.benchmarks.disk import Scratch, scratch
 from tests.benchmarks.gpt import Module, batches, numel
 from tests.benchmarks.support import median, plan_of
 
 CHUNK_NUMEL = 1 << 22
 NUM_CHUNKS = 8  # together beyond any cache
+RECOMPUTING = ("plain-recompute", "plain-beside-disk")
+PROBE_NBYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,9 @@ class Job:
     """What to run.
 
     Attributes:
-        system: "ours", "plain", "plain-recompute" (torch checkpointing of each block), or "kernel" (the update alone).
+        system: "ours", "plain", "plain-recompute" (torch checkpointing of each block), "plain-beside-disk" (the same
+            while a thread moves ``read_nbytes`` and ``written_nbytes`` of the options in each forward and backward), or
+            "kernel" (the update alone).
         size: Of the model.
         precision: Lightning's.
         batch: Sequences in a batch.
@@ -94,6 +103,35 @@ class PlainClock(Clock):
         self.mark("end")
 
 
+class DiskBeside(pl.Callback):
+    """In each forward and backward a thread moves as many bytes; it ends before the update begins."""
+
+    def __init__(self, file: Scratch, engine: Engine, read_nbytes: float, written_nbytes: float) -> None:
+        self._executor = ThreadPoolExecutor(1)
+        self._move = functools.partial(file.exchange, engine, read_nbytes, written_nbytes)
+        self._moving: Future[None]
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._moving = self._executor.submit(self._move)
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self._moving.result()
+
+
+@contextmanager
+def beside(job: Job) -> Iterator[list[pl.Callback]]:
+    """Callbacks that keep the disk busy, if the job asks for it."""
+    if job.system != "plain-beside-disk":
+        yield []
+        return
+    with scratch(job.path, PROBE_NBYTES) as file:
+        engine = make_engine(IOOptions())
+        try:
+            yield [DiskBeside(file, engine, job.options["read_nbytes"], job.options["written_nbytes"])]
+        finally:
+            engine.close()
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     job = Job(**json.loads(sys.argv[1]))
@@ -110,21 +148,22 @@ def train(job: Job) -> dict[str, Any]:
         clock = Clock(strategy.stats)
     pl.seed_everything(0, verbose=False)
     fused = job.clip is None  # Lightning does not clip for a fused optimizer in mixed precision
-    module = Module(job.size, fused=fused, seq=job.seq, recompute=job.system == "plain-recompute")
-    trainer = pl.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=1,
-        precision=job.precision,
-        gradient_clip_val=job.clip,
-        max_steps=job.steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock],
-    )
-    trainer.fit(module, batches(job.steps, job.batch, job.seq))
+    module = Module(job.size, fused=fused, seq=job.seq, recompute=job.system in RECOMPUTING)
+    with beside(job) as callbacks:
+        trainer = pl.Trainer(
+            strategy=strategy,
+            accelerator="cpu",
+            devices=1,
+            precision=job.precision,
+            gradient_clip_val=job.clip,
+            max_steps=job.steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[*callbacks, clock],
+        )
+        trainer.fit(module, batches(job.steps, job.batch, job.seq))
     counted = slice(job.warmup, job.steps - 1)
     begins = clock.marks["begin"]
     steps = [b - a for a, b in itertools.pairwise(begins)][counted]
