@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +14,34 @@ import pytest
 from lightning_ssd.memory import limits
 
 KIB = 1024
+MIB = 1024 * KIB
+
+USE_BLOCKS = """
+import ctypes, json, resource
+from lightning_ssd.memory.limits import bound_heap
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+
+def resident_nbytes():
+    with open("/proc/self/statm") as file:
+        _, resident, shared, *_ = map(int, file.read().split())
+    return (resident - shared) * resource.getpagesize()
+
+def use(nbytes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(ctypes.c_size_t(nbytes))
+    ctypes.memset(block, 1, nbytes)
+    libc.free(ctypes.c_void_p(block))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+bound_heap()
+small = [use(4 << 20) for _ in range(4)]
+before = resident_nbytes()
+for _ in range(3):
+    use(24 << 20)
+print(json.dumps({"small_faults": small, "left_nbytes": resident_nbytes() - before}))
+"""
 
 
 @pytest.fixture
@@ -84,3 +117,12 @@ def test_a_group_over_its_limit_leaves_nothing(system: Path) -> None:
 
 def test_this_machine_has_some() -> None:
     assert 0 < limits.available_nbytes() < 1 << 50
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library")
+def test_small_blocks_are_reused_and_large_ones_go_back() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    command = [sys.executable, "-c", USE_BLOCKS]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    assert max(found["small_faults"][1:]) < 100  # 1024 if the pages had gone
+    assert found["left_nbytes"] < 8 * MIB
