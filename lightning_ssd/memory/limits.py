@@ -67,9 +67,9 @@ def bound_heap() -> None:
     For the whole process. By default glibc raises that threshold to the size of what it has seen freed (up to 32 MiB)
     and keeps such blocks in its heap, in pieces: gradients of a streamed model then stay in memory and grow with it.
     Far below that, or where the end of the heap goes back whenever it is free, every intermediate result is a page
-    fault for each 4 KiB: of a step of 124 million parameters that took 15 %. With 16 MiB,
-    activations of a large batch took 60 MiB more than the budget allows. Does nothing where the environment sets
-    ``MALLOC_MMAP_THRESHOLD_``, or the C library has no such switch.
+    fault for each 4 KiB: of a step of 124 million parameters that took 15 %. With 16 MiB, activations of a large batch
+    took 60 MiB more than the budget allows. Does nothing where the environment sets ``MALLOC_MMAP_THRESHOLD_``, or the
+    C library has no such switch.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
