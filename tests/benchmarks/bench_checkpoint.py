@@ -31,6 +31,7 @@ from lightning_ssd.checkpoint.copy import copy_checkpoint
 from lightning_ssd.sizes import MiB, fmt
 from tests.benchmarks.gpt import SIZES, Module, batches, numel
 from tests.benchmarks.support import emit, facts, median, plan_of, run_json, say
+from tests.helpers.training import make_trainer
 
 DISK_NBYTES_PER_PARAM = 48  # store, one checkpoint and a copy of it: 14 to 16 each
 PIECE_NBYTES = 16 * MiB
@@ -112,18 +113,7 @@ def measure(args: argparse.Namespace) -> Line:
     strategy = lightning_ssd.SSDOffloadStrategy(nvme_path=str(args.directory), host_memory=args.host_memory)
     saver = Saver(folder, first, first + args.saves - 1)
     pl.seed_everything(0, verbose=False)
-    trainer = pl.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=1,
-        precision=args.precision,
-        max_steps=num_steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[saver],
-    )
+    trainer = make_trainer(args.directory, strategy, precision=args.precision, max_steps=num_steps, callbacks=[saver])
     try:
         trainer.fit(Module(args.sizes[0]), batches(num_steps))
         assert saver.newest is not None

@@ -33,6 +33,7 @@ import lightning_ssd
 from lightning_ssd.sizes import MiB, fmt, parse_nbytes
 from tests.benchmarks.gpt import GPT, SEQ, SIZES, VOCAB, Module, batches, numel
 from tests.benchmarks.support import emit, facts, memory_now, plan_of, run_json, say
+from tests.helpers.training import make_trainer
 
 SLACK_NBYTES = 64 * MiB
 DISK_NBYTES_PER_PARAM = 16  # master and moments 12, parameter and spilled gradient 4
@@ -133,17 +134,8 @@ def train(args: argparse.Namespace) -> Line:
 
     with sampled() as peak:
         since = time.perf_counter()
-        trainer = pl.Trainer(
-            strategy=strategy,
-            accelerator="cpu",
-            devices=1,
-            precision=args.precision,
-            max_steps=args.steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[Clock()],
+        trainer = make_trainer(
+            args.directory, strategy, precision=args.precision, max_steps=args.steps, callbacks=[Clock()]
         )
         trainer.fit(module, batches(args.steps, args.batch, args.seq))
         until = time.perf_counter()

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,6 +31,7 @@ from tests.benchmarks.bench_memory import sampled
 from tests.benchmarks.gpt import SIZES, VOCAB, Module, batches
 from tests.benchmarks.support import median, plan_of
 from tests.helpers.models import Block
+from tests.helpers.training import make_trainer
 
 PROBE_NBYTES = 1 << 28
 LOW = torch.bfloat16
@@ -117,16 +119,12 @@ def train(job: Job) -> dict[str, Any]:
     module = make_module(job)
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer = pl.Trainer(
-        strategy=strategy,
+    trainer = make_trainer(
+        Path(job.path),
+        strategy,
         accelerator="gpu" if job.device == "cuda" else "cpu",
-        devices=1,
         precision=precision_of(job.system),
         max_steps=job.steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[clock],
     )
     with quick_init(), sampled() as peak:

@@ -16,8 +16,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,16 @@ import lightning.pytorch as pl
 import torch
 
 import lightning_ssd
-from lightning_ssd.io.engine import Engine, IOOptions, IOStats
+from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.io.select import make_engine
 from lightning_ssd.kernels import api as kernels
-from tests.benchmarks.disk import Scratch, scratch
+from tests.benchmarks.disk import scratch
 from tests.benchmarks.gpt import Module, batches, numel
 from tests.benchmarks.support import median, plan_of
+from tests.helpers.training import make_trainer
 
 CHUNK_NUMEL = 1 << 22
 NUM_CHUNKS = 8  # together beyond any cache
-RECOMPUTING = ("plain-recompute", "plain-beside-disk")
 PROBE_NBYTES = 1 << 30
 
 
@@ -44,9 +44,7 @@ class Job:
     """What to run.
 
     Attributes:
-        system: "ours", "plain", "plain-recompute" (torch checkpointing of each block), "plain-beside-disk" (the same
-            while a thread moves ``read_nbytes`` and ``written_nbytes`` of the options in each forward and backward), or
-            "kernel" (the update alone).
+        system: "ours", "plain", "plain-recompute" (torch checkpointing of each block), or "kernel" (the update alone).
         size: Of the model.
         precision: Lightning's.
         batch: Sequences in a batch.
@@ -57,6 +55,7 @@ class Job:
         threads: Of torch; the kernels keep their own number.
         path: ``nvme_path``.
         options: Further settings of the strategy.
+        beside: Bytes that a thread reads and writes in each forward and backward, whatever these do.
     """
 
     system: str
@@ -70,6 +69,7 @@ class Job:
     path: str
     clip: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    beside: tuple[float, float] | None = None
 
 
 class Clock(pl.Callback):
@@ -104,11 +104,11 @@ class PlainClock(Clock):
 
 
 class DiskBeside(pl.Callback):
-    """In each forward and backward a thread moves as many bytes; it ends before the update begins."""
+    """In each forward and backward a thread moves bytes; it is waited for before the update begins."""
 
-    def __init__(self, file: Scratch, engine: Engine, read_nbytes: float, written_nbytes: float) -> None:
-        self._executor = ThreadPoolExecutor(1)
-        self._move = functools.partial(file.exchange, engine, read_nbytes, written_nbytes)
+    def __init__(self, executor: Executor, move: Callable[[], None]) -> None:
+        self._executor = executor
+        self._move = move
         self._moving: Future[None]
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -121,15 +121,15 @@ class DiskBeside(pl.Callback):
 @contextmanager
 def beside(job: Job) -> Iterator[list[pl.Callback]]:
     """Callbacks that keep the disk busy, if the job asks for it."""
-    if job.system != "plain-beside-disk":
+    if job.beside is None:
         yield []
         return
-    with scratch(job.path, PROBE_NBYTES) as file:
-        engine = make_engine(IOOptions())
-        try:
-            yield [DiskBeside(file, engine, job.options["read_nbytes"], job.options["written_nbytes"])]
-        finally:
-            engine.close()
+    with (
+        scratch(job.path, PROBE_NBYTES) as file,
+        closing(make_engine(IOOptions())) as engine,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        yield [DiskBeside(executor, functools.partial(file.exchange, engine, *job.beside))]
 
 
 def main() -> None:
@@ -148,19 +148,14 @@ def train(job: Job) -> dict[str, Any]:
         clock = Clock(strategy.stats)
     pl.seed_everything(0, verbose=False)
     fused = job.clip is None  # Lightning does not clip for a fused optimizer in mixed precision
-    module = Module(job.size, fused=fused, seq=job.seq, recompute=job.system in RECOMPUTING)
+    module = Module(job.size, fused=fused, seq=job.seq, recompute=job.system == "plain-recompute")
     with beside(job) as callbacks:
-        trainer = pl.Trainer(
-            strategy=strategy,
-            accelerator="cpu",
-            devices=1,
+        trainer = make_trainer(
+            Path(job.path),
+            strategy,
             precision=job.precision,
             gradient_clip_val=job.clip,
             max_steps=job.steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=[*callbacks, clock],
         )
         trainer.fit(module, batches(job.steps, job.batch, job.seq))
