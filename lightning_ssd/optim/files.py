@@ -17,6 +17,7 @@ from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.streaming.loan import Loan
 
 
 class Slot:
@@ -48,10 +49,23 @@ class Slot:
             end += round_up(size)
         self._buffer = pool.lend(max(end, nbytes), f"update of unit {owner!r}", make_room)
 
-    def add(self, start: Callable[..., Transfer], generation: Generation, kind: str, offset: int, nbytes: int) -> None:
-        """Start a transfer between the memory of ``kind`` and bytes of a generation's data section."""
-        address = self._buffer.address + self._places[kind][0]
-        self._transfers.append(start(generation, offset, address, nbytes, keep=self._buffer))
+    def add(
+        self,
+        start: Callable[..., Transfer],
+        generation: Generation,
+        kind: str,
+        offset: int,
+        nbytes: int,
+        home: Tensor | None = None,
+    ) -> None:
+        """Start a transfer of bytes of a generation's data section: from or to its ``home``, else the slot's memory."""
+        if home is None:
+            transfer = start(
+                generation, offset, self._buffer.address + self._places[kind][0], nbytes, keep=self._buffer
+            )
+        else:
+            transfer = start(generation, offset, home.data_ptr() + offset, nbytes, keep=home)
+        self._transfers.append(transfer)
 
     def clear(self, kind: str) -> None:
         """Zeros, for a kind that has no generation yet."""
@@ -83,12 +97,21 @@ class Slot:
 
 @dataclass
 class Column:
-    """One kind of a unit in an update: streamed through slots, or kept in memory and changed there."""
+    """One kind of a unit in an update: streamed through slots, or in memory and changed there.
+
+    Attributes:
+        kind: Which.
+        layout: Of its files.
+        current: What is read.
+        kept: One tensor per parameter of what has no file; [Note: kept] of `StateStore`.
+        home: All elements, flat, of what is written to a new file from where compute will read it.
+    """
 
     kind: str
     layout: UnitLayout
     current: Generation | None
     kept: tuple[Tensor, ...] | None
+    home: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,6 +123,8 @@ class Column:
         if self.kept is not None:
             return self.kept[index]
         entry = self.layout.entries[index]
+        if self.home is not None:
+            return self.home[entry.begin // self.layout.itemsize : entry.end // self.layout.itemsize].view(entry.shape)
         return slot.tensor(self.kind, self.dtype, entry.shape, entry.begin)
 
 
@@ -108,23 +133,32 @@ class Files:
 
     Attributes:
         columns: By kind.
-        streamed: Those that are not kept.
+        streamed: Those in slots.
+        moves: Whether any is read or written.
         state_kinds: All but the parameter and its master.
         master_kind: Which kind the rule updates.
         widens: There is no master yet: it is made from the parameter.
-        values: See `Pipeline.update`.
+        source: The master's values, flat, where they are in memory and may not be changed there.
         is_touched: Kept memory may hold new values by now.
     """
 
-    def __init__(self, store: StateStore, layouts: dict[str, UnitLayout], values: Tensor | None) -> None:
+    def __init__(self, store: StateStore, layouts: dict[str, UnitLayout], loan: Loan | None) -> None:
         self._store = store
         unit = layouts["param"].unit
         self.columns = {k: Column(k, lay, store.current(unit, k), store.kept(unit, k)) for k, lay in layouts.items()}
-        self.streamed = [column for column in self.columns.values() if column.kept is None]
+        self.moves = any(column.kept is None for column in self.columns.values())
         self.state_kinds = [kind for kind in layouts if kind not in ("param", "master")]
         self.master_kind = "master" if "master" in layouts else "param"
         self.widens = self.master_kind == "master" and self.columns["master"].current is None
-        self.values = values if self.master_kind == "param" else None
+        self._loan = loan
+        self.source: Tensor | None = None
+        if loan is not None and loan.is_writable:
+            self.columns["param"].home = loan.values
+        elif loan is not None and loan.is_current and self.master_kind == "param":
+            self.source = loan.values
+        self.streamed = [c for c in self.columns.values() if c.kept is None and c.home is None]
+        # Else it is in memory, or written from the master.
+        self._reads_param = not (loan is not None and loan.is_current) and (self.master_kind == "param" or self.widens)
         self.is_touched = False
         self._new: list[Generation] = []
 
@@ -141,28 +175,32 @@ class Files:
         return {column.kind: slot.tensor(column.kind, column.dtype, numel) for column in self.streamed}
 
     def read(self, slot: Slot, begin: int, end: int) -> None:
-        """Start reading elements ``[begin, end)`` of the kinds that stream."""
-        for column in self.streamed:
-            if column.kind == "param" and (
-                self.values is not None or (self.master_kind != "param" and not self.widens)
-            ):
-                continue  # it is in memory, or written from the master
+        """Start reading elements ``[begin, end)`` of what is not in memory."""
+        for column in self.columns.values():
+            if column.kept is not None or (column.kind == "param" and not self._reads_param):
+                continue
             if column.current is None:
                 slot.clear(column.kind)
             else:
-                itemsize = column.layout.itemsize
-                slot.add(self._store.read, column.current, column.kind, begin * itemsize, (end - begin) * itemsize)
+                size = column.layout.itemsize
+                slot.add(self._store.read, column.current, column.kind, begin * size, (end - begin) * size, column.home)
 
     def write(self, slot: Slot, begin: int, end: int) -> None:
         """Start writing them."""
         for column, new in zip(self.columns.values(), self._new, strict=True):
             if column.kept is None:
-                itemsize = column.layout.itemsize
-                slot.add(self._store.write, new, column.kind, begin * itemsize, (end - begin) * itemsize)
+                size = column.layout.itemsize
+                slot.add(self._store.write, new, column.kind, begin * size, (end - begin) * size, column.home)
+
+    def end_source(self) -> None:
+        """All is computed: what was only read goes back."""
+        if self.columns["param"].home is None:
+            self._end_loan(is_new=False)
 
     def commit(self) -> None:
         """The new generations are the current ones."""
         self._store.commit(*self._new)
+        self._end_loan(is_new=True)
 
     def abandon(self, error: BaseException) -> None:
         """The update failed: the current generations stay, unless they are kept and were touched."""
@@ -170,3 +208,11 @@ class Files:
         damage = f"the update of unit {unit!r} failed midway ({error}): resume from the last checkpoint"
         for generation in self._new:
             self._store.abandon(generation, damage if self.is_touched else "")
+        self._end_loan(is_new=False)
+
+    def _end_loan(self, *, is_new: bool) -> None:
+        loan, self._loan = self._loan, None
+        if loan is not None:
+            self.source = self.columns["param"].home = None
+            del loan.values
+            loan.end(is_new)

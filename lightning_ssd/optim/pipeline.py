@@ -29,6 +29,7 @@ from lightning_ssd.optim.rules import Options, Rule
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import Segment, chunks
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.streaming.loan import Loan
 from lightning_ssd.streaming.unit import Unit
 from lightning_ssd.trace import Lane, Trace
 
@@ -89,7 +90,7 @@ class Pipeline:
         unit: Unit,
         rule: Rule,
         parts: Mapping[int, ParameterUpdate],
-        values: Tensor | None = None,
+        loan: Loan | None = None,
         *,
         done: Callable[[], None] = lambda: None,
     ) -> None:
@@ -99,7 +100,7 @@ class Pipeline:
             unit: What to update.
             rule: How.
             parts: Gradients and hyper-parameters by parameter index.
-            values: All elements of ``unit``, flat, where they are in memory and are the master: not read again then.
+            loan: Where the parameters of ``unit`` are in memory, or may be; ended here.
             done: Called once the new generations are the current ones.
 
         Raises:
@@ -107,14 +108,16 @@ class Pipeline:
             IoError: The disk failed, under this update or under the one that trails; the generations before an update
                 that failed are still the current ones.
         """
-        _require_unchanged(unit, parts)
         self._trace.mark("update", unit.name)
-        kinds = [k for k in self._store.kinds(unit.name) if k not in ("param", "master")]
-        for part in parts.values():
-            kinds += [k for k in rule.kinds(part.options) if k not in kinds]
         with self._trace.span(Lane.UPDATE, "update", unit.name):
-            writes = _Writes(unit, parts.values(), self._files(unit, kinds, values), done)
             try:
+                writes = _Writes(unit, parts.values(), self._files(unit, rule, parts, loan), done)
+            except BaseException:
+                if loan is not None:
+                    loan.end(False)
+                raise
+            try:
+                _require_unchanged(unit, parts)
                 writes.files.begin()
                 for part in parts.values():
                     rule.begin(part.scalars, part.options)
@@ -124,7 +127,7 @@ class Pipeline:
                         part.initialised.update(rule.kinds(part.options))
                 else:
                     self._in_whole(unit, rule, parts, writes)
-                writes.files.values = None  # its memory goes back now
+                writes.files.end_source()
                 self.finish()
             except BaseException as error:
                 writes.fail(error)
@@ -170,7 +173,7 @@ class Pipeline:
     def _in_chunks(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], writes: _Writes) -> None:
         flats = {i: part.grad.detach().reshape(-1) for i, part in parts.items()}
         files = writes.files
-        if not files.streamed:
+        if not files.moves:
             files.is_touched = True
             self._compute(unit, rule, parts, flats, files, None, 0, unit.layout.numel)
             return
@@ -224,9 +227,11 @@ class Pipeline:
         staged = {} if slot is None else files.staged(slot, end - begin)
 
         def view(kind: str, segment: Segment) -> Tensor:
-            kept = files.columns[kind].kept
+            kept, home = files.columns[kind].kept, files.columns[kind].home
             if kept is not None:
                 return kept[segment.index].view(-1)[segment.offset : segment.offset + segment.numel]
+            if home is not None:
+                return home[segment.begin : segment.end]
             return staged[kind][segment.begin - begin : segment.end - begin]
 
         with self._trace.span(Lane.UPDATE, "rule", unit.name):
@@ -235,8 +240,8 @@ class Pipeline:
                 param = view("param", segment) if files.master_kind != "param" else None
                 if files.widens and param is not None:
                     kernels.convert_(master, param)
-                elif files.values is not None and files.columns["param"].kept is None:
-                    master.copy_(files.values[segment.begin : segment.end])
+                elif files.source is not None:
+                    kernels.convert_(master, files.source[segment.begin : segment.end])
                 part = parts.get(segment.index)
                 if part is None:
                     if param is not None:
@@ -270,9 +275,9 @@ class Pipeline:
         master = views[files.master_kind]
         if files.widens:
             master.copy_(views["param"])
-        elif files.values is not None and files.columns["param"].kept is None:
+        elif files.source is not None:
             entry, itemsize = files.columns["param"].layout.entries[index], master.itemsize
-            master.copy_(files.values[entry.begin // itemsize : entry.end // itemsize].view(master.shape))
+            master.copy_(files.source[entry.begin // itemsize : entry.end // itemsize].view(master.shape))
         if part is not None:
             states = {k: v for k, v in views.items() if k in part.initialised}
             grad = part.grad.detach().to(master.dtype)
@@ -290,13 +295,16 @@ class Pipeline:
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def _files(self, unit: Unit, kinds: list[str], values: Tensor | None) -> Files:
+    def _files(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], loan: Loan | None) -> Files:
+        kinds = [kind for kind in self._store.kinds(unit.name) if kind not in ("param", "master")]
+        for part in parts.values():
+            kinds += [kind for kind in rule.kinds(part.options) if kind not in kinds]
         dtype = master_dtype(unit, keep_master=self._keep_master)
         layouts = {"param": unit.layout}
         if dtype != unit.layout.dtype:
             layouts["master"] = unit.layout_of("master", dtype)
         layouts |= {kind: unit.layout_of(kind, dtype) for kind in kinds}
-        return Files(self._store, layouts, values)
+        return Files(self._store, layouts, loan)
 
 
 class _Writes:

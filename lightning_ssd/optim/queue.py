@@ -28,7 +28,7 @@ class Owed:
         unit: What it updates.
         nbytes: Memory of its gradients that nobody else holds.
         position: Place of the unit in the next forward; the lowest is updated first.
-        is_free: Whether the update may change the unit now: what is kept in memory is not changed under compute.
+        is_free: Whether the update may change the unit where it is in memory: not under compute.
         run: Runs it. The last bytes may still be on their way to the disk when it returns: `UpdateQueue.complete` is
             called when they are there, in the next one's `run` or in ``finish``.
         cancel: Called instead of `run` if an earlier update fails: lets go of what was borrowed for it.
@@ -184,19 +184,20 @@ class UpdateQueue:
                 failure = error
                 with suppress(SSDOffloadError):
                     self._finish()  # of another unit: it is whole
+            left: list[Owed] = []
             with self._changed:
                 if failure is not None:  # the step cannot be completed any more: whoever waits is told
                     self._failure = failure
-                    while self._owed:
-                        left = self._owed.popitem()[1]
-                        if not left.has_run and left is not owed:
-                            left.cancel()
+                    left = [other for other in self._owed.values() if not other.has_run and other is not owed]
+                    self._owed.clear()
                     self.held_nbytes = 0
                 elif owed is not None:
                     self.held_nbytes -= owed.nbytes
                     owed.has_run, owed.run = True, _has_run
                 owed = None  # its gradients go now, not with the next update
                 self._changed.notify_all()
+            while left:  # not under the lock: residents, which take another one, notify us under theirs
+                left.pop().cancel()
 
     def _trails(self) -> bool:
         return any(owed.has_run for owed in self._owed.values())

@@ -134,10 +134,11 @@ class StreamedOptimizer:
         parts = self._parts(unit, mine, groups)
         residents.settle(unit)
         # Where there is a master, the values in memory are not what the rule updates.
-        held = [residents.borrow(unit) if pipeline.updates_values_of(unit) else None]
+        reads = pipeline.updates_values_of(unit)
+        is_borrowed = reads and residents.borrow(unit)
 
-        def done() -> None:
-            if held.pop() is not None:
+        def end_borrow() -> None:
+            if is_borrowed:
                 residents.end_borrow(unit)
 
         def run() -> None:
@@ -148,9 +149,10 @@ class StreamedOptimizer:
                     for part in parts.values():
                         part.version = part.grad._version  # what landed may have been added to it
                 residents.end_copy(unit)
-                pipeline.update(unit, self.rule, parts, held[0], done=complete)
+                loan = residents.lend(unit, reads=reads)
             finally:
-                done()
+                end_borrow()
+            pipeline.update(unit, self.rule, parts, loan, done=complete)
 
         def complete() -> None:
             queue.complete(unit)
@@ -158,7 +160,7 @@ class StreamedOptimizer:
 
         nbytes = sum(part.grad.nbytes for part in parts.values()) if is_last else 0
         position = residents.schedule.position(unit.name, "train")
-        queue.add(Owed(unit, nbytes, position, lambda: residents.is_free(unit), run, done))
+        queue.add(Owed(unit, nbytes, position, lambda: residents.is_free(unit), run, end_borrow))
 
     def _parts(
         self, unit: Unit, grads: Mapping[int, Tensor], groups: Mapping[nn.Parameter, int]

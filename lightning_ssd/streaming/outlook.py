@@ -73,10 +73,26 @@ class Outlook:
 
     def need(self, unit: Unit) -> float:
         """How soon the bytes of ``unit`` are needed; infinity if they are not: an update will replace them before."""
-        if self._is_owed(unit):
-            return math.inf
+        return math.inf if self._is_owed(unit) else self.position(unit)
+
+    def position(self, unit: Unit) -> int:
+        """How many units are needed before ``unit`` is."""
         needs = (*self._schedule.upcoming(), *self._schedule.following())
         return needs.index(unit.name) if unit.name in needs else len(needs)
+
+    def is_next(self, unit: Unit, is_placed: Callable[[Unit], bool]) -> bool:
+        """Whether ``unit`` would be read now if no update of it were owed."""
+        num_ahead = 0
+        for name in dict.fromkeys((*self._schedule.upcoming(), *self._schedule.following())):
+            other = self._by_name[name]
+            if other.state is Residency.RESIDENT or other.kept is not None or is_placed(other):
+                continue
+            num_ahead += 1
+            if other is unit:
+                return num_ahead <= self._num_ahead
+            if other.state is Residency.ON_DISK:
+                return False
+        return False
 
     def dispensable(self, needed_after: float | None = None) -> Unit | None:
         """The unit that is needed last of those in host memory that nobody uses; None if there is none.

@@ -20,6 +20,7 @@ from lightning_ssd.streaming.device import Placed
 from lightning_ssd.streaming.fence import fenced_class
 from lightning_ssd.streaming.fetch import HostRoute, Route
 from lightning_ssd.streaming.in_step import Reachable
+from lightning_ssd.streaming.loan import Loan
 from lightning_ssd.streaming.outlook import Outlook
 from lightning_ssd.streaming.schedule import Schedule
 from lightning_ssd.streaming.unit import Residency, Unit
@@ -45,8 +46,7 @@ class Owing(Protocol):
 class Residents:
     """The units of one model and the memory they take.
 
-    The thread that trains calls everything but `updated` and `end_borrow`, which the thread of updates calls. The lock
-    is never held while waiting for the disk or for an update.
+    The thread that trains calls everything but `lend`, `end_borrow` and `updated`, which the thread of updates calls.
 
     Args:
         units: All units.
@@ -231,8 +231,7 @@ class Residents:
 
     def _end_fetch(self, unit: Unit) -> None:
         if unit.state is Residency.READING:
-            unit.transfer = None
-            unit.move(Residency.STAGED)
+            self._end_read(unit)
         if unit.state is Residency.STAGED:
             self._install(unit)
             self.on_fetch(unit)
@@ -245,6 +244,10 @@ class Residents:
         unit.move(Residency.READING)
         if unit.layout.data_nbytes:
             unit.transfer = self._store.read(generation, 0, buffer.address, unit.layout.data_nbytes, keep=buffer)
+
+    def _end_read(self, unit: Unit) -> None:
+        unit.transfer = None
+        unit.move(Residency.STAGED)
 
     def _install(self, unit: Unit) -> None:
         unit.placed = self._place(unit)
@@ -304,21 +307,53 @@ class Residents:
     # -- updates -------------------------------------------------------------------------------------------------
 
     def is_free(self, unit: Unit) -> bool:
-        """Whether an update may change ``unit`` now: what is kept in memory must not change under compute."""
-        return unit.kept is None or not self._route.keeps_buffer or unit.state is not Residency.RESIDENT
+        """Whether an update may change ``unit`` where it is in memory: not while compute reads it there."""
+        return not self._route.keeps_buffer or unit.state is not Residency.RESIDENT
 
-    def borrow(self, unit: Unit) -> Tensor | None:
-        """All elements of ``unit``, flat, if its newest values are in a buffer; they stay until `end_borrow`.
+    def borrow(self, unit: Unit) -> bool:
+        """Whether the newest values of ``unit`` are in a buffer; if so they stay until `end_borrow`."""
+        with self._lock:
+            if unit.kept is not None or unit.buffer is None or not self.is_current(unit):
+                return False
+            unit.num_borrows += 1
+            return True
 
-        A read that is under way is waited for: an update will replace the file.
+    def lend(self, unit: Unit, *, reads: bool) -> Loan | None:
+        """The buffer of ``unit`` for an update of it; None if there is none, or it is of no use.
+
+        What is needed next, and would be read after the update, is lent a buffer if there is room.
+
+        Args:
+            unit: What will be updated.
+            reads: The update works on the newest values themselves, not on a master of them.
         """
         with self._lock:
             if unit.state is Residency.READING and unit.transfer is not None:
-                unit.transfer.wait()  # sync: the disk
-            if unit.kept is not None or unit.buffer is None or not self.is_current(unit):
+                unit.transfer.wait()  # sync: the disk; the update will replace the file
+                self._end_read(unit)
+            if unit.state is Residency.ON_DISK and self._outlook.is_next(unit, self._is_placed):
+                make_room = partial(self._evict_one, needed_after=self._outlook.position(unit))
+                unit.buffer = self._pool.try_lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", make_room)
+                if unit.buffer is not None:
+                    unit.move(Residency.STAGED)
+            if unit.buffer is None:
+                return None
+            is_current = self.is_current(unit)
+            # A view that the user kept shows the values it had.
+            is_writable = unit.state is Residency.STAGED and unit.num_holds == 0 and not unit.buffer.in_use
+            if not is_writable and not (reads and is_current):
                 return None
             unit.num_borrows += 1
-            return unit.buffer.tensor(0, unit.dtype, (unit.layout.numel,))
+            if is_writable:
+                unit.generation = None  # whose values they are is known at the end
+            values = unit.buffer.tensor(0, unit.dtype, (unit.layout.numel,))
+        return Loan(values, is_current, is_writable, partial(self._end_loan, unit, is_writable))
+
+    def _end_loan(self, unit: Unit, was_writable: bool, is_new: bool) -> None:
+        with self._lock:
+            if was_writable and is_new and (self._keep_cache or self._outlook.is_next(unit, self._is_placed)):
+                unit.generation = self.current(unit)
+            self.end_borrow(unit)
 
     def end_copy(self, unit: Unit) -> None:
         """Return when no copy of ``unit`` reads what is kept of it in memory, which may change then."""
@@ -376,6 +411,7 @@ class Residents:
         if is_wanted and unit.buffer is not None and (self.is_current(unit) or unit.num_borrows > 0):
             self._go_to_rest(unit)
             unit.move(Residency.STAGED)
+            self._owing.notify()
         else:
             self._evict(unit)
         self._trace.mark("release", unit.name)
@@ -394,10 +430,9 @@ class Residents:
         if unit.state is Residency.RESIDENT:
             self._keep_written(unit)
             self._go_to_rest(unit)
+            unit.move(Residency.STAGED)
+            self._owing.notify()
         if unit.kept is not None:
-            if unit.state is Residency.RESIDENT:
-                unit.move(Residency.STAGED)
-                self._owing.notify()
             return
         if unit.transfer is not None:
             with suppress(SSDOffloadError):  # nobody wants these bytes any more

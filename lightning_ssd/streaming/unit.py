@@ -30,7 +30,7 @@ class Residency(Enum):
 _LEGAL = frozenset(
     {
         (Residency.ON_DISK, Residency.READING),
-        (Residency.ON_DISK, Residency.STAGED),  # kept in memory from now on
+        (Residency.ON_DISK, Residency.STAGED),  # kept in memory from now on, or lent to an update
         (Residency.READING, Residency.STAGED),
         (Residency.READING, Residency.ON_DISK),  # the read failed
         (Residency.STAGED, Residency.RESIDENT),
@@ -53,13 +53,14 @@ class Unit:
         block: The repeated block it belongs to, or None.
         sticky: Stays resident to the end of the step once fetched.
         state: Where the values are. Only `move` assigns it.
-        buffer: The host buffer, in every state but ON_DISK (on a GPU, in READING and STAGED only).
+        buffer: The host buffer, in every state but ON_DISK (on a GPU, in READING and STAGED only). In STAGED an update
+            may have it (`Loan`).
         transfer: The read under way, in READING.
-        generation: What the buffer holds or will hold.
+        generation: What the buffer holds or will hold; None while an update makes new values there.
         kept: One tensor per parameter where the unit is kept in memory; it then has no buffer and is never ON_DISK.
         placed: Its tensors where compute reads; on a GPU they may still be there when nobody uses them.
         num_holds: How many users want it resident now.
-        num_borrows: How many updates read the bytes in its buffer.
+        num_borrows: How many updates have its buffer, or will want the bytes in it.
         at_rest: The mapping of its file while a parameter is awake outside a step.
         parked: What each parameter views at rest; NaN bytes that cost nothing.
     """

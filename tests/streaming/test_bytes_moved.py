@@ -12,6 +12,8 @@ import pytest
 from torch import nn
 
 from lightning_ssd.io.engine import IOStats
+from lightning_ssd.store.generation import Generation
+from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.streaming.unit import Unit
@@ -49,9 +51,10 @@ class Counters(pl.Callback):
 def run(tmp_path: Path, make_net: Callable[[], nn.Module], **settings: Any) -> tuple[list[IOStats], Session]:
     counters = Counters()
     options = {name: settings.pop(name) for name in ("precision", "gradient_clip_val") if name in settings}
+    callbacks = settings.pop("callbacks", [counters])
     strategy = SSDOffloadStrategy(**({"host_memory": "min", "min_unit_numel": 0, "update": "native"} | settings))
     data = Images(400) if make_net is ViT else Tokens(400)
-    result = train(tmp_path, make_net, strategy, data=data, max_steps=STEPS, callbacks=[counters], **options)
+    result = train(tmp_path, make_net, strategy, data=data, max_steps=STEPS, callbacks=callbacks, **options)
     return counters.steps, result.trainer.strategy.session  # type: ignore[attr-defined]
 
 
@@ -113,3 +116,29 @@ def test_with_enough_memory_the_disk_is_silent(tmp_path: Path, options: dict[str
     assert session.plan is not None
     assert session.plan.fits
     assert [(step.read_nbytes, step.written_nbytes) for step in steps[1:]] == [(0, 0)] * (STEPS - 1)
+
+
+@pytest.mark.parametrize("overlap", ["auto", "off"])
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5}], ids=str)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_what_forward_needs_first_is_updated_where_forward_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, options: dict[str, Any], overlap: str
+) -> None:
+    reads: list[str] = []
+    read = StateStore.read
+
+    def spy(self: StateStore, generation: Generation, *args: Any, **kwargs: Any) -> Any:
+        if generation.layout.kind == "param":
+            reads.append(generation.layout.unit)
+        return read(self, generation, *args, **kwargs)
+
+    class FromThirdStep(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == 2:  # the order of use is known
+                trainer.strategy.session.drain()
+                reads.clear()
+
+    monkeypatch.setattr(StateStore, "read", spy)
+    run(tmp_path, GPT, overlap=overlap, precision=precision, callbacks=[FromThirdStep()], **options)
+    # Forward begins with the positions, and backward does not read them. Their update does where they are the master.
+    assert reads.count("net") == (STEPS - 2 if precision == "32-true" else 0)
