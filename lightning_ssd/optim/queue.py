@@ -28,7 +28,9 @@ class Owed:
         unit: What it updates.
         nbytes: Memory of its gradients that nobody else holds.
         position: Place of the unit in the next forward; the lowest is updated first.
-        is_free: Whether the update may change the unit where it is in memory: not under compute.
+        is_kept: The unit's values are only in memory, and must not change there while it is not free.
+        is_free: Whether the update may change the unit where it is in memory: not under compute. One that is not kept
+            can be updated beside that too, which costs a copy of its values.
         run: Runs it. The last bytes may still be on their way to the disk when it returns: `UpdateQueue.complete` is
             called when they are there, in the next one's `run` or in ``finish``.
         cancel: Called instead of `run` if an earlier update fails: lets go of what was borrowed for it.
@@ -38,6 +40,7 @@ class Owed:
     unit: Unit
     nbytes: int
     position: int
+    is_kept: bool
     is_free: Callable[[], bool]
     run: Callable[[], None]
     cancel: Callable[[], None]
@@ -149,7 +152,11 @@ class UpdateQueue:
         # Units that are not free become so only by what the caller does next: they do not keep it waiting.
         if self.held_nbytes <= self._capacity():
             return True
-        return not self._is_working and not any(owed.is_free() for owed in self._owed.values() if not owed.has_run)
+        return not self._is_working and not any(map(self._may_run, self._owed.values()))
+
+    def _may_run(self, owed: Owed) -> bool:
+        # What waits for compute to be done with it does so only as long as its gradients are in nobody's way.
+        return not owed.has_run and (owed.is_free() or (not owed.is_kept and self.held_nbytes > self._capacity()))
 
     def _wait(self, what: str, is_over: Callable[[], bool], *, insists: bool = False) -> None:
         with self._changed:
@@ -168,7 +175,6 @@ class UpdateQueue:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._is_working = False
                 self._changed.wait_for(lambda: self._next() or self._trails() or (self._is_closed and not self._owed))
                 owed = self._next()
                 if owed is None and not self._owed:
@@ -186,6 +192,7 @@ class UpdateQueue:
                     self._finish()  # of another unit: it is whole
             left: list[Owed] = []
             with self._changed:
+                self._is_working = False
                 if failure is not None:  # the step cannot be completed any more: whoever waits is told
                     self._failure = failure
                     left = [other for other in self._owed.values() if not other.has_run and other is not owed]
@@ -204,8 +211,7 @@ class UpdateQueue:
 
     def _next(self) -> Owed | None:
         insists = self._num_insisting > 0 or self._is_closed
-        waiting = (owed for owed in self._owed.values() if not owed.has_run)
-        found = [owed for owed in waiting if insists or owed.is_free()]
+        found = [owed for owed in self._owed.values() if self._may_run(owed) or (insists and not owed.has_run)]
         return min(found, key=lambda owed: owed.position, default=None)
 
 

@@ -160,7 +160,8 @@ class StreamedOptimizer:
 
         nbytes = sum(part.grad.nbytes for part in parts.values()) if is_last else 0
         position = residents.schedule.position(unit.name, "train")
-        queue.add(Owed(unit, nbytes, position, lambda: residents.is_free(unit), run, end_borrow))
+        is_kept = unit.kept is not None
+        queue.add(Owed(unit, nbytes, position, is_kept, lambda: residents.is_free(unit), run, end_borrow))
 
     def _parts(
         self, unit: Unit, grads: Mapping[int, Tensor], groups: Mapping[nn.Parameter, int]

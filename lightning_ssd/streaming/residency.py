@@ -307,7 +307,7 @@ class Residents:
     # -- updates -------------------------------------------------------------------------------------------------
 
     def is_free(self, unit: Unit) -> bool:
-        """Whether an update may change ``unit`` where it is in memory: not while compute reads it there."""
+        """Whether an update may change ``unit`` where it is in memory: not while compute may read it there."""
         return not self._route.keeps_buffer or unit.state is not Residency.RESIDENT
 
     def borrow(self, unit: Unit) -> bool:
@@ -390,6 +390,8 @@ class Residents:
             return True
         # What an update reads goes when it is done; it waits for nothing that we hold.
         idle = [unit for unit in self.units if unit.num_holds == 0 and unit.buffer is not None]
+        for unit in idle:  # an update may wait until compute is done with it
+            self._release_memory(unit)
         self._lock.wait_for(lambda: len(idle) == 0 or any(u.num_borrows == 0 for u in idle))  # sync: an update
         return bool(idle)
 
@@ -483,6 +485,7 @@ class Residents:
                 self._store.put(unit.layout, lambda i: unit.params[i].data)
             if was_assigned or is_written:
                 self._store.forget(unit.name, "master")  # the user's value is the truth now
+                self._evict(unit)  # bytes in a buffer may be those that the file had before
             self._store.drop_file(self.current(unit))
             self.park(unit)
             at_rest.let_go(is_written=was_assigned or is_written)
