@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -40,4 +44,40 @@ def test_gradients_without_room_are_waited_for_unless_memory_in_use_would_change
     queue.wait(unit)
     assert ran == ["unit"]
     assert queue.held_nbytes == 0
+    queue.close()
+
+
+class Hesitant(threading.Condition):
+    """The thread of updates gives others a chance each time it lets go of the lock."""
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if threading.current_thread().name == "lightning-ssd-update":
+            time.sleep(0.05)
+
+
+def test_who_waits_for_room_learns_that_nothing_can_run() -> None:
+    """One update ends while another, of memory in use, waits: what waits for room has to go on, or both sleep."""
+    queue = UpdateQueue(capacity=lambda: 0, is_async=True, finish=lambda: None, trace=Trace())
+    queue._changed = Hesitant()
+    free, used = make_unit("free"), make_unit("used")
+    is_free = False
+    may_end = threading.Event()
+
+    def run_free() -> None:
+        may_end.wait()
+        queue.complete(free)
+
+    def add_used() -> None:
+        may_end.set()
+        queue.add(Owed(used, 16, 0, True, lambda: is_free, lambda: queue.complete(used), lambda: None))
+
+    queue.add(Owed(free, 0, 1, True, lambda: True, run_free, lambda: None))
+    trainer = threading.Thread(target=add_used, daemon=True)
+    trainer.start()
+    trainer.join(20)
+    assert not trainer.is_alive()
+    is_free = True
+    queue.notify()
+    queue.drain()
     queue.close()
