@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 
 from lightning_ssd.streaming.schedule import Schedule
@@ -55,12 +55,7 @@ class Outlook:
         """
         following = takewhile(self._is_renewed, self._schedule.following()) if beyond else ()
         group: list[Unit] = []
-        num_ahead = 0
-        for name in dict.fromkeys((*self._schedule.upcoming(), *following)):
-            unit = self._by_name[name]
-            if unit.state is Residency.RESIDENT or unit.kept is not None or is_placed(unit):
-                continue
-            num_ahead += 1
+        for num_ahead, unit in enumerate(self._ahead(following, is_placed), 1):
             if num_ahead > self._num_ahead or unit.at_rest is not None or self._is_owed(unit):
                 return
             if unit.state is Residency.ON_DISK:
@@ -82,12 +77,7 @@ class Outlook:
 
     def is_next(self, unit: Unit, is_placed: Callable[[Unit], bool]) -> bool:
         """Whether ``unit`` would be read now if no update of it were owed."""
-        num_ahead = 0
-        for name in dict.fromkeys((*self._schedule.upcoming(), *self._schedule.following())):
-            other = self._by_name[name]
-            if other.state is Residency.RESIDENT or other.kept is not None or is_placed(other):
-                continue
-            num_ahead += 1
+        for num_ahead, other in enumerate(self._ahead(self._schedule.following(), is_placed), 1):
             if other is unit:
                 return num_ahead <= self._num_ahead
             if other.state is Residency.ON_DISK:
@@ -104,6 +94,11 @@ class Outlook:
         if needed_after is not None:
             free = [u for u in free if u.state is Residency.STAGED and self.need(u) > needed_after]
         return max(free, key=lambda u: (u.state is not Residency.READING, self.need(u)), default=None)
+
+    def _ahead(self, following: Iterable[str], is_placed: Callable[[Unit], bool]) -> Iterator[Unit]:
+        """Units that need a buffer before they are used, soonest needed first: in this step, then in the next."""
+        units = (self._by_name[name] for name in dict.fromkeys((*self._schedule.upcoming(), *following)))
+        return (u for u in units if u.state is not Residency.RESIDENT and u.kept is None and not is_placed(u))
 
     def _is_renewed(self, name: str) -> bool:
         return name in self._renewed or not any(param.requires_grad for param in self._by_name[name].params)
