@@ -11,19 +11,19 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_ssd.errors import ResidencyError, SSDOffloadError
+from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.streaming.at_rest import AtRest, KeptAtRest, is_assigned
+from lightning_ssd.streaming.at_rest import AtRest, KeptAtRest
 from lightning_ssd.streaming.device import Placed
 from lightning_ssd.streaming.fence import fenced_class
 from lightning_ssd.streaming.fetch import HostRoute, Route
-from lightning_ssd.streaming.in_step import Reachable
 from lightning_ssd.streaming.loan import Loan
 from lightning_ssd.streaming.outlook import Outlook
 from lightning_ssd.streaming.schedule import Schedule
 from lightning_ssd.streaming.unit import Residency, Unit
+from lightning_ssd.streaming.writes import Writes
 from lightning_ssd.trace import Lane, Trace
 
 
@@ -78,7 +78,7 @@ class Residents:
         self._owners = {param: unit for unit in units for param in unit.params}
         self._parked_class = fenced_class(self)
         self._places: dict[int, tuple[Unit, int]] = {}  # of resident parameters, by address of their storage
-        self._reachable = Reachable()
+        self._writes = Writes(store, self.is_current)
         self._loose: list[dict[str, Unit]] = [{}]  # resident without a hold, by the visit that touched them
 
     def start(
@@ -95,6 +95,7 @@ class Residents:
             quantum: Units whose reads are started together.
         """
         self._pool, self._route, self._owing = pool, route, owing
+        self._writes.keeps_buffer = route.keeps_buffer
         self._keep_cache = keep_cache
         self._outlook = Outlook(
             self.units,
@@ -141,7 +142,7 @@ class Residents:
             if unit.num_holds == 0:
                 self.schedule.use(unit.name)
             if any(unit.name in loose for loose in self._loose):
-                self._keep_written(unit)  # its module runs on what the user wrote before
+                self._writes.take_from_step(unit)  # its module runs on what the user wrote before
             unit.num_holds += 1
             try:
                 self._begin_fetch(unit)
@@ -197,7 +198,7 @@ class Residents:
     def drop_holds(self) -> None:
         """Forget who holds what, after a failure."""
         with self._lock:
-            self._reachable.clear()
+            self._writes.clear()
             for unit in self.units:
                 unit.num_holds = 0
             self.end_step()
@@ -257,7 +258,7 @@ class Residents:
                 self._places[tensor.untyped_storage().data_ptr()] = (unit, index)
         unit.move(Residency.RESIDENT)
         if unit.sticky:
-            self._note(unit)
+            self._writes.note(unit)
         if unit.buffer is not None and not self._route.keeps_buffer:
             self._pool.give_back(unit.buffer)
             unit.buffer = None
@@ -407,7 +408,7 @@ class Residents:
         """Put a resident unit's parameters at rest; keep its bytes if that is wanted and they are current."""
         if unit.state is not Residency.RESIDENT:
             return
-        self._keep_written(unit)
+        self._writes.take_from_step(unit)
         # A block that is needed next, at the turn of forward to backward, is not read again.
         is_wanted = self._keep_cache or unit.num_borrows > 0 or next(self.schedule.upcoming(), "") == unit.name
         if is_wanted and unit.buffer is not None and (self.is_current(unit) or unit.num_borrows > 0):
@@ -419,7 +420,7 @@ class Residents:
         self._trace.mark("release", unit.name)
 
     def _go_to_rest(self, unit: Unit) -> None:
-        self._reachable.forget(unit)
+        self._writes.forget(unit)
         self.park(unit)
         self._forget_places(unit)
         if unit.placed is not None:
@@ -430,7 +431,7 @@ class Residents:
         if unit.state is Residency.ON_DISK:
             return
         if unit.state is Residency.RESIDENT:
-            self._keep_written(unit)
+            self._writes.take_from_step(unit)
             self._go_to_rest(unit)
             unit.move(Residency.STAGED)
             self._owing.notify()
@@ -468,61 +469,22 @@ class Residents:
             for unit in units:
                 self.acquire(unit)
                 stack.callback(self._loosen, unit)
-                self._note(unit)
+                self._writes.note(unit)
                 self.on_touch(unit)
 
     def settle(self, unit: Unit) -> None:
         """Bring what the user did to ``unit`` at rest into the store, and put its parameters at rest."""
         at_rest = unit.at_rest
         if at_rest is None:
-            self._keep_written(unit)
+            self._writes.take_from_step(unit)
             return
         with self._lock:
-            was_assigned = at_rest.is_assigned(unit.params)
-            is_written = at_rest.was_written()
-            if was_assigned or (is_written and at_rest.is_private):
-                _require_same_form(unit)
-                self._store.put(unit.layout, lambda i: unit.params[i].data)
-            if was_assigned or is_written:
-                self._store.forget(unit.name, "master")  # the user's value is the truth now
+            is_written = self._writes.take_from_rest(unit, at_rest)
+            if is_written:
                 self._evict(unit)  # bytes in a buffer may be those that the file had before
-            self._store.drop_file(self.current(unit))
             self.park(unit)
-            at_rest.let_go(is_written=was_assigned or is_written)
+            at_rest.let_go(is_written=is_written)
             unit.at_rest = None
-
-    def _note(self, unit: Unit) -> None:
-        """From now on the user's code can write to ``unit``, which is resident."""
-        if not self._is_in_place(unit):
-            self._reachable.note(unit)
-
-    def _is_in_place(self, unit: Unit) -> bool:
-        """Whether resident parameters are what the store keeps, and nothing beside them depends on their values."""
-        return unit.kept is not None and self._route.keeps_buffer and unit.layout.itemsize >= 4
-
-    def _keep_written(self, unit: Unit) -> None:
-        """Bring what the user did to ``unit`` inside a step into the store; [Note: in a step, written]."""
-        if unit.state is not Residency.RESIDENT:
-            return
-        if self._is_in_place(unit):
-            assert unit.kept is not None
-            if is_assigned(unit.params, unit.kept):
-                _require_same_form(unit)
-                self._store.put(unit.layout, lambda i: unit.params[i].data)
-            self._store.drop_file(self.current(unit))
-            return
-        if not self._reachable.is_written(unit):
-            return
-        if not self.is_current(unit):
-            raise ResidencyError(
-                f"parameters of unit {unit.name!r} were written to in a step while their optimizer updated them: write "
-                "to them before the step's forward, or after optimizer.step()"
-            )
-        _require_same_form(unit)
-        # From here on the bytes in memory are not those of the newest generation: they go at the next release.
-        self._store.put(unit.layout, lambda i: unit.params[i].data)
-        self._store.forget(unit.name, "master")
-        self._reachable.forget(unit)
 
     def _wake_at_rest(self, unit: Unit) -> None:
         self._owing.wait(unit)
@@ -556,12 +518,3 @@ def _give(param: nn.Parameter, data: Tensor, cls: type[nn.Parameter]) -> None:
     with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
         param.data = data
     param.__class__ = cls
-
-
-def _require_same_form(unit: Unit) -> None:
-    for name, param, shape in zip(unit.names, unit.params, unit.shapes, strict=True):
-        if tuple(param.shape) != shape.shape or param.dtype != unit.dtype:
-            raise SSDOffloadError(
-                f"parameter {name!r} was given data of shape {tuple(param.shape)} and {param.dtype}; it was placed "
-                f"with {shape.shape} and {unit.dtype}: change a parameter's form before the Trainer starts"
-            )
