@@ -411,11 +411,9 @@ class Residents:
         self._writes.take_from_step(unit)
         # A block that is needed next, at the turn of forward to backward, is not read again.
         is_wanted = self._keep_cache or unit.num_borrows > 0 or next(self.schedule.upcoming(), "") == unit.name
-        if is_wanted and unit.buffer is not None and (self.is_current(unit) or unit.num_borrows > 0):
-            self._go_to_rest(unit)
-            unit.move(Residency.STAGED)
-            self._owing.notify()
-        else:
+        stays = is_wanted and unit.buffer is not None and (self.is_current(unit) or unit.num_borrows > 0)
+        self._go_to_rest(unit)
+        if not stays:
             self._evict(unit)
         self._trace.mark("release", unit.name)
 
@@ -425,6 +423,8 @@ class Residents:
         self._forget_places(unit)
         if unit.placed is not None:
             self._route.release(unit.placed)
+        unit.move(Residency.STAGED)
+        self._owing.notify()
 
     def _evict(self, unit: Unit) -> None:
         """Hold no memory for ``unit``, whatever state it is in; what is kept goes to rest."""
@@ -433,8 +433,6 @@ class Residents:
         if unit.state is Residency.RESIDENT:
             self._writes.take_from_step(unit)
             self._go_to_rest(unit)
-            unit.move(Residency.STAGED)
-            self._owing.notify()
         if unit.kept is not None:
             return
         if unit.transfer is not None:
