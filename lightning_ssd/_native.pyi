@@ -50,11 +50,15 @@ class SqrtForm(enum.Enum):
 
     ieee = 0
 
-    refined = 1
+    mkl_sse = 1
 
-    external = 2
+    mkl_avx2 = 2
 
-def adam(param: int, grad: int, grad_dtype: Dtype, exp_avg: int, exp_avg_sq: int, out: int, out_dtype: Dtype, numel: int, *, grad_scale: float, maximize: bool, decay: float, penalty: float, beta1: float, beta2: float, step_size: float, bias2_sqrt: float, eps: float, sqrt_form: SqrtForm, external_sqrt: int) -> None: ...
+    mkl_avx512 = 3
+
+    external = 4
+
+def adam(param: int, grad: int, grad_dtype: Dtype, exp_avg: int, exp_avg_sq: int, out: int, out_dtype: Dtype, numel: int, *, grad_scale: float, maximize: bool, decay: float, penalty: float, beta1: float, beta2: float, step_size: float, bias2_sqrt: float, eps: float, sqrt_form: SqrtForm, external_sqrt: int, set_external_threads: int) -> None: ...
 
 def sgd(param: int, grad: int, grad_dtype: Dtype, momentum: int, out: int, out_dtype: Dtype, numel: int, *, grad_scale: float, maximize: bool, penalty: float, momentum_factor: float, dampening: float, nesterov: bool, first_step: bool, lr: float) -> None: ...
 

@@ -217,7 +217,8 @@ def set_num_threads(n: int) -> None:
 def describe() -> str:
     """What does the work, for the start-up summary: ``'native avx512, 2 threads'``."""
     if is_native():
-        return f"native {_native.kernel_level()}, {_native.num_kernel_threads()} threads"
+        root = ", square roots by torch's own function" if _torch_sqrt()[0] is _native.SqrtForm.external else ""
+        return f"native {_native.kernel_level()}, {_native.num_kernel_threads()} threads{root}"
     return f"torch, {torch.get_num_threads()} threads"
 
 
@@ -262,7 +263,7 @@ def _native_adam_(
     grad_scale: float,
 ) -> None:
     beta1, beta2 = betas
-    sqrt_form, external_sqrt = _torch_sqrt()
+    sqrt_form, external_sqrt, set_external_threads = _torch_sqrt()
     # All in Python floats, as torch.optim has it: rounded to float32 once, below.
     _native.adam(
         param.data_ptr(),
@@ -283,6 +284,7 @@ def _native_adam_(
         eps=eps,
         sqrt_form=sqrt_form,
         external_sqrt=external_sqrt,
+        set_external_threads=set_external_threads,
     )
 
 
@@ -328,17 +330,25 @@ def _out_arguments(out: Tensor | None) -> tuple[int, Any]:
 
 
 @cache
-def _torch_sqrt() -> tuple[Any, int]:
-    """How torch takes float32 square roots here: the form that gives its bits, and a function if none of ours does.
+def _torch_sqrt() -> tuple[Any, int, int]:
+    """How torch takes float32 square roots here: the form with its bits, and torch's functions if none of ours has them.
 
     A torch with MKL uses MKL's root, which is not correctly rounded and depends on the CPU; any other uses the exact.
+
+    Returns:
+        The form; address of the root; address of what limits the threads that it may start, 0 if there is none.
     """
+    address, set_threads = (_address_in_torch(name) for name in ("vmsSqrt", "MKL_Set_Num_Threads_Local"))
+    return _native.matching_sqrt(address), address, set_threads
+
+
+def _address_in_torch(name: str) -> int:
+    """Where a C function is that torch brought along; 0 if it did not."""
     try:
-        function = ctypes.CDLL(torch._C.__file__).vmsSqrt
+        function = ctypes.CDLL(torch._C.__file__)[name]
     except (OSError, AttributeError):
-        return _native.SqrtForm.ieee, 0
-    address = ctypes.cast(function, ctypes.c_void_p).value or 0
-    return _native.matching_sqrt(address), address
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _same_bits(numel: int, grad_dtype: torch.dtype) -> bool:

@@ -25,7 +25,7 @@ T* pointer(uintptr_t address) {
 void adam(uintptr_t param, uintptr_t grad, optim::Dtype grad_dtype, uintptr_t exp_avg, uintptr_t exp_avg_sq,
           uintptr_t out, optim::Dtype out_dtype, size_t numel, double grad_scale, bool maximize, double decay,
           double penalty, double beta1, double beta2, double step_size, double bias2_sqrt, double eps,
-          optim::SqrtForm sqrt_form, uintptr_t external_sqrt) {
+          optim::SqrtForm sqrt_form, uintptr_t external_sqrt, uintptr_t set_external_threads) {
   // Differences are taken in double and rounded once, as Python and torch do.
   optim::adam({
       .param = pointer<float>(param),
@@ -49,6 +49,7 @@ void adam(uintptr_t param, uintptr_t grad, optim::Dtype grad_dtype, uintptr_t ex
       .eps = static_cast<float>(eps),
       .sqrt_form = sqrt_form,
       .external_sqrt = reinterpret_cast<optim::ExternalSqrt>(external_sqrt),
+      .set_external_threads = reinterpret_cast<optim::SetExternalThreads>(set_external_threads),
   });
 }
 
@@ -124,11 +125,13 @@ void bind_optim(nb::module_& m) {
       .value("float16", optim::Dtype::float16);
   nb::enum_<optim::SqrtForm>(m, "SqrtForm", "How Adam takes square roots; see docs/design/numerics.md.")
       .value("ieee", optim::SqrtForm::ieee)
-      .value("refined", optim::SqrtForm::refined)
+      .value("mkl_sse", optim::SqrtForm::mkl_sse)
+      .value("mkl_avx2", optim::SqrtForm::mkl_avx2)
+      .value("mkl_avx512", optim::SqrtForm::mkl_avx512)
       .value("external", optim::SqrtForm::external);
   m.def("adam", adam, Released(), "param"_a, "grad"_a, "grad_dtype"_a, "exp_avg"_a, "exp_avg_sq"_a, "out"_a,
         "out_dtype"_a, "numel"_a, nb::kw_only(), "grad_scale"_a, "maximize"_a, "decay"_a, "penalty"_a, "beta1"_a,
-        "beta2"_a, "step_size"_a, "bias2_sqrt"_a, "eps"_a, "sqrt_form"_a, "external_sqrt"_a);
+        "beta2"_a, "step_size"_a, "bias2_sqrt"_a, "eps"_a, "sqrt_form"_a, "external_sqrt"_a, "set_external_threads"_a);
   m.def("sgd", sgd, Released(), "param"_a, "grad"_a, "grad_dtype"_a, "momentum"_a, "out"_a, "out_dtype"_a, "numel"_a,
         nb::kw_only(), "grad_scale"_a, "maximize"_a, "penalty"_a, "momentum_factor"_a, "dampening"_a, "nesterov"_a,
         "first_step"_a, "lr"_a);

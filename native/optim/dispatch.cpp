@@ -124,10 +124,15 @@ void convert(void* dst, Dtype dst_dtype, const void* src, Dtype src_dtype, size_
 }
 
 SqrtForm matching_sqrt(ExternalSqrt function) {
-  if (function == nullptr || gives_bits_of(SqrtForm::ieee, function)) {
+  if (function == nullptr) {
     return SqrtForm::ieee;
   }
-  return gives_bits_of(SqrtForm::refined, function) ? SqrtForm::refined : SqrtForm::external;
+  for (const SqrtForm form : {SqrtForm::ieee, SqrtForm::mkl_sse, SqrtForm::mkl_avx2, SqrtForm::mkl_avx512}) {
+    if (gives_bits_of(form, function)) {
+      return form;
+    }
+  }
+  return SqrtForm::external;
 }
 
 std::vector<std::string> levels() {

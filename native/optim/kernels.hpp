@@ -9,15 +9,38 @@ namespace lightning_ssd::optim {
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
-enum class SqrtForm : int {
-  ieee = 0,      // correctly rounded
-  refined = 1,   // x86 only: the CPU's reciprocal square root estimate, two refinements, no fused operations
-  external = 2,  // a function handed in
+enum class SqrtForm : int {  // see [Note: MKL's square roots] in scalar.cpp
+  ieee = 0,                  // correctly rounded
+  mkl_sse = 1,               // x86 only, this and the next two
+  mkl_avx2 = 2,
+  mkl_avx512 = 3,
+  external = 4,  // a function handed in
 };
+
+struct FloatBits {  // positive floats, by their bits; `last` is not one of them
+  uint32_t first;
+  uint32_t last;
+};
+
+// Where a form of MKL's is its plain formula.
+constexpr FloatBits plain_range(SqrtForm form) {
+  switch (form) {
+    case SqrtForm::mkl_sse:
+      return {0x00800000, 0x7f7ff000};
+    case SqrtForm::mkl_avx2:
+      return {0x00800000, 0x7f800000};
+    default:
+      return {0x10000000, 0x7f800000};
+  }
+}
 
 // Called as f(n, in, out, kExternalSqrtMode); the signature of MKL's vmsSqrt, whatever the width of its first argument.
 using ExternalSqrt = void (*)(int64_t num, const float* in, float* out, int64_t mode);
 inline constexpr int64_t kExternalSqrtMode = 0x140102;  // high accuracy, denormals kept, no error reports
+
+// Sets how many threads an external function may start for calls from this thread, and returns how many that was; the
+// signature of MKL_Set_Num_Threads_Local.
+using SetExternalThreads = int (*)(int num_threads);
 
 struct AdamUpdate {  // all arrays numel long; scalars already rounded to float, as torch does
   float* param;
@@ -40,7 +63,8 @@ struct AdamUpdate {  // all arrays numel long; scalars already rounded to float,
   float bias2_sqrt;
   float eps;
   SqrtForm sqrt_form;
-  ExternalSqrt external_sqrt;  // for SqrtForm::external
+  ExternalSqrt external_sqrt;               // for SqrtForm::external
+  SetExternalThreads set_external_threads;  // may be null
 };
 
 struct SgdUpdate {  // all arrays numel long

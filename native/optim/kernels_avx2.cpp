@@ -22,18 +22,19 @@ struct Simd {
   static Floats negate(Floats a) { return _mm256_xor_ps(a, set(-0.0f)); }
   static Floats sqrt(Floats a) { return _mm256_sqrt_ps(a); }
 
-  // For [Note: the refined square root] in scalar.cpp.
-  static constexpr bool kHasRefinedRoot = true;
-  using Mask = __m256;
+  // For [Note: MKL's square roots] in scalar.cpp.
+  static constexpr bool has(SqrtForm form) { return form == SqrtForm::mkl_sse || form == SqrtForm::mkl_avx2; }
   static Floats reciprocal_root(Floats value) { return _mm256_rsqrt_ps(value); }
-  static Mask needs_exact_root(Floats value) {
-    const __m256i bits = _mm256_castps_si256(value);  // signed: negative numbers are below the first normal one
-    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x00800000), bits);
-    const __m256i above = _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(0x7f7ff000 - 1));
+  static bool any_outside(FloatBits range, Floats value) { return _mm256_movemask_ps(outside(range, value)) != 0; }
+  static Floats where_outside(FloatBits range, Floats value, Floats then, Floats otherwise) {
+    return _mm256_blendv_ps(otherwise, then, outside(range, value));
+  }
+  static Floats outside(FloatBits range, Floats value) {
+    const __m256i bits = _mm256_castps_si256(value);  // signed: negative numbers are below any positive one
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(range.first)), bits);
+    const __m256i above = _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(static_cast<int>(range.last - 1)));
     return _mm256_castsi256_ps(_mm256_or_si256(below, above));
   }
-  static bool any(Mask mask) { return _mm256_movemask_ps(mask) != 0; }
-  static Floats sqrt_where(Mask mask, Floats value, Floats other) { return _mm256_blendv_ps(other, sqrt(value), mask); }
 
   static Floats load_bfloat16(const uint16_t* from) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));

@@ -25,21 +25,24 @@ struct Simd {
   static Floats negate(Floats a) { return _mm512_xor_ps(a, set(-0.0f)); }
   static Floats sqrt(Floats a) { return _mm512_sqrt_ps(a); }
 
-  // For [Note: the refined square root] in scalar.cpp.
-  static constexpr bool kHasRefinedRoot = true;
-  using Mask = __mmask16;
+  // For [Note: MKL's square roots] in scalar.cpp.
+  static constexpr bool has(SqrtForm) { return true; }
   // The estimate of the 256-bit instruction: VRSQRT14PS differs.
   static Floats reciprocal_root(Floats value) {
     const __m256 low = _mm256_rsqrt_ps(_mm512_castps512_ps256(value));
     const __m256 high = _mm256_rsqrt_ps(_mm512_extractf32x8_ps(value, 1));
     return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
   }
-  static Mask needs_exact_root(Floats value) {
-    const __m512i distance = _mm512_sub_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x00800000));
-    return _mm512_cmpge_epu32_mask(distance, _mm512_set1_epi32(0x7f7ff000 - 0x00800000));
+  static Floats reciprocal_root14(Floats value) { return _mm512_rsqrt14_ps(value); }
+  static bool any_outside(FloatBits range, Floats value) { return outside(range, value) != 0; }
+  static Floats where_outside(FloatBits range, Floats value, Floats then, Floats otherwise) {
+    return _mm512_mask_blend_ps(outside(range, value), otherwise, then);
   }
-  static bool any(Mask mask) { return mask != 0; }
-  static Floats sqrt_where(Mask mask, Floats value, Floats other) { return _mm512_mask_sqrt_ps(other, mask, value); }
+  static __mmask16 outside(FloatBits range, Floats value) {
+    const __m512i distance =
+        _mm512_sub_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(static_cast<int>(range.first)));
+    return _mm512_cmpge_epu32_mask(distance, _mm512_set1_epi32(static_cast<int>(range.last - range.first)));
+  }
 
   static Floats load_bfloat16(const uint16_t* from) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));

@@ -21,7 +21,7 @@ struct Simd {
   static Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
   static Floats negate(Floats a) { return vnegq_f32(a); }
   static Floats sqrt(Floats a) { return vsqrtq_f32(a); }
-  static constexpr bool kHasRefinedRoot = false;  // nor has scalar.cpp here
+  static constexpr bool has(SqrtForm) { return false; }  // none of MKL's, nor has scalar.cpp here
 
   static Floats load_bfloat16(const uint16_t* from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from), 16)); }
   static Floats load_float16(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }

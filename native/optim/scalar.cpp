@@ -4,29 +4,71 @@
 #include "optim/kernels.hpp"
 #include "optim/scalar_cast.hpp"
 
-#if defined(__SSE__)
-#include <xmmintrin.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 namespace lightning_ssd::optim {
 namespace {
 
-// [Note: the refined square root] torch's sqrt is MKL's. On CPUs that are not Intel's, MKL starts from the SSE
-// reciprocal square root estimate, refines root and half reciprocal once, and corrects the root by its residual; every
-// operation rounds. Denormals, zeros, negatives, infinities and the last floats before infinity take the exact root.
-// Compared with MKL over all 2^32 floats on an AMD EPYC (Zen 5); matching_sqrt compares again on each machine.
-float refined_sqrt(float value) {
-#if defined(__SSE__)
+#if defined(__x86_64__)
+// [Note: MKL's square roots] torch's sqrt is MKL's, which is not correctly rounded, and MKL has three by the CPU: one
+// for CPUs that are not Intel's, one for Intel's with AVX2 and one for Intel's with AVX-512. Each starts from an
+// estimate of the reciprocal root and refines it. Zeros, negatives, infinities and NaNs take the exact root, and so do
+// denormals but in the last. Each was compared with MKL over all 2^32 floats, on an AMD EPYC (Zen 5) and on an Intel
+// Xeon (with MKL_ENABLE_INSTRUCTIONS=AVX2 for the second); matching_sqrt compares again on each machine.
+
+// Root and half reciprocal refined once, then the root by its residual; every operation rounds.
+float mkl_sse_root(float value) {
+  const float estimate = _mm_cvtss_f32(_mm_rsqrt_ss(_mm_set_ss(value)));
+  const float root = value * estimate;
+  const float half_reciprocal = estimate * 0.5f;
+  const float error = 0.5f - root * half_reciprocal;
+  const float root1 = root + root * error;
+  const float half_reciprocal1 = half_reciprocal + half_reciprocal * error;
+  const float residual = value - root1 * root1;
+  return root1 + half_reciprocal1 * residual;
+}
+
+// The same, fused.
+float mkl_avx2_root(float value) {
+  const float estimate = _mm_cvtss_f32(_mm_rsqrt_ss(_mm_set_ss(value)));
+  const float root = value * estimate;
+  const float half_reciprocal = estimate * 0.5f;
+  const float error = std::fma(-root, half_reciprocal, 0.5f);
+  const float root1 = std::fma(root, error, root);
+  const float half_reciprocal1 = std::fma(half_reciprocal, error, half_reciprocal);
+  const float residual = std::fma(-root1, root1, value);
+  return std::fma(half_reciprocal1, residual, root1);
+}
+
+// A better estimate, and the root by its residual, which must not underflow.
+[[gnu::target("avx512f")]] float mkl_avx512_root(float value) {
+  if (std::bit_cast<uint32_t>(value) < plain_range(SqrtForm::mkl_avx512).first) {
+    return mkl_avx512_root(value * 0x1p64f) * 0x1p-32f;
+  }
+  const __m128 wide = _mm_set_ss(value);
+  const float estimate = _mm_cvtss_f32(_mm_rsqrt14_ss(wide, wide));
+  const float root = value * estimate;
+  const float half_reciprocal = estimate * 0.5f;
+  const float residual = std::fma(-root, root, value);
+  return std::fma(half_reciprocal, residual, root);
+}
+#endif
+
+float sqrt_by(SqrtForm form, float value) {
+#if defined(__x86_64__)
   const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if (bits >= 0x00800000 && bits < 0x7f7ff000) {
-    const float estimate = _mm_cvtss_f32(_mm_rsqrt_ss(_mm_set_ss(value)));
-    const float root = value * estimate;
-    const float half_reciprocal = estimate * 0.5f;
-    const float error = 0.5f - root * half_reciprocal;
-    const float root1 = root + root * error;
-    const float half_reciprocal1 = half_reciprocal + half_reciprocal * error;
-    const float residual = value - root1 * root1;
-    return root1 + half_reciprocal1 * residual;
+  const FloatBits plain = plain_range(form);
+  const bool is_plain = bits >= plain.first && bits < plain.last;
+  if (form == SqrtForm::mkl_sse && is_plain) {
+    return mkl_sse_root(value);
+  }
+  if (form == SqrtForm::mkl_avx2 && is_plain) {
+    return mkl_avx2_root(value);
+  }
+  if (form == SqrtForm::mkl_avx512 && bits > 0 && bits < plain.last && __builtin_cpu_supports("avx512f")) {
+    return mkl_avx512_root(value);
   }
 #endif
   return std::sqrt(value);
@@ -34,7 +76,7 @@ float refined_sqrt(float value) {
 
 void sqrt_array(SqrtForm form, const float* in, float* out, size_t num) {
   for (size_t i = 0; i < num; ++i) {
-    out[i] = form == SqrtForm::refined ? refined_sqrt(in[i]) : std::sqrt(in[i]);
+    out[i] = sqrt_by(form, in[i]);
   }
 }
 
@@ -43,7 +85,7 @@ float root_of(const AdamUpdate& u, float value) {
   if (u.sqrt_form == SqrtForm::external) {
     u.external_sqrt(1, &value, &root, kExternalSqrtMode);
   } else {
-    sqrt_array(u.sqrt_form, &value, &root, 1);
+    root = sqrt_by(u.sqrt_form, value);
   }
   return root;
 }

@@ -12,7 +12,7 @@ namespace {
 // AMD Zen with AVX-512: 0.58 ns per parameter from L2 with one, 0.52 with two, against some 0.57 that memory takes.
 constexpr size_t kParts = 2;
 constexpr size_t kWidth = kParts * Simd::kWidth;
-constexpr size_t kPassNumel = 1024;  // before and after an external function, which so finds its input in L1
+constexpr size_t kPassNumel = 4096;  // between calls of an external function, whose input and result so stay in cache
 
 struct Floats {
   Simd::Floats part[kParts];
@@ -196,36 +196,74 @@ template <class Update, class Lanes>
   }
 }
 
-// See [Note: the refined square root] in scalar.cpp. A template, so that an instruction set without it defines no
+// See [Note: MKL's square roots] in scalar.cpp. Templates over the instruction set, so that one without them defines no
 // parts.
-template <class Isa>
-[[gnu::always_inline]] inline Floats refined_root(Floats value) {
+template <SqrtForm kForm, class Isa>
+[[gnu::always_inline]] inline Floats plain_root(Floats value) {
   const Floats half = Wide::set(0.5f);
-  const Floats estimate = Wide::each(Isa::reciprocal_root, value);
-  const Floats root = Wide::mul(value, estimate);
-  const Floats half_reciprocal = Wide::mul(estimate, half);
-  const Floats error = Wide::sub(half, Wide::mul(root, half_reciprocal));
-  const Floats root1 = Wide::add(root, Wide::mul(root, error));
-  const Floats half_reciprocal1 = Wide::add(half_reciprocal, Wide::mul(half_reciprocal, error));
-  const Floats residual = Wide::sub(value, Wide::mul(root1, root1));
-  Floats refined = Wide::add(root1, Wide::mul(half_reciprocal1, residual));
-  const typename Isa::Mask special[kParts] = {Isa::needs_exact_root(value.part[0]),
-                                              Isa::needs_exact_root(value.part[1])};
-  if (Isa::any(special[0]) || Isa::any(special[1])) [[unlikely]] {
-    for (size_t k = 0; k < kParts; ++k) {
-      refined.part[k] = Isa::sqrt_where(special[k], value.part[k], refined.part[k]);
-    }
+  if constexpr (kForm == SqrtForm::mkl_sse) {
+    const Floats estimate = Wide::each(Isa::reciprocal_root, value);
+    const Floats root = Wide::mul(value, estimate);
+    const Floats half_reciprocal = Wide::mul(estimate, half);
+    const Floats error = Wide::sub(half, Wide::mul(root, half_reciprocal));
+    const Floats root1 = Wide::add(root, Wide::mul(root, error));
+    const Floats half_reciprocal1 = Wide::add(half_reciprocal, Wide::mul(half_reciprocal, error));
+    const Floats residual = Wide::sub(value, Wide::mul(root1, root1));
+    return Wide::add(root1, Wide::mul(half_reciprocal1, residual));
+  } else if constexpr (kForm == SqrtForm::mkl_avx2) {
+    const Floats estimate = Wide::each(Isa::reciprocal_root, value);
+    const Floats root = Wide::mul(value, estimate);
+    const Floats half_reciprocal = Wide::mul(estimate, half);
+    const Floats error = Wide::fma(Wide::negate(root), half_reciprocal, half);
+    const Floats root1 = Wide::fma(root, error, root);
+    const Floats half_reciprocal1 = Wide::fma(half_reciprocal, error, half_reciprocal);
+    const Floats residual = Wide::fma(Wide::negate(root1), root1, value);
+    return Wide::fma(half_reciprocal1, residual, root1);
+  } else {
+    const Floats estimate = Wide::each(Isa::reciprocal_root14, value);
+    const Floats root = Wide::mul(value, estimate);
+    const Floats half_reciprocal = Wide::mul(estimate, half);
+    const Floats residual = Wide::fma(Wide::negate(root), root, value);
+    return Wide::fma(half_reciprocal, residual, root);
   }
-  return refined;
 }
 
-template <SqrtForm kForm>
-[[gnu::always_inline]] inline Floats root_of(Floats value) {
-  if constexpr (kForm == SqrtForm::refined && Simd::kHasRefinedRoot) {
-    return refined_root<Simd>(value);
-  } else {
-    return Wide::sqrt(value);
+template <SqrtForm kForm, class Isa>
+[[gnu::noinline]] Floats special_root(Floats value, Floats plain) {
+  Floats root = Wide::sqrt(value);
+  if constexpr (kForm == SqrtForm::mkl_avx512) {
+    const Floats scaled = plain_root<kForm, Isa>(Wide::mul(value, Wide::set(0x1p64f)));
+    const Floats tiny = Wide::mul(scaled, Wide::set(0x1p-32f));
+    for (size_t k = 0; k < kParts; ++k) {
+      root.part[k] = Isa::where_outside({1, plain_range(kForm).first}, value.part[k], root.part[k], tiny.part[k]);
+    }
   }
+  for (size_t k = 0; k < kParts; ++k) {
+    root.part[k] = Isa::where_outside(plain_range(kForm), value.part[k], root.part[k], plain.part[k]);
+  }
+  return root;
+}
+
+template <SqrtForm kForm, class Isa = Simd>
+[[gnu::always_inline]] inline Floats root_of(Floats value) {
+  if constexpr (kForm == SqrtForm::ieee) {
+    return Wide::sqrt(value);
+  } else {
+    const Floats plain = plain_root<kForm, Isa>(value);
+    if (Isa::any_outside(plain_range(kForm), value.part[0]) || Isa::any_outside(plain_range(kForm), value.part[1]))
+        [[unlikely]] {
+      return special_root<kForm, Isa>(value, plain);
+    }
+    return plain;
+  }
+}
+
+constexpr bool has(SqrtForm form) { return form == SqrtForm::ieee || Simd::has(form); }
+
+// Where the instruction set has not what the form is made of.
+template <SqrtForm kForm>
+void scalar_roots(size_t num, const float* in, float* out) {
+  kScalarKernels.sqrt(kForm, in, out, num);
 }
 
 template <Dtype kGrad, SqrtForm kForm>
@@ -240,19 +278,42 @@ void adam_in_one_pass(const AdamUpdate& update, size_t begin, size_t end) {
   });
 }
 
-template <Dtype kGrad>
-void adam_around_external_sqrt(const AdamUpdate& u, size_t begin, size_t end) {
-  alignas(64) float roots[kPassNumel];
+// `roots(num, in, out)` takes the square roots.
+template <Dtype kGrad, class Roots>
+void adam_in_passes(const AdamUpdate& u, size_t begin, size_t end, Roots roots) {
+  alignas(64) float root[kPassNumel];
   for (size_t first = begin; first < end; first += kPassNumel) {
     const size_t last = end - first < kPassNumel ? end : first + kPassNumel;
     each_vector(first, last, [&u](size_t i, auto lanes) __attribute__((always_inline)) {
       store_moments(u, i, lanes, moments_after<kGrad>(u, i, lanes));
     });
-    u.external_sqrt(static_cast<int64_t>(last - first), u.exp_avg_sq + first, roots, kExternalSqrtMode);
-    each_vector(first, last, [&u, &roots, first](size_t i, auto lanes) __attribute__((always_inline)) {
+    roots(last - first, u.exp_avg_sq + first, root);
+    each_vector(first, last, [&u, &root, first](size_t i, auto lanes) __attribute__((always_inline)) {
       const Floats exp_avg = load_lanes<kFloat>(u.exp_avg, i, lanes);
-      emit(u, i, lanes, param_after(u, i, lanes, exp_avg, load_lanes<kFloat>(roots, i - first, lanes)));
+      emit(u, i, lanes, param_after(u, i, lanes, exp_avg, load_lanes<kFloat>(root, i - first, lanes)));
     });
+  }
+}
+
+template <Dtype kGrad>
+void adam_around_external_sqrt(const AdamUpdate& u, size_t begin, size_t end) {
+  // Threads of its own would spend their time waiting for each other: a pass is some microseconds of work.
+  const bool has_threads = u.set_external_threads != nullptr;
+  const int num_before = has_threads ? u.set_external_threads(1) : 0;
+  adam_in_passes<kGrad>(u, begin, end, [&u](size_t num, const float* in, float* out) {
+    u.external_sqrt(static_cast<int64_t>(num), in, out, kExternalSqrtMode);
+  });
+  if (has_threads) {
+    u.set_external_threads(num_before);
+  }
+}
+
+template <Dtype kGrad, SqrtForm kForm>
+void adam_by(const AdamUpdate& u, size_t begin, size_t end) {
+  if constexpr (has(kForm)) {
+    adam_in_one_pass<kGrad, kForm>(u, begin, end);
+  } else {
+    adam_in_passes<kGrad>(u, begin, end, scalar_roots<kForm>);
   }
 }
 
@@ -260,9 +321,13 @@ template <Dtype kGrad>
 void adam_from(const AdamUpdate& u, size_t begin, size_t end) {
   switch (u.sqrt_form) {
     case SqrtForm::ieee:
-      return adam_in_one_pass<kGrad, SqrtForm::ieee>(u, begin, end);
-    case SqrtForm::refined:
-      return adam_in_one_pass<kGrad, SqrtForm::refined>(u, begin, end);
+      return adam_by<kGrad, SqrtForm::ieee>(u, begin, end);
+    case SqrtForm::mkl_sse:
+      return adam_by<kGrad, SqrtForm::mkl_sse>(u, begin, end);
+    case SqrtForm::mkl_avx2:
+      return adam_by<kGrad, SqrtForm::mkl_avx2>(u, begin, end);
+    case SqrtForm::mkl_avx512:
+      return adam_by<kGrad, SqrtForm::mkl_avx512>(u, begin, end);
     case SqrtForm::external:
       return adam_around_external_sqrt<kGrad>(u, begin, end);
   }
@@ -431,12 +496,28 @@ void convert(void* dst, Dtype dst_dtype, const void* src, Dtype src_dtype, size_
   }
 }
 
+template <SqrtForm kForm>
+void sqrt_array_by(const float* in, float* out, size_t num) {
+  if constexpr (has(kForm)) {
+    each_vector(0, num, [=](size_t i, auto lanes) __attribute__((always_inline)) {
+      store_lanes<kFloat>(out, i, lanes, root_of<kForm>(load_lanes<kFloat>(in, i, lanes)));
+    });
+  } else {
+    scalar_roots<kForm>(num, in, out);
+  }
+}
+
 void sqrt_array(SqrtForm form, const float* in, float* out, size_t num) {
-  each_vector(0, num, [=](size_t i, auto lanes) __attribute__((always_inline)) {
-    const Floats value = load_lanes<kFloat>(in, i, lanes);
-    store_lanes<kFloat>(out, i, lanes,
-                        form == SqrtForm::refined ? root_of<SqrtForm::refined>(value) : root_of<SqrtForm::ieee>(value));
-  });
+  switch (form) {
+    case SqrtForm::mkl_sse:
+      return sqrt_array_by<SqrtForm::mkl_sse>(in, out, num);
+    case SqrtForm::mkl_avx2:
+      return sqrt_array_by<SqrtForm::mkl_avx2>(in, out, num);
+    case SqrtForm::mkl_avx512:
+      return sqrt_array_by<SqrtForm::mkl_avx512>(in, out, num);
+    default:
+      return sqrt_array_by<SqrtForm::ieee>(in, out, num);
+  }
 }
 
 }  // namespace

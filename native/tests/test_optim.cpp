@@ -1,8 +1,10 @@
 // Each level of kernels against the scalar one, bit for bit; checksums against the table; the worker threads.
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -37,12 +39,16 @@ State random_state(size_t numel) {
   for (size_t i = 0; i < numel; ++i) {
     state.param.push_back(random.number());
     state.exp_avg.push_back(random.number());
-    const float root = i % 11 == 0 ? 0.0f : i % 13 == 0 ? 1e-20f : random.number();
-    state.exp_avg_sq.push_back(root * root);
+    const float square = random.number() * random.number();
+    const float any = std::bit_cast<float>(random.bits() % 0x7f000000);  // of any exponent, denormals among them
+    state.exp_avg_sq.push_back(i % 11 == 0 ? 0.0f : i % 3 == 0 ? any : square * square);
   }
   state.out.resize(numel);
   return state;
 }
+
+thread_local int num_external_threads = 7;
+int set_threads(int num) { return std::exchange(num_external_threads, num); }
 
 std::atomic<int> plain_sqrt_calls = 0;
 void plain_sqrt(int64_t num, const float* in, float* out, int64_t mode) {
@@ -51,6 +57,11 @@ void plain_sqrt(int64_t num, const float* in, float* out, int64_t mode) {
   for (int64_t i = 0; i < num; ++i) {
     out[i] = std::sqrt(in[i]);
   }
+}
+
+void sqrt_on_one_thread(int64_t num, const float* in, float* out, int64_t mode) {
+  CHECK(num == 1 || num_external_threads == 1);  // the scalar kernels ask for one root at a time
+  plain_sqrt(num, in, out, mode);
 }
 
 AdamUpdate adam_update(State& state, const std::vector<uint16_t>& grad, SqrtForm form) {
@@ -75,7 +86,8 @@ AdamUpdate adam_update(State& state, const std::vector<uint16_t>& grad, SqrtForm
       .bias2_sqrt = 0.3f,
       .eps = 1e-8f,
       .sqrt_form = form,
-      .external_sqrt = plain_sqrt,
+      .external_sqrt = sqrt_on_one_thread,
+      .set_external_threads = set_threads,
   };
 }
 
@@ -86,7 +98,8 @@ void test_levels_agree() {
     for (uint16_t& bits : grad) {
       bits = static_cast<uint16_t>(0x3c00 | (random.bits() & 0x83ff));
     }
-    for (const SqrtForm form : {SqrtForm::ieee, SqrtForm::refined, SqrtForm::external}) {
+    for (const SqrtForm form :
+         {SqrtForm::ieee, SqrtForm::mkl_sse, SqrtForm::mkl_avx2, SqrtForm::mkl_avx512, SqrtForm::external}) {
       CHECK(set_level("scalar"));
       State expected = random_state(numel);
       adam(adam_update(expected, grad, form));
@@ -101,6 +114,7 @@ void test_levels_agree() {
     }
   }
   CHECK(plain_sqrt_calls > 0);
+  CHECK(num_external_threads == 7);
   CHECK(!set_level("no such level"));
 }
 

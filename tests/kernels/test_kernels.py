@@ -254,14 +254,28 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 def test_a_foreign_square_root_gives_the_same_bits(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if level == "reference":
         pytest.skip("takes torch's own")
-    _, address = kernels._torch_sqrt()
+    _, address, set_threads = kernels._torch_sqrt()
     if not address:
         pytest.skip("this torch has no square root of its own")
     made, again = (list(random_tensors(2 * BLOCK + 5, 6, specials=True).values()) for _ in range(2))
     kernels.adam_(*made, **ADAMW)
-    monkeypatch.setattr(kernels, "_torch_sqrt", lambda: (NATIVE.SqrtForm.external, address))
+    monkeypatch.setattr(kernels, "_torch_sqrt", lambda: (NATIVE.SqrtForm.external, address, set_threads))
     kernels.adam_(*again, **ADAMW)
     assert same_bits(made, again)
+
+
+@pytest.mark.skipif(not LEVELS or "avx2" not in LEVELS, reason="needs the native module on a CPU with AVX2")
+@pytest.mark.parametrize("instructions", ["SSE4_2", "AVX2", "AVX512"])  # as MKL has them for different CPUs
+def test_mkl_has_no_square_root_that_we_have_to_call(instructions: str) -> None:
+    code = (
+        "from lightning_ssd.kernels import api as kernels;"
+        "print(kernels._torch_sqrt()[0].name, kernels.is_bit_equal_to_torch())"
+    )
+    environment = {**os.environ, "MKL_ENABLE_INSTRUCTIONS": instructions}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    form, is_equal = said.stdout.split()
+    assert form != "external"
+    assert is_equal == "True"
 
 
 @pytest.mark.skipif(not LEVELS or "avx2" not in LEVELS, reason="needs the native module on a CPU with AVX2")
