@@ -331,7 +331,7 @@ def _out_arguments(out: Tensor | None) -> tuple[int, Any]:
 
 @cache
 def _torch_sqrt() -> tuple[Any, int, int]:
-    """How torch takes float32 square roots here: the form with its bits, and torch's functions if none of ours has them.
+    """How torch takes float32 square roots here: the form with its bits, and its own functions if no form has them.
 
     A torch with MKL uses MKL's root, which is not correctly rounded and depends on the CPU; any other uses the exact.
 
