@@ -3,16 +3,17 @@
 [Note: recompute] A forward under a `Frame` packs each tensor that autograd saves as a number. The first unpack in
 backward calls the module again, with the same inputs, generator state, autocast state and buffers, through the same
 hooks (so through the same fetch), and collects what autograd saves this time; the n-th of these is the n-th of the
-first run. The second run's own graph is thrown away, so it may start from other tensors with the same values: large
-inputs are in the activation store, [Note: kept inputs]. Method: Chen et al., "Training Deep Nets with Sublinear Memory
-Cost", arXiv 1604.06174.
+first run. With the last one the second run ends, by an exception: what would come after it, such as the product of a
+block's last matrix, nobody needs (torch.utils.checkpoint stops early too). The second run's own graph is thrown away,
+so it may start from other tensors with the same values: large inputs are in the activation store, [Note: kept inputs].
+Method: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class Frame:
     Attributes:
         name: The unit's name, for messages.
         module: What to call again.
+        is_recomputed: The forward that runs again has saved all that the first one did.
     """
 
     def __init__(self, name: str, module: nn.Module, args: Any, kwargs: Any, device: torch.device, rerun: Rerun):
@@ -47,6 +49,7 @@ class Frame:
         self._buffers = [(m, n, b, b.clone()) for m, n, b in _buffers(module)]
         self._saved: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self._values: list[Tensor] | None = None
+        self.is_recomputed = False
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -108,13 +111,22 @@ class Frame:
 
     def _recompute(self) -> list[Tensor]:
         values: list[Tensor] = []
+        self.is_recomputed = False
 
         def pack(tensor: Tensor) -> int:
-            values.append(tensor.detach())
+            if not self.is_recomputed:
+                values.append(tensor.detach())
+            self.is_recomputed = len(values) == len(self._saved)
+            if self.is_recomputed:
+                raise _AllSavedError
             return len(values) - 1
 
         def unpack(index: int) -> Tensor:
             raise RuntimeError(f"unit {self.name!r}: backward inside its own forward cannot be recomputed; {_REMEDY}")
+
+        def run() -> None:
+            with suppress(_AllSavedError):
+                self.module(*args, **kwargs)
 
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
@@ -124,7 +136,7 @@ class Frame:
             stack.enter_context(self._old_buffers())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
             args, kwargs = self._loaded()
-            self._rerun(self, lambda: self.module(*args, **kwargs))
+            self._rerun(self, run)
         self._require_same_saved(values)
         return values
 
@@ -176,6 +188,10 @@ class Frame:
                 f"unit {self.name!r}: its forward does something else the second time ({detail}); does it depend on "
                 f"state outside it, such as a cache? {_REMEDY}"
             )
+
+
+class _AllSavedError(Exception):
+    """Ends a second run. Not a failure; an `Exception`, since torch runs forward hooks after these only."""
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class Streamer:
         visit.close()
         self.residents.end_visit()
         frame = self._backward.rerunning
-        if frame is not None and frame.module is module and not failed:
+        if frame is not None and frame.module is module and (frame.is_recomputed or not failed):
             self._backward.hold(frame, visit.units)  # backward reads the parameters next
             return
         if visit.frame is not None and not failed:

@@ -39,6 +39,34 @@ class UsesItselfDetached(nn.Module):
         return (x * self.weight.detach().mean(0)) @ self.weight + x
 
 
+class CatchesErrors(nn.Module):
+    """A second run ends by an exception, which this one takes for its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x).tanh()
+        try:
+            return self.last(x)
+        except Exception:
+            return self.last(2 * x)
+
+
+class Counts(CatchesErrors):
+    """Counts how often it is run, and to the end."""
+
+    num_begun = num_ended = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counts.num_begun += 1
+        x = self.last(self.inner(x).tanh())
+        Counts.num_ended += 1
+        return x
+
+
 class Net(nn.Module):
     def __init__(self, block: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -54,7 +82,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("activations", ["recompute", "keep"])
-@pytest.mark.parametrize("block", [Draws, UsesItselfDetached])
+@pytest.mark.parametrize("block", [Draws, UsesItselfDetached, CatchesErrors])
 def test_equal(tmp_path: Path, block: Callable[[], nn.Module], activations: str) -> None:
     strategy = SSDOffloadStrategy(
         host_memory="min",
@@ -64,3 +92,10 @@ def test_equal(tmp_path: Path, block: Callable[[], nn.Module], activations: str)
     )
     plain = train(tmp_path, lambda: Net(block))
     assert_equal(plain, train(tmp_path, lambda: Net(block), strategy))
+
+
+def test_a_second_run_stops_when_nothing_is_left_to_save(tmp_path: Path) -> None:
+    Counts.num_begun = Counts.num_ended = 0
+    train(tmp_path, lambda: Net(Counts), SSDOffloadStrategy(host_memory="min", min_unit_numel=0), max_steps=2)
+    assert Counts.num_ended == 2 * 3
+    assert Counts.num_begun == 2 * Counts.num_ended
