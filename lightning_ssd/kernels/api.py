@@ -203,7 +203,7 @@ def is_bit_equal_to_torch() -> bool:
 
 
 def set_num_threads(n: int) -> None:
-    """Set the number of native worker threads, at first half of the CPUs; without the native module torch's counts.
+    """Set the number of native worker threads, at first half of the CPUs and at least two; without the native module torch's counts.
 
     Raises:
         ValueError: If ``n`` is below 1.

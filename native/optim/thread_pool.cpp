@@ -43,42 +43,52 @@ class ThreadPool {
   }
 
   void run(size_t num_blocks, const Body& body) {
-    const size_t num_parts = std::min(num_blocks, num_threads());
-    if (num_parts <= 1 || getpid() != owner_) {
+    if (std::min(num_blocks, num_threads()) <= 1 || getpid() != owner_) {
       return body(0, num_blocks);
     }
     std::unique_lock in_use(in_use_, std::try_to_lock);
     if (!in_use || !start_workers()) {
       return body(0, num_blocks);
     }
+    Call call{.body = body, .num_blocks = num_blocks, .num_at_once = num_at_once(num_blocks)};
     {
       std::lock_guard lock(mutex_);
-      body_ = &body;
-      num_blocks_ = num_blocks;
-      num_busy_ = workers_.size();
-      ++round_;
+      call_ = &call;
     }
     start_.notify_all();
-    run_part(0, workers_.size() + 1, num_blocks, body);
+    call.take();
     std::unique_lock lock(mutex_);
+    call_ = nullptr;  // who has not begun by now is not waited for
     finished_.wait(lock, [this] { return num_busy_ == 0; });
   }
 
  private:
-  static void run_part(size_t part, size_t num_parts, size_t num_blocks, const Body& body) {
-    const size_t begin = num_blocks * part / num_parts;
-    const size_t end = num_blocks * (part + 1) / num_parts;
-    if (begin < end) {
-      body(begin, end);
+  struct Call {
+    const Body& body;
+    const size_t num_blocks;
+    const size_t num_at_once;
+    std::atomic<size_t> next{0};
+
+    void take() {
+      for (;;) {
+        const size_t begin = next.fetch_add(num_at_once, std::memory_order_relaxed);
+        if (begin >= num_blocks) {
+          return;
+        }
+        body(begin, std::min(begin + num_at_once, num_blocks));
+      }
     }
-  }
+    bool is_taken() const { return next.load(std::memory_order_relaxed) >= num_blocks; }
+  };
+
+  // Several times for each thread: one that shares its CPU with compute takes fewer, and the others do not wait for it.
+  size_t num_at_once(size_t num_blocks) const { return std::max<size_t>(1, num_blocks / (4 * num_threads())); }
 
   bool start_workers() {  // false: the system gives no threads
     const size_t num_workers = num_threads() - 1;
     try {
       while (workers_.size() < num_workers) {
-        const size_t part = workers_.size() + 1;
-        workers_.emplace_back([this, part, seen = round_] { work(part, seen); });
+        workers_.emplace_back([this] { work(); });
       }
     } catch (const std::system_error&) {
       stop_workers();
@@ -100,22 +110,20 @@ class ThreadPool {
     stopping_ = false;
   }
 
-  void work(size_t part, size_t seen) {
+  void work() {
 #if defined(__linux__)
     pthread_setname_np(pthread_self(), "ssd-kernel");  // so that tools, and our tests for leaks, know whose it is
 #endif
     std::unique_lock lock(mutex_);
     for (;;) {
-      start_.wait(lock, [&] { return stopping_ || round_ != seen; });
+      start_.wait(lock, [this] { return stopping_ || (call_ != nullptr && !call_->is_taken()); });
       if (stopping_) {
         return;
       }
-      seen = round_;
-      const Body& body = *body_;
-      const size_t num_blocks = num_blocks_;
-      const size_t num_parts = workers_.size() + 1;
+      Call& call = *call_;
+      ++num_busy_;
       lock.unlock();
-      run_part(part, num_parts, num_blocks, body);
+      call.take();
       lock.lock();
       if (--num_busy_ == 0) {
         finished_.notify_one();
@@ -124,18 +132,17 @@ class ThreadPool {
   }
 
   const pid_t owner_ = getpid();
-  // Updates run beside compute, which needs the rest; and memory, not arithmetic, bounds them.
-  std::atomic<size_t> num_threads_{std::max<size_t>(1, usable_cpus() / 2)};
+  // Updates run beside compute, which needs the rest. But two at least: on some CPUs one thread takes half of what
+  // memory gives, and while training waits for an update the other CPU has nothing else to do.
+  std::atomic<size_t> num_threads_{std::max(std::min<size_t>(2, usable_cpus()), usable_cpus() / 2)};
   std::mutex in_use_;  // held by the call that uses the workers; guards workers_
   std::vector<std::thread> workers_;
 
   std::mutex mutex_;  // guards what follows
   std::condition_variable start_;
   std::condition_variable finished_;
-  const Body* body_ = nullptr;
-  size_t num_blocks_ = 0;
-  size_t num_busy_ = 0;
-  size_t round_ = 0;  // number of the call, so that a worker runs its part once
+  Call* call_ = nullptr;  // while there may be blocks to take
+  size_t num_busy_ = 0;   // workers that are in it
   bool stopping_ = false;
 };
 
