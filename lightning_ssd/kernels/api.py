@@ -183,6 +183,25 @@ def crc32c(address: int, nbytes: int, initial: int = 0) -> int:
     return reference.crc32c(address, nbytes, initial)
 
 
+def crc32c_each(address: int, nbytes: int, piece_nbytes: int) -> list[int]:
+    """CRC32C of each piece of memory of ``piece_nbytes`` bytes, of which the last may be shorter.
+
+    Args:
+        address: Address of the first byte; the caller keeps the memory alive.
+        nbytes: Number of bytes of all pieces.
+        piece_nbytes: Bytes of one.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    if nbytes < 0 or piece_nbytes <= 0 or (address <= 0 and nbytes > 0):
+        raise ValueError(f"cannot checksum {nbytes} bytes at address {address} in pieces of {piece_nbytes}")
+    if is_native():
+        return list(_native.crc32c_each(address, nbytes, piece_nbytes))
+    begins = range(0, nbytes, piece_nbytes)
+    return [reference.crc32c(address + begin, min(piece_nbytes, nbytes - begin), 0) for begin in begins]
+
+
 def supports(*, amsgrad: bool = False, capturable: bool = False, differentiable: bool = False) -> bool:
     """Whether ``adam_`` covers an optimizer with these settings; for any other, run its own ``step``."""
     return not (amsgrad or capturable or differentiable)
@@ -203,7 +222,9 @@ def is_bit_equal_to_torch() -> bool:
 
 
 def set_num_threads(n: int) -> None:
-    """Set the number of native worker threads, at first half of the CPUs and at least two; without the native module torch's counts.
+    """Set the number of native worker threads; without the native module torch's counts.
+
+    At first half of the CPUs, and two where there are two: memory bounds the kernels, and compute needs the rest.
 
     Raises:
         ValueError: If ``n`` is below 1.

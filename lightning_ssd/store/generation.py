@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_ssd.errors import CorruptionError
 from lightning_ssd.io.engine import File, Transfer
-from lightning_ssd.kernels.api import crc32c
+from lightning_ssd.kernels.api import crc32c_each
 from lightning_ssd.store.layout import CHECK_NBYTES, UnitLayout, chunks
 
 
@@ -75,10 +75,11 @@ class CheckedRead:
         self._transfer.wait(deadline_s)
         if self._is_checked:
             return
-        for begin, end in chunks(self._nbytes, CHECK_NBYTES):
+        found = crc32c_each(self._address, self._nbytes, CHECK_NBYTES)
+        for check, (begin, end) in zip(found, chunks(self._nbytes, CHECK_NBYTES), strict=True):
             whole = end - begin == min(CHECK_NBYTES, self._generation.layout.data_nbytes - self._offset - begin)
             expected = self._generation.checks[(self._offset + begin) // CHECK_NBYTES]
-            if whole and expected is not None and crc32c(self._address + begin, end - begin) != expected:
+            if whole and expected is not None and check != expected:
                 raise CorruptionError(self._message(self._offset + begin))
         self._is_checked = True
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lightning_ssd.errors import IoError, StoreError
 from lightning_ssd.io.engine import Engine, File, Transfer
-from lightning_ssd.kernels.api import crc32c, is_native
+from lightning_ssd.kernels.api import crc32c_each, is_native
 from lightning_ssd.memory.plan import STAGING_NBYTES
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import BLOCK_NBYTES, fmt
@@ -238,8 +238,9 @@ class StateStore:
         ``offset`` is a multiple of `CHECK_NBYTES`, and so is ``nbytes`` unless it reaches the end.
         """
         if self._makes_checks:
-            for begin, end in chunks(nbytes, CHECK_NBYTES):
-                generation.checks[(offset + begin) // CHECK_NBYTES] = crc32c(address + begin, end - begin)
+            checks = crc32c_each(address, nbytes, CHECK_NBYTES)
+            first = offset // CHECK_NBYTES
+            generation.checks[first : first + len(checks)] = checks
         where = generation.layout.data_begin + offset
         transfer = self.engine.write(generation.file, where, address, nbytes, keep=keep)
         self._trace.follow(Lane.WRITE, generation.layout.kind, generation.layout.unit, nbytes, transfer)

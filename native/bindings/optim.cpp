@@ -88,6 +88,10 @@ uint32_t crc32c(uintptr_t data, size_t nbytes, uint32_t initial) {
   return optim::crc32c(pointer<const void>(data), nbytes, initial);
 }
 
+std::vector<uint32_t> crc32c_each(uintptr_t data, size_t nbytes, size_t piece_nbytes) {
+  return optim::crc32c_each(pointer<const void>(data), nbytes, piece_nbytes);
+}
+
 uint32_t crc32c_by(const std::string& name, uintptr_t data, size_t nbytes, uint32_t initial) {
   for (const optim::Crc32cVariant& variant : optim::crc32c_variants()) {
     if (variant.name == name) {
@@ -138,6 +142,7 @@ void bind_optim(nb::module_& m) {
   m.def("sum_of_squares", sum_of_squares, Released(), "data"_a, "dtype"_a, "numel"_a);
   m.def("convert", convert, Released(), "dst"_a, "dst_dtype"_a, "src"_a, "src_dtype"_a, "numel"_a);
   m.def("crc32c", crc32c, Released(), "data"_a, "nbytes"_a, "initial"_a = 0);
+  m.def("crc32c_each", crc32c_each, Released(), "data"_a, "nbytes"_a, "piece_nbytes"_a);
   m.def("crc32c_by", crc32c_by, Released(), "name"_a, "data"_a, "nbytes"_a, "initial"_a = 0);
   m.def("crc32c_names", crc32c_names, "Implementations of CRC32C on this CPU, slowest first; crc32c takes the last.");
   m.def("matching_sqrt", matching_sqrt, Released(), "function"_a);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "optim/crc32c.hpp"
 #include "optim/optim.hpp"
 #include "optim/thread_pool.hpp"
 
@@ -121,6 +122,17 @@ void convert(void* dst, Dtype dst_dtype, const void* src, Dtype src_dtype, size_
       kernels().convert(dst, dst_dtype, src, src_dtype, begin, end);
     }
   });
+}
+
+std::vector<uint32_t> crc32c_each(const void* data, size_t nbytes, size_t piece_nbytes) {
+  std::vector<uint32_t> crcs((nbytes + piece_nbytes - 1) / piece_nbytes);
+  parallel_for(crcs.size(), [&](size_t begin, size_t end) {
+    for (size_t piece = begin; piece < end; ++piece) {
+      const size_t first = piece * piece_nbytes;
+      crcs[piece] = crc32c(static_cast<const char*>(data) + first, std::min(piece_nbytes, nbytes - first));
+    }
+  });
+  return crcs;
 }
 
 SqrtForm matching_sqrt(ExternalSqrt function) {

@@ -14,6 +14,9 @@ void sgd(const SgdUpdate& update);
 double sum_of_squares(const void* data, Dtype dtype, size_t numel);  // finite if and only if every element is
 void convert(void* dst, Dtype dst_dtype, const void* src, Dtype src_dtype, size_t numel);
 
+// CRC of each piece of piece_nbytes bytes, of which the last may be shorter.
+std::vector<uint32_t> crc32c_each(const void* data, size_t nbytes, size_t piece_nbytes);
+
 // Which form gives the bits of this function for every float; SqrtForm::external if none of ours does.
 SqrtForm matching_sqrt(ExternalSqrt function);
 

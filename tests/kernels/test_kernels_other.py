@@ -121,6 +121,14 @@ def test_crc32c_continues(crc32c: Callable[..., int], nbytes: int, cut: int, sta
     assert whole == _one_byte_at_a_time(data[start:])
 
 
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, 4097, 40_000])
+def test_crc32c_of_each_piece(level: str, nbytes: int) -> None:
+    data = np.random.default_rng(nbytes).integers(0, 256, nbytes, dtype=np.uint8)
+    pieces = [data[begin : begin + 4096].tobytes() for begin in range(0, nbytes, 4096)]
+    address = data.ctypes.data
+    assert kernels.crc32c_each(address, nbytes, 4096) == [_one_byte_at_a_time(piece) for piece in pieces]
+
+
 def _one_byte_at_a_time(data: bytes) -> int:
     table = reference._byte_table().tolist()
     state = 0xFFFFFFFF
@@ -184,6 +192,8 @@ def test_other_refusals() -> None:
         kernels.convert_(torch.ones(3), t)
     with pytest.raises(ValueError, match="cannot checksum -1 bytes"):
         kernels.crc32c(t.data_ptr(), -1)
+    with pytest.raises(ValueError, match="in pieces of 0"):
+        kernels.crc32c_each(t.data_ptr(), 16, 0)
     with pytest.raises(ValueError, match="at least one thread"):
         kernels.set_num_threads(0)
 
