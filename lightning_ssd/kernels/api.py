@@ -238,7 +238,7 @@ def set_num_threads(n: int) -> None:
 def describe() -> str:
     """What does the work, for the start-up summary: ``'native avx512, 2 threads'``."""
     if is_native():
-        root = ", square roots by torch's own function" if _torch_sqrt()[0] is _native.SqrtForm.external else ""
+        root = " (Adam's square roots by torch's own function)" if _torch_sqrt()[0] is _native.SqrtForm.external else ""
         return f"native {_native.kernel_level()}, {_native.num_kernel_threads()} threads{root}"
     return f"torch, {torch.get_num_threads()} threads"
 

@@ -75,13 +75,18 @@ class CheckedRead:
         self._transfer.wait(deadline_s)
         if self._is_checked:
             return
-        found = crc32c_each(self._address, self._nbytes, CHECK_NBYTES)
-        for check, (begin, end) in zip(found, chunks(self._nbytes, CHECK_NBYTES), strict=True):
-            whole = end - begin == min(CHECK_NBYTES, self._generation.layout.data_nbytes - self._offset - begin)
-            expected = self._generation.checks[(self._offset + begin) // CHECK_NBYTES]
-            if whole and expected is not None and check != expected:
-                raise CorruptionError(self._message(self._offset + begin))
+        first = self._offset // CHECK_NBYTES
+        expected = self._generation.checks[first : first - (-self._nbytes // CHECK_NBYTES)]
+        if any(check is not None for check in expected):
+            self._compare(expected)
         self._is_checked = True
+
+    def _compare(self, expected: list[int | None]) -> None:
+        found = crc32c_each(self._address, self._nbytes, CHECK_NBYTES)
+        for (begin, end), ours, check in zip(chunks(self._nbytes, CHECK_NBYTES), found, expected, strict=True):
+            whole = end - begin == min(CHECK_NBYTES, self._generation.layout.data_nbytes - self._offset - begin)
+            if whole and check is not None and ours != check:
+                raise CorruptionError(self._message(self._offset + begin))
 
     def _message(self, offset: int) -> str:
         layout = self._generation.layout

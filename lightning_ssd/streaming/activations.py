@@ -3,9 +3,11 @@
 [Note: recompute] A forward under a `Frame` packs each tensor that autograd saves as a number. The first unpack in
 backward calls the module again, with the same inputs, generator state, autocast state and buffers, through the same
 hooks (so through the same fetch), and collects what autograd saves this time; the n-th of these is the n-th of the
-first run. With the last one the second run ends, by an exception: what would come after it, such as the product of a
-block's last matrix, nobody needs (torch.utils.checkpoint stops early too). The second run's own graph is thrown away,
-so it may start from other tensors with the same values: large inputs are in the activation store, [Note: kept inputs].
+first run. The second run's own graph is thrown away, so it may start from other tensors with the same values: large
+inputs are in the activation store, [Note: kept inputs]. Once the second run of a module was compared with the first to
+its end, later ones end with the last saved tensor, by an exception: what would come after it, such as the product of a
+block's last matrix, nobody needs (torch.utils.checkpoint stops early too, from the first time on).
+
 Method: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """
 
@@ -13,12 +15,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from lightning_ssd.streaming.activation_store import ActivationStore, Kept
@@ -29,13 +32,33 @@ _REMEDY = "set activations='keep' in the strategy to keep its activations instea
 class Frame:
     """One forward of one module that will be run again in backward.
 
+    Args:
+        name: The unit's name, for messages.
+        module: What to call again.
+        args: Its arguments.
+        kwargs: Those by name.
+        device: Where it computes.
+        rerun: Runs it again.
+        compared: Modules whose second run may end early, as it was compared with the first to its end; added to.
+
     Attributes:
         name: The unit's name, for messages.
         module: What to call again.
-        is_recomputed: The forward that runs again has saved all that the first one did.
+        is_stopped: The second run is ending early, since all is saved.
+        error: What one of our hooks raised then; torch only warns of it.
     """
 
-    def __init__(self, name: str, module: nn.Module, args: Any, kwargs: Any, device: torch.device, rerun: Rerun):
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        *,
+        device: torch.device,
+        rerun: Rerun,
+        compared: set[nn.Module],
+    ) -> None:
         self.name = name
         self.module = module
         self._args = args
@@ -43,13 +66,16 @@ class Frame:
         self._kept: Kept | None = None
         self._device = device
         self._rerun = rerun
+        self._compared = compared
+        self._is_open = True
         self._inputs = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
         self._generators = _generator_states(device)
         self._autocast = _autocast_states(device)
         self._buffers = [(m, n, b, b.clone()) for m, n, b in _buffers(module)]
         self._saved: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self._values: list[Tensor] | None = None
-        self.is_recomputed = False
+        self.is_stopped = False
+        self.error: BaseException | None = None
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -64,6 +90,7 @@ class Frame:
         Raises:
             RuntimeError: If it changed an input in place.
         """
+        self._is_open = False
         self._buffers = [item for item in self._buffers if not torch.equal(item[2], item[3])]
         self._require_same_inputs("its own forward changed an input in place")
 
@@ -97,6 +124,8 @@ class Frame:
     def value(self, index: int) -> Tensor:
         """The ``index``-th saved tensor."""
         if self._values is None:
+            if self._is_open:
+                raise RuntimeError(self._inner_backward())
             self._require_same_inputs("a later operation changed an input of it in place")
             self._values = self._recompute()
         return self._values[index]
@@ -111,22 +140,30 @@ class Frame:
 
     def _recompute(self) -> list[Tensor]:
         values: list[Tensor] = []
-        self.is_recomputed = False
+        self.is_stopped = False
+        self.error = None
+        may_stop = self.module in self._compared
 
         def pack(tensor: Tensor) -> int:
-            if not self.is_recomputed:
+            if not self.is_stopped:
                 values.append(tensor.detach())
-            self.is_recomputed = len(values) == len(self._saved)
-            if self.is_recomputed:
+            self.is_stopped = may_stop and len(values) == len(self._saved)
+            if self.is_stopped:
                 raise _AllSavedError
             return len(values) - 1
 
         def unpack(index: int) -> Tensor:
-            raise RuntimeError(f"unit {self.name!r}: backward inside its own forward cannot be recomputed; {_REMEDY}")
+            raise RuntimeError(self._inner_backward())
 
         def run() -> None:
-            with suppress(_AllSavedError):
+            try:
                 self.module(*args, **kwargs)
+            except Exception:  # the module may have made another one of ours
+                if not self.is_stopped:
+                    raise
+            error, self.error = self.error, None  # the graph holds us, and would hold all that the error refers to
+            if error is not None:
+                raise error
 
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
@@ -138,7 +175,11 @@ class Frame:
             args, kwargs = self._loaded()
             self._rerun(self, run)
         self._require_same_saved(values)
+        self._compared.add(self.module)
         return values
+
+    def _inner_backward(self) -> str:
+        return f"unit {self.name!r}: backward inside its own forward cannot be recomputed; {_REMEDY}"
 
     def _loaded(self) -> tuple[Any, Any]:
         """The arguments, with what the store keeps put back."""
@@ -190,8 +231,11 @@ class Frame:
             )
 
 
-class _AllSavedError(Exception):
-    """Ends a second run. Not a failure; an `Exception`, since torch runs forward hooks after these only."""
+class _AllSavedError(getattr(torch.utils.checkpoint, "_StopRecomputationError", Exception)):  # type: ignore[misc]
+    """Ends a second run. Not a failure; an `Exception`, since torch runs forward hooks after these only.
+
+    Code that catches everything in forward lets torch's pass, where it knows of it.
+    """
 
 
 @dataclass(frozen=True)

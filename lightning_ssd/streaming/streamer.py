@@ -35,6 +35,7 @@ class Streamer:
         self.residents = residents
         self._device = device
         self._recompute: set[nn.Module] = set()
+        self._compared: set[nn.Module] = set()  # blocks whose second forward was once seen to its end
         self._trace = trace
         self._activations: ActivationStore | None = None
         self._sink: GradientSink
@@ -57,6 +58,7 @@ class Streamer:
         """
         self._sink = sink
         self._recompute = recompute
+        self._compared.clear()
         self._activations = activations
         self._backward = Backward(self.residents, sink, self._trace)
         self.residents.is_in_step = self._is_in_step
@@ -156,7 +158,9 @@ class Streamer:
             if module in self._recompute:
                 args, kwargs = without_caches(args, kwargs)
                 rerun = self._backward.rerun(units)
-                visit.frame = Frame(units[0].name, module, args, kwargs, self._device, rerun)
+                visit.frame = Frame(
+                    units[0].name, module, args, kwargs, device=self._device, rerun=rerun, compared=self._compared
+                )
                 visit.enter(torch.autograd.graph.saved_tensors_hooks(visit.frame.pack, visit.frame.unpack))
             else:
                 visit.enter(self._backward.hooks())
@@ -169,11 +173,18 @@ class Streamer:
         """The module has run, or failed."""
         if not self._visits or self._visits[-1].module is not module:
             return  # its forward was given up before our hook ran, or with the whole step
-        visit = self._visits.pop()
+        frame = self._backward.rerunning
+        try:
+            self._end_visit(self._visits.pop(), frame, failed=failed and not (frame is not None and frame.is_stopped))
+        except BaseException as error:
+            if frame is not None:
+                frame.error = error
+            raise
+
+    def _end_visit(self, visit: _Visit, frame: Frame | None, *, failed: bool) -> None:
         visit.close()
         self.residents.end_visit()
-        frame = self._backward.rerunning
-        if frame is not None and frame.module is module and (frame.is_recomputed or not failed):
+        if frame is not None and frame.module is visit.module and not failed:
             self._backward.hold(frame, visit.units)  # backward reads the parameters next
             return
         if visit.frame is not None and not failed:

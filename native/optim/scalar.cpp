@@ -44,15 +44,15 @@ float mkl_avx2_root(float value) {
 
 // A better estimate, and the root by its residual, which must not underflow.
 [[gnu::target("avx512f")]] float mkl_avx512_root(float value) {
-  if (std::bit_cast<uint32_t>(value) < plain_range(SqrtForm::mkl_avx512).first) {
-    return mkl_avx512_root(value * 0x1p64f) * 0x1p-32f;
-  }
+  const bool is_tiny = std::bit_cast<uint32_t>(value) < plain_range(SqrtForm::mkl_avx512).first;
+  value = is_tiny ? value * 0x1p64f : value;
   const __m128 wide = _mm_set_ss(value);
   const float estimate = _mm_cvtss_f32(_mm_rsqrt14_ss(wide, wide));
   const float root = value * estimate;
   const float half_reciprocal = estimate * 0.5f;
   const float residual = std::fma(-root, root, value);
-  return std::fma(half_reciprocal, residual, root);
+  const float refined = std::fma(half_reciprocal, residual, root);
+  return is_tiny ? refined * 0x1p-32f : refined;
 }
 #endif
 

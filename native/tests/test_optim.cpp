@@ -92,7 +92,7 @@ AdamUpdate adam_update(State& state, const std::vector<uint16_t>& grad, SqrtForm
 }
 
 void test_levels_agree() {
-  for (const size_t numel : {0, 1, 15, 17, 1023, 1025, 50'001}) {
+  for (const size_t numel : {0, 1, 15, 17, 4095, 4097, 50'001}) {
     Random random;
     std::vector<uint16_t> grad(numel);
     for (uint16_t& bits : grad) {

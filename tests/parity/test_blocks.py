@@ -11,6 +11,7 @@ import pytest
 from torch import Tensor, nn
 
 from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.streaming.residency import Residents
 from tests.helpers.training import assert_equal, train
 
 WIDTH = 32
@@ -55,6 +56,16 @@ class CatchesErrors(nn.Module):
             return self.last(2 * x)
 
 
+class WrapsErrors(CatchesErrors):
+    """One that makes another exception of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.last(self.inner(x).tanh())
+        except Exception as error:
+            raise RuntimeError(f"failed on {tuple(x.shape)}") from error
+
+
 class Counts(CatchesErrors):
     """Counts how often it is run, and to the end."""
 
@@ -64,6 +75,19 @@ class Counts(CatchesErrors):
         Counts.num_begun += 1
         x = self.last(self.inner(x).tanh())
         Counts.num_ended += 1
+        return x
+
+
+class SavesMoreEachTime(CatchesErrors):
+    """What it saves begins with the same shapes."""
+
+    num_begun = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_begun += 1
+        x = self.last(self.inner(x).tanh())
+        for _ in range(self.num_begun):
+            x = x.sin()
         return x
 
 
@@ -82,7 +106,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("activations", ["recompute", "keep"])
-@pytest.mark.parametrize("block", [Draws, UsesItselfDetached, CatchesErrors])
+@pytest.mark.parametrize("block", [Draws, UsesItselfDetached, CatchesErrors, WrapsErrors])
 def test_equal(tmp_path: Path, block: Callable[[], nn.Module], activations: str) -> None:
     strategy = SSDOffloadStrategy(
         host_memory="min",
@@ -94,8 +118,34 @@ def test_equal(tmp_path: Path, block: Callable[[], nn.Module], activations: str)
     assert_equal(plain, train(tmp_path, lambda: Net(block), strategy))
 
 
-def test_a_second_run_stops_when_nothing_is_left_to_save(tmp_path: Path) -> None:
+def min_strategy() -> SSDOffloadStrategy:
+    return SSDOffloadStrategy(host_memory="min", min_unit_numel=0)
+
+
+def test_second_runs_stop_when_nothing_is_left_to_save(tmp_path: Path) -> None:
     Counts.num_begun = Counts.num_ended = 0
-    train(tmp_path, lambda: Net(Counts), SSDOffloadStrategy(host_memory="min", min_unit_numel=0), max_steps=2)
-    assert Counts.num_ended == 2 * 3
-    assert Counts.num_begun == 2 * Counts.num_ended
+    num_blocks, num_steps = 3, 3
+    train(tmp_path, lambda: Net(Counts), min_strategy(), max_steps=num_steps)
+    assert Counts.num_begun == 2 * num_blocks * num_steps
+    assert Counts.num_ended == num_blocks * (num_steps + 1)  # the first second run is compared to its end
+
+
+def test_a_forward_that_saves_more_the_second_time_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="tensors were saved, then"):
+        train(tmp_path, lambda: Net(SavesMoreEachTime), min_strategy(), max_steps=2)
+
+
+def test_an_error_of_ours_in_a_second_run_that_stops_is_no_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_visit = Residents.end_visit
+
+    def fail(self: Residents) -> None:
+        end_visit(self)
+        if Counts.num_begun == 2 * 3 + 3 + 1:  # the first of the second step's
+            raise OSError("disk full")
+
+    Counts.num_begun = 0
+    monkeypatch.setattr(Residents, "end_visit", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train(tmp_path, lambda: Net(Counts), min_strategy(), max_steps=3)
