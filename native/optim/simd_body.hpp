@@ -13,6 +13,7 @@ namespace {
 constexpr size_t kParts = 2;
 constexpr size_t kWidth = kParts * Simd::kWidth;
 constexpr size_t kPassNumel = 4096;  // between calls of an external function, whose input and result so stay in cache
+constexpr size_t kPrefetchNbytes = 4096;  // ahead: the CPU's own prefetchers stop at each page
 
 struct Floats {
   Simd::Floats part[kParts];
@@ -49,6 +50,14 @@ template <class Step>
   }
   if (i < end) {
     step(i, end - i);
+  }
+}
+
+// The lines that a step over kNumel elements will touch. An address past the end does no harm.
+template <size_t kNumel, class Element>
+[[gnu::always_inline]] inline void prefetch(const Element* at) {
+  for (size_t line = 0; line < kNumel * sizeof(Element); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchNbytes + line);
   }
 }
 
@@ -270,6 +279,10 @@ template <Dtype kGrad, SqrtForm kForm>
 void adam_in_one_pass(const AdamUpdate& update, size_t begin, size_t end) {
   const AdamUpdate u = update;  // ours, so that no store can change it: it stays in registers
   each_vector(begin, end, [&u](size_t i, auto lanes) __attribute__((always_inline)) {
+    prefetch<kWidth>(u.param + i);
+    prefetch<kWidth>(u.exp_avg + i);
+    prefetch<kWidth>(u.exp_avg_sq + i);
+    prefetch<kWidth * dtype_nbytes(kGrad)>(static_cast<const char*>(u.grad) + i * dtype_nbytes(kGrad));
     // Loads before stores: arrays often lie whole pages apart, and a load of equal low address bits waits for a store.
     const Moments moments = moments_after<kGrad>(u, i, lanes);
     const Floats param = param_after(u, i, lanes, moments.exp_avg, root_of<kForm>(moments.exp_avg_sq));
@@ -418,6 +431,7 @@ size_t add_squares_of_pairs(const uint16_t* data, size_t begin, size_t end, doub
   SquareSums sums(placed);
   size_t i = begin;
   for (; i + kNumLanes <= end; i += kNumLanes) {
+    prefetch<kNumLanes>(data + i);
     for (size_t k = 0; k < kNumLanes / Simd::kWidth; ++k) {
       const auto words = Simd::load_words(data + i + k * Simd::kWidth);
       sums.add(2 * k, Simd::low_bfloat16s(words));
