@@ -70,12 +70,23 @@ def bound_heap() -> None:
     fault for each 4 KiB: of a step of 124 million parameters that took 15 %. With 16 MiB, activations of a large batch
     took 60 MiB more than the budget allows. Does nothing where the environment sets ``MALLOC_MMAP_THRESHOLD_``, or the
     C library has no such switch.
+
+    To be called before a model is made too: where its weights were in the heap, gradients find room that stays theirs.
     """
+    _set_thresholds(8 << 20, -1)  # never trim
+
+
+def unbound_heap() -> None:
+    """Undo `bound_heap`: the thresholds that glibc comes to by itself when it has seen large blocks freed."""
+    _set_thresholds(32 << 20, 64 << 20)
+
+
+def _set_thresholds(mmap_nbytes: int, trim_nbytes: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         trim_heap()
-        mallopt(_M_MMAP_THRESHOLD, 8 << 20)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        mallopt(_M_MMAP_THRESHOLD, mmap_nbytes)
+        mallopt(_M_TRIM_THRESHOLD, trim_nbytes)
 
 
 def trim_heap() -> None:

@@ -19,7 +19,7 @@ from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
 from lightning_ssd.memory.device_plan import device_capacity, tensors_nbytes
-from lightning_ssd.memory.limits import bound_heap, trim_heap
+from lightning_ssd.memory.limits import bound_heap, trim_heap, unbound_heap
 from lightning_ssd.memory.pinned import Pinned
 from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
@@ -65,6 +65,7 @@ class Session:
     """
 
     def __init__(self, settings: Settings) -> None:
+        bound_heap()  # before the model is made
         self.settings = settings
         self.trace = Trace()
         self.engine: Engine = make_engine(settings.io)
@@ -137,7 +138,9 @@ class Session:
         """
         assert self.streamer is not None
         self.plan = plan = self.sizing.plan(module, has_gate=has_gate)
-        if not plan.fits:
+        if plan.fits:
+            unbound_heap()
+        else:
             bound_heap()
         self.store.require_free(self.sizing.disk_nbytes, "the optimizer state and generations being written")
         route = self._make_route(module)
