@@ -7,7 +7,6 @@ updates do not move autograd's version counters.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from functools import cache
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lightning_ssd._extension import _native
 from lightning_ssd.kernels import reference
+from lightning_ssd.kernels.torch_sqrt import torch_sqrt
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -238,7 +238,7 @@ def set_num_threads(n: int) -> None:
 def describe() -> str:
     """What does the work, for the start-up summary: ``'native avx512, 2 threads'``."""
     if is_native():
-        root = " (Adam's square roots by torch's own function)" if _torch_sqrt()[0] is _native.SqrtForm.external else ""
+        root = " (Adam's square roots by torch's own function)" if torch_sqrt()[0] is _native.SqrtForm.external else ""
         return f"native {_native.kernel_level()}, {_native.num_kernel_threads()} threads{root}"
     return f"torch, {torch.get_num_threads()} threads"
 
@@ -284,7 +284,7 @@ def _native_adam_(
     grad_scale: float,
 ) -> None:
     beta1, beta2 = betas
-    sqrt_form, external_sqrt, set_external_threads = _torch_sqrt()
+    sqrt_form, external_sqrt, set_external_threads = torch_sqrt()
     # All in Python floats, as torch.optim has it: rounded to float32 once, below.
     _native.adam(
         param.data_ptr(),
@@ -348,28 +348,6 @@ def _code(t: Tensor) -> Any:
 
 def _out_arguments(out: Tensor | None) -> tuple[int, Any]:
     return (0, _native.Dtype.float32) if out is None else (out.data_ptr(), _code(out))
-
-
-@cache
-def _torch_sqrt() -> tuple[Any, int, int]:
-    """How torch takes float32 square roots here: the form with its bits, and its own functions if no form has them.
-
-    A torch with MKL uses MKL's root, which is not correctly rounded and depends on the CPU; any other uses the exact.
-
-    Returns:
-        The form; address of the root; address of what limits the threads that it may start, 0 if there is none.
-    """
-    address, set_threads = (_address_in_torch(name) for name in ("vmsSqrt", "MKL_Set_Num_Threads_Local"))
-    return _native.matching_sqrt(address), address, set_threads
-
-
-def _address_in_torch(name: str) -> int:
-    """Where a C function is that torch brought along; 0 if it did not."""
-    try:
-        function = ctypes.CDLL(torch._C.__file__)[name]
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _same_bits(numel: int, grad_dtype: torch.dtype) -> bool:

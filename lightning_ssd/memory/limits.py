@@ -84,7 +84,6 @@ def unbound_heap() -> None:
 def _set_thresholds(mmap_nbytes: int, trim_nbytes: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        trim_heap()
         mallopt(_M_MMAP_THRESHOLD, mmap_nbytes)
         mallopt(_M_TRIM_THRESHOLD, trim_nbytes)
 

@@ -138,10 +138,9 @@ class Session:
         """
         assert self.streamer is not None
         self.plan = plan = self.sizing.plan(module, has_gate=has_gate)
+        trim_heap()
         if plan.fits:
             unbound_heap()
-        else:
-            bound_heap()
         self.store.require_free(self.sizing.disk_nbytes, "the optimizer state and generations being written")
         route = self._make_route(module)
         params, updates, kept, spill = self._make_pools(plan)

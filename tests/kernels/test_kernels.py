@@ -256,20 +256,20 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 def test_a_foreign_square_root_gives_the_same_bits(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if level == "reference":
         pytest.skip("takes torch's own")
-    _, address, set_threads = kernels._torch_sqrt()
+    _, address, set_threads = kernels.torch_sqrt()
     if not address:
         pytest.skip("this torch has no square root of its own")
     assert set_threads, "MKL, which the root is from, must be told not to start threads"
     made, again = (list(random_tensors(2 * BLOCK + 5, 6, specials=True).values()) for _ in range(2))
     kernels.adam_(*made, **ADAMW)
-    monkeypatch.setattr(kernels, "_torch_sqrt", lambda: (NATIVE.SqrtForm.external, address, set_threads))
+    monkeypatch.setattr(kernels, "torch_sqrt", lambda: (NATIVE.SqrtForm.external, address, set_threads))
     kernels.adam_(*again, **ADAMW)
     assert same_bits(made, again)
 
 
 @pytest.mark.skipif(not LEVELS or "avx2" not in LEVELS, reason="needs the native module on a CPU with AVX2")
 def test_no_square_root_of_torchs_has_to_be_called() -> None:
-    assert kernels._torch_sqrt()[0] is not NATIVE.SqrtForm.external
+    assert kernels.torch_sqrt()[0] is not NATIVE.SqrtForm.external
 
 
 @pytest.mark.skipif("avx512" not in LEVELS or not IS_INTELS, reason="MKL takes all three on no other CPUs")
@@ -279,7 +279,7 @@ def test_no_square_root_of_torchs_has_to_be_called() -> None:
 def test_each_square_root_of_mkl_has_a_form(instructions: str, form: str) -> None:
     code = (
         "from lightning_ssd.kernels import api as kernels;"
-        "print(kernels._torch_sqrt()[0].name, kernels.is_bit_equal_to_torch())"
+        "print(kernels.torch_sqrt()[0].name, kernels.is_bit_equal_to_torch())"
     )
     environment = {**os.environ, "MKL_ENABLE_INSTRUCTIONS": instructions}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
