@@ -158,6 +158,8 @@ def make_plan(
         if lavish.fits:
             return lavish.plan(smallest)
     draft.grow(budget_nbytes)
+    if demand.recomputes is None and draft.fits:  # what was bought in another order fits after all
+        draft.spill_nbytes = draft.activation_nbytes = 0
     return draft.plan(smallest)
 
 
@@ -255,7 +257,7 @@ class _Draft:
         if self.spill_nbytes:  # how large inputs are is not known before the first step
             self.activation_nbytes = (budget - self.total) // 8
         trained = self._largest_grad > 0
-        if trained and demand.is_elementwise and demand.is_overlapped:
+        if trained and demand.is_overlapped:
             self._try(budget, num_queued=1)
         if demand.window is None and self.streamed:
             self._try(budget, keep_cache=True)
@@ -276,7 +278,8 @@ class _Draft:
         self._keep(budget, sorted(self.units, key=lambda u: -u.param_nbytes), self.kept_params)
         # Those that forward needs first: their gradients come last, when no backward is left to update them under.
         self._keep(budget, [unit for unit in self.units if unit.kept_state_nbytes], self.kept_states)
-        if trained and demand.is_overlapped:
+        # What was too dear at first stays away, though room may be left by now: more memory never ends the overlap.
+        if self.num_queued:
             while self.queue_nbytes < self._all_grads and self._try(budget, num_queued=self.num_queued + 1):
                 pass
 
