@@ -138,6 +138,20 @@ def test_parameters_are_kept_before_states() -> None:
         assert made.queue_nbytes or not made.kept_params  # overlap before anything is kept
 
 
+@pytest.mark.parametrize("is_elementwise", [True, False])
+def test_more_memory_never_ends_the_overlap(is_elementwise: bool) -> None:
+    sizes = [(16, 16, 32), (42, 0, 0), (138, 138, 276), (42, 0, 0)]  # parameters, gradients, states in MiB
+    units = [UnitSize(f"unit{i}", p * MiB, g * MiB, g * MiB // 2, 2, 4, s * MiB) for i, (p, g, s) in enumerate(sizes)]
+    chains = [[unit.name] for unit in units]
+    demand = Demand(is_elementwise=is_elementwise, recomputes=True)
+    smallest = make_plan(units, chains, budget_nbytes=None, demand=demand).smallest_nbytes
+    budgets = range(smallest, smallest + 600 * MiB, MiB)
+    queued = [make_plan(units, chains, budget_nbytes=b, demand=demand).queue_nbytes > 0 for b in budgets]
+    assert queued == sorted(queued)
+    assert not queued[0]
+    assert queued[-1]
+
+
 def test_a_window_is_paid_for() -> None:
     chains = [[u.name] for u in UNITS]
     sizes = [
