@@ -267,7 +267,7 @@ class _Draft:
                 pass
             while self.chunk_numel < MAX_CHUNK_NUMEL and self._try(share, chunk_numel=2 * self.chunk_numel):
                 pass
-        if trained and demand.is_overlapped and not demand.has_gate:
+        if self.num_queued and not demand.has_gate:
             # What backward leaves queued is updated under the next forward.
             share = self.total + (budget - self.total) // 8
             while self.queue_nbytes < self._all_grads and self._try(share, num_queued=self.num_queued + 1):

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "optim/crc32c.hpp"
+#include "optim/prefetch.hpp"
 
 namespace lightning_ssd::optim {
 namespace {
@@ -17,7 +18,6 @@ namespace {
 constexpr size_t kVectorNbytes = 64;
 constexpr size_t kNumVectors = 4;
 constexpr size_t kStrideNbytes = kNumVectors * kVectorNbytes;
-constexpr size_t kPrefetchNbytes = 4096;  // ahead: the CPU's own prefetchers stop at each page
 
 constexpr long long power_of_x(size_t exponent) {
   uint32_t power = 1u << 31;
@@ -52,9 +52,7 @@ uint32_t crc32c_vpclmul(uint32_t state, const unsigned char* data, size_t nbytes
   data += kStrideNbytes;
   nbytes -= kStrideNbytes;
   for (; nbytes >= kStrideNbytes; data += kStrideNbytes, nbytes -= kStrideNbytes) {
-    for (size_t line = 0; line < kStrideNbytes; line += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(data) + kPrefetchNbytes + line, _MM_HINT_T0);
-    }
+    prefetch<kStrideNbytes>(data);
     sum0 = folded<kStrideNbytes>(sum0, vector_at(data));
     sum1 = folded<kStrideNbytes>(sum1, vector_at(data + kVectorNbytes));
     sum2 = folded<kStrideNbytes>(sum2, vector_at(data + 2 * kVectorNbytes));

@@ -2,6 +2,7 @@
 // No include guard: each including file gets its own copies, in an unnamed namespace. They must not share inline
 // functions with other files: the linker would keep one copy, perhaps the one with instructions this CPU lacks.
 // Simd: Floats, Doubles, Halves (kWidth 16-bit numbers), kWidth (floats per vector), and the operations used below.
+#include "optim/prefetch.hpp"
 
 namespace lightning_ssd::optim {
 namespace {
@@ -13,7 +14,6 @@ namespace {
 constexpr size_t kParts = 2;
 constexpr size_t kWidth = kParts * Simd::kWidth;
 constexpr size_t kPassNumel = 4096;  // between calls of an external function, whose input and result so stay in cache
-constexpr size_t kPrefetchNbytes = 4096;  // ahead: the CPU's own prefetchers stop at each page
 
 struct Floats {
   Simd::Floats part[kParts];
@@ -50,14 +50,6 @@ template <class Step>
   }
   if (i < end) {
     step(i, end - i);
-  }
-}
-
-// The lines that a step over kNumel elements will touch. An address past the end does no harm.
-template <size_t kNumel, class Element>
-[[gnu::always_inline]] inline void prefetch(const Element* at) {
-  for (size_t line = 0; line < kNumel * sizeof(Element); line += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchNbytes + line);
   }
 }
 
@@ -279,9 +271,9 @@ template <Dtype kGrad, SqrtForm kForm>
 void adam_in_one_pass(const AdamUpdate& update, size_t begin, size_t end) {
   const AdamUpdate u = update;  // ours, so that no store can change it: it stays in registers
   each_vector(begin, end, [&u](size_t i, auto lanes) __attribute__((always_inline)) {
-    prefetch<kWidth>(u.param + i);
-    prefetch<kWidth>(u.exp_avg + i);
-    prefetch<kWidth>(u.exp_avg_sq + i);
+    prefetch<kWidth * sizeof(float)>(u.param + i);
+    prefetch<kWidth * sizeof(float)>(u.exp_avg + i);
+    prefetch<kWidth * sizeof(float)>(u.exp_avg_sq + i);
     prefetch<kWidth * dtype_nbytes(kGrad)>(static_cast<const char*>(u.grad) + i * dtype_nbytes(kGrad));
     // Loads before stores: arrays often lie whole pages apart, and a load of equal low address bits waits for a store.
     const Moments moments = moments_after<kGrad>(u, i, lanes);
@@ -431,7 +423,7 @@ size_t add_squares_of_pairs(const uint16_t* data, size_t begin, size_t end, doub
   SquareSums sums(placed);
   size_t i = begin;
   for (; i + kNumLanes <= end; i += kNumLanes) {
-    prefetch<kNumLanes>(data + i);
+    prefetch<kNumLanes * sizeof(uint16_t)>(data + i);
     for (size_t k = 0; k < kNumLanes / Simd::kWidth; ++k) {
       const auto words = Simd::load_words(data + i + k * Simd::kWidth);
       sums.add(2 * k, Simd::low_bfloat16s(words));
