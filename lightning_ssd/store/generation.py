@@ -22,6 +22,8 @@ class Generation:
         checks: CRC32C of each `CHECK_NBYTES` of the data section, None where not written yet or not known.
         is_mapped: Somebody may hold a view that writes to the file: never link it.
         damage: Why the values are unusable: an update of kept memory failed midway. Empty if they are whole.
+        lineage: The same for generations between which there was no update, only writes of the user.
+        fingerprint: Checksums of the tensors as the user wrote them; None if an update wrote them.
     """
 
     layout: UnitLayout
@@ -30,6 +32,8 @@ class Generation:
     checks: list[int | None] = field(default_factory=list)
     is_mapped: bool = False
     damage: str = ""
+    lineage: object = field(default_factory=object)
+    fingerprint: tuple[int, ...] | None = None
 
     @property
     def file(self) -> File:

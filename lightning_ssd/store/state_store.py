@@ -182,6 +182,11 @@ class StateStore:
         """Where a kind of a unit is kept, one tensor per parameter; None if it is streamed."""
         return self._kept.get((unit, kind))
 
+    def adopt(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """From now on keep what is kept already in ``tensors``; values come with the next `put`. Returns them."""
+        self._kept[(layout.unit, layout.kind)] = found = tuple(tensors)
+        return found
+
     def on_disk(self, generation: Generation) -> Generation:
         """``generation``, with a file of what is kept in memory."""
         if not generation.has_file:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Backward:
         self._held: dict[int, tuple[Frame, list[Unit]]] = {}  # by id of the frame, which is alive in the value
         self._unpacked: dict[str, Unit] = {}  # held because a view of a parameter was unpacked
         self._is_running = False
+        self._generations: weakref.WeakKeyDictionary[Frame, list[tuple[Unit, Generation]]] = weakref.WeakKeyDictionary()
         self._packed: dict[str, weakref.WeakSet[_ParameterView]] = {}  # what backward may still unpack, by unit
         sink.is_needed = lambda unit: bool(self._packed.get(unit.name))
 
@@ -76,7 +77,7 @@ class Backward:
         unit, index = place
         assert unit.generation is not None
         form = (tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
-        view = _ParameterView(unit, index, form, unit.generation)
+        view = _ParameterView(unit, index, form, unit.generation, unit.params[index]._version)
         self._packed.setdefault(unit.name, weakref.WeakSet()).add(view)
         return view
 
@@ -90,27 +91,37 @@ class Backward:
             self._end_idle_holds(going_to=unit)
             self._residents.acquire(unit)
             self._unpacked[unit.name] = unit
+        param = unit.params[packed.index]
+        _unchanged(param, packed.version)
         size, stride, offset, dtype = packed.form
         with torch.no_grad():
-            flat = unit.params[packed.index].detach().view(-1)
+            flat = param.detach().view(-1)
             return (flat if dtype == flat.dtype else flat.view(dtype)).as_strided(size, stride, offset)
 
     def _require_unchanged(self, unit: Unit, generation: Generation) -> None:
-        if generation is not self._residents.current(unit):
+        if generation.lineage is not self._residents.current(unit).lineage:
             raise RuntimeError(
                 f"backward needs values of unit {unit.name!r} that an optimizer step has replaced since the forward; "
                 "run the forward again, or the backward before the step"
+            )
+
+    def _require_unwritten(self, unit: Unit, generation: Generation) -> None:
+        if generation is not self._residents.current(unit):
+            raise RuntimeError(
+                f"unit {unit.name!r} cannot be recomputed: its parameters were written to between its forward and its "
+                "backward, and a second forward would compute with the new values; write to them before the forward or "
+                "after the backward, or set activations='keep' in the strategy"
             )
 
     # -- recompute -----------------------------------------------------------------------------------------------
 
     def rerun(self, units: list[Unit]) -> Rerun:
         """What a frame of a module that needs ``units`` calls to run its forward again."""
-        generations = [(unit, cast(Generation, unit.generation)) for unit in units]
 
         def rerun(frame: Frame, call: Callable[[], object]) -> None:
-            for unit, generation in generations:
+            for unit, generation in self._generations[frame]:
                 self._require_unchanged(unit, generation)
+                self._require_unwritten(unit, generation)
             self.note()
             self._end_idle_holds()
             self._trace.mark("recompute", frame.name)
@@ -121,6 +132,10 @@ class Backward:
                 self.rerunning = outer
 
         return rerun
+
+    def end_forward(self, frame: Frame, units: list[Unit]) -> None:
+        """The forward of ``frame`` is over, and what it wrote to parameters of ``units`` itself is in the store."""
+        self._generations[frame] = [(unit, self._residents.current(unit)) for unit in units]
 
     def hold(self, frame: Frame, units: list[Unit]) -> None:
         """Keep ``units``, which are held once, until the backward of ``frame`` is over."""
@@ -178,13 +193,14 @@ class Backward:
 class _ParameterView:
     """Stands for a saved tensor that views a parameter: fetched again when backward needs it."""
 
-    __slots__ = ("__weakref__", "form", "generation", "index", "unit")
+    __slots__ = ("__weakref__", "form", "generation", "index", "unit", "version")
 
-    def __init__(self, unit: Unit, index: int, form: tuple[Any, ...], generation: Generation) -> None:
+    def __init__(self, unit: Unit, index: int, form: tuple[Any, ...], generation: Generation, version: int) -> None:
         self.unit = unit
         self.index = index
         self.form = form
         self.generation = generation
+        self.version = version
 
 
 def _unchanged(tensor: Tensor, version: int | None) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 class Fence(Protocol):
     """Brings parameters at rest to life."""
 
-    def wake(self, params: Sequence[nn.Parameter]) -> None:
-        """Make ``params`` plain parameters on their current values, all at the same time."""
+    def wake(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
+        """Make ``params`` plain parameters on their current values, all at the same time; ``operands`` stay usable."""
         ...
 
 
@@ -35,8 +35,9 @@ def fenced_class(fence: Fence) -> type[nn.Parameter]:
         ) -> Any:
             kwargs = kwargs or {}
             if func not in _METADATA:
-                asleep = [p for p in _tensors((args, kwargs)) if type(p) is ParameterAtRest]
-                fence.wake(asleep)
+                tensors = list(_tensors((args, kwargs)))
+                asleep = [p for p in tensors if type(p) is ParameterAtRest]
+                fence.wake(asleep, [p for p in tensors if type(p) is not ParameterAtRest])
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
 

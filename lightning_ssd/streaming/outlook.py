@@ -90,7 +90,9 @@ class Outlook:
         Args:
             needed_after: Only one that is merely cached, and needed later than this.
         """
-        free = [u for u in self._units if u.num_holds == u.num_borrows == 0 and u.buffer is not None]
+        free = [
+            u for u in self._units if u.num_holds == u.num_borrows == 0 and u.buffer is not None and not u.is_viewed
+        ]
         if needed_after is not None:
             free = [u for u in free if u.state is Residency.STAGED and self.need(u) > needed_after]
         return max(free, key=lambda u: (u.state is not Residency.READING, self.need(u)), default=None)

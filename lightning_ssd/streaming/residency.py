@@ -78,7 +78,7 @@ class Residents:
         self._owners = {param: unit for unit in units for param in unit.params}
         self._parked_class = fenced_class(self)
         self._places: dict[int, tuple[Unit, int]] = {}  # of resident parameters, by address of their storage
-        self._writes = Writes(store, self.is_current)
+        self._writes = Writes(store, units, self.is_current)
         self._loose: list[dict[str, Unit]] = [{}]  # resident without a hold, by the visit that touched them
 
     def start(
@@ -169,7 +169,7 @@ class Residents:
         with self._lock:
             unit.num_holds -= 1
             if unit.num_holds == 0 and not (unit.sticky and self.is_in_step() and self.is_current(unit)):
-                self._release_memory(unit)
+                self._let_go(unit)
 
     def begin_visit(self) -> None:
         """A module runs: parameters at rest that are touched inside stay until `end_visit`."""
@@ -180,7 +180,7 @@ class Residents:
         with self._lock:
             for unit in self._loose.pop().values():
                 if unit.num_holds == 0:
-                    self._release_memory(unit)
+                    self._let_go(unit)
 
     def begin_backward(self) -> None:
         """Updates of this step are still to come."""
@@ -198,8 +198,8 @@ class Residents:
     def drop_holds(self) -> None:
         """Forget who holds what, after a failure."""
         with self._lock:
-            self._writes.clear()
             for unit in self.units:
+                self._writes.forget(unit)
                 unit.num_holds = 0
             self.end_step()
 
@@ -257,8 +257,7 @@ class Residents:
             if tensor.numel():
                 self._places[tensor.untyped_storage().data_ptr()] = (unit, index)
         unit.move(Residency.RESIDENT)
-        if unit.sticky:
-            self._writes.note(unit)
+        self._writes.begin(unit)
         if unit.buffer is not None and not self._route.keeps_buffer:
             self._pool.give_back(unit.buffer)
             unit.buffer = None
@@ -390,7 +389,7 @@ class Residents:
         if self._evict_one():
             return True
         # What an update reads goes when it is done; it waits for nothing that we hold.
-        idle = [unit for unit in self.units if unit.num_holds == 0 and unit.buffer is not None]
+        idle = [u for u in self.units if u.num_holds == 0 and u.buffer is not None and not u.is_viewed]
         for unit in idle:  # an update may wait until compute is done with it
             self._release_memory(unit)
         self._lock.wait_for(lambda: len(idle) == 0 or any(u.num_borrows == 0 for u in idle))  # sync: an update
@@ -403,6 +402,13 @@ class Residents:
             return False
         self._evict(unit)
         return True
+
+    def _let_go(self, unit: Unit) -> None:
+        """Release the memory of a unit without a hold; not while the user may write to it through a view."""
+        if unit.is_viewed:
+            self._loose[-1][unit.name] = unit
+        else:
+            self._release_memory(unit)
 
     def _release_memory(self, unit: Unit) -> None:
         """Put a resident unit's parameters at rest; keep its bytes if that is wanted and they are current."""
@@ -418,7 +424,7 @@ class Residents:
         self._trace.mark("release", unit.name)
 
     def _go_to_rest(self, unit: Unit) -> None:
-        self._writes.forget(unit)
+        self._writes.end(unit)
         self.park(unit)
         self._forget_places(unit)
         if unit.placed is not None:
@@ -456,7 +462,7 @@ class Residents:
         for param, parked in zip(unit.params, unit.parked, strict=True):
             _give(param, parked, self._parked_class)
 
-    def wake(self, params: Sequence[nn.Parameter]) -> None:
+    def wake(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
         """See `Fence.wake`."""
         units = list({self._owners[p].name: self._owners[p] for p in params}.values())
         if not self.is_in_step():
@@ -464,11 +470,19 @@ class Residents:
                 self._wake_at_rest(unit)
             return
         with ExitStack() as stack:
+            for unit in self._units_of(operands):
+                unit.num_holds += 1
+                stack.callback(self._loosen, unit)
             for unit in units:
                 self.acquire(unit)
                 stack.callback(self._loosen, unit)
-                self._writes.note(unit)
+                self._writes.touch(unit)
                 self.on_touch(unit)
+
+    def _units_of(self, tensors: Sequence[Tensor]) -> list[Unit]:
+        """Resident units that ``tensors`` view."""
+        found = filter(None, map(self.find, tensors))
+        return list({unit.name: unit for unit, _ in found}.values())
 
     def settle(self, unit: Unit) -> None:
         """Bring what the user did to ``unit`` at rest into the store, and put its parameters at rest."""
@@ -501,8 +515,9 @@ class Residents:
             _give(param, tensor, nn.Parameter)
 
     def _loosen(self, unit: Unit) -> None:
+        """Undo a hold; the unit stays resident until the module that runs now is over, or its memory is needed."""
         unit.num_holds -= 1
-        if unit.num_holds == 0:
+        if unit.num_holds == 0 and not any(unit.name in loose for loose in self._loose):
             self._loose[-1][unit.name] = unit
 
     def current(self, unit: Unit) -> Generation:

@@ -194,6 +194,8 @@ class Streamer:
                 visit.frame.keep(self._activations)
         for unit in visit.units:
             self.residents.release(unit)
+        if visit.frame is not None and not failed:
+            self._backward.end_forward(visit.frame, visit.units)
 
 
 class _Visit:

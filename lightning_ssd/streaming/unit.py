@@ -63,6 +63,10 @@ class Unit:
         num_borrows: How many updates have its buffer, or will want the bytes in it.
         at_rest: The mapping of its file while a parameter is awake outside a step.
         parked: What each parameter views at rest; NaN bytes that cost nothing.
+        is_touched: Code outside its own modules can reach it while it is resident, and may hold views of it.
+        seen: Checksums of its values when it became resident or touched; None if only ``versions`` are compared.
+        versions: ``_version`` of each parameter when it became resident.
+        writes_itself: Its own modules write to it by ``.data`` in their forward, which no version tells.
     """
 
     def __init__(self, spec: UnitSpec, dtype: torch.dtype | None = None) -> None:
@@ -88,6 +92,21 @@ class Unit:
         self.num_borrows = 0
         self.at_rest: AtRest | KeptAtRest | None = None
         self.parked: tuple[Tensor, ...] = ()
+        self.is_touched = False
+        self.seen: tuple[int, ...] | None = None
+        self.versions: tuple[int, ...] = ()
+        self.writes_itself = False
+
+    @property
+    def is_viewed(self) -> bool:
+        """Whether the user holds a view of the unit, which is resident, through which he may write."""
+        if not self.is_touched or self.placed is None:
+            return False
+        return any(map(is_held, self.params, self.placed.tensors))
+
+    def current_versions(self) -> tuple[int, ...]:
+        """``_version`` of each parameter; an operation in place on the parameter itself raises it."""
+        return tuple(param._version for param in self.params)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,3 +129,13 @@ class Unit:
 
     def __repr__(self) -> str:
         return f"Unit({self.name!r}, {self.layout.numel} x {self.layout.dtype}, {self.state.name})"
+
+
+def is_held(param: nn.Parameter, tensor: Tensor) -> bool:
+    """Whether anybody but these two has a tensor on the storage of ``tensor``, which ``param`` views or once viewed."""
+    if not tensor.numel():
+        return False
+    storage = tensor.untyped_storage()
+    # This storage object, the tensor, the one that it was made a view of, and the parameter.
+    own = 2 + (tensor._base is not None) + (param.data_ptr() == tensor.data_ptr())
+    return int(torch._C._storage_Use_Count(storage._cdata)) > own

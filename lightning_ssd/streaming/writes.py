@@ -1,21 +1,28 @@
 """What the user writes to parameters, at rest or inside a step, and how it comes into the store.
 
 [Note: in a step, written] Bytes in memory are thrown away when a unit is released, so a change to them (weights clipped
-in ``training_step``, a mask that is multiplied in) would be lost without a word. Units that code outside their own
-modules can reach are checked: those of which a parameter at rest was used, and small ones that stay for the whole step.
-Their content is summed up when they can be reached first and again before they go. ``p.data`` has no version that would
-tell, so the bytes themselves are compared.
+in ``training_step``, a mask that is multiplied in, `nn.Embedding(max_norm=)`) would be lost without a word. An operation
+in place on a parameter raises its ``_version``, which is compared at every release. ``p.data`` and what is made from it
+have versions of their own, so where they may be used the bytes are compared: of units that code outside their own
+modules can reach (`Unit.is_touched`), and of units whose own modules use ``.data`` in their forward, which `may_write`
+or their first forwards tell. A unit of which the user holds a view stays in memory to the end of the step, so that what
+is written through the view counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import Tensor, nn
 
 from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.at_rest import AtRest, KeptAtRest, is_assigned
 from lightning_ssd.streaming.content import content
-from lightning_ssd.streaming.unit import Residency, Unit
+from lightning_ssd.streaming.unit import Residency, Unit, is_held
+
+_NUM_WATCHED = 2
+"""Uses of a unit in training after which it is known whether its modules write to it: a forward, and a second one."""
 
 
 class Writes:
@@ -23,33 +30,55 @@ class Writes:
 
     Args:
         store: Where values are.
+        units: All units.
         is_current: Whether the bytes of a unit in memory are those of its newest generation.
     """
 
-    def __init__(self, store: StateStore, is_current: Callable[[Unit], bool]) -> None:
+    def __init__(self, store: StateStore, units: Sequence[Unit], is_current: Callable[[Unit], bool]) -> None:
         self._store = store
+        self._units = units
         self._is_current = is_current
-        self._seen: dict[str, tuple[int, ...]] = {}  # content of units that can be written to, when that began
+        self._num_watched: dict[str, int] = {}
+        self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
         self.keeps_buffer = True
 
-    def note(self, unit: Unit) -> None:
+    # -- inside a step -------------------------------------------------------------------------------------------
+
+    def begin(self, unit: Unit) -> None:
+        """``unit`` has become resident."""
+        if self._is_in_place(unit):
+            return
+        unit.is_touched = unit.sticky  # it stays to the end of the step, where everybody finds it awake
+        unit.seen = None
+        unit.versions = unit.current_versions()
+        num_watched = self._num_watched.setdefault(unit.name, 0)
+        is_watched = num_watched < _NUM_WATCHED and any(module.training for module in unit.modules)
+        self._num_watched[unit.name] = num_watched + is_watched
+        if is_watched or unit.writes_itself or unit.is_touched:
+            unit.seen = content(unit.params)
+
+    def touch(self, unit: Unit) -> None:
         """From now on the user's code can write to ``unit``, which is resident."""
-        if not self._is_in_place(unit) and unit.name not in self._seen:
-            self._seen[unit.name] = content(unit.params)
+        if not self._is_in_place(unit):
+            unit.is_touched = True
+            unit.seen = content(unit.params) if unit.seen is None else unit.seen
+
+    def end(self, unit: Unit) -> None:
+        """``unit`` is resident no longer."""
+        unit.is_touched = False
+        unit.seen = None
 
     def forget(self, unit: Unit) -> None:
-        """Watch ``unit`` no longer."""
-        self._seen.pop(unit.name, None)
-
-    def clear(self) -> None:
-        """Watch nothing."""
-        self._seen.clear()
+        """What was written to ``unit`` so far does not count: its step failed."""
+        if unit.state is Residency.RESIDENT and not self._is_in_place(unit):
+            unit.versions = unit.current_versions()
+            unit.seen = None
 
     def take_from_step(self, unit: Unit) -> None:
         """Bring in what was written to ``unit``, if it is resident; [Note: in a step, written].
 
         Raises:
-            ResidencyError: It was written to while its optimizer updated it.
+            ResidencyError: It was written to while its optimizer updated it, or while it shared memory with another.
             SSDOffloadError: A parameter has another form than it was placed with.
         """
         if unit.state is not Residency.RESIDENT:
@@ -57,51 +86,152 @@ class Writes:
         if self._is_in_place(unit):
             assert unit.kept is not None
             if is_assigned(unit.params, unit.kept):
-                self._put(unit)
+                self._put(unit, unit.kept)
             self._drop_file(unit)
-            return
-        seen = self._seen.get(unit.name)
-        if seen is None or seen == content(unit.params):
-            return
-        if not self._is_current(unit):
-            raise ResidencyError(
-                f"parameters of unit {unit.name!r} were written to in a step while their optimizer updated them: write "
-                "to them before the step's forward, or after optimizer.step()"
-            )
-        # From here on the bytes in memory are not those of the newest generation: they go at the next release.
-        self._put(unit)
-        self._store.forget(unit.name, "master")
-        self.forget(unit)
+        elif self._is_written(unit):
+            if not self._is_current(unit):
+                raise ResidencyError(
+                    f"parameters of unit {unit.name!r} were written to in a step while their optimizer updated them: "
+                    "write to them before the step's forward, or after optimizer.step()"
+                )
+            assert unit.placed is not None
+            self._put(unit, unit.placed.tensors)
+            self._store.forget(unit.name, "master")
+
+    def _is_written(self, unit: Unit) -> bool:
+        versions = unit.current_versions()
+        if unit.seen is None and versions == unit.versions:
+            return False
+        found = content(unit.params)
+        before = unit.seen
+        if before is None:
+            assert unit.generation is not None
+            before = unit.generation.fingerprint  # a second forward writes what the first wrote
+        elif found != before and versions == unit.versions and not unit.is_touched:
+            unit.writes_itself = True
+        return found != before
+
+    # -- at rest -------------------------------------------------------------------------------------------------
 
     def take_from_rest(self, unit: Unit, at_rest: AtRest | KeptAtRest) -> bool:
         """Bring in what was written to ``unit`` while it was awake at rest; whether there was anything.
 
         Raises:
+            ResidencyError: It was written to while it shared memory with another parameter.
             SSDOffloadError: A parameter has another form than it was placed with.
         """
         was_assigned = at_rest.is_assigned(unit.params)
         was_written = at_rest.was_written()
         if was_assigned or (was_written and at_rest.is_private):
-            self._put(unit)
+            self._put(unit, at_rest.tensors)
         if was_assigned or was_written:
             self._store.forget(unit.name, "master")  # the user's value is the truth now
         self._drop_file(unit)
         return was_assigned or was_written
 
+    def require_untied(self, unit: Unit) -> None:
+        """Refuse to change a parameter that was given the memory of another one: both would have to change.
+
+        Raises:
+            ResidencyError: Names both.
+        """
+        for name, other in self._ties.items():
+            if name in unit.names or other in unit.names:
+                raise ResidencyError(
+                    f"parameter {name!r} was given the memory of parameter {other!r} ({name}.data = {other}.data): in "
+                    "plain torch a change of one would change both, here each has memory of its own. Copy the values "
+                    "(.data.copy_), or make them one parameter (module.weight = other.weight) before the Trainer starts"
+                )
+
+    # -- both ----------------------------------------------------------------------------------------------------
+
     def _is_in_place(self, unit: Unit) -> bool:
         """Whether resident parameters are what the store keeps, and nothing beside them depends on their values."""
         return unit.kept is not None and self.keeps_buffer and unit.layout.itemsize >= 4
 
-    def _put(self, unit: Unit) -> None:
+    def _put(self, unit: Unit, tensors: Sequence[Tensor]) -> None:
+        """Bring the parameters of ``unit`` into the store; ``tensors`` are what they viewed before they were written."""
         for name, param, shape in zip(unit.names, unit.params, unit.shapes, strict=True):
             if tuple(param.shape) != shape.shape or param.dtype != unit.dtype:
                 raise SSDOffloadError(
                     f"parameter {name!r} was given data of shape {tuple(param.shape)} and {param.dtype}; it was placed "
                     f"with {shape.shape} and {unit.dtype}: change a parameter's form before the Trainer starts"
                 )
-        self._store.put(unit.layout, lambda i: unit.params[i].data)
+        moved = [i for i in range(len(tensors)) if is_assigned(unit.params[i : i + 1], tensors[i : i + 1])]
+        self._note_ties(unit, moved)
+        before = self._store.current(unit.name, "param")
+        assert before is not None, unit.name
+        if unit.kept is not None and self.keeps_buffer:
+            unit.kept = self._store.adopt(unit.layout, _kept(unit.params, unit.kept))
+        generation = self._store.put(unit.layout, lambda i: unit.params[i].data)
+        generation.lineage = before.lineage  # no update
+        if unit.state is not Residency.RESIDENT or self._is_in_place(unit):
+            return
+        generation.fingerprint = content(unit.params)
+        unit.versions = unit.current_versions()
+        unit.seen = None if unit.seen is None else generation.fingerprint
+        if not moved:  # what is in memory is what was put
+            unit.generation = generation
+            if unit.placed is not None:
+                unit.placed.generation = generation
+
+    def _note_ties(self, unit: Unit, moved: Sequence[int]) -> None:
+        """Remember which parameters of ``unit`` share memory with others, now that those in ``moved`` were assigned."""
+        names = {unit.names[i] for i in moved}
+        self._ties = {a: b for a, b in self._ties.items() if a not in names and b not in names}
+        self.require_untied(unit)
+        if not moved:
+            return
+        owners = {p.untyped_storage().data_ptr(): n for n, p in self._awake() if p.numel() and n not in names}
+        for i in moved:
+            name, param = unit.names[i], unit.params[i]
+            storage = param.untyped_storage().data_ptr() if param.numel() else 0
+            other = owners.setdefault(storage, name) if storage else name
+            if other != name:
+                self._ties[name] = other
+
+    def _awake(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for unit in self._units:
+            if unit.state is Residency.RESIDENT or unit.at_rest is not None:
+                yield from zip(unit.names, unit.params, strict=True)
 
     def _drop_file(self, unit: Unit) -> None:
         generation = self._store.current(unit.name, "param")
         assert generation is not None, unit.name
         self._store.drop_file(generation)
+
+
+def _kept(params: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> list[Tensor]:
+    """Where to keep ``params`` from now on: where they were, or in the memory that ``p.data`` was assigned.
+
+    That memory becomes the parameter's, as in plain torch, where the user holds it or what was there before: an average
+    that is swapped in, and the weights to be swapped back.
+    """
+
+    def place(param: nn.Parameter, tensor: Tensor) -> Tensor:
+        data = param.data
+        is_same = data.data_ptr() == tensor.data_ptr() or not data.numel()
+        if is_same or not data.is_contiguous() or data.is_inference() or data.device != tensor.device:
+            return tensor
+        return data if is_held(param, tensor) or is_held(param, data) else tensor
+
+    return [place(param, tensor) for param, tensor in zip(params, kept, strict=True)]
+
+
+def may_write(module: nn.Module) -> bool:
+    """Whether a forward of ``module`` or its children, or a hook on it, mentions ``.data``: it may write to parameters.
+
+    torch's own forwards do so by operations on the parameter itself only.
+    """
+    for inner in module.modules():
+        hooks = (*inner._forward_pre_hooks.values(), *inner._forward_hooks.values())
+        own = () if type(inner).__module__.startswith("torch.") else (type(inner).forward,)
+        if any("data" in _names(function) for function in (*own, *hooks)):
+            return True
+    return False
+
+
+def _names(function: object) -> Iterator[str]:
+    """Names of attributes that a Python function uses; none of anything else."""
+    code = getattr(function, "__code__", None)
+    return iter(()) if code is None else iter(code.co_names)
