@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,6 +58,7 @@ def partition(root: nn.Module, *, policy: UnitPolicy = "auto", min_numel: int = 
     """
     for name, param in root.named_parameters():
         _require_manageable(name, param)
+    _require_apart(dict(root.named_parameters()))
     whole = _blocks(root, policy) | {m for m in root.modules() if isinstance(m, _ATOMIC)}
     owner: dict[nn.Parameter, UnitSpec] = {}
     groups: list[_Group] = []
@@ -178,3 +180,20 @@ def _require_manageable(name: str, param: nn.Parameter) -> None:
         )
     if param.layout != torch.strided:
         raise ConfigurationError(f"parameter {name!r} is {param.layout}; only strided (dense) parameters are streamed")
+
+
+def _require_apart(params: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters that share memory: units have memory of their own, which would untie them."""
+    places: dict[tuple[object, int], list[tuple[int, int, str]]] = {}
+    for name, param in params.items():
+        if param.numel() and not param.is_meta:
+            key = (param.device, param.untyped_storage().data_ptr())
+            places.setdefault(key, []).append((param.data_ptr(), param.data_ptr() + param.nbytes, name))
+    for stretches in places.values():
+        for (_, end, name), (begin, _, other) in itertools.pairwise(sorted(stretches)):
+            if begin < end:
+                raise ConfigurationError(
+                    f"parameters {name!r} and {other!r} share memory (one was assigned to .data of the other); "
+                    "strategy='ssd_offload' gives each its own, which would untie them: make them one parameter "
+                    "(module.weight = other.weight), or copy the values (.data.copy_)"
+                )

@@ -16,6 +16,7 @@ from lightning_ssd.streaming.backward import Backward
 from lightning_ssd.streaming.gradients import GradientSink
 from lightning_ssd.streaming.residency import Residents
 from lightning_ssd.streaming.unit import Unit
+from lightning_ssd.streaming.writes import may_write
 from lightning_ssd.trace import Lane, Trace
 
 
@@ -66,6 +67,7 @@ class Streamer:
         self.residents.on_touch = self._on_touch
         users: dict[nn.Module, list[Unit]] = {}
         for unit in self.residents.units:
+            unit.writes_itself = any(map(may_write, unit.modules))
             for module in unit.modules:
                 users.setdefault(module, []).append(unit)
         for module, units in users.items():

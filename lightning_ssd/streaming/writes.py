@@ -1,19 +1,21 @@
 """What the user writes to parameters, at rest or inside a step, and how it comes into the store.
 
 [Note: in a step, written] Bytes in memory are thrown away when a unit is released, so a change to them (weights clipped
-in ``training_step``, a mask that is multiplied in, `nn.Embedding(max_norm=)`) would be lost without a word. An operation
-in place on a parameter raises its ``_version``, which is compared at every release. ``p.data`` and what is made from it
-have versions of their own, so where they may be used the bytes are compared: of units that code outside their own
-modules can reach (`Unit.is_touched`), and of units whose own modules use ``.data`` in their forward, which `may_write`
-or their first forwards tell. A unit of which the user holds a view stays in memory to the end of the step, so that what
-is written through the view counts.
+in ``training_step``, a mask that is multiplied in, `nn.Embedding(max_norm=)`) would be lost without a word. An
+operation in place on a parameter raises its ``_version``, which is compared at every release. ``p.data`` and what is
+made from it have versions of their own, so where they may be used the bytes are compared: of units that code outside
+their own modules can reach (`Unit.is_touched`), and of units whose own modules use ``.data`` in their forward, which
+`may_write` or their first forwards tell. A unit of which the user holds a view stays in memory to the end of the step,
+so that what is written through the view counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
@@ -40,6 +42,7 @@ class Writes:
         self._is_current = is_current
         self._num_watched: dict[str, int] = {}
         self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
+        self._left: dict[int, tuple[str, Any]] = {}  # memory that was a parameter's, while somebody else views it
         self.keeps_buffer = True
 
     # -- inside a step -------------------------------------------------------------------------------------------
@@ -64,7 +67,9 @@ class Writes:
             unit.seen = content(unit.params) if unit.seen is None else unit.seen
 
     def end(self, unit: Unit) -> None:
-        """``unit`` is resident no longer."""
+        """``unit`` goes to rest."""
+        if unit.is_touched and unit.placed is not None:
+            self.leave(unit, unit.placed.tensors)
         unit.is_touched = False
         unit.seen = None
 
@@ -124,6 +129,7 @@ class Writes:
         was_written = at_rest.was_written()
         if was_assigned or (was_written and at_rest.is_private):
             self._put(unit, at_rest.tensors)
+        self.leave(unit, at_rest.tensors)
         if was_assigned or was_written:
             self._store.forget(unit.name, "master")  # the user's value is the truth now
         self._drop_file(unit)
@@ -150,7 +156,7 @@ class Writes:
         return unit.kept is not None and self.keeps_buffer and unit.layout.itemsize >= 4
 
     def _put(self, unit: Unit, tensors: Sequence[Tensor]) -> None:
-        """Bring the parameters of ``unit`` into the store; ``tensors`` are what they viewed before they were written."""
+        """Bring the parameters of ``unit`` into the store; before they were written they viewed ``tensors``."""
         for name, param, shape in zip(unit.names, unit.params, unit.shapes, strict=True):
             if tuple(param.shape) != shape.shape or param.dtype != unit.dtype:
                 raise SSDOffloadError(
@@ -182,18 +188,31 @@ class Writes:
         self.require_untied(unit)
         if not moved:
             return
-        owners = {p.untyped_storage().data_ptr(): n for n, p in self._awake() if p.numel() and n not in names}
+        owners = self._owners(except_for=names)
         for i in moved:
             name, param = unit.names[i], unit.params[i]
-            storage = param.untyped_storage().data_ptr() if param.numel() else 0
-            other = owners.setdefault(storage, name) if storage else name
+            other = owners.setdefault(param.untyped_storage()._cdata, name) if param.numel() else name
             if other != name:
                 self._ties[name] = other
 
-    def _awake(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _owners(self, *, except_for: set[str]) -> dict[int, str]:
+        """The parameter that memory is of, or was of as long as somebody else views it, by number of the storage."""
+        self._left = {number: left for number, left in self._left.items() if not left[1].expired()}
+        owners = {number: name for number, (name, _) in self._left.items() if name not in except_for}
         for unit in self._units:
-            if unit.state is Residency.RESIDENT or unit.at_rest is not None:
-                yield from zip(unit.names, unit.params, strict=True)
+            is_awake = unit.state is Residency.RESIDENT or unit.at_rest is not None
+            tensors = unit.params if is_awake else unit.kept or ()
+            for name, tensor in zip(unit.names, tensors, strict=bool(tensors)):
+                if name not in except_for and tensor.numel():
+                    owners[tensor.untyped_storage()._cdata] = name
+        return owners
+
+    def leave(self, unit: Unit, tensors: Sequence[Tensor]) -> None:
+        """The parameters of ``unit`` are about to view ``tensors`` no longer; who else does may have them from it."""
+        for name, param, tensor in zip(unit.names, unit.params, tensors, strict=bool(tensors)):
+            if is_held(param, tensor):
+                storage = tensor.untyped_storage()
+                self._left[storage._cdata] = name, StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def _drop_file(self, unit: Unit) -> None:
         generation = self._store.current(unit.name, "param")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def distances(module: Student) -> list[float]:
 
 def mix_trained_layers(module: Student) -> None:
     layers = [layer for layer in module.net if isinstance(layer, nn.Linear)]
-    for one, two in zip(layers, layers[1:], strict=False):
+    for one, two in itertools.pairwise(layers):
         one.weight.mul_(0.5).add_(two.weight, alpha=0.5)
 
 
@@ -136,7 +137,7 @@ def write_through_a_view(module: Student) -> None:
 def attract(module: Student) -> Tensor:
     layers = [layer.weight for layer in module.net if isinstance(layer, nn.Linear)]
     found = torch.zeros(())
-    for one, two in zip(layers, layers[1:], strict=False):
+    for one, two in itertools.pairwise(layers):
         found = found + (one * two).sum().square() * 1e-3 + (one - two).pow(2).sum() * 1e-3
     return found
 

@@ -1,0 +1,216 @@
+"""Modules that write to their own parameters, and values that are swapped from outside: plain Lightning's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_ssd.errors import ConfigurationError, ResidencyError
+from tests.faults.support import finish_backward
+from tests.helpers.training import make_trainer, streamed
+
+WIDTH, STEPS = 16, 6
+
+
+class BoundedEmbedding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, WIDTH, max_norm=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table((x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+
+
+class ActNorm(nn.Module):
+    """Initialises itself from its first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.shift, self.scale = nn.Parameter(torch.zeros(WIDTH)), nn.Parameter(torch.ones(WIDTH))
+        self.register_buffer("is_initialised", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        if not self.is_initialised:
+            with torch.no_grad():
+                self.shift.copy_(-x.mean(0))
+                self.scale.copy_(1 / (x.std(0) + 1e-6))
+                self.is_initialised.fill_(True)
+        return self.scale * (x + self.shift)
+
+
+class Masked(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.register_buffer("mask", torch.ones(WIDTH, WIDTH).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data *= self.mask
+        return F.linear(x, self.weight, self.bias).tanh()
+
+
+class Bounded(nn.Linear):
+    """Nothing is outside its bounds in the first steps."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.clamp_(-0.255, 0.255)
+        return F.linear(x, self.weight, self.bias).tanh()
+
+
+class Assigned(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = self.weight.data.clamp(-0.2, 0.2)
+        return F.linear(x, self.weight, self.bias).tanh()
+
+
+class Hidden(nn.Linear):
+    """Its forward does not say that it writes."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+
+    def prune(self) -> None:
+        self.weight.data[0] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.prune()
+        return F.linear(x, self.weight, self.bias).tanh()
+
+
+def pruned() -> nn.Module:
+    """A mask in a hook."""
+
+    def prune(module: nn.Module, args: Any) -> None:
+        with torch.no_grad():
+            layer[0].weight[:, ::2] = 0.0
+
+    layer = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    layer.register_forward_pre_hook(prune)
+    return layer
+
+
+class Net(pl.LightningModule):
+    def __init__(self, make: Callable[[], nn.Module] = lambda: nn.Linear(WIDTH, WIDTH)) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*(make() for _ in range(3)))
+        self.seen: list[float] = []
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return (self.net(batch) - batch).square().mean()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.seen.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.seen.append(self.loss(batch).item())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+def run(tmp_path: Path, strategy: Any, make: Callable[[], Net], **trainer: Any) -> Any:
+    pl.seed_everything(3, verbose=False)
+    module = make()
+    data = DataLoader(torch.randn(STEPS * 4, WIDTH, generator=torch.Generator().manual_seed(4)), batch_size=4)  # type: ignore[arg-type]
+    options = {"max_steps": STEPS, "val_check_interval": 2, "limit_val_batches": 1} | trainer
+    make_trainer(tmp_path, strategy, **options).fit(module, data, data)
+    return module.seen, {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def assert_as_plain(tmp_path: Path, make: Callable[[], Net], settings: list[dict[str, Any]], **trainer: Any) -> None:
+    callbacks = trainer.pop("callbacks", list)
+    seen, weights = run(tmp_path, "auto", make, callbacks=callbacks(), **trainer)
+    for setting in settings:
+        our_seen, our_weights = run(tmp_path, streamed(**setting), make, callbacks=callbacks(), **trainer)
+        assert our_seen == seen, setting
+        assert [name for name in weights if not torch.equal(weights[name], our_weights[name])] == [], setting
+
+
+KINDS = [BoundedEmbedding, ActNorm, Masked, Bounded, Assigned, Hidden, pruned]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_what_a_module_writes_to_itself_counts(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+    keeps = {"activations": "keep"}
+    assert_as_plain(tmp_path, lambda: Net(make), [{}, keeps, {"host_memory": "256MiB"}])
+    assert_as_plain(tmp_path, lambda: Net(make), [{}, keeps], gradient_clip_val=0.5)
+
+
+class Swap(Callback):
+    """Averaged weights for validation, by ``p.data``, and the trained ones back afterwards."""
+
+    def __init__(self, *, exchanges: bool = False) -> None:
+        self.averages: list[Tensor] = []
+        self.backup: list[Tensor] = []
+        self.exchanges = exchanges
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.averages = [param.detach().clone() for param in module.parameters()]
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        for average, param in zip(self.averages, module.parameters(), strict=True):
+            average.lerp_(param.data, 0.1)
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        self.backup = [param.data for param in module.parameters()]
+        for param, average in zip(module.parameters(), self.averages, strict=True):
+            param.data = average
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        for param, values in zip(module.parameters(), self.backup, strict=True):
+            param.data = values
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_values_that_are_swapped_in_for_validation_and_out_again(tmp_path: Path, precision: Any) -> None:
+    settings: list[dict[str, Any]] = [{}, {"host_memory": "256MiB"}, {"host_memory": "256MiB", "overlap": "off"}]
+    assert_as_plain(tmp_path, Net, settings, callbacks=lambda: [Swap()], precision=precision)
+
+
+def test_parameters_that_share_memory_are_refused_by_name(tmp_path: Path) -> None:
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[2].weight.data = self.net[0].weight.data
+
+    with pytest.raises(ConfigurationError, match=r"net\.0\.weight.*net\.2\.weight.*one parameter"):
+        run(tmp_path, streamed(), Tied)
+
+
+class Tie(Callback):
+    def __init__(self, *, unties: bool) -> None:
+        self._unties = unties
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        self.before = module.net[2].weight.data
+        module.net[2].weight.data = module.net[0].weight.data
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if self._unties:
+            module.net[2].weight.data = self.before
+
+
+@pytest.mark.parametrize("memory", ["min", "256MiB"])
+def test_a_parameter_may_borrow_the_memory_of_another_but_not_be_trained_so(tmp_path: Path, memory: str) -> None:
+    assert_as_plain(tmp_path, Net, [{"host_memory": memory}], callbacks=lambda: [Tie(unties=True)])
+    with pytest.raises(ResidencyError, match=r"net\.2\.weight.*was given the memory of.*net\.0\.weight"):
+        run(tmp_path, streamed(host_memory=memory), Net, callbacks=[Tie(unties=False)])
+    finish_backward()
