@@ -8,6 +8,7 @@ on real values: inside a step by fetching the unit to the device, outside by map
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -34,6 +35,8 @@ def fenced_class(fence: Fence) -> type[nn.Parameter]:
             cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
         ) -> Any:
             kwargs = kwargs or {}
+            if func in (torch.autograd.grad, torch.autograd.backward):
+                return _differentiate(func, *args, **kwargs)
             if func not in _METADATA:
                 tensors = list(_tensors((args, kwargs)))
                 asleep = [p for p in tensors if type(p) is ParameterAtRest]
@@ -54,6 +57,28 @@ def fenced_class(fence: Fence) -> type[nn.Parameter]:
             return nn.Parameter.__deepcopy__(self, memo)  # type: ignore[no-any-return, no-untyped-call]
 
     return ParameterAtRest
+
+
+def _differentiate(
+    func: Callable[..., Any], outputs: Any, inputs: Any = None, *, materialize_grads: bool = False, **kwargs: Any
+) -> Any:
+    """`torch.autograd.grad` or `backward`, as torch hands them on: parameters among ``inputs`` stay at rest.
+
+    Both take places in the graph as well as tensors. Not with the fence off, as other functions: they run forwards.
+    """
+    wake_all([p for p in _tensors((outputs, kwargs.get("grad_outputs"), kwargs.get("grad_tensors"))) if _is_at_rest(p)])
+    wake_all([p for p in inputs or () if _is_at_rest(p) and not p.requires_grad])  # torch refuses it
+    with torch._C.DisableTorchFunctionSubclass():
+        places = inputs and [torch.autograd.graph.get_gradient_edge(p) if _is_at_rest(p) else p for p in inputs]
+    if not materialize_grads:
+        return func(outputs, inputs=places, **kwargs)
+    grads = func(outputs, inputs=places, **(kwargs | {"allow_unused": True}))
+    zeros = functools.partial(torch.zeros_like, requires_grad=kwargs["create_graph"])
+    return tuple(zeros(p) if grad is None else grad for p, grad in zip(inputs, grads, strict=True))
+
+
+def _is_at_rest(value: Any) -> bool:
+    return hasattr(type(value), "_fence")
 
 
 def wake_all(params: list[nn.Parameter]) -> None:

@@ -171,6 +171,40 @@ def test_a_penalty_over_pairs_of_layers(tmp_path: Path) -> None:
     assert_as_plain(tmp_path, lambda: Student(penalty=attract), [MIN, SOME, ALL])
 
 
+def gradient_norms(module: Student) -> Tensor:
+    """Of every parameter at once, in a step: gradients need the graph, not the values."""
+    loss = module.net(torch.ones(2, WIDTH)).square().mean()
+    grads = torch.autograd.grad(loss, list(module.net.parameters()), retain_graph=True)
+    one = torch.autograd.grad(loss, module.net[0].weight, retain_graph=True)[0]
+    return loss * (1 + torch.stack([grad.norm() for grad in grads]).sum() + one.norm()).detach()
+
+
+def differentiable_gradient_norms(module: Student) -> Tensor:
+    loss = module.net(torch.ones(2, WIDTH)).square().mean()
+    params = [module.net[0].weight, module.net[2].bias, module.teacher[0].weight.requires_grad_()]
+    grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+    module.teacher.requires_grad_(False)
+    return sum((grad.square().sum() for grad in grads), torch.zeros(()))
+
+
+def some_gradients(module: Student) -> Tensor:
+    loss = module.net(torch.ones(2, WIDTH)).square().mean()
+    chosen = [module.net[4].weight, module.net[6].bias]
+    module.zero_grad()
+    loss.backward(inputs=chosen)
+    found = sum(param.grad.norm().item() for param in module.net.parameters() if param.grad is not None)
+    assert all((param.grad is not None) == any(param is one for one in chosen) for param in module.net.parameters())
+    for param in chosen:
+        param.grad = None
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("penalty", [gradient_norms, differentiable_gradient_norms, some_gradients])
+def test_gradients_of_parameters_inside_a_step(tmp_path: Path, penalty: Callable[[Student], Tensor]) -> None:
+    assert_as_plain(tmp_path, lambda: Student(penalty=penalty), [MIN, SOME, ALL])
+    assert_as_plain(tmp_path, lambda: Student(penalty=penalty), [{"activations": "keep"}])
+
+
 @pytest.mark.parametrize("act", [average_by_state_dict])
 def test_what_needs_more_than_fits_at_once_is_refused_before_it_computes(
     tmp_path: Path, act: Callable[[Student], Any]
