@@ -179,7 +179,12 @@ class Session:
         if plan.recomputes:
             self._activations = self._make_activations(plan, spill)
         recompute = self.sizing.blocks() if plan.recomputes else set()
-        self.streamer.start(sink=self.sink, recompute=recompute, activations=self._activations)
+        self.streamer.start(
+            sink=self.sink,
+            recompute=recompute,
+            activations=self._activations,
+            is_in_memory=plan.fits and not self._is_off_host,
+        )
         self.is_started = True
 
     def _left_by_inputs(self, plan: MemoryPlan) -> int:

@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_ssd.store.generation import Generation
+from lightning_ssd.streaming import transforms
 from lightning_ssd.streaming.activations import Frame, Rerun
 from lightning_ssd.streaming.gradients import GradientSink
 from lightning_ssd.streaming.residency import Residents
+from lightning_ssd.streaming.transforms import StepHooks
 from lightning_ssd.streaming.unit import Unit
 from lightning_ssd.trace import Trace
 
@@ -34,10 +36,12 @@ class Backward:
 
     Attributes:
         rerunning: The frame whose forward runs again now, or None.
+        step_hooks: For tensors that are saved outside the forward of a module that needs a unit.
     """
 
     def __init__(self, residents: Residents, sink: GradientSink, trace: Trace) -> None:
         self.rerunning: Frame | None = None
+        self.step_hooks = StepHooks(self.hooks)
         self._residents = residents
         self._sink = sink
         self._trace = trace
@@ -69,7 +73,7 @@ class Backward:
     def _pack(self, tensor: Tensor) -> object:
         place = self._residents.find(tensor)
         if place is None:
-            if tensor.is_inference():
+            if tensor.is_inference() or transforms.are_active():
                 return tensor, None
             # Detached (the version is shared): an operation may save its own output, which holds the graph that holds
             # this. Without backward nothing would break that circle, and every skipped batch stayed in memory.

@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.errors import ResidencyError
+from lightning_ssd.streaming import transforms
+
 
 class Fence(Protocol):
     """Brings parameters at rest to life."""
+
+    def gather(self, params: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Inside, ``params`` are plain parameters on their current values, and saved tensors are not watched."""
+        ...
 
     def wake(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
         """Make ``params`` plain parameters on their current values, all at the same time; ``operands`` stay usable."""
@@ -81,15 +89,35 @@ def _is_at_rest(value: Any) -> bool:
     return hasattr(type(value), "_fence")
 
 
-def wake_all(params: list[nn.Parameter]) -> None:
+def wake_all(params: Sequence[nn.Parameter]) -> None:
     """Wake those of ``params`` that are at rest, all at the same time."""
-    by_fence: dict[int, tuple[Fence, list[nn.Parameter]]] = {}
+    for fence, asleep in by_fence(params):
+        fence.wake(asleep)
+
+
+def by_fence(params: Sequence[nn.Parameter]) -> list[tuple[Fence, list[nn.Parameter]]]:
+    """Those of ``params`` that are at rest, with who looks after them."""
+    found: dict[int, tuple[Fence, list[nn.Parameter]]] = {}
     for param in params:
         fence = getattr(type(param), "_fence", None)
         if fence is not None:
-            by_fence.setdefault(id(fence), (fence, []))[1].append(param)
-    for fence, asleep in by_fence.values():
-        fence.wake(asleep)
+            found.setdefault(id(fence), (fence, []))[1].append(param)
+    return list(found.values())
+
+
+def require_awake(module: nn.Module) -> None:
+    """Refuse to run ``module`` under torch.func on parameters that the transform took while they were at rest.
+
+    Raises:
+        ResidencyError: Names the module and the way out.
+    """
+    for name, param in module.named_parameters():
+        if _is_at_rest(transforms.unwrapped(param)) and not _is_at_rest(param):
+            raise ResidencyError(
+                f"torch.func was given parameter {name!r} of a {type(module).__name__} whose values are on disk; torch "
+                "takes tensors apart where nothing can bring them: call it inside `with "
+                "lightning_ssd.gathered(module):`"
+            )
 
 
 def _tensors(value: Any) -> Iterator[Any]:

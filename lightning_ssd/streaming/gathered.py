@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from lightning_ssd.streaming.fence import wake_all
+from lightning_ssd.streaming.fence import by_fence
 
 
 @contextmanager
@@ -15,8 +15,9 @@ def gathered(module: nn.Module) -> Iterator[None]:
     """Inside, every parameter of ``module`` is a plain tensor on its current values; what is written stays.
 
     Not needed to read or change single parameters, which come to life when they are touched. It helps code that
-    bypasses torch's dispatch, such as a C++ extension that takes raw pointers. Outside a step the values are mapped
-    from their files and cost no anonymous memory; inside a step, all of them must fit into memory at once.
+    bypasses torch's dispatch: a C++ extension that takes raw pointers, and torch.func (``grad``, ``vmap``, ``jvp``)
+    with respect to parameters. Outside a step the values are mapped from their files and cost no anonymous memory;
+    inside a step, all of them must fit into memory at once.
 
     Args:
         module: Any module of a model that is under strategy ``ssd_offload``; for others nothing happens.
@@ -24,5 +25,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     Raises:
         ResidencyError: Inside a step, if the parameters do not fit into the memory plan at once.
     """
-    wake_all(list(module.parameters()))
-    yield
+    with ExitStack() as stack:
+        for fence, params in by_fence(list(module.parameters())):
+            stack.enter_context(fence.gather(params))
+        yield

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.streaming import transforms
 from lightning_ssd.streaming.at_rest import AtRest, KeptAtRest
 from lightning_ssd.streaming.device import Placed
 from lightning_ssd.streaming.fence import fenced_class
@@ -59,6 +60,7 @@ class Residents:
         is_in_step: Tells whether an operation on a parameter at rest fetches it to the device. Set by the owner.
         on_fetch: Called with each unit that became resident. Set by the owner.
         on_touch: Called with each unit of which a parameter at rest was used in a step. Set by the owner.
+        unwatched: Inside what it returns, saved tensors are not watched. Set by the owner.
     """
 
     def __init__(self, units: list[Unit], *, store: StateStore, trace: Trace) -> None:
@@ -67,6 +69,7 @@ class Residents:
         self.is_in_step: Callable[[], bool] = lambda: False
         self.on_fetch: Callable[[Unit], None] = lambda unit: None
         self.on_touch: Callable[[Unit], None] = lambda unit: None
+        self.unwatched: Callable[[], AbstractContextManager[None]] = nullcontext
         self._store = store
         self._trace = trace
         self._pool: Pool
@@ -465,11 +468,11 @@ class Residents:
     def wake(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
         """See `Fence.wake`."""
         units = list({self._owners[p].name: self._owners[p] for p in params}.values())
-        if not self.is_in_step():
-            for unit in units:
-                self._wake_at_rest(unit)
-            return
-        with ExitStack() as stack:
+        with transforms.suspended(), ExitStack() as stack:
+            if not self.is_in_step():
+                for unit in units:
+                    self._wake_at_rest(unit)
+                return
             for unit in self._units_of(operands):
                 unit.num_holds += 1
                 stack.callback(self._loosen, unit)
@@ -477,7 +480,20 @@ class Residents:
                 self.acquire(unit)
                 stack.callback(self._loosen, unit)
                 self._writes.touch(unit)
-                self.on_touch(unit)
+        for unit in units:
+            self.on_touch(unit)
+
+    @contextmanager
+    def gather(self, params: Sequence[nn.Parameter]) -> Iterator[None]:
+        """See `Fence.gather`; inside a step their units are held."""
+        with ExitStack() as stack:
+            if self.is_in_step():
+                stack.enter_context(self.unwatched())
+                for unit in {self._owners[p].name: self._owners[p] for p in params}.values():
+                    self.acquire(unit)
+                    stack.callback(self._loosen, unit)
+            self.wake(params)
+            yield
 
     def _units_of(self, tensors: Sequence[Tensor]) -> list[Unit]:
         """Resident units that ``tensors`` view."""

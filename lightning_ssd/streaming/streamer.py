@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ssd.streaming import transforms
 from lightning_ssd.streaming.activation_store import ActivationStore
 from lightning_ssd.streaming.activations import Frame, without_caches
 from lightning_ssd.streaming.backward import Backward
+from lightning_ssd.streaming.fence import require_awake
 from lightning_ssd.streaming.gradients import GradientSink
 from lightning_ssd.streaming.residency import Residents
+from lightning_ssd.streaming.transforms import require_no_transform
 from lightning_ssd.streaming.unit import Unit
 from lightning_ssd.streaming.writes import may_write
 from lightning_ssd.trace import Lane, Trace
@@ -42,13 +45,19 @@ class Streamer:
         self._sink: GradientSink
         self._backward: Backward
         self._handles: list[RemovableHandle] = []
+        self._is_in_memory = False
         self._num_steps = 0  # step contexts that are open now
         self._visits: list[_Visit] = []  # forwards that run now, one inside the other
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def start(
-        self, *, sink: GradientSink, recompute: set[nn.Module], activations: ActivationStore | None = None
+        self,
+        *,
+        sink: GradientSink,
+        recompute: set[nn.Module],
+        activations: ActivationStore | None = None,
+        is_in_memory: bool = False,
     ) -> None:
         """Hook the modules; `residents` has started.
 
@@ -56,15 +65,18 @@ class Streamer:
             sink: Gets the gradients.
             recompute: Blocks whose forward is run again in backward.
             activations: Keeps the inputs of recomputed blocks, and is closed by its owner; None leaves them in memory.
+            is_in_memory: Saved tensors that view parameters take no memory: all are kept where compute reads them.
         """
         self._sink = sink
         self._recompute = recompute
+        self._is_in_memory = is_in_memory
         self._compared.clear()
         self._activations = activations
         self._backward = Backward(self.residents, sink, self._trace)
         self.residents.is_in_step = self._is_in_step
         self.residents.on_fetch = lambda unit: sink.watch(unit, self._backward.note)
         self.residents.on_touch = self._on_touch
+        self.residents.unwatched = self._backward.step_hooks.suspended
         users: dict[nn.Module, list[Unit]] = {}
         for unit in self.residents.units:
             unit.writes_itself = any(map(may_write, unit.modules))
@@ -98,14 +110,19 @@ class Streamer:
             self._backward.abort()  # one that failed outside our sight
             self.residents.schedule.begin(kind)
         self._num_steps += 1
+        if not self._is_in_memory:
+            self._backward.step_hooks.begin()
         try:
-            with self._computing(f"{kind} step" if kind else "backward", ""), self._backward.hooks():
+            with self._computing(f"{kind} step" if kind else "backward", ""):
                 yield
-        except BaseException:
+        except BaseException as error:
             self.abort_step()
+            require_no_transform(error)
             raise
         finally:
             self._num_steps -= 1
+            if self._num_steps == 0:
+                self._backward.step_hooks.end()
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -137,23 +154,19 @@ class Streamer:
     def _on_touch(self, unit: Unit) -> None:
         if torch.is_grad_enabled() and self._backward.rerunning is None:
             self._sink.used(unit)
+            if self._num_steps > 0:
+                self._backward.step_hooks.begin()
 
     # -- forward, the first and the second -----------------------------------------------------------------------
 
     def before_forward(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Any:
         """A module that needs ``units`` is about to run; returns its arguments."""
+        if transforms.are_active():
+            return self._before_transformed(module, units, args, kwargs)
         is_rerun = self._backward.rerunning is not None
         if self._activations is not None and not is_rerun:
             self._activations.settle()  # by now the caller has dropped the inputs of the block before
-        visit = _Visit(module, units)
-        try:
-            for unit in units:
-                self.residents.acquire(unit)
-                visit.num_acquired += 1
-        except BaseException:
-            for unit in units[: visit.num_acquired]:
-                self.residents.release(unit)
-            raise
+        visit = self._acquire(module, units)
         if torch.is_grad_enabled() and not is_rerun and not any(outer.frame for outer in self._visits):
             for unit in units:
                 self._sink.used(unit)
@@ -171,13 +184,36 @@ class Streamer:
         self.residents.begin_visit()
         return args, kwargs
 
+    def _acquire(self, module: nn.Module, units: list[Unit]) -> _Visit:
+        visit = _Visit(module, units)
+        try:
+            for unit in units:
+                self.residents.acquire(unit)
+                visit.num_acquired += 1
+        except BaseException:
+            for unit in units[: visit.num_acquired]:
+                self.residents.release(unit)
+            raise
+        return visit
+
+    def _before_transformed(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Any:
+        """Under torch.func: neither recompute nor saved-tensor hooks, so what is saved holds the memory of its unit."""
+        require_awake(module)
+        with transforms.suspended():
+            self._visits.append(self._acquire(module, units))
+            self.residents.begin_visit()
+        return args, kwargs
+
     def after_forward(self, module: nn.Module, *, failed: bool) -> None:
         """The module has run, or failed."""
         if not self._visits or self._visits[-1].module is not module:
             return  # its forward was given up before our hook ran, or with the whole step
         frame = self._backward.rerunning
         try:
-            self._end_visit(self._visits.pop(), frame, failed=failed and not (frame is not None and frame.is_stopped))
+            with transforms.suspended():
+                self._end_visit(
+                    self._visits.pop(), frame, failed=failed and not (frame is not None and frame.is_stopped)
+                )
         except BaseException as error:
             if frame is not None:
                 frame.error = error

@@ -1,0 +1,102 @@
+"""Transforms of torch.func, and the saved-tensor hooks that they do not run under.
+
+Under a transform (``grad``, ``vmap``, ``jvp`` and those made of them) every tensor that is made is wrapped, and dies
+with the transform: what lives longer, such as the data of a parameter, is made outside (`suspended`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd.graph import saved_tensors_hooks
+
+from lightning_ssd.errors import ResidencyError
+
+
+def are_active() -> bool:
+    """Whether a transform runs in this thread."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def suspended() -> AbstractContextManager[object]:
+    """Inside, no transform is active."""
+    return temporarily_clear_interpreter_stack() if are_active() else nullcontext()
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """What a transform has wrapped, or ``tensor`` itself."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def require_no_transform(error: BaseException) -> None:
+    """Say what to do if ``error`` is torch.func's refusal to run in a step.
+
+    Raises:
+        ResidencyError: It is.
+    """
+    if isinstance(error, RuntimeError) and "support saved tensor hooks" in str(error):
+        raise ResidencyError(
+            "torch.func (grad, vjp, jacrev, hessian) does not run in a step of a model that is streamed, where what is "
+            "saved of parameters is watched: call it inside `with lightning_ssd.gathered(module):`, with the module "
+            f"that it runs ({error})"
+        ) from error
+
+
+class StepHooks:
+    """Saved-tensor hooks of a step, for tensors that are saved outside the forward of a module that needs a unit.
+
+    torch.func refuses to run while there are such hooks: so there are none under ``gathered()``, nor, where they save
+    no memory, before a parameter is used outside its module.
+
+    Args:
+        make: Makes the hooks.
+    """
+
+    def __init__(self, make: Callable[[], saved_tensors_hooks]) -> None:
+        self._make = make
+        self._hooks: saved_tensors_hooks | None = None
+        self._is_suspended = False
+
+    def begin(self) -> None:
+        """Set them. Where there are hooks already, those of a module or the user's own, they see to it."""
+        if self._hooks is None and not self._is_suspended and _may_set() and _top() is None:
+            hooks = self._make()
+            hooks.__enter__()
+            self._hooks = hooks
+
+    def end(self) -> None:
+        """Take them back."""
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.__exit__()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, there are no hooks of the step."""
+        top = _top()
+        is_ours = self._hooks is not None and top is not None and top[0] == self._hooks.pack_hook and _may_set()
+        before, self._is_suspended = self._is_suspended, True
+        if is_ours:
+            self.end()
+        try:
+            yield
+        finally:
+            self._is_suspended = before
+            if is_ours:
+                self.begin()
+
+
+def _may_set() -> bool:
+    """Whether hooks stay set: autograd's engine restores those of before when a node has run, and so do transforms."""
+    return not are_active() and torch._C._current_graph_task_id() == -1
+
+
+def _top() -> tuple[Callable[..., object], Callable[..., object]] | None:
+    """The hooks that are set now."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
