@@ -180,6 +180,7 @@ class Session:
             self._activations = self._make_activations(plan, spill)
         recompute = self.sizing.blocks() if plan.recomputes else set()
         self.streamer.start(
+            module,
             sink=self.sink,
             recompute=recompute,
             activations=self._activations,

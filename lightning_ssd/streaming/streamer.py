@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from lightning_ssd.errors import ResidencyError
 from lightning_ssd.streaming import transforms
 from lightning_ssd.streaming.activation_store import ActivationStore
 from lightning_ssd.streaming.activations import Frame, without_caches
 from lightning_ssd.streaming.backward import Backward
+from lightning_ssd.streaming.fast_path import Removable, hook, hook_encoders
 from lightning_ssd.streaming.fence import require_awake
 from lightning_ssd.streaming.gradients import GradientSink
 from lightning_ssd.streaming.residency import Residents
 from lightning_ssd.streaming.transforms import require_no_transform
-from lightning_ssd.streaming.unit import Unit
+from lightning_ssd.streaming.unit import Residency, Unit
 from lightning_ssd.streaming.writes import may_write
 from lightning_ssd.trace import Lane, Trace
 
@@ -44,7 +45,7 @@ class Streamer:
         self._activations: ActivationStore | None = None
         self._sink: GradientSink
         self._backward: Backward
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Removable] = []
         self._is_in_memory = False
         self._num_steps = 0  # step contexts that are open now
         self._visits: list[_Visit] = []  # forwards that run now, one inside the other
@@ -53,6 +54,7 @@ class Streamer:
 
     def start(
         self,
+        module: nn.Module,
         *,
         sink: GradientSink,
         recompute: set[nn.Module],
@@ -62,6 +64,7 @@ class Streamer:
         """Hook the modules; `residents` has started.
 
         Args:
+            module: The model.
             sink: Gets the gradients.
             recompute: Blocks whose forward is run again in backward.
             activations: Keeps the inputs of recomputed blocks, and is closed by its owner; None leaves them in memory.
@@ -80,12 +83,11 @@ class Streamer:
         users: dict[nn.Module, list[Unit]] = {}
         for unit in self.residents.units:
             unit.writes_itself = any(map(may_write, unit.modules))
-            for module in unit.modules:
-                users.setdefault(module, []).append(unit)
-        for module, units in users.items():
-            hooks = _ModuleHooks(self, units)
-            self._handles.append(module.register_forward_pre_hook(hooks.before, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True))
+            for user in unit.modules:
+                users.setdefault(user, []).append(unit)
+        self._handles += hook_encoders(module)
+        for user, units in users.items():
+            self._handles += hook(user, _ModuleHooks(self, units))
 
     def stop(self) -> None:
         """Remove the hooks and leave plain parameters on mappings of their files. A second call does nothing."""
@@ -161,6 +163,9 @@ class Streamer:
 
     def before_forward(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Any:
         """A module that needs ``units`` is about to run; returns its arguments."""
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+            _require_exportable(module, units)
+            return args, kwargs
         if transforms.are_active():
             return self._before_transformed(module, units, args, kwargs)
         is_rerun = self._backward.rerunning is not None
@@ -234,6 +239,21 @@ class Streamer:
             self.residents.release(unit)
         if visit.frame is not None and not failed:
             self._backward.end_forward(visit.frame, visit.units)
+
+
+def _require_exportable(module: nn.Module, units: list[Unit]) -> None:
+    """Refuse to trace a module where what comes of it would hold other values.
+
+    TorchScript takes the parameters themselves into its module, and they go back to disk; torch.export looks at them.
+    """
+    is_script = torch._C._get_tracing_state() is not None
+    if is_script or any(unit.at_rest is None and unit.state is not Residency.RESIDENT for unit in units):
+        way_out = "trace copy.deepcopy(module)" if is_script else "export inside `with lightning_ssd.gathered(module):`"
+        raise ResidencyError(
+            f"a {type(module).__name__} is being {'traced by TorchScript' if is_script else 'exported'} while its "
+            f"parameters, such as {units[0].names[0]!r}, may be on disk, and what comes of it would not hold their "
+            f"values: {way_out}, or do it after the Trainer has returned"
+        )
 
 
 class _Visit:
