@@ -133,7 +133,7 @@ class StreamedOptimizer:
             require_finite(unit, mine)
         parts = self._parts(unit, mine, groups)
         residents.settle(unit)
-        residents.require_untied(unit)
+        residents.before_update(unit)
         # Where there is a master, the values in memory are not what the rule updates.
         reads = pipeline.updates_values_of(unit)
         is_borrowed = reads and residents.borrow(unit)

@@ -514,9 +514,9 @@ class Residents:
             at_rest.let_go(is_written=is_written)
             unit.at_rest = None
 
-    def require_untied(self, unit: Unit) -> None:
-        """See `Writes.require_untied`."""
-        self._writes.require_untied(unit)
+    def before_update(self, unit: Unit) -> None:
+        """See `Writes.before_update`."""
+        self._writes.before_update(unit)
 
     def _wake_at_rest(self, unit: Unit) -> None:
         self._owing.wait(unit)

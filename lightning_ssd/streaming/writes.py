@@ -11,6 +11,7 @@ so that what is written through the view counts.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ class Writes:
         self._num_watched: dict[str, int] = {}
         self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
         self._left: dict[int, tuple[str, Any]] = {}  # memory that was a parameter's, while somebody else views it
+        self._told: set[str] = set()
         self.keeps_buffer = True
 
     # -- inside a step -------------------------------------------------------------------------------------------
@@ -135,7 +137,24 @@ class Writes:
         self._drop_file(unit)
         return was_assigned or was_written
 
-    def require_untied(self, unit: Unit) -> None:
+    def before_update(self, unit: Unit) -> None:
+        """Say what an update of ``unit`` will not reach: memory that was a parameter's and that somebody still views.
+
+        Raises:
+            ResidencyError: A parameter was given the memory of another one; an update of one should change both.
+        """
+        self._require_untied(unit)
+        left = {name for name, storage in self._left.values() if name in unit.names and not storage.expired()}
+        for name in sorted(left - self._told):
+            self._told.add(name)
+            warnings.warn(
+                f"a tensor made from parameter {name!r} (such as p.data, p.detach() or p[...]) is still held while the "
+                "parameter is updated. In plain Lightning it would show the new values; here it goes on to show the "
+                "old ones: take it anew where you use it, or clone it if the old values are meant",
+                stacklevel=2,
+            )
+
+    def _require_untied(self, unit: Unit) -> None:
         """Refuse to change a parameter that was given the memory of another one: both would have to change.
 
         Raises:
@@ -185,7 +204,7 @@ class Writes:
         """Remember which parameters of ``unit`` share memory with others, now that those in ``moved`` were assigned."""
         names = {unit.names[i] for i in moved}
         self._ties = {a: b for a, b in self._ties.items() if a not in names and b not in names}
-        self.require_untied(unit)
+        self._require_untied(unit)
         if not moved:
             return
         owners = self._owners(except_for=names)

@@ -214,3 +214,49 @@ def test_a_parameter_may_borrow_the_memory_of_another_but_not_be_trained_so(tmp_
     with pytest.raises(ResidencyError, match=r"net\.2\.weight.*was given the memory of.*net\.0\.weight"):
         run(tmp_path, streamed(host_memory=memory), Net, callbacks=[Tie(unties=False)])
     finish_backward()
+
+
+class Alias(Callback):
+    """Holds what should follow the parameter."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.alias = module.net[0].weight.data
+
+
+def test_a_view_that_an_update_would_leave_behind_is_told_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"made from parameter 'net\.0\.weight'.*is still held"):
+        run(tmp_path, streamed(), Net, callbacks=[Alias()])
+
+
+def write_after_forward(module: Net) -> None:
+    for param in module.net.parameters():
+        param.data.mul_(0.9)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x).tanh()
+
+
+class Late(Net):
+    """Writes to its weights between forward and backward, where no version tells autograd."""
+
+    def __init__(self) -> None:
+        super().__init__(Block)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        loss = super().loss(batch)
+        if self.training:
+            write_after_forward(self)
+        return loss
+
+
+def test_writes_between_forward_and_backward(tmp_path: Path) -> None:
+    assert_as_plain(tmp_path, Late, [{"activations": "keep"}, {"host_memory": "256MiB"}])
+    with pytest.raises(RuntimeError, match=r"written to between its forward and its backward.*activations='keep'"):
+        run(tmp_path, streamed(), Late)
+    finish_backward()
