@@ -23,14 +23,15 @@ class PrecisionMixin(PrecisionBase):
         precision: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``, ``"bf16-true"``, ``"16-true"`` or ``"64-true"``.
         device: Device type of autocast in the mixed precisions; the strategy sets it to the device it runs on.
         master_dtype: With 16-bit parameters, ``"fp32"`` keeps a float32 master that is updated and rounded to the
-            parameter each step; ``"param"`` updates the 16-bit values themselves, as plain Lightning does.
+            parameter each step; ``"param"`` updates the 16-bit values themselves, as plain Lightning does. ``"auto"``
+            is ``"fp32"`` in the ``-true`` precisions and ``"param"`` in the others, where the model came with them.
     """
 
     def __init__(
         self,
         precision: str = "32-true",
         device: str = "cpu",
-        master_dtype: Literal["fp32", "param"] = "fp32",
+        master_dtype: Literal["auto", "fp32", "param"] = "auto",
         *,
         inner: Any = None,
     ) -> None:
@@ -57,8 +58,10 @@ class PrecisionMixin(PrecisionBase):
                 f"the precision plugin {type(self.inner).__name__} may convert the module in its own way, which "
                 f"streamed parameters would not see; use precision= with one of {', '.join(_SUPPORTED)}"
             )
-        if self.master_dtype not in ("fp32", "param"):
-            raise ConfigurationError(f"master_dtype={self.master_dtype!r} is unknown; it may be 'fp32' or 'param'")
+        if self.master_dtype not in ("auto", "fp32", "param"):
+            raise ConfigurationError(
+                f"master_dtype={self.master_dtype!r} is unknown; it may be 'auto', 'fp32' or 'param'"
+            )
         if self.precision not in _SUPPORTED:
             raise ConfigurationError(
                 f"precision={self.precision!r} is not supported by strategy='ssd_offload'; use one of "
@@ -78,6 +81,11 @@ class PrecisionMixin(PrecisionBase):
     def param_dtype(self) -> torch.dtype | None:
         """Dtype that floating parameters get in the store; None leaves them as they are."""
         return _TRUE_DTYPES.get(self.precision)
+
+    @property
+    def keeps_master(self) -> bool:
+        """Whether 16-bit parameters have a float32 master."""
+        return self.master_dtype == "fp32" or (self.master_dtype == "auto" and self.param_dtype is not None)
 
     @property
     def scaler(self) -> Any:

@@ -222,7 +222,7 @@ class StrategyMixin(CheckpointMixin):
             verify=kernels.is_native() if chosen["verify_reads"] == "auto" else chosen["verify_reads"],
             io=chosen["io"],
             param_dtype=plugin.param_dtype,
-            keep_master=plugin.master_dtype == "fp32",
+            keep_master=plugin.keeps_master,
             keep_store=chosen["keep_store"],
         )
 

@@ -38,6 +38,11 @@ def summary(session: Session) -> str:
         f"  disk: {fmt(session.store.nbytes_on_disk + session.sizing.disk_nbytes)} in {', '.join(settings.roots)} "
         f"({session.engine.reason})",
     ]
+    if session.optimizers and any(unit.dtype in (torch.bfloat16, torch.float16) for unit in session.units):
+        lines.append(
+            "  16-bit parameters: "
+            + ("updated on float32 masters" if settings.keep_master else "updated themselves (no float32 master)")
+        )
     if session.optimizers and settings.device.type == "cpu" and _spins() and not plan.fits:
         lines.append(
             "  hint: compute threads spin while they wait for each other and take CPU time from updates; start with "

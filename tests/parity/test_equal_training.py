@@ -159,3 +159,13 @@ def test_without_a_master_sixteen_bit_training_is_plain_lightnings(tmp_path: Pat
     plugin = SSDOffloadPrecision("bf16-true", master_dtype="param")
     plain = train(tmp_path, GPT, max_steps=10, precision="bf16-true")
     assert_equal(plain, train(tmp_path, GPT, streamed(update="auto"), max_steps=10, plugins=[plugin]))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_model_that_came_in_sixteen_bits_is_trained_as_plain_lightning_does(tmp_path: Path, precision: Any) -> None:
+    def sixteen_bits() -> nn.Module:
+        return GPT().bfloat16()
+
+    plain = train(tmp_path, sixteen_bits, max_steps=5, precision=precision)
+    for update in ("auto", "torch"):
+        assert_equal(plain, train(tmp_path, sixteen_bits, streamed(update=update), max_steps=5, precision=precision))
