@@ -280,11 +280,13 @@ class _ModuleHooks:
         self._streamer = streamer
         self._units = units
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._streamer is None:
             return None
         return self._streamer.before_forward(module, self._units, args, kwargs)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._streamer is not None:
             self._streamer.after_forward(module, failed=output is None)
