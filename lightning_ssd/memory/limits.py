@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 AUTO_SHARE = 0.5
@@ -59,40 +58,3 @@ def _lines(path: str) -> list[str]:
             return file.read().splitlines()
     except OSError:
         return []
-
-
-def bound_heap() -> None:
-    """Make the C library give freed blocks of 8 MiB or more back to the system at once, and keep others to reuse.
-
-    For the whole process. By default glibc raises that threshold to the size of what it has seen freed (up to 32 MiB)
-    and keeps such blocks in its heap, in pieces: gradients of a streamed model then stay in memory and grow with it.
-    Far below that, or where the end of the heap goes back whenever it is free, every intermediate result is a page
-    fault for each 4 KiB: of a step of 124 million parameters that took 15 %. With 16 MiB, activations of a large batch
-    took 60 MiB more than the budget allows. Does nothing where the environment sets ``MALLOC_MMAP_THRESHOLD_``, or the
-    C library has no such switch.
-
-    To be called before a model is made too: where its weights were in the heap, gradients find room that stays theirs.
-    """
-    _set_thresholds(8 << 20, -1)  # never trim
-
-
-def unbound_heap() -> None:
-    """Undo `bound_heap`: the thresholds that glibc comes to by itself when it has seen large blocks freed."""
-    _set_thresholds(32 << 20, 64 << 20)
-
-
-def _set_thresholds(mmap_nbytes: int, trim_nbytes: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt(_M_MMAP_THRESHOLD, mmap_nbytes)
-        mallopt(_M_TRIM_THRESHOLD, trim_nbytes)
-
-
-def trim_heap() -> None:
-    """Give what is free in the C library's heap back to the system."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

@@ -19,7 +19,7 @@ from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
 from lightning_ssd.memory.device_plan import device_capacity, tensors_nbytes
-from lightning_ssd.memory.limits import bound_heap, trim_heap, unbound_heap
+from lightning_ssd.memory.heap import HeapWatch, bound_heap, trim_heap, unbound_heap
 from lightning_ssd.memory.pinned import Pinned
 from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
@@ -150,6 +150,8 @@ class Session:
             self._on_complete,
             off_device=self._is_off_host,
             landing=self._make_landing(),
+            heap=None if plan.fits or self._is_off_host else HeapWatch(),
+            is_gated=has_gate,
         )
         self._pipeline = Pipeline(
             self.store,

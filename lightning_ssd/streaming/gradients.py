@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import File
+from lightning_ssd.memory.heap import HeapWatch
 from lightning_ssd.memory.views import Views, address_of
 from lightning_ssd.store.layout import MEMORY_ALIGNMENT
 from lightning_ssd.streaming.landing import Landed, Landing
@@ -46,6 +47,9 @@ class GradientSink:
             they are read, from any thread; None where they are there.
         off_device: Compute runs elsewhere than on the host: gradients are copied to the host as they arrive.
         landing: Makes these copies.
+        heap: Is told how much memory gradients took that came and went; None if that does not matter.
+        is_gated: All gradients wait: their places in mapped files are made before backward begins. Made as they arrive,
+            their small objects would keep the holes in the heap apart that gradients leave; see [Note: holes].
     """
 
     def __init__(
@@ -55,10 +59,14 @@ class GradientSink:
         *,
         off_device: bool = False,
         landing: Landing | None = None,
+        heap: HeapWatch | None = None,
+        is_gated: bool = False,
     ) -> None:
         self.mode = Mode.VISIBLE
         self._off_device = off_device
         self._landing = Landing() if landing is None else landing
+        self._heap = heap
+        self._is_gated = is_gated
         self._arriving: dict[nn.Parameter, list[tuple[Unit, int, Landed]]] = {}  # not yet in `_hidden`
         self.is_needed: Callable[[Unit], bool] = lambda unit: (
             False
@@ -104,6 +112,8 @@ class GradientSink:
                 param.grad = self._kept(unit, index, grad)
         elif self._is_complete(unit, len(arrived)):
             self._hand_on(unit)
+        if self._heap is not None:
+            self._heap.let_go(grad.nbytes)
 
     def end_backward(self) -> None:
         """No more gradients come from this backward: what is not handed on yet is complete too."""
@@ -117,6 +127,7 @@ class GradientSink:
     def backward(self, units: Iterable[Unit]) -> Iterator[None]:
         """Around a backward. Off the device, ``.grad`` is on the host and not where autograd could add to it."""
         if not self._off_device:
+            self._prepare_spills(units)
             yield
             return
         for unit in units:
@@ -181,18 +192,31 @@ class GradientSink:
                     kept = landed.tensor if self.mode is Mode.STREAMED else self._kept(unit, index, landed.tensor)
                     self._hidden[param] = kept
 
+    def _prepare_spills(self, units: Iterable[Unit]) -> None:
+        if not self._is_gated or self._spill_directory is None:
+            return
+        for unit in units:
+            if unit.name in self._uses:
+                self._spill_of(unit, unit.dtype).prepare(i for i, p in enumerate(unit.params) if p.requires_grad)
+
     def _kept(self, unit: Unit, index: int, grad: Tensor) -> Tensor:
         """``grad`` where it can wait: itself, or past the budget a copy in a mapped file."""
         if self._spill_directory is None or grad.numel() == 0:
             return grad
-        spill = self._spills.get(unit.name)
-        if spill is not None and spill.holds(index, grad):
+        spill = self._spill_of(unit, grad.dtype)
+        if spill.holds(index, grad):
             return grad
-        if spill is None or spill.dtype != grad.dtype or spill.is_looked_at(index):
-            if spill is not None:
-                spill.close()
-            spill = self._spills[unit.name] = _Spill(self._spill_directory, next(self._numbers), unit, grad.dtype)
+        if spill.dtype != grad.dtype or spill.is_looked_at(index):
+            self._spills.pop(unit.name).close()
+            spill = self._spill_of(unit, grad.dtype)
         return spill.copy(index, grad)
+
+    def _spill_of(self, unit: Unit, dtype: torch.dtype) -> _Spill:
+        """The spill that ``unit`` has, else a new one for gradients of ``dtype``."""
+        if unit.name not in self._spills:
+            assert self._spill_directory is not None
+            self._spills[unit.name] = _Spill(self._spill_directory, next(self._numbers), unit, dtype)
+        return self._spills[unit.name]
 
 
 class _Arrival:
@@ -223,6 +247,13 @@ class _Spill:
         self._memory = mmap.mmap(self._file.tail_fd, self._file.nbytes)
         self._base = address_of(self._memory)
         self._views = [Views(self._memory) for _ in unit.shapes]
+        self._ready: dict[int, Tensor] = {}  # nobody has seen them
+
+    def prepare(self, indices: Iterable[int]) -> None:
+        """Make the tensors of parameters whose gradients may arrive."""
+        for index in indices:
+            if not self._views[index].in_use:
+                self._ready[index] = self._tensor(index)
 
     def holds(self, index: int, grad: Tensor) -> bool:
         """Whether ``grad`` lives here: autograd has added to it in place."""
@@ -230,12 +261,15 @@ class _Spill:
 
     def is_looked_at(self, index: int) -> bool:
         """Whether the user kept an earlier gradient of this parameter; it must keep its values."""
-        return self._views[index].in_use
+        return index not in self._ready and self._views[index].in_use
 
     def copy(self, index: int, grad: Tensor) -> Tensor:
         """A copy of ``grad`` that lives here."""
-        kept = self._views[index].tensor(self._offsets[index], self.dtype, self._shapes[index])
-        return kept.copy_(grad.detach())
+        kept = self._ready.pop(index, None)
+        return (self._tensor(index) if kept is None else kept).copy_(grad.detach())
+
+    def _tensor(self, index: int) -> Tensor:
+        return self._views[index].tensor(self._offsets[index], self.dtype, self._shapes[index])
 
     def close(self) -> None:
         """Close the file; its bytes live as long as a gradient views them."""

@@ -18,7 +18,7 @@ MIB = 1024 * KIB
 
 USE_BLOCKS = """
 import ctypes, json, resource
-from lightning_ssd.memory.limits import bound_heap
+from lightning_ssd.memory.heap import bound_heap
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
