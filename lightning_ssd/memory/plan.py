@@ -39,6 +39,7 @@ class UnitSize:
         param_width: Bytes per element of its parameters.
         state_width: Bytes per element of its states, a float32 master of 16-bit parameters among them.
         kept_state_nbytes: What keeping its states in memory takes; 0 if it has none.
+        shared_grad_nbytes: Of the gradients, those of parameters that several modules have; see [Note: sums].
         is_sticky: It stays in memory through a step, so it is always kept.
     """
 
@@ -49,6 +50,7 @@ class UnitSize:
     param_width: int
     state_width: int
     kept_state_nbytes: int = 0
+    shared_grad_nbytes: int = 0
     is_sticky: bool = False
 
     @property
@@ -68,6 +70,7 @@ class Demand:
         window: Units in memory at once beside nesting, the one in use among them; None for as many as fit.
         recomputes: Blocks run their forward again in backward and keep their inputs: True, False, or None for: unless
             everything fits.
+        sums_in_place: Gradients of one parameter's uses are added up without a third tensor; see [Note: sums].
     """
 
     is_elementwise: bool = True
@@ -75,6 +78,7 @@ class Demand:
     has_gate: bool = False
     window: int | None = None
     recomputes: bool | None = False
+    sums_in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,8 +233,18 @@ class _Draft:
 
     @property
     def grad_nbytes(self) -> int:
-        """Gradients in memory."""
-        return self._all_grads if self.keep_grads else min(self._largest_grad + self.queue_nbytes, self._all_grads)
+        """Gradients in memory.
+
+        [Note: sums] Of a parameter that several modules have (a tied embedding), autograd holds the gradient of the
+        first use through backward until that of the last use is there; then both, and their sum, are in memory at once.
+        Where the first one is a view, as a Linear's is unless autocast has made a copy, the sum is a third tensor.
+        """
+        summed = max((u.shared_grad_nbytes for u in self.units), default=0) * (1 if self.demand.sums_in_place else 2)
+        if self.keep_grads:
+            return self._all_grads + summed
+        waiting = sum(u.shared_grad_nbytes for u in self.units)
+        now = self._largest_grad + self.queue_nbytes
+        return min(max(now, summed + self.queue_nbytes) + waiting, self._all_grads + summed)
 
     @property
     def kept_nbytes(self) -> int:
@@ -335,7 +349,8 @@ def _too_small(draft: _Draft, budget: int, name: str) -> str:
     largest = max(draft.units, key=lambda u: u.param_nbytes)
     return (
         f"{name}={fmt(budget)} cannot work: parameters in use and one unit arriving need {fmt(draft.param_nbytes)}, "
-        f"small ones that always stay {fmt(draft.kept_nbytes)}, gradients of one unit {fmt(draft.grad_nbytes)}, the "
+        f"small ones that always stay {fmt(draft.kept_nbytes)}, gradients of one unit and of tied parameters "
+        f"{fmt(draft.grad_nbytes)}, the "
         f"update {fmt(draft.update_nbytes)}, staging {fmt(STAGING_NBYTES + draft.spill_nbytes)}: together "
         f"{fmt(draft.total)} "
         f"({draft.total} bytes). The largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set {name} to "

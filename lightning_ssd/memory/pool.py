@@ -141,7 +141,14 @@ class Pool:
         return [buffer.owner for buffer in self._lingering]
 
     def close(self) -> None:
-        """Let go of the memory; it is unmapped when the last tensor on it dies."""
+        """Let go of the memory. The system has it back at once, but for buffers under tensors that live on.
+
+        No transfer on it may be in flight. It is unmapped when the last tensor on it dies.
+        """
+        free = [(b.offset, b.nbytes) for b in (*self._lent.values(), *self._lingering) if not b.in_use]
+        for offset, nbytes in [*self._free, *free]:
+            with suppress(OSError, ValueError):  # pages larger than our blocks
+                self._memory.madvise(mmap.MADV_DONTNEED, offset, nbytes)
         self._free = []
         self._lent = {}
         self._lingering = []

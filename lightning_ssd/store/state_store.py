@@ -144,6 +144,7 @@ class StateStore:
             for superseded in previous:
                 if superseded is not None:
                     self._retire(superseded)
+                    superseded.kept = None  # those tensors hold other values now
 
     def abandon(self, generation: Generation, damage: str = "") -> None:
         """Drop a generation that was begun and will not be committed. No transfer on it may be in flight.

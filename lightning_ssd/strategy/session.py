@@ -254,12 +254,12 @@ class Session:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
         with ExitStack() as stack:  # in reverse order, each whatever became of the one before
             stack.callback(trim_heap)  # here, not while training
-            stack.callback(self._free_arena)  # the engine knows it
-            stack.callback(self.engine.close)
-            stack.callback(self.store.suspend)
             pools, self._pools = self._pools, []
             for pool in pools:
                 stack.callback(pool.close)
+            stack.callback(self._let_go_of_arena)
+            stack.callback(self.engine.close)  # it knows the arena
+            stack.callback(self.store.suspend)
             if self._activations is not None:
                 stack.callback(self._activations.close)
             for adopted in self.optimizers:
@@ -273,7 +273,7 @@ class Session:
                 if not self._queue.is_broken:  # else it was reported
                     stack.callback(self._queue.drain)
 
-    def _free_arena(self) -> None:
+    def _let_go_of_arena(self) -> None:
         if self._pinned is not None:
             self._pinned.close()
         self._arena = None

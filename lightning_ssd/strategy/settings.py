@@ -30,6 +30,7 @@ class Settings:
         io: Disk transport.
         param_dtype: Dtype of floating parameters in the store; None leaves them as they are.
         keep_master: Keep a float32 master of 16-bit parameters.
+        is_autocast: Compute runs under autocast.
         keep_store: Leave the files when the run ends.
     """
 
@@ -48,4 +49,5 @@ class Settings:
     io: IOOptions
     param_dtype: torch.dtype | None
     keep_master: bool
+    is_autocast: bool
     keep_store: bool

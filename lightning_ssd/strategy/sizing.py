@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import nn
 
 from lightning_ssd.errors import ConfigurationError
@@ -94,6 +96,7 @@ class Sizing:
             MemoryPlanError: If the budget cannot work.
         """
         trained = {unit.name for unit in self.trained()}
+        shared = shared_parameters(module)
         most_kinds = max((len(self._state_kinds(unit)) for unit in self._units), default=0)
         sizes = []
         for unit in self._units:
@@ -109,6 +112,7 @@ class Sizing:
                     unit.layout.itemsize,
                     self._state_nbytes(unit, None if is_trained else most_kinds),
                     sum(layout.buffer_nbytes for layout in self.state_layouts(unit)) if is_trained else 0,
+                    self._shared_grad_nbytes(unit, shared) if is_trained else 0,
                     is_sticky=unit.sticky,
                 )
             )
@@ -122,6 +126,7 @@ class Sizing:
                 has_gate=has_gate,
                 window=self._settings.window,
                 recomputes=self._recomputes(),
+                sums_in_place=self._settings.is_autocast,
             ),
         )
 
@@ -137,6 +142,19 @@ class Sizing:
             if self._is_off_host
             else unit.layout.data_nbytes
         )
+
+    def _shared_grad_nbytes(self, unit: Unit, shared: set[nn.Parameter]) -> int:
+        """Host memory of the gradients of parameters of ``unit`` that several modules have."""
+        if self._is_off_host:
+            return 0  # autograd adds them up on the device
+        entries = zip(unit.params, unit.layout.entries, strict=True)
+        return sum(entry.nbytes for param, entry in entries if param in shared and param.requires_grad)
+
+
+def shared_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Parameters at several places of ``module``: tied ones, and those of a module that is used in several."""
+    counts = Counter(param for _, param in module.named_parameters(remove_duplicate=False))
+    return {param for param, count in counts.items() if count > 1}
 
 
 def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:

@@ -223,6 +223,7 @@ class StrategyMixin(CheckpointMixin):
             io=chosen["io"],
             param_dtype=plugin.param_dtype,
             keep_master=plugin.keeps_master,
+            is_autocast=plugin.precision.endswith("-mixed"),
             keep_store=chosen["keep_store"],
         )
 

@@ -125,6 +125,7 @@ class Residents:
         self._route.close()
         self._store.stop_keeping()
         for unit in self.units:
+            unit.generation = unit.placed = None
             is_placed = self._store.current(unit.name, "param") is not None  # not if the disk failed or filled before
             if unit.at_rest is None and is_placed:
                 unit.at_rest = AtRest(self._store, self.current(unit))

@@ -307,7 +307,9 @@ SHAPES: dict[str, Shape] = {
     "tied, mostly": shape(lambda: GPT(vocab=50_000, width=512, layers=2, seq=32, tie=True), tokens(50_000)),
     "20,000 tiny": shape(lambda: Tiny(20_000, 64), rows(64)),
     "1,000 tiny blocks": shape(lambda: Mlp(16, 1000), rows(16)),
-    "no two alike": shape(lambda: Uneven([830 + i for i in range(41)]), lambda: (torch.randn(4, 830), torch.randn(4, 870))),
+    "no two alike": shape(
+        lambda: Uneven([830 + i for i in range(41)]), lambda: (torch.randn(4, 830), torch.randn(4, 870))
+    ),
     "frozen but the last": shape(frozen(lambda: Mlp(864, 40), 0), rows(864)),
     "frozen by turns": shape(frozen(lambda: Mlp(864, 40), 2), rows(864)),
     "adapters": shape(lambda: Adapted(864, 40, 8), rows(864)),
