@@ -57,7 +57,7 @@ class HeapWatch:
     left as memory was seen to grow by more than what was let go meanwhile.
     """
 
-    def __init__(self, *, slack_nbytes: int = 32 * MiB) -> None:
+    def __init__(self, *, slack_nbytes: int = 16 * MiB) -> None:
         self._slack_nbytes = slack_nbytes
         self._step_nbytes = slack_nbytes // 4
         self._let_go_nbytes = 0  # since the last look

@@ -40,6 +40,7 @@ class UnitSize:
         state_width: Bytes per element of its states, a float32 master of 16-bit parameters among them.
         kept_state_nbytes: What keeping its states in memory takes; 0 if it has none.
         shared_grad_nbytes: Of the gradients, those of parameters that several modules have; see [Note: sums].
+        temporary_nbytes: What an optimizer class allocates while it updates the largest of its parameters.
         is_sticky: It stays in memory through a step, so it is always kept.
     """
 
@@ -51,6 +52,7 @@ class UnitSize:
     state_width: int
     kept_state_nbytes: int = 0
     shared_grad_nbytes: int = 0
+    temporary_nbytes: int = 0
     is_sticky: bool = False
 
     @property
@@ -88,6 +90,7 @@ class MemoryPlan:
     Attributes:
         param_nbytes: Pool for parameters that stream.
         update_nbytes: Pool for updates.
+        temporary_nbytes: What an optimizer class allocates in an update.
         grad_nbytes: Gradients that compute allocates while units wait for their updates, and kept ones.
         staging_nbytes: Pool for streaming tensors into files.
         kept_nbytes: Parameters and states that are kept in memory.
@@ -107,6 +110,7 @@ class MemoryPlan:
 
     param_nbytes: int
     update_nbytes: int
+    temporary_nbytes: int
     grad_nbytes: int
     staging_nbytes: int
     kept_nbytes: int
@@ -127,7 +131,7 @@ class MemoryPlan:
     def host_nbytes(self) -> int:
         """All of it."""
         pools = self.param_nbytes + self.update_nbytes + self.staging_nbytes + self.spill_nbytes
-        return pools + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
+        return pools + self.temporary_nbytes + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
 
 
 def make_plan(
@@ -177,6 +181,7 @@ class _Draft:
         self._by_name = {unit.name: unit for unit in units}
         self._largest_grad = max((u.grad_nbytes for u in units), default=0)
         self._all_grads = sum(u.grad_nbytes for u in units)
+        self.temporary_nbytes = max((u.temporary_nbytes for u in units), default=0)
         self.chunk_numel = CHUNK_STEP_NUMEL
         self.depth = MIN_DEPTH
         self.spill_nbytes = 0 if demand.recomputes is False else SPILL_NBYTES
@@ -256,7 +261,7 @@ class _Draft:
     def total(self) -> int:
         """All of it."""
         pools = self.param_nbytes + self.update_nbytes + STAGING_NBYTES + self.spill_nbytes
-        return pools + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
+        return pools + self.temporary_nbytes + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
 
     @property
     def fits(self) -> bool:
@@ -317,6 +322,7 @@ class _Draft:
         return MemoryPlan(
             param_nbytes=self.param_nbytes,
             update_nbytes=self.update_nbytes,
+            temporary_nbytes=self.temporary_nbytes,
             grad_nbytes=self.grad_nbytes,
             staging_nbytes=STAGING_NBYTES,
             kept_nbytes=self.kept_nbytes,
@@ -351,7 +357,7 @@ def _too_small(draft: _Draft, budget: int, name: str) -> str:
         f"{name}={fmt(budget)} cannot work: parameters in use and one unit arriving need {fmt(draft.param_nbytes)}, "
         f"small ones that always stay {fmt(draft.kept_nbytes)}, gradients of one unit and of tied parameters "
         f"{fmt(draft.grad_nbytes)}, the "
-        f"update {fmt(draft.update_nbytes)}, staging {fmt(STAGING_NBYTES + draft.spill_nbytes)}: together "
+        f"update {fmt(draft.update_nbytes + draft.temporary_nbytes)}, staging {fmt(STAGING_NBYTES + draft.spill_nbytes)}: together "
         f"{fmt(draft.total)} "
         f"({draft.total} bytes). The largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set {name} to "
         f"at least {-(-draft.total // MiB)}MiB, or cut smaller units with units=..."

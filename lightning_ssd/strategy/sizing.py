@@ -11,6 +11,8 @@ from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import pool_nbytes
 from lightning_ssd.optim.pipeline import master_dtype, state_nbytes_per_numel
 from lightning_ssd.optim.streamed import StreamedOptimizer
+from lightning_ssd.optim.temporaries import temporary_share
+from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.streaming.activations import keeps_activations
@@ -31,6 +33,7 @@ class Sizing:
         self._units = units
         self._optimizers = optimizers
         self._is_off_host = settings.device.type != "cpu"
+        self._temporary_shares: dict[int, float] = {}  # by number of dimensions
 
     @property
     def disk_nbytes(self) -> int:
@@ -113,6 +116,7 @@ class Sizing:
                     self._state_nbytes(unit, None if is_trained else most_kinds),
                     sum(layout.buffer_nbytes for layout in self.state_layouts(unit)) if is_trained else 0,
                     self._shared_grad_nbytes(unit, shared) if is_trained else 0,
+                    self._temporary_nbytes(unit) if can_train else 0,
                     is_sticky=unit.sticky,
                 )
             )
@@ -149,6 +153,29 @@ class Sizing:
             return 0  # autograd adds them up on the device
         entries = zip(unit.params, unit.layout.entries, strict=True)
         return sum(entry.nbytes for param, entry in entries if param in shared and param.requires_grad)
+
+    def _temporary_nbytes(self, unit: Unit) -> int:
+        """What an optimizer class allocates beside the plan's buffers to update the largest parameter of ``unit``."""
+        if not any(self._temporary_share(param.dim()) for param in unit.params):
+            return 0
+        dtype = dtype_of(master_dtype(unit, keep_master=self._settings.keep_master))
+        widened = 0 if dtype == unit.dtype else 1  # its gradient
+        return max(int((self._temporary_share(p.dim()) + widened) * p.numel() * dtype.itemsize) for p in unit.params)
+
+    def _temporary_share(self, num_dims: int) -> float:
+        """The same per byte of a parameter of so many dimensions; 0 where all rules are fused kernels."""
+        if num_dims not in self._temporary_shares:
+            self._temporary_shares[num_dims] = max(
+                (
+                    temporary_share(adopted.rule, {k: v for k, v in group.items() if k != "params"}, num_dims)
+                    for adopted in self._optimizers
+                    if not adopted.rule.is_elementwise
+                    for group in adopted.optimizer.param_groups
+                    if any(param.dim() == num_dims for param in group["params"])
+                ),
+                default=0.0,
+            )
+        return self._temporary_shares[num_dims]
 
 
 def shared_parameters(module: nn.Module) -> set[nn.Parameter]:

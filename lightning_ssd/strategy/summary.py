@@ -23,7 +23,7 @@ def summary(session: Session) -> str:
         "kept": plan.kept_nbytes,
         "parameters in use": plan.param_nbytes,
         "gradients": plan.grad_nbytes,
-        "update": plan.update_nbytes,
+        "update": plan.update_nbytes + plan.temporary_nbytes,
         "inputs of blocks": plan.activation_nbytes + plan.spill_nbytes,
         "staging": plan.staging_nbytes,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,7 +125,7 @@ class _Residual(nn.Module):
         self.linear = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + F.relu(self.linear(x))
+        return x + F.relu(self.linear(x)) / 1024  # so that a thousand of them do not overflow
 
 
 class Tiny(nn.Module):
@@ -145,7 +146,7 @@ class Uneven(nn.Module):
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+        self.layers = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
