@@ -48,10 +48,9 @@ def trim_heap() -> None:
 class HeapWatch:
     """Gives free pieces of the heap back to the system when they pile up.
 
-    [Note: holes] glibc cuts a tensor's 64-byte aligned block out of a longer one. So the hole that a freed tensor leaves
-    is too short for the next tensor of the same size, unless what lies beside it is free too; where small objects that
-    stay lie between gradients, each gradient extends the heap, and a step leaves as much free memory there as the model
-    has gradients.
+    [Note: holes] glibc cuts the aligned block of a tensor out of a longer one. So the hole that a freed tensor leaves
+    is too short for the next one of its size, unless what lies beside it is free too. Where small objects that stay
+    lie between gradients, each gradient extends the heap, and what is free there grows with the model.
 
     What compute frees and takes again all the time is no hole, and giving it back would cost page faults: as much is
     left as memory was seen to grow by more than what was let go meanwhile.

@@ -92,6 +92,7 @@ class MemoryPlan:
         update_nbytes: Pool for updates.
         temporary_nbytes: What an optimizer class allocates in an update.
         grad_nbytes: Gradients that compute allocates while units wait for their updates, and kept ones.
+        shared_grad_nbytes: Of them, what autograd holds of parameters that several modules have.
         staging_nbytes: Pool for streaming tensors into files.
         kept_nbytes: Parameters and states that are kept in memory.
         activation_nbytes: Inputs of blocks that wait for backward in memory; what is more waits on disk.
@@ -112,6 +113,7 @@ class MemoryPlan:
     update_nbytes: int
     temporary_nbytes: int
     grad_nbytes: int
+    shared_grad_nbytes: int
     staging_nbytes: int
     kept_nbytes: int
     activation_nbytes: int
@@ -181,6 +183,7 @@ class _Draft:
         self._by_name = {unit.name: unit for unit in units}
         self._largest_grad = max((u.grad_nbytes for u in units), default=0)
         self._all_grads = sum(u.grad_nbytes for u in units)
+        self.shared_grad_nbytes = sum(u.shared_grad_nbytes for u in units)
         self.temporary_nbytes = max((u.temporary_nbytes for u in units), default=0)
         self.chunk_numel = CHUNK_STEP_NUMEL
         self.depth = MIN_DEPTH
@@ -247,9 +250,8 @@ class _Draft:
         summed = max((u.shared_grad_nbytes for u in self.units), default=0) * (1 if self.demand.sums_in_place else 2)
         if self.keep_grads:
             return self._all_grads + summed
-        waiting = sum(u.shared_grad_nbytes for u in self.units)
-        now = self._largest_grad + self.queue_nbytes
-        return min(max(now, summed + self.queue_nbytes) + waiting, self._all_grads + summed)
+        now = max(self._largest_grad, summed) + self.queue_nbytes
+        return min(now + self.shared_grad_nbytes, self._all_grads + summed)
 
     @property
     def kept_nbytes(self) -> int:
@@ -324,6 +326,7 @@ class _Draft:
             update_nbytes=self.update_nbytes,
             temporary_nbytes=self.temporary_nbytes,
             grad_nbytes=self.grad_nbytes,
+            shared_grad_nbytes=self.shared_grad_nbytes,
             staging_nbytes=STAGING_NBYTES,
             kept_nbytes=self.kept_nbytes,
             activation_nbytes=self.activation_nbytes,
@@ -353,12 +356,11 @@ def _chain(by_name: dict[str, UnitSize], chain: Collection[str]) -> int:
 
 def _too_small(draft: _Draft, budget: int, name: str) -> str:
     largest = max(draft.units, key=lambda u: u.param_nbytes)
+    update, staging = draft.update_nbytes + draft.temporary_nbytes, STAGING_NBYTES + draft.spill_nbytes
     return (
         f"{name}={fmt(budget)} cannot work: parameters in use and one unit arriving need {fmt(draft.param_nbytes)}, "
         f"small ones that always stay {fmt(draft.kept_nbytes)}, gradients of one unit and of tied parameters "
-        f"{fmt(draft.grad_nbytes)}, the "
-        f"update {fmt(draft.update_nbytes + draft.temporary_nbytes)}, staging {fmt(STAGING_NBYTES + draft.spill_nbytes)}: together "
-        f"{fmt(draft.total)} "
+        f"{fmt(draft.grad_nbytes)}, the update {fmt(update)}, staging {fmt(staging)}: together {fmt(draft.total)} "
         f"({draft.total} bytes). The largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set {name} to "
         f"at least {-(-draft.total // MiB)}MiB, or cut smaller units with units=..."
     )

@@ -19,6 +19,7 @@ from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
 from lightning_ssd.memory.device_plan import device_capacity, tensors_nbytes
+from lightning_ssd.memory.headroom import Headroom
 from lightning_ssd.memory.heap import HeapWatch, bound_heap, trim_heap, unbound_heap
 from lightning_ssd.memory.pinned import Pinned
 from lightning_ssd.memory.plan import MemoryPlan
@@ -86,6 +87,7 @@ class Session:
         self._pipeline: Pipeline | None = None
         self._queue: UpdateQueue | None = None
         self._activations: ActivationStore | None = None
+        self._headroom: Headroom | None = None  # until the first step is over
         self._streaming_for: StreamedOptimizer | None = None
         self.nursery = Nursery(self.store.spill_directory)
         # Runs when nobody holds the session any more, at the latest when the process ends.
@@ -139,11 +141,14 @@ class Session:
         assert self.streamer is not None
         self.plan = plan = self.sizing.plan(module, has_gate=has_gate)
         trim_heap()
+        self._headroom = headroom = Headroom(plan, sum(len(unit.params) for unit in self.units))
         if plan.fits:
             unbound_heap()
         self.store.require_free(self.sizing.disk_nbytes, "the optimizer state and generations being written")
         route = self._make_route(module)
         params, updates, kept, spill = self._make_pools(plan)
+        assert self._arena is not None
+        headroom.watch(self._arena)
         self._keep(plan, kept)
         self.sink = GradientSink(
             None if plan.keep_grads or plan.fits else self.store.spill_directory,
@@ -188,7 +193,17 @@ class Session:
             activations=self._activations,
             is_in_memory=plan.fits and not self._is_off_host,
         )
+        self._look_at_each_fetch(self.streamer.residents, headroom)
         self.is_started = True
+
+    def _look_at_each_fetch(self, residents: Residents, headroom: Headroom) -> None:
+        on_fetch = residents.on_fetch
+
+        def look_too(unit: Unit) -> None:
+            on_fetch(unit)
+            headroom.look()
+
+        residents.on_fetch = look_too
 
     def _left_by_inputs(self, plan: MemoryPlan) -> int:
         """Memory for inputs of blocks that none takes now: gradients come while backward uses these up.
@@ -276,6 +291,8 @@ class Session:
     def _let_go_of_arena(self) -> None:
         if self._pinned is not None:
             self._pinned.close()
+        if self._headroom is not None:
+            self._headroom.end()
         self._arena = None
 
     def close(self) -> None:
@@ -344,9 +361,14 @@ class Session:
         self.drain()  # autograd may add to gradients that an update still reads
         if self._streaming_for is not None:
             self.sink.mode = Mode.STREAMED
+        headroom, self._headroom = self._headroom, None
+        if headroom is not None and self.plan is not None:
+            headroom.begin_backward(max(self.sink.repeated_nbytes - self.plan.shared_grad_nbytes, 0))
         try:
             with self.streamer.backward():
                 yield
+            if headroom is not None:
+                headroom.end()
         finally:
             self.sink.mode = Mode.VISIBLE
 

@@ -14,6 +14,7 @@ import functools
 import itertools
 import mmap
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
@@ -77,6 +78,7 @@ class GradientSink:
         self._handles: dict[nn.Parameter, RemovableHandle] = {}
         self._arrived: dict[str, set[int]] = {}  # parameters whose gradient this backward has brought, by unit
         self._uses: dict[str, int] = {}  # forwards of each unit whose backward has not ended
+        self._users: Counter[tuple[Unit, nn.Module | None]] = Counter()  # the same, by who runs it
         self._units: dict[str, Unit] = {}
         self._spills: dict[str, _Spill] = {}
         self._numbers = itertools.count()
@@ -89,9 +91,24 @@ class GradientSink:
                     _Arrival(self, unit, index, on_backward)
                 )
 
-    def used(self, unit: Unit) -> None:
-        """``unit`` runs a forward with grad: one more backward will come."""
+    def used(self, unit: Unit, module: nn.Module | None = None) -> None:
+        """``unit`` runs a forward with grad, in ``module`` or by itself: one more backward will come."""
         self._uses[unit.name] = self._uses.get(unit.name, 0) + 1
+        self._users[unit, module] += 1
+
+    @property
+    def repeated_nbytes(self) -> int:
+        """Gradients of parameters that forwards since the last backward have used several times, as far as we see it.
+
+        Autograd holds them until it has that of the last use, and adds them up.
+        """
+        repeated: dict[nn.Parameter, int] = {}
+        for (unit, module), times in self._users.items():
+            # By itself: a function was given a parameter that some module has too. Small ones are not worth a thought.
+            is_repeated = times > 1 if module is not None else self._uses[unit.name] > times and not unit.sticky
+            mine = set(unit.params) if module is None else set(module.parameters()).intersection(unit.params)
+            repeated |= {param: param.nbytes for param in mine if is_repeated and param.requires_grad}
+        return sum(repeated.values())
 
     def arrive(self, unit: Unit, index: int, param: Tensor) -> None:
         """The gradient of parameter ``index`` is complete for this pass of autograd."""
@@ -122,6 +139,7 @@ class GradientSink:
                 self._hand_on(self._units[name])
         self._arrived.clear()
         self._uses.clear()
+        self._users.clear()
 
     @contextmanager
     def backward(self, units: Iterable[Unit]) -> Iterator[None]:

@@ -174,7 +174,7 @@ class Streamer:
         visit = self._acquire(module, units)
         if torch.is_grad_enabled() and not is_rerun and not any(outer.frame for outer in self._visits):
             for unit in units:
-                self._sink.used(unit)
+                self._sink.used(unit, module)
             if module in self._recompute:
                 args, kwargs = without_caches(args, kwargs)
                 rerun = self._backward.rerun(units)
