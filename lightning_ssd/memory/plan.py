@@ -9,7 +9,7 @@ written a step, a byte of a state one and one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_ssd.errors import MemoryPlanError
@@ -205,9 +205,11 @@ class _Draft:
     @property
     def param_nbytes(self) -> int:
         """Chains of units that stream, and units arriving."""
-        streamed = {unit.name: unit for unit in self.streamed}
-        chain = max((_chain(streamed, [n for n in c if n in streamed]) for c in self._chains), default=0)
-        largest = max((unit.param_nbytes for unit in streamed.values()), default=0)
+        streamed = {unit.name: unit.param_nbytes for unit in self.streamed}
+        largest_first = sorted(streamed, key=lambda name: -streamed[name])
+        largest = streamed[largest_first[0]] if largest_first else 0
+        chains = ([name for name in chain if name in streamed] for chain in self._chains)
+        chain = max((_chain(streamed, largest_first, members) for members in chains), default=0)
         more = max((self.demand.window or 2) - 2, 0)
         # Released units and further ones ahead push those in use into the middle of the pool; with as much again, one
         # side still holds the largest that may arrive.
@@ -291,8 +293,7 @@ class _Draft:
         if self.num_queued and not demand.has_gate:
             # What backward leaves queued is updated under the next forward.
             share = self.total + (budget - self.total) // 8
-            while self.queue_nbytes < self._all_grads and self._try(share, num_queued=self.num_queued + 1):
-                pass
+            self._queue(share)
         if trained and demand.has_gate and self._all_grads - self.grad_nbytes <= (budget - self.total) // 2:
             self._try(budget, keep_grads=True)
         # The largest first: without them less is needed for units in use.
@@ -301,10 +302,22 @@ class _Draft:
         self._keep(budget, [unit for unit in self.units if unit.kept_state_nbytes], self.kept_states)
         # What was too dear at first stays away, though room may be left by now: more memory never ends the overlap.
         if self.num_queued:
-            while self.queue_nbytes < self._all_grads and self._try(budget, num_queued=self.num_queued + 1):
-                pass
+            self._queue(budget)
+
+    def _queue(self, budget: int) -> None:
+        """Let as many gradients wait as there is room for."""
+        # Many at once first: each takes at most the largest.
+        most = min(budget - self.total, self._all_grads - self.queue_nbytes) // self._largest_grad
+        self.num_queued += max(most, 0)
+        while self.queue_nbytes < self._all_grads and self._try(budget, num_queued=self.num_queued + 1):
+            pass
 
     def _keep(self, budget: int, units: Sequence[UnitSize], kept: set[str]) -> None:
+        before = set(kept)
+        kept.update(unit.name for unit in units)
+        if self.total <= budget:
+            return
+        kept.intersection_update(before)
         for unit in units:
             if unit.name not in kept:
                 kept.add(unit.name)
@@ -344,10 +357,10 @@ class _Draft:
         )
 
 
-def _chain(by_name: dict[str, UnitSize], chain: Collection[str]) -> int:
+def _chain(sizes: Mapping[str, int], largest_first: Sequence[str], chain: Sequence[str]) -> int:
     """Room for one chain and the largest unit that may arrive beside it."""
-    members = [by_name[name].param_nbytes for name in chain]
-    others = max((u.param_nbytes for name, u in by_name.items() if name not in chain), default=0)
+    members = [sizes[name] for name in chain]
+    others = next((sizes[name] for name in largest_first if name not in chain), 0)
     # A nested fetch finds the free memory in pieces between the buffers in use; as much again as the largest member,
     # for each unit beyond the first, makes sure that one piece is long enough wherever they lie.
     nested = max(others, max(members, default=0)) * (len(members) - 1)

@@ -158,3 +158,23 @@ def test_a_window_is_paid_for() -> None:
         make_plan(UNITS, chains, budget_nbytes=None, demand=Demand(window=window)).param_nbytes for window in (2, 3, 5)
     ]
     assert sizes == [8 * MiB, 12 * MiB, 20 * MiB]
+
+
+@pytest.mark.parametrize("sums_in_place", [True, False])
+def test_a_tied_gradient_has_room_to_wait_and_to_be_added_up(sums_in_place: bool) -> None:
+    def grads(shared_nbytes: int, **demand: bool) -> int:
+        tied = UnitSize("tok", 32 * MiB, 32 * MiB, 8 * MiB, 4, 8, 64 * MiB, shared_nbytes)
+        units = [tied, *UNITS]
+        chains = [[unit.name] for unit in units]
+        return make_plan(units, chains, budget_nbytes=None, demand=Demand(sums_in_place=sums_in_place)).grad_nbytes
+
+    tensors = 2 if sums_in_place else 3
+    assert grads(0) == 32 * MiB
+    assert grads(32 * MiB) == tensors * 32 * MiB
+
+
+def test_a_plan_of_many_units_is_made_at_once() -> None:
+    units = [UnitSize(f"unit{i}", 4096, 1088, 272, 4, 8, 8192) for i in range(2000)]
+    found = make_plan(units, [[u.name] for u in units], budget_nbytes=40 * MiB, demand=Demand())
+    assert found.host_nbytes <= 40 * MiB
+    assert found.queue_nbytes > 0
