@@ -155,11 +155,11 @@ def spill_inputs(monkeypatch: pytest.MonkeyPatch, *, min_nbytes: int = 1, **opti
     start, stop = Streamer.start, Streamer.stop
     made: list[Bench] = []
 
-    def start_with_ours(self: Streamer, **kwargs: Any) -> None:
+    def start_with_ours(self: Streamer, *args: Any, **kwargs: Any) -> None:
         store = self.residents._store
         ours = Bench(Path(store.spill_directory), store.engine, trace=self._trace, **options)
         made.append(ours)
-        start(self, **(kwargs | {"activations": ours.store}))
+        start(self, *args, **(kwargs | {"activations": ours.store}))
 
     def stop_ours(self: Streamer) -> None:
         stop(self)
