@@ -81,6 +81,7 @@ bench: $(VENV)/.test
 	$(if $(DEEPSPEED_PYTHON),$(BENCH)peers $(BENCH_DIR) --out docs/results/peers.jsonl,@echo 'no peers: DEEPSPEED_PYTHON is not set')
 	$(BENCH)memory $(BENCH_DIR) --out docs/results/memory.jsonl
 	$(BENCH)memory $(BENCH_DIR) $(PAST_MEMORY) --out docs/results/memory.jsonl
+	$(BENCH)cgroup $(BENCH_DIR) --out docs/results/memory_cgroup.jsonl
 	$(BENCH)checkpoint $(BENCH_DIR) --out docs/results/checkpoint.jsonl
 
 # Everything that needs a GPU, within ten minutes and without a network, by any $(PYTHON) that has torch, Lightning, pytest and
