@@ -27,6 +27,10 @@ class ResidencyError(SSDOffloadError):
     """A unit was asked to make an illegal move, or its memory is still referenced from outside."""
 
 
+class RecomputeError(SSDOffloadError):
+    """A block's forward was run a second time in backward and failed, or did something else."""
+
+
 class CorruptionError(SSDOffloadError):
     """Bytes read back differ from the bytes written; names unit, file, parameter and offset."""
 

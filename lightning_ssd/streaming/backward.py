@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.streaming import transforms
-from lightning_ssd.streaming.activations import Frame, Rerun
+from lightning_ssd.streaming.activations import Frame, FrameUnits
+from lightning_ssd.streaming.content import content
 from lightning_ssd.streaming.gradients import GradientSink
 from lightning_ssd.streaming.residency import Residents
 from lightning_ssd.streaming.transforms import StepHooks
@@ -45,7 +46,7 @@ class Backward:
         self._residents = residents
         self._sink = sink
         self._trace = trace
-        self._held: dict[int, tuple[Frame, list[Unit]]] = {}  # by id of the frame, which is alive in the value
+        self._held: dict[int, _Hold] = {}  # by id of the frame, which is alive in the value
         self._unpacked: dict[str, Unit] = {}  # held because a view of a parameter was unpacked
         self._is_running = False
         self._generations: weakref.WeakKeyDictionary[Frame, list[tuple[Unit, Generation]]] = weakref.WeakKeyDictionary()
@@ -68,9 +69,10 @@ class Backward:
 
     def hooks(self) -> saved_tensors_hooks:
         """Under these, a saved tensor that views a resident parameter does not hold its memory."""
-        return saved_tensors_hooks(self._pack, self._unpack)
+        return saved_tensors_hooks(self.pack, self.unpack)
 
-    def _pack(self, tensor: Tensor) -> object:
+    def pack(self, tensor: Tensor) -> object:
+        """What stands for a saved tensor."""
         place = self._residents.find(tensor)
         if place is None:
             if tensor.is_inference() or transforms.are_active():
@@ -80,12 +82,12 @@ class Backward:
             return tensor.detach(), tensor._version
         unit, index = place
         assert unit.generation is not None
-        form = (tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
-        view = _ParameterView(unit, index, form, unit.generation, unit.params[index]._version)
+        view = _ParameterView(unit, index, _form(tensor), unit.generation, unit.params[index]._version)
         self._packed.setdefault(unit.name, weakref.WeakSet()).add(view)
         return view
 
-    def _unpack(self, packed: Any) -> Tensor:
+    def unpack(self, packed: Any) -> Tensor:
+        """The tensor that `pack` was given."""
         if not isinstance(packed, _ParameterView):
             return _unchanged(*packed)
         unit = packed.unit
@@ -95,12 +97,7 @@ class Backward:
             self._end_idle_holds(going_to=unit)
             self._residents.acquire(unit)
             self._unpacked[unit.name] = unit
-        param = unit.params[packed.index]
-        _unchanged(param, packed.version)
-        size, stride, offset, dtype = packed.form
-        with torch.no_grad():
-            flat = param.detach().view(-1)
-            return (flat if dtype == flat.dtype else flat.view(dtype)).as_strided(size, stride, offset)
+        return packed.tensor()
 
     def _require_unchanged(self, unit: Unit, generation: Generation) -> None:
         if generation.lineage is not self._residents.current(unit).lineage:
@@ -119,23 +116,27 @@ class Backward:
 
     # -- recompute -----------------------------------------------------------------------------------------------
 
-    def rerun(self, units: list[Unit]) -> Rerun:
-        """What a frame of a module that needs ``units`` calls to run its forward again."""
+    def units(self, units: list[Unit], *, is_tried: bool) -> FrameUnits:
+        """What a frame of a module that needs ``units``, which are resident, calls; see [Note: trial]."""
+        return _FrameUnits(self, self._residents, units, is_tried=is_tried)
 
-        def rerun(frame: Frame, call: Callable[[], object]) -> None:
-            for unit, generation in self._generations[frame]:
-                self._require_unchanged(unit, generation)
-                self._require_unwritten(unit, generation)
-            self.note()
-            self._end_idle_holds()
-            self._trace.mark("recompute", frame.name)
-            outer, self.rerunning = self.rerunning, frame
-            try:
-                call()
-            finally:
-                self.rerunning = outer
+    def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
+        """See `FrameUnits.rerun`."""
+        for unit, generation in self._generations[frame]:
+            self._require_unchanged(unit, generation)
+            self._require_unwritten(unit, generation)
+        self.note()
+        self._end_idle_holds()
+        self._trace.mark("recompute", frame.name)
+        self.run_again(frame, call)
 
-        return rerun
+    def run_again(self, frame: Frame, call: Callable[[], object]) -> None:
+        """Run a frame's module again, for this frame."""
+        outer, self.rerunning = self.rerunning, frame
+        try:
+            call()
+        finally:
+            self.rerunning = outer
 
     def end_forward(self, frame: Frame, units: list[Unit]) -> None:
         """The forward of ``frame`` is over, and what it wrote to parameters of ``units`` itself is in the store."""
@@ -143,19 +144,32 @@ class Backward:
 
     def hold(self, frame: Frame, units: list[Unit]) -> None:
         """Keep ``units``, which are held once, until the backward of ``frame`` is over."""
-        self._held[id(frame)] = (frame, units)
+        self._held[id(frame)] = _Hold(frame, units)
+
+    def show(self, frame: Frame, view: _ParameterView) -> Tensor:
+        """A parameter of a unit that ``frame`` shares with others: one such unit at a time is held beside its own."""
+        self._require_unchanged(view.unit, view.generation)
+        hold = self._held.setdefault(id(frame), _Hold(frame, []))
+        if hold.guest is not view.unit:
+            guest, hold.guest = hold.guest, None
+            if guest is not None:
+                self._residents.release(guest)
+            self._residents.acquire(view.unit)
+            hold.guest = view.unit
+        return view.tensor()
 
     def watch(self, frame: Frame) -> None:
         """When the gradients of a frame's inputs are there, its backward is over."""
         inputs = [t for t in frame.inputs if t.requires_grad and not t.is_leaf]
         remaining = [len(inputs)]
-        weak = weakref.ref(frame)  # the graph must not keep the frame: the frame keeps the graph
+        # The graph must not keep the frame, which keeps the graph; nor us, if a module keeps an output of a step.
+        weak, weak_self = weakref.ref(frame), weakref.ref(self)
 
         def arrived(_: Tensor) -> None:
             remaining[0] -= 1
-            live = weak()
-            if remaining[0] == 0 and live is not None:
-                self._end_frame(live)
+            live, backward = weak(), weak_self()
+            if remaining[0] == 0 and live is not None and backward is not None:
+                backward._end_frame(live)
 
         for tensor in inputs:
             tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
@@ -164,13 +178,13 @@ class Backward:
 
     def _end_frame(self, frame: Frame) -> None:
         frame.drop()
-        _, units = self._held.pop(id(frame), (frame, []))
-        for unit in units:
+        hold = self._held.pop(id(frame), None)
+        for unit in hold.all_units if hold is not None else ():
             self._residents.release(unit)
 
     def _end_holds(self) -> None:
-        for frame, _ in list(self._held.values()):
-            self._end_frame(frame)
+        for hold in list(self._held.values()):
+            self._end_frame(hold.frame)
         while self._unpacked:
             self._residents.release(self._unpacked.popitem()[1])
 
@@ -205,6 +219,75 @@ class _ParameterView:
         self.form = form
         self.generation = generation
         self.version = version
+
+    def tensor(self) -> Tensor:
+        """The tensor; the unit is resident."""
+        size, stride, offset, dtype = self.form
+        param = self.unit.params[self.index]
+        _unchanged(param, self.version)
+        with torch.no_grad():
+            flat = param.detach().view(-1)
+            return (flat if dtype == flat.dtype else flat.view(dtype)).as_strided(size, stride, offset)
+
+
+class _Hold:
+    """Units that are held for the backward of one frame."""
+
+    def __init__(self, frame: Frame, units: list[Unit]) -> None:
+        self.frame = frame
+        self.guest: Unit | None = None  # one that it shares with others
+        self._units = units
+
+    @property
+    def all_units(self) -> list[Unit]:
+        """Each is held once."""
+        return self._units if self.guest is None else [*self._units, self.guest]
+
+
+class _FrameUnits:
+    """See `FrameUnits`."""
+
+    def __init__(self, backward: Backward, residents: Residents, units: list[Unit], *, is_tried: bool) -> None:
+        self._backward = backward
+        self._residents = residents
+        self._units = units
+        self._before = self._written() if is_tried else None
+
+    def has_written(self) -> bool:
+        return self._before != self._written()
+
+    def _written(self) -> object:
+        # A write to ``p.data`` leaves no other trace than the values.
+        values = [content(unit.params) if unit.writes_itself else () for unit in self._units]
+        return values, [param._version for unit in self._units for param in unit.params]
+
+    def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
+        self._backward.rerun(frame, call)
+
+    def try_again(self, frame: Frame, call: Callable[[], object]) -> None:
+        self._backward.run_again(frame, call)
+
+    def keep(self, tensor: Tensor) -> object:
+        return self._backward.pack(tensor)
+
+    def kept(self, packed: Any) -> Tensor:
+        return self._backward.unpack(packed)
+
+    def place(self, tensor: Tensor) -> object | None:
+        place = self._residents.find(tensor)
+        return None if place is None else (place[0].name, place[1], *_form(tensor))
+
+    def hide(self, tensor: Tensor) -> object:
+        place = self._residents.find(tensor)
+        # What a unit that was only visited has is not held: a view of it would hold its buffer, one for each visit.
+        return tensor.detach() if place is None or place[0] in self._units else self._backward.pack(tensor)
+
+    def show(self, frame: Frame, packed: Any) -> Tensor:
+        return self._backward.show(frame, packed) if isinstance(packed, _ParameterView) else cast(Tensor, packed)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
 def _unchanged(tensor: Tensor, version: int | None) -> Tensor:

@@ -12,13 +12,14 @@ from torch import nn
 from lightning_ssd.errors import ResidencyError
 from lightning_ssd.streaming import transforms
 from lightning_ssd.streaming.activation_store import ActivationStore
-from lightning_ssd.streaming.activations import Frame, without_caches
+from lightning_ssd.streaming.activations import Frame
 from lightning_ssd.streaming.backward import Backward
 from lightning_ssd.streaming.fast_path import Removable, hook, hook_encoders
 from lightning_ssd.streaming.fence import require_awake
 from lightning_ssd.streaming.gradients import GradientSink
 from lightning_ssd.streaming.residency import Residents
 from lightning_ssd.streaming.transforms import require_no_transform
+from lightning_ssd.streaming.trial import Verdicts
 from lightning_ssd.streaming.unit import Residency, Unit
 from lightning_ssd.streaming.writes import may_write
 from lightning_ssd.trace import Lane, Trace
@@ -40,7 +41,7 @@ class Streamer:
         self.residents = residents
         self._device = device
         self._recompute: set[nn.Module] = set()
-        self._compared: set[nn.Module] = set()  # blocks whose second forward was once seen to its end
+        self._verdicts = Verdicts()
         self._trace = trace
         self._activations: ActivationStore | None = None
         self._sink: GradientSink
@@ -73,7 +74,7 @@ class Streamer:
         self._sink = sink
         self._recompute = recompute
         self._is_in_memory = is_in_memory
-        self._compared.clear()
+        self._verdicts = Verdicts()
         self._activations = activations
         self._backward = Backward(self.residents, sink, self._trace)
         self.residents.is_in_step = self._is_in_step
@@ -161,13 +162,14 @@ class Streamer:
 
     # -- forward, the first and the second -----------------------------------------------------------------------
 
-    def before_forward(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Any:
-        """A module that needs ``units`` is about to run; returns its arguments."""
+    def before_forward(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> None:
+        """A module that needs ``units`` is about to run."""
         if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
             _require_exportable(module, units)
-            return args, kwargs
+            return
         if transforms.are_active():
-            return self._before_transformed(module, units, args, kwargs)
+            self._before_transformed(module, units)
+            return
         is_rerun = self._backward.rerunning is not None
         if self._activations is not None and not is_rerun:
             self._activations.settle()  # by now the caller has dropped the inputs of the block before
@@ -175,19 +177,30 @@ class Streamer:
         if torch.is_grad_enabled() and not is_rerun and not any(outer.frame for outer in self._visits):
             for unit in units:
                 self._sink.used(unit, module)
-            if module in self._recompute:
-                args, kwargs = without_caches(args, kwargs)
-                rerun = self._backward.rerun(units)
-                visit.frame = Frame(
-                    units[0].name, module, args, kwargs, device=self._device, rerun=rerun, compared=self._compared
-                )
-                visit.enter(torch.autograd.graph.saved_tensors_hooks(visit.frame.pack, visit.frame.unpack))
-            else:
-                visit.enter(self._backward.hooks())
+            frame = visit.frame = self._frame(module, units, args, kwargs)
+            hooks = torch.autograd.graph.saved_tensors_hooks
+            visit.enter(self._backward.hooks() if frame is None else hooks(frame.pack, frame.unpack))
         self._visits.append(visit)
         visit.enter(self._computing("recompute" if is_rerun else "forward", units[0].name))
         self.residents.begin_visit()
-        return args, kwargs
+
+    def _frame(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Frame | None:
+        """The frame of a module that is about to run and will be recomputed; None for any other."""
+        if module not in self._recompute or self._verdicts.keeps(module):
+            return None
+        frame = Frame(
+            units[0].name,
+            module,
+            args,
+            kwargs,
+            device=self._device,
+            units=self._backward.units(units, is_tried=not self._verdicts.is_equal(module)),
+            verdicts=self._verdicts,
+        )
+        if frame.opaque is None:
+            return frame
+        self._verdicts.keep(module, frame.name, f"what it has or is given holds {frame.opaque}")
+        return None
 
     def _acquire(self, module: nn.Module, units: list[Unit]) -> _Visit:
         visit = _Visit(module, units)
@@ -201,13 +214,12 @@ class Streamer:
             raise
         return visit
 
-    def _before_transformed(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Any:
+    def _before_transformed(self, module: nn.Module, units: list[Unit]) -> None:
         """Under torch.func: neither recompute nor saved-tensor hooks, so what is saved holds the memory of its unit."""
         require_awake(module)
         with transforms.suspended():
             self._visits.append(self._acquire(module, units))
             self.residents.begin_visit()
-        return args, kwargs
 
     def after_forward(self, module: nn.Module, *, failed: bool) -> None:
         """The module has run, or failed."""
@@ -227,18 +239,23 @@ class Streamer:
     def _end_visit(self, visit: _Visit, frame: Frame | None, *, failed: bool) -> None:
         visit.close()
         self.residents.end_visit()
-        if frame is not None and frame.module is visit.module and not failed:
+        if frame is not None and frame.module is visit.module and not failed and not frame.is_trying:
             self._backward.hold(frame, visit.units)  # backward reads the parameters next
             return
         if visit.frame is not None and not failed:
-            visit.frame.end_forward()
-            self._backward.watch(visit.frame)
-            if self._activations is not None:
-                visit.frame.keep(self._activations)
+            self._end_forward(visit.frame)
         for unit in visit.units:
             self.residents.release(unit)
         if visit.frame is not None and not failed:
             self._backward.end_forward(visit.frame, visit.units)
+
+    def _end_forward(self, frame: Frame) -> None:
+        frame.end_forward()
+        if frame.is_kept:
+            return
+        self._backward.watch(frame)
+        if self._activations is not None:
+            frame.keep(self._activations)
 
 
 def _require_exportable(module: nn.Module, units: list[Unit]) -> None:
@@ -281,10 +298,9 @@ class _ModuleHooks:
         self._units = units
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._streamer is None:
-            return None
-        return self._streamer.before_forward(module, self._units, args, kwargs)
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._streamer is not None:
+            self._streamer.before_forward(module, self._units, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
