@@ -21,7 +21,7 @@ from lightning_ssd.streaming.fence import wake_all
 class ForwardHooks(Protocol):
     """What is called around the forward of a module."""
 
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """As a forward pre-hook with keyword arguments."""
         ...
 
@@ -69,7 +69,7 @@ class _Forward:
         module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = self._hooks.before(self._module, args, kwargs)
+        self._hooks.before(self._module, args, kwargs)
         output = None
         try:
             output = self._forward(*args, **kwargs)
