@@ -8,77 +8,92 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
-from lightning_ssd.checkpoint.directory import try_lock
+from lightning_ssd.checkpoint.directory import make_locked
 from lightning_ssd.checkpoint.writer import new_file
+from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io.folder import Folder, try_lock
 
 _FILE_BEGIN = b"PK\x03\x04"  # torch's files are zip archives
 _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|__\d+_\d+\.distcp|\.metadata(\.tmp)?")
 
 
 @contextmanager
-def file_beside(target: str) -> Iterator[tuple[int, str]]:
-    """A new locked file: descriptor and path. It is gone on leaving unless it was renamed."""
-    is_locked = False
-    while not is_locked:
-        path = _name(target)
-        try:
-            with new_file(path) as fd:
-                is_locked = _lock(fd, path)
-                if is_locked:
-                    yield fd, path
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+def file_beside(target: str) -> Iterator[tuple[int, Callable[[], None]]]:
+    """A new locked file: its descriptor, and what gives it the name ``target``. Without that it is gone on leaving."""
+    folder, name = os.path.split(target)
+    with Folder.open(folder) as parent:
+        is_locked = False
+        while not is_locked:
+            own = _name(name)
+            try:
+                with new_file(os.path.join(folder, own), parent) as fd:
+                    is_locked = _lock(parent, own, fd)
+                    if is_locked:
+                        yield fd, partial(_take_name, parent, own, name, fd)
+            finally:
+                with suppress(FileNotFoundError):
+                    parent.unlink(own)
+
+
+def _take_name(parent: Folder, own: str, name: str, fd: int) -> None:
+    if not parent.is_at(own, fd):
+        raise CheckpointError(f"{os.path.join(parent.path, own)!r} was removed by somebody else while it was written")
+    os.replace(own, name, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
 
 
 @contextmanager
-def folder_beside(target: str) -> Iterator[str]:
-    """A new locked folder. It is gone on leaving unless it was renamed."""
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    path, lock = _make_folder(target)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
+def folder_beside(target: str) -> Iterator[Folder]:
+    """A new locked folder. It is gone on leaving unless `publish` has given it its name."""
+    folder, name = os.path.split(target)
+    os.makedirs(folder, exist_ok=True)
+    with Folder.open(folder) as parent, make_locked(parent, lambda: _name(name)) as made:
+        try:
+            yield made
+        finally:
+            own = os.path.basename(made.path)
+            if parent.is_at(own, made):
+                with suppress(OSError):
+                    discard_export(parent, own, made)
 
 
-def _make_folder(target: str) -> tuple[str, int]:
-    while True:
-        path = _name(target)
-        os.mkdir(path, 0o700)
-        with suppress(FileNotFoundError):  # somebody took it for dead before it was locked: then another one
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            if _lock(lock, path):
-                return path, lock
-            os.close(lock)
+def publish(made: Folder, target: str) -> None:
+    """Give a folder of `folder_beside` its name.
+
+    Raises:
+        CheckpointError: If somebody else has taken that, or the folder, away.
+    """
+    with Folder.open(os.path.dirname(target)) as parent:
+        own = os.path.basename(made.path)
+        if not parent.is_at(own, made):
+            raise CheckpointError(f"{made.path!r} was removed by somebody else while it was written")
+        parent.rename(own, os.path.basename(target))
 
 
 def _name(target: str) -> str:
-    parent, name = os.path.split(target)
-    return os.path.join(parent, f".{name}.export-{os.getpid()}-{os.urandom(4).hex()}")
+    return f".{target}.export-{os.getpid()}-{secrets.token_hex(8)}"
 
 
-def _lock(fd: int, path: str) -> bool:
+def _lock(parent: Folder, name: str, fd: int) -> bool:
     """Whether it is ours; False if somebody took it for dead, between making and locking, and removed it."""
     mine = try_lock(fd)
-    return mine is None or (mine and os.path.lexists(path))  # None: no locks here, and so nobody who removes
+    return mine is None or (mine and parent.is_at(name, fd))  # None: no locks here, and so nobody who removes
 
 
-def is_unfinished_export(path: str) -> bool:
+def is_unfinished_export(found: Folder) -> bool:
     """Whether a file or folder, by its looks, is what an export writes; its name is the caller's matter."""
-    found = os.lstat(path)
-    if stat.S_ISREG(found.st_mode):
-        return _is_private(found) and _begins_as_torch_file(path)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+    about = os.fstat(found.fd)
+    if stat.S_ISREG(about.st_mode):
+        # Of one that was killed at once there may be nothing yet.
+        return _is_private(about) and _FILE_BEGIN.startswith(os.pread(found.fd, len(_FILE_BEGIN), 0))
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
         return False
-    with os.scandir(path) as inside:
-        entries = {entry.name: entry.stat(follow_symlinks=False) for entry in inside}
+    entries = {name: found.stat(name) for name in found.names()}
     weights = [name for name in entries if _WEIGHTS.fullmatch(name)]
     # Copied configuration may have any name, but comes after weights, and is as private. Torch writes with the umask.
     return (not entries or bool(weights)) and all(
@@ -86,18 +101,18 @@ def is_unfinished_export(path: str) -> bool:
     )
 
 
-def discard_export(path: str) -> None:
+def discard_export(parent: Folder, name: str, found: Folder) -> None:
     """Remove what `is_unfinished_export` has found, while its lock is held.
 
     Raises:
         OSError: If something could not be removed.
     """
-    if not stat.S_ISDIR(os.lstat(path).st_mode):
-        os.unlink(path)
+    if not stat.S_ISDIR(os.fstat(found.fd).st_mode):
+        parent.unlink(name)
         return
-    for name in os.listdir(path):
-        os.unlink(os.path.join(path, name))
-    os.rmdir(path)
+    for each in found.names():
+        found.unlink(each)
+    parent.rmdir(name)
 
 
 def _is_file(found: os.stat_result) -> bool:
@@ -106,12 +121,3 @@ def _is_file(found: os.stat_result) -> bool:
 
 def _is_private(found: os.stat_result) -> bool:
     return _is_file(found) and not found.st_mode & 0o077
-
-
-def _begins_as_torch_file(path: str) -> bool:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        begin = os.pread(fd, len(_FILE_BEGIN), 0)
-    finally:
-        os.close(fd)
-    return _FILE_BEGIN.startswith(begin)  # of one that was killed at once there may be nothing yet

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
-from lightning_ssd.checkpoint.directory import UNIT_FILE, sync_directory, try_lock
+from lightning_ssd.checkpoint.directory import UNIT_FILE, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import MANIFEST, UNITS, FileRecord, decode_manifest
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import fmt
+
+_WAIT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,17 +59,18 @@ def copy_checkpoint(
     try:
         with CheckpointReader(source) as reader, ExitStack() as stack:
             text = _manifest_of(reader)
-            path, fd = stack.enter_context(_unfinished(to, checksum(text)))
-            job = _Job(reader, fd, progress)
-            _require_free(path, reader.manifest.nbytes)
+            parent, made = stack.enter_context(_unfinished(to, checksum(text)))
+            job = _Job(reader, made.fd, progress)
+            _require_free(made, reader.manifest.nbytes)
             for record in reader.manifest.files:
                 job.copy_unit(record)
             job.copy_small_files(text)
-            sync_directory(os.path.join(path, UNITS))
-            sync_directory(path)
-            _read_back(path, job)
-            os.rename(path, to)
-            sync_directory(os.path.dirname(to))
+            with made.folder(UNITS) as units:
+                sync_directory(units)
+            sync_directory(made)
+            _read_back(made, job)
+            _publish(parent, made, os.path.basename(to))
+            sync_directory(parent)
     except OSError as error:
         raise CheckpointError(
             f"{to!r} could not be written: {error}; call the same again to go on, or see lightning-ssd clean"
@@ -84,38 +89,70 @@ def _manifest_of(reader: CheckpointReader) -> bytes:
 
 
 @contextmanager
-def _unfinished(target: str, mark: int) -> Iterator[tuple[str, int]]:
-    """The directory in which the copy grows, old or new, locked; its path and descriptor."""
+def _unfinished(target: str, mark: int) -> Iterator[tuple[Folder, Folder]]:
+    """The folder around it, and the directory in which the copy grows, old or new, locked."""
     folder, name = os.path.split(target)
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f".{name}.copy-0-{mark:08x}")
-    for each in (path, os.path.join(path, UNITS)):
-        if not os.path.lexists(each):
-            os.mkdir(each, 0o700)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if os.fstat(fd).st_uid != os.geteuid():
-            raise CheckpointError(f"{path!r} belongs to another user")
-        if try_lock(fd) is False:
+    with Folder.open(folder) as parent, _own(parent, f".{name}.copy-0-{mark:08x}", target) as made:
+        if not made.has(UNITS):
+            made.make(UNITS).close()
+        yield parent, made
+
+
+def _own(parent: Folder, name: str, target: str) -> Folder:
+    """The directory of that name, made if there is none, open and locked."""
+    end_s = time.monotonic() + _WAIT_S
+    while True:
+        with suppress(FileExistsError):
+            _make(parent, name)
+        try:
+            made = parent.folder(name)
+        except FileNotFoundError:
+            continue  # ``lightning-ssd clean`` took it for dead, as it was not locked yet
+        if os.fstat(made.fd).st_uid != os.geteuid():
+            made.close()
+            raise CheckpointError(f"{made.path!r} belongs to another user")
+        is_locked = made.try_lock()
+        if is_locked is None or (is_locked and parent.is_at(name, made)):
+            return made
+        made.close()
+        if is_locked is False and time.monotonic() > end_s:
             raise CheckpointError(f"{target!r} is being copied to by another process")
-        yield path, fd
-    finally:
-        os.close(fd)
+        time.sleep(0.01)  # it may only be looked at
 
 
-def _require_free(path: str, nbytes: int) -> None:
-    found = os.statvfs(path)
-    there = sum(entry.stat().st_blocks * 512 for entry in os.scandir(os.path.join(path, UNITS)))
+def _make(parent: Folder, name: str) -> None:
+    try:
+        parent.make(name).close()
+    except FileNotFoundError:
+        if not os.fstat(parent.fd).st_nlink:
+            raise
+
+
+def _publish(parent: Folder, made: Folder, name: str) -> None:
+    own = os.path.basename(made.path)
+    if not parent.is_at(own, made):
+        raise CheckpointError(f"{made.path!r} was removed by somebody else while it was written")
+    if parent.has(name):
+        raise CheckpointError(f"{os.path.join(parent.path, name)!r} was made by somebody else in the meantime")
+    parent.rename(own, name)
+
+
+def _require_free(made: Folder, nbytes: int) -> None:
+    found = os.statvfs(made.fd)
+    with made.folder(UNITS) as units:
+        there = sum(units.stat(name).st_blocks * 512 for name in units.names())
     if found.f_bavail * found.f_frsize + there < nbytes:
         raise CheckpointError(
-            f"the copy needs {fmt(nbytes)}, {path!r} has {fmt(there)} of it and its disk "
+            f"the copy needs {fmt(nbytes)}, {made.path!r} has {fmt(there)} of it and its disk "
             f"{fmt(found.f_bavail * found.f_frsize)} free"
         )
 
 
-def _read_back(path: str, job: _Job) -> None:
+def _read_back(made: Folder, job: _Job) -> None:
     """Compare every byte with the checksums once more; the page cache was emptied, so they come from the disk."""
-    with CheckpointReader(path) as copied:
+    with CheckpointReader(f"/proc/self/fd/{made.fd}") as copied:  # what was written, whatever has its path by now
+        copied.directory = made.path
         copied.verify(lambda done, _: job.report(read_back=done))
 
 

@@ -2,52 +2,68 @@
 
 [Note: staging] A checkpoint is written into a hidden sibling of its target, ``.NAME.tmp-PID-RANDOM``, and takes the
 target's name in one system call. The writer holds a lock (``flock``) on that directory; the lock dies with the process,
-so a staging directory that can be locked belongs to nobody and is removed by the next save. Where the file system
-cannot exchange two names, the old checkpoint is called ``.NAME.old-PID-RANDOM`` for a moment; if the process dies in
-that moment, `recover` gives it its name back.
+so a staging directory that can be locked belongs to nobody and is removed by the next save. Whoever replaces or removes
+a checkpoint holds its lock as well, until the last file of it is gone: under its hidden name it is taken for no dead
+save's. Where the file system cannot exchange two names, the old checkpoint is called ``.NAME.old-PID-RANDOM`` for a
+moment; if the process dies in that moment, `recover` gives it its name back.
+
+[Note: by descriptor] Names are given relative to open directories (`lightning_ssd.io.folder`): another user who may
+write to a folder around a checkpoint can exchange what has a path there, and everything would be done elsewhere.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import re
-import shutil
+import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE, UNITS, check_relative_path
-from lightning_ssd.errors import CheckpointError, IoError, naming
+from lightning_ssd.errors import CheckpointError, IoError
+from lightning_ssd.io.folder import Folder
 
-Recycle = Callable[[str], bool]
-"""Called with the path of a unit file that nothing else links, before it is unlinked; True if it was moved away."""
+Recycle = Callable[[str, Folder], bool]
+"""Called with the path of a unit file that nothing else links, and the open directory it is in, before it is unlinked;
+True if it was moved away."""
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
-_OLD = re.compile(r"\.old-\d+-[0-9a-f]{8}$")
+_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
+_OLD = re.compile(r"\.old-\d+-[0-9a-f]{8,}$")
 UNIT_FILE = re.compile(r"\d{5,}-[^/]*\.safetensors")
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a directory that `save` made; a symlink to one is."""
-    manifest = os.path.join(os.fspath(path), MANIFEST)
     try:
-        if not stat.S_ISREG(os.lstat(manifest).st_mode):
-            return False
-        fd = os.open(manifest, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with Folder.open(os.fspath(path)) as folder:
+            return _is_checkpoint(folder)
     except OSError as error:
-        if error.errno in _NOT_THERE:
+        if error.errno in _NOT_THERE and not isinstance(error, IoError):
+            return False
+        raise
+
+
+def _is_checkpoint(folder: Folder) -> bool:
+    try:
+        fd = folder.open_file(MANIFEST, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in (*_NOT_THERE, errno.ENXIO):
             return False
         raise
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return False
         return f'"format":"{FORMAT}"'.encode() in os.pread(fd, 256, 0)
     except OSError as error:
-        raise IoError(error.errno or errno.EIO, manifest, 0, 256, "read") from error
+        where = os.path.join(folder.path, MANIFEST)
+        raise IoError(error.errno or errno.EIO, where, 0, 256, "read") from error
     finally:
         os.close(fd)
 
@@ -72,12 +88,17 @@ def remove(path: str | os.PathLike[str], recycle: Recycle | None = None) -> None
 
 
 def _remove(target: str, recycle: Recycle | None) -> None:
-    if os.path.islink(target):
-        os.unlink(target)
-        return
-    aside = _sibling(target, "tmp")
-    os.rename(target, aside)
-    _discard(aside, target, recycle)
+    folder, name = os.path.split(target)
+    with Folder.open(folder) as parent:
+        if stat.S_ISLNK(parent.stat(name).st_mode):
+            parent.unlink(name)
+            return
+        with _claimed(parent, name) as found:
+            if found is None:
+                raise CheckpointError(f"{target!r} is not a checkpoint of lightning_ssd and is not removed")
+            aside = _sibling(name, "tmp")
+            parent.rename(name, aside)
+            _discard(parent, aside, found, name, recycle)
 
 
 def open_inside(directory_fd: int, path: str, where: str) -> int:
@@ -107,52 +128,56 @@ def open_inside(directory_fd: int, path: str, where: str) -> int:
     return opened
 
 
-def sync_directory(path: str) -> None:
+def sync_directory(place: str | Folder) -> None:
     """Make the names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with naming(path):
-            os.fsync(fd)
-    finally:
-        os.close(fd)
+    if isinstance(place, Folder):
+        place.sync()
+        return
+    with Folder.open(place) as folder:
+        folder.sync()
 
 
 def recover(target: str) -> None:
     """Give a checkpoint its name back if a process died while replacing it; see [Note: staging]."""
-    if os.path.lexists(target):
+    folder, name = os.path.split(target)
+    if os.path.lexists(target) or not os.path.isdir(folder):
         return
-    for aside in _siblings(target, "old"):
-        with locked(aside) as mine:
-            if mine and is_checkpoint(aside) and not os.path.lexists(target):
-                os.rename(aside, target)
+    with Folder.open(folder) as parent:
+        for aside in _siblings(parent, name, "old"):
+            with locked(parent, aside) as mine:
+                if mine is not None and _is_checkpoint(mine) and not parent.has(name):
+                    parent.rename(aside, name)
 
 
 @contextmanager
-def staging(target: str, recycle: Recycle | None = None) -> Iterator[str]:
+def staging(target: str, recycle: Recycle | None = None) -> Iterator[Folder]:
     """An empty, locked sibling of ``target`` that is published under its name on leaving; see [Note: staging].
 
     Raises:
-        CheckpointError: If ``target`` exists and is not ours to replace.
+        CheckpointError: If ``target`` exists and is not ours to replace, or another process saves to it too.
     """
     recover(target)
     check_replaceable(target)
-    _clean_stale(target)
-    path, lock = _make_staging(target)
-    try:
-        published = False
-        try:
-            yield path
-            old = _publish(path, target)
-            published = True
-        finally:
-            if not published and os.path.isdir(path):
-                shutil.rmtree(path, ignore_errors=True)
-        # If this fails, the old one stays where it is: the disk may still have it under the name.
-        sync_directory(os.path.dirname(target))
-        if old is not None:
-            _discard(old, target, recycle)
-    finally:
-        os.close(lock)
+    folder, name = os.path.split(target)
+    _make_folders(folder)
+    with Folder.open(folder) as parent, _claimed(parent, name) as old:
+        _clean_stale(parent, name)
+        with _make_staging(parent, name) as staged:
+            try:
+                _require_own(old, staged)
+                yield staged
+                aside = _publish(parent, staged, name, old)
+            except BaseException:
+                own = os.path.basename(staged.path)
+                with suppress(OSError):  # what cannot be removed now, the next save removes
+                    if parent.is_at(own, staged):  # it has not taken its name yet
+                        discard_contents(staged)
+                        _rmdir(parent, own, staged)
+                raise
+            # If this fails, the old one stays where it is: the disk may still have it under the name.
+            sync_directory(parent)
+            if old is not None:
+                _discard(parent, aside, old, name, recycle)
 
 
 def check_replaceable(target: str) -> None:
@@ -182,33 +207,85 @@ def moved_aside_name(target: str) -> str | None:
     return name
 
 
-def _publish(path: str, target: str) -> str | None:
-    """Let ``path`` take the name ``target``; return where the checkpoint is now that had it.
+@contextmanager
+def _claimed(parent: Folder, name: str) -> Iterator[Folder | None]:
+    """The checkpoint of that name, locked: nobody else replaces or removes it meanwhile. None if there is none.
+
+    Raises:
+        CheckpointError: If another process has it locked.
+    """
+    try:
+        found = parent.folder(name)
+    except OSError as error:
+        if error.errno not in _NOT_THERE or error.errno == errno.EACCES:
+            raise
+        yield None
+        return
+    with found:
+        if not _is_checkpoint(found):
+            yield None
+        elif found.try_lock() is False or not parent.is_at(name, found):
+            raise _told(os.path.join(parent.path, name), "is being saved or removed by another process")
+        else:
+            yield found
+
+
+def _told(target: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {target!r} {what}; what it saves is whole and was not replaced. Give each run a directory of its "
+        "own for its checkpoints (dirpath)"
+    )
+
+
+def _require_own(old: Folder | None, staged: Folder) -> None:
+    """Refuse to replace another user's checkpoint; root may."""
+    if old is None or os.geteuid() == 0:
+        return
+    owner = os.fstat(old.fd).st_uid
+    if owner != os.fstat(staged.fd).st_uid:
+        raise CheckpointError(f"{old.path!r} belongs to another user (uid {owner}) and is not replaced")
+
+
+def _publish(parent: Folder, staged: Folder, name: str, old: Folder | None) -> str:
+    """Let ``staged`` take the name; return the name under which the checkpoint is now that had it.
 
     A symlink that had it is removed, a plain file is renamed.
     """
-    file_name = moved_aside_name(target)
-    if file_name is not None:
-        os.rename(target, file_name)
-    elif os.path.islink(target):
-        os.unlink(target)
-    if is_checkpoint(target):
-        return _replace(path, target)
-    os.rename(path, target)
-    return None
+    own, target = os.path.basename(staged.path), os.path.join(parent.path, name)
+    if not parent.is_at(own, staged):
+        raise CheckpointError(f"{staged.path!r} was removed or renamed by somebody else while it was written")
+    if old is not None:
+        aside = _replace(parent, own, name)
+    else:
+        aside = ""
+        file_name = moved_aside_name(target)
+        if file_name is not None:
+            parent.rename(name, os.path.basename(file_name))
+        elif os.path.islink(target):
+            parent.unlink(name)
+        try:
+            parent.rename(own, name)
+        except OSError as error:
+            if error.errno not in _NOT_EMPTY:
+                raise
+            raise _told(target, "was saved by another process in the meantime") from error
+    if not parent.is_at(name, staged):
+        raise CheckpointError(f"{target!r} was exchanged by somebody else while it was saved")
+    return aside
 
 
-def _replace(path: str, target: str) -> str:
-    """Exchange a new checkpoint with the old one; return where the old one is now."""
-    if _exchange(path, target):
-        return path
-    old = _sibling(target, "old")
-    os.rename(target, old)
-    os.rename(path, target)
+def _replace(parent: Folder, own: str, name: str) -> str:
+    """Exchange a new checkpoint with the old one; return the name of the old one now."""
+    inside = f"/proc/self/fd/{parent.fd}"
+    if _exchange(f"{inside}/{own}", f"{inside}/{name}"):
+        return own
+    old = _sibling(name, "old")
+    parent.rename(name, old)
+    parent.rename(own, name)
     # A power cut must not leave the old one under a name that `recover` does not know, and the new one without its own.
-    sync_directory(os.path.dirname(target))
-    aside = _sibling(target, "tmp")
-    os.rename(old, aside)
+    sync_directory(parent)
+    aside = _sibling(name, "tmp")
+    parent.rename(old, aside)
     return aside
 
 
@@ -225,17 +302,15 @@ def _exchange(first: str, second: str) -> bool:
     raise OSError(code, os.strerror(code), first, None, second)
 
 
-def _sibling(target: str, role: str) -> str:
-    parent, name = os.path.split(target)
-    return os.path.join(parent, f".{name}.{role}-{os.getpid()}-{os.urandom(4).hex()}")
+def _sibling(name: str, role: str) -> str:
+    # Nobody can guess it and have something there first.
+    return f".{name}.{role}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
-def _siblings(target: str, role: str) -> list[str]:
-    parent, name = os.path.split(target)
-    pattern = re.compile(re.escape(f".{name}.{role}-") + r"\d+-[0-9a-f]{8}")
-    with suppress(FileNotFoundError), os.scandir(parent) as found:
-        return [e.path for e in found if pattern.fullmatch(e.name) and _is_own_directory(e)]
-    return []
+def _siblings(parent: Folder, name: str, role: str) -> list[str]:
+    pattern = re.compile(re.escape(f".{name}.{role}-") + r"\d+-[0-9a-f]{8,}")
+    with os.scandir(parent.fd) as found:
+        return sorted(e.name for e in found if pattern.fullmatch(e.name) and _is_own_directory(e))
 
 
 def _is_own_directory(entry: os.DirEntry[str]) -> bool:
@@ -246,24 +321,28 @@ def _is_own_directory(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _make_staging(target: str) -> tuple[str, int]:
-    """A new staging directory and the descriptor that holds its lock."""
-    _make_folders(os.path.dirname(target))
+def _make_staging(parent: Folder, name: str) -> Folder:
+    """A new staging directory, open and locked."""
+    return make_locked(parent, lambda: _sibling(name, "tmp"))
+
+
+def make_locked(parent: Folder, new_name: Callable[[], str]) -> Folder:
+    """A new directory, open and locked."""
     while True:
-        path = _sibling(target, "tmp")
-        os.mkdir(path, 0o700)
+        name = new_name()
         try:
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            made = parent.make(name)
         except FileNotFoundError:
-            continue
-        except OSError:
-            os.rmdir(path)
-            raise
+            if not os.fstat(parent.fd).st_nlink:
+                raise
+            continue  # taken for stale between mkdir and open
         # Another process may take the directory for stale between mkdir and flock, and remove it: then try again.
-        locked = try_lock(lock)
-        if locked is None or (locked and os.path.isdir(path)):
-            return path, lock
-        os.close(lock)
+        is_locked = made.try_lock()
+        if is_locked is None or (is_locked and parent.is_at(name, made)):
+            return made
+        with suppress(OSError):  # whoever has the lock may be faster
+            _rmdir(parent, name, made)
+        made.close()
 
 
 def _make_folders(path: str) -> None:
@@ -276,77 +355,78 @@ def _make_folders(path: str) -> None:
         sync_directory(parent)
 
 
-def _clean_stale(target: str) -> None:
+def _clean_stale(parent: Folder, name: str) -> None:
     """Remove what dead processes left behind while writing or removing this checkpoint."""
-    for path in _siblings(target, "tmp"):
-        with locked(path) as mine:
-            if mine:
-                _discard(path, target, None)
-    for path in _siblings(target, "old"):
-        with locked(path) as mine:
-            if mine and os.path.lexists(target):
-                _discard(path, target, None)
+    for role in ("tmp", "old"):
+        for aside in _siblings(parent, name, role):
+            with locked(parent, aside) as mine:
+                if mine is not None and (role == "tmp" or parent.has(name)):
+                    _discard(parent, aside, mine, name, None)
 
 
 @contextmanager
-def locked(path: str) -> Iterator[bool]:
-    """Hold the lock of a directory or file, if nobody else does and the file system has locks."""
+def locked(parent: Folder, name: str, *, shared: bool = False) -> Iterator[Folder | None]:
+    """A directory whose lock nobody else holds, locked; None if that is not so, or it has no such name any more."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield False
+        folder = parent.folder(name)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        yield None
         return
-    try:
-        yield try_lock(fd) is True
-    finally:
-        os.close(fd)
+    with folder:
+        yield folder if folder.try_lock(shared=shared) and parent.is_at(name, folder) else None
 
 
-def try_lock(fd: int) -> bool | None:
-    """Whether the lock was free and is ours now; None where directories cannot be locked (some network disks)."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _discard(path: str, target: str, recycle: Recycle | None) -> None:
-    """Remove a staging directory or a checkpoint that was renamed aside; what is not ours gets the name ``target``."""
-    discard_contents(path, recycle)
-    if os.path.isdir(path):
-        sync_directory(path)  # that the manifest is gone, before the name comes back
-        os.rename(path, target if not os.path.lexists(target) else f"{target}.kept-{os.urandom(4).hex()}")
-
-
-def discard_contents(path: str, recycle: Recycle | None = None) -> None:
-    """Remove what we write into a checkpoint, and its directories if that leaves them empty."""
+def _discard(parent: Folder, aside: str, found: Folder, name: str, recycle: Recycle | None) -> None:
+    """Remove a staging directory or a checkpoint that was renamed aside; what is not ours gets the name ``name``."""
     # Whoever renamed it aside may have died before that was durable: a power cut would bring the old name back.
-    sync_directory(os.path.dirname(path))
-    units = os.path.join(path, UNITS)
+    sync_directory(parent)
+    found.path = os.path.join(parent.path, aside)
+    discard_contents(found, recycle, is_old=_OLD.search(aside) is not None)
+    if not _rmdir(parent, aside, found):
+        sync_directory(found)  # that the manifest is gone, before the name comes back
+        parent.rename(aside, f"{name}.kept-{secrets.token_hex(4)}" if parent.has(name) else name)
+
+
+def discard_contents(found: Folder, recycle: Recycle | None = None, *, is_old: bool = False) -> None:
+    """Remove what we write into a checkpoint."""
     # The manifest goes first: what is left of a checkpoint must not look like one.
     for name in (MANIFEST, STATE, REST, ODD):
         with suppress(FileNotFoundError):
-            os.unlink(os.path.join(path, name))
-    if _OLD.search(path):
-        sync_directory(path)  # or a power cut may leave its manifest, but not its units, and `recover` would trust it
-    if os.path.isdir(units) and not os.path.islink(units):
-        for name in os.listdir(units):
+            found.unlink(name)
+    if is_old:
+        sync_directory(found)  # or a power cut may leave its manifest, but not its units, and `recover` would trust it
+    try:
+        units = found.folder(UNITS)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        return
+    with units:
+        for name in units.names():
             if UNIT_FILE.fullmatch(name):
-                _discard_file(os.path.join(units, name), recycle)
-    for directory in (units, path):
-        with suppress(FileNotFoundError):
-            try:
-                os.rmdir(directory)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
+                _discard_file(units, name, recycle)
+    _rmdir(found, UNITS)
 
 
-def _discard_file(path: str, recycle: Recycle | None) -> None:
+def _rmdir(parent: Folder, name: str, found: Folder | None = None) -> bool:
+    """Remove a directory if it is empty and still what it was; whether it is gone from there."""
+    if found is not None and not parent.is_at(name, found):
+        return True
+    try:
+        parent.rmdir(name)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno not in (*_NOT_EMPTY, errno.ENOTDIR):
+            raise
+        return False
+    return True
+
+
+def _discard_file(units: Folder, name: str, recycle: Recycle | None) -> None:
     with suppress(FileNotFoundError):
-        if recycle is not None and os.lstat(path).st_nlink == 1 and recycle(path):
+        if recycle is not None and units.stat(name).st_nlink == 1 and recycle(os.path.join(units.path, name), units):
             return
-        os.unlink(path)
+        units.unlink(name)

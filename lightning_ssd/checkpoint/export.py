@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_ssd.checkpoint.beside import file_beside, folder_beside
+from lightning_ssd.checkpoint.beside import file_beside, folder_beside, publish
 from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
@@ -36,6 +36,7 @@ from lightning_ssd.checkpoint.writer import (
     write_tensors,
 )
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import parse_nbytes, round_up
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json", ".h5", ".msgpack", ".gguf")
@@ -87,12 +88,12 @@ def consolidate(
         content["state_dict"] = {**mapped_state_dict(reader, spill), **content.pop(STATE_DICT_EXTRA, {})}
         if "lr_schedulers" in content or reader.manifest.optimizers:
             content["optimizer_states"] = optimizer_states(reader, weights_only)
-        with file_beside(target) as (fd, temporary):
+        with file_beside(target) as (fd, take_name):
             total = reader.manifest.nbytes
             writer = StreamWriter(fd, on_flush=dropper(reader, spill, progress, total))
             write_pickle(writer, content)
             writer.finish()
-            os.replace(temporary, target)
+            take_name()
         sync_directory(os.path.dirname(target))
     return ExportReport((target,), writer.nbytes)
 
@@ -139,11 +140,11 @@ def to_safetensors(
         for shard in shards:
             done = _write_shard(folder, shard, view, done, total, progress)
         if len(shards) > 1:
-            _write_text(os.path.join(folder, HF_INDEX), index_text(shards))
+            _write_text(folder, HF_INDEX, index_text(shards))
         if config_from is not None:
             _copy_configuration(os.fspath(config_from), folder)
         sync_directory(folder)
-        os.rename(folder, target)
+        publish(folder, target)
         sync_directory(os.path.dirname(target))
     return ExportReport(tuple(os.path.join(target, shard.file) for shard in shards), total, left_out)
 
@@ -275,7 +276,7 @@ def dropper(reader: CheckpointReader, spill: Spill, progress: Progress | None, t
 
 
 def _write_shard(
-    folder: str, shard: Shard, view: StateDictView, done: int, total: int, progress: Progress | None
+    folder: Folder, shard: Shard, view: StateDictView, done: int, total: int, progress: Progress | None
 ) -> int:
     entries = lay_out((name, view.dtype_of(source), view.shapes[source]) for name, source in shard.names.items())
     last: list[str] = []
@@ -288,25 +289,26 @@ def _write_shard(
         last.append(shard.names[name])
         return view[shard.names[name]]
 
-    with new_file(os.path.join(folder, shard.file)) as fd:
+    with new_file(os.path.join(folder.path, shard.file), folder) as fd:
         writer = StreamWriter(fd)
         write_tensors(writer, entries, tensor_of, {"format": "pt"})
         writer.finish()
     return done + shard.nbytes
 
 
-def _copy_configuration(source: str, folder: str) -> None:
+def _copy_configuration(source: str, folder: Folder) -> None:
     if not os.path.isdir(source):
         raise CheckpointError(f"config_from={source!r} is not a folder")
     with os.scandir(source) as found:
         for entry in found:
             if entry.is_file() and not entry.name.endswith(_WEIGHT_SUFFIXES):
-                with open(entry.path, "rb") as original, new_file(os.path.join(folder, entry.name)) as fd:
+                to = os.path.join(folder.path, entry.name)
+                with open(entry.path, "rb") as original, new_file(to, folder) as fd:
                     shutil.copyfileobj(original, StreamWriter(fd))
 
 
-def _write_text(path: str, text: str) -> None:
-    with new_file(path) as fd:
+def _write_text(folder: Folder, name: str, text: str) -> None:
+    with new_file(os.path.join(folder.path, name), folder) as fd:
         writer = StreamWriter(fd)
         writer.write(text.encode())
         writer.finish()

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lightning_ssd.checkpoint.beside import folder_beside
+from lightning_ssd.checkpoint.beside import folder_beside, publish
 from lightning_ssd.checkpoint.dcp import META
 from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
 from lightning_ssd.checkpoint.export import (
@@ -62,24 +62,25 @@ def to_dcp(
         reader = stack.enter_context(CheckpointReader(directory))
         stack.enter_context(os_errors(target))
         folder = stack.enter_context(folder_beside(target))
-        spill = Spill(stack.enter_context(TemporaryFile(dir=folder)).fileno())
+        inside = f"/proc/self/fd/{folder.fd}"  # the folder that was made, whatever has its path by now
+        spill = Spill(stack.enter_context(TemporaryFile(dir=inside)).fileno())
         meta = reader.state(weights_only)
         drop_empty_loader_states(meta)
         content: dict[str, Any] = {"model": {**mapped_state_dict(reader, spill), **meta.pop(STATE_DICT_EXTRA, {})}}
         for index, state in enumerate(optimizer_states(reader, weights_only)):
             content[f"optimizer_{index}"] = _by_name(state, reader, index)
         total = reader.manifest.nbytes
-        _write(folder, content, dropper(reader, spill, progress, total))
-        with new_file(os.path.join(folder, META)) as fd:
+        _write(inside, content, dropper(reader, spill, progress, total))
+        with new_file(os.path.join(folder.path, META), folder) as fd:
             writer = StreamWriter(fd)
             write_pickle(writer, meta)
             writer.finish()
-        names = sorted(os.listdir(folder))
+        names = folder.names()
         for name in names:
-            os.chmod(os.path.join(folder, name), 0o600)
-        nbytes = sum(os.path.getsize(os.path.join(folder, name)) for name in names)
+            os.chmod(name, 0o600, dir_fd=folder.fd)
+        nbytes = sum(folder.stat(name).st_size for name in names)
         sync_directory(folder)
-        os.rename(folder, target)
+        publish(folder, target)
         sync_directory(os.path.dirname(target))
     return ExportReport(tuple(os.path.join(target, name) for name in names), nbytes)
 

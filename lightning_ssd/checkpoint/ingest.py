@@ -328,23 +328,22 @@ class _Job:
         files: dict[str, dict[str, str]] = defaultdict(dict)  # path -> name inside the target -> name in the source
         places = {}
         for (name, _), held in wanted.items():
-            source = self._origins[name].source
-            if held.place is not None and source.reader is not None:
-                path = source.reader.path_of(held.place[0])
-                places[path] = held.place[0]
+            reader = self._origins[name].source.reader
+            if held.place is not None and reader is not None:
+                path = reader.path_of(held.place[0])
+                places[path] = held.place[0], reader
                 files[path][name] = held.place[1].name
         found = []
         for path, names in files.items():
-            record = places[path]
+            record, reader = places[path]
             # A tensor that went to two names, or to none, makes the file unfit as it is.
             if sorted(names.values()) == sorted(entry.name for entry in record.entries):
                 new = {old: name for name, old in names.items()}
                 entries = tuple(type(e)(new[e.name], e.dtype, e.shape, e.begin, e.end) for e in record.entries)
                 inside = {new[e.name]: record.renamed.get(e.name, e.name) for e in record.entries}
                 renamed = {name: old for name, old in inside.items() if name != old}
-                file = UnitFile(
-                    record.unit, record.kind, path, True, entries, record.checksums, record.data_begin, renamed
-                )
+                where = (record.checksums, record.data_begin, renamed, reader.folder_of(record))
+                file = UnitFile(record.unit, record.kind, path, True, entries, *where)
                 found.append(file)
         return found
 

@@ -12,14 +12,15 @@ import re
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from lightning_ssd.checkpoint.beside import discard_export, is_unfinished_export
-from lightning_ssd.checkpoint.directory import UNIT_FILE, discard_contents, locked
+from lightning_ssd.checkpoint.directory import UNIT_FILE, discard_contents, sync_directory
 from lightning_ssd.checkpoint.manifest import MANIFEST, ODD, REST, STATE, UNITS
+from lightning_ssd.io.folder import Folder
 
-_NAME = re.compile(r"\.(?P<target>.+)\.(?P<role>tmp|old|copy|export)-\d+-[0-9a-f]{8}")
+_NAME = re.compile(r"\.(?P<target>.+)\.(?P<role>tmp|old|copy|export)-\d+-[0-9a-f]{8,}")
 _WHAT = {
     "tmp": "unfinished save",
     "old": "replaced checkpoint",
@@ -53,9 +54,9 @@ def leftover(path: str) -> Leftover | None:
     role = _role(path)
     if role is None:
         return None
-    with suppress(OSError), locked(path) as mine:  # gone or changed while we looked
-        if mine and _is_ours(path, role[1]):
-            return _look(path, *role)
+    with suppress(OSError), _held(path, shared=True) as held:  # gone or changed while we looked
+        if held is not None and _is_ours(held[1], role[1]):
+            return _look(path, *held, *role)
     return None
 
 
@@ -68,14 +69,35 @@ def remove_leftover(path: str) -> bool:
     role = _role(path)
     if role is None:
         return False
-    with locked(path) as mine:
-        if not mine or not _is_ours(path, role[1]) or _look(path, *role).is_needed:
+    # The lock is held until all is gone, and everything goes through what was locked: see [Note: by descriptor].
+    with _held(path, shared=False) as held:
+        if held is None or not _is_ours(held[1], role[1]) or _look(path, *held, *role).is_needed:
             return False
+        parent, found = held
+        name = os.path.basename(path)
         if role[1] == "export":
-            discard_export(path)
+            discard_export(parent, name, found)
         else:
-            discard_contents(path)
-        return not os.path.lexists(path)
+            sync_directory(parent)  # or a power cut would bring back the name that it had before
+            discard_contents(found, is_old=role[1] == "old")
+            parent.rmdir(name)
+        return True
+
+
+@contextmanager
+def _held(path: str, *, shared: bool) -> Iterator[tuple[Folder, Folder] | None]:
+    """The folder around it, and the directory (or file) itself, locked; None if it is somebody else's, or gone."""
+    folder, name = os.path.split(path)
+    with ExitStack() as stack:
+        try:
+            parent = stack.enter_context(Folder.open(folder))
+            # A file is held the same way; only what is done with a directory is not done with it.
+            found = stack.enter_context(Folder(parent.open_file(name, os.O_RDONLY), path))
+        except (FileNotFoundError, NotADirectoryError):
+            yield None
+            return
+        mine = found.try_lock(shared=shared) and parent.is_at(name, found)
+        yield (parent, found) if mine else None
 
 
 def _role(path: str) -> tuple[str, str] | None:
@@ -90,35 +112,36 @@ def could_be_left_over(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def _is_ours(path: str, role: str) -> bool:
+def _is_ours(found: Folder, role: str) -> bool:
     if role == "export":
-        return is_unfinished_export(path)
-    found = os.lstat(path)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        return is_unfinished_export(found)
+    about = os.fstat(found.fd)
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
         return False
-    for entry in _entries(path):
-        is_file, is_directory = entry.is_file(follow_symlinks=False), entry.is_dir(follow_symlinks=False)
-        inside = os.path.dirname(entry.path) != path
-        known = UNIT_FILE.fullmatch(entry.name) is not None if inside else entry.name in (MANIFEST, STATE, REST, ODD)
-        if not (is_file and known) and not (is_directory and not inside and entry.name == UNITS):
+    for name, inside, each in _entries(found):
+        known = UNIT_FILE.fullmatch(name) is not None if inside else name in (MANIFEST, STATE, REST, ODD)
+        is_units = not inside and name == UNITS and stat.S_ISDIR(each.st_mode)
+        if not (stat.S_ISREG(each.st_mode) and known) and not is_units:
             return False
     return True
 
 
-def _look(path: str, target: str, role: str) -> Leftover:
-    found = [os.lstat(path), *(entry.stat(follow_symlinks=False) for entry in _entries(path))]
-    nbytes = sum(each.st_blocks * 512 for each in found if each.st_nlink == 1)
-    age_s = max(time.time() - max(each.st_mtime for each in found), 0.0)
-    return Leftover(path, _WHAT[role], nbytes, age_s, role == "old" and not os.path.lexists(target))
+def _look(path: str, parent: Folder, found: Folder, target: str, role: str) -> Leftover:
+    each = [os.fstat(found.fd), *(about for _, _, about in _entries(found))]
+    nbytes = sum(about.st_blocks * 512 for about in each if about.st_nlink == 1)
+    age_s = max(time.time() - max(about.st_mtime for about in each), 0.0)
+    is_needed = role == "old" and not parent.has(os.path.basename(target))
+    return Leftover(path, _WHAT[role], nbytes, age_s, is_needed)
 
 
-def _entries(path: str) -> Iterator[os.DirEntry[str]]:
-    """What is in the directory and in its ``units``; nothing for a file."""
-    if not os.path.isdir(path):
+def _entries(found: Folder) -> Iterator[tuple[str, bool, os.stat_result]]:
+    """What is in the directory and in its ``units``: name, whether it is in ``units``, about it. Nothing for a file."""
+    if not stat.S_ISDIR(os.fstat(found.fd).st_mode):
         return
-    with os.scandir(path) as found:
-        for entry in found:
-            yield entry
-            if entry.name == UNITS and entry.is_dir(follow_symlinks=False):
-                with os.scandir(entry.path) as inside:
-                    yield from inside
+    for name in found.names():
+        about = found.stat(name)
+        yield name, False, about
+        if name == UNITS and stat.S_ISDIR(about.st_mode):
+            with found.folder(name) as units:
+                for unit in units.names():
+                    yield unit, True, units.stat(unit)

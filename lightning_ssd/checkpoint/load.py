@@ -30,6 +30,7 @@ from lightning_ssd.checkpoint.mapped import MappedFile, read_exactly
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.header import TensorEntry
@@ -66,6 +67,7 @@ class CheckpointReader:
         """
         self.directory = os.path.abspath(os.fspath(directory))
         self._mapped: dict[str, MappedFile] = {}
+        self._folders: dict[str, Folder] = {}
         recover(self.directory)
         with ExitStack() as on_error:
             self._fd = _open_directory(self.directory)
@@ -90,6 +92,9 @@ class CheckpointReader:
         for mapped in self._mapped.values():
             mapped.close()
         self._mapped.clear()
+        for folder in self._folders.values():
+            folder.close()
+        self._folders.clear()
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -128,6 +133,17 @@ class CheckpointReader:
         """Whether `value` needs no conversion; true of everything that is not in a unit file."""
         stored = self.manifest.aliases.get(name, name)
         return stored not in self.manifest.parameters or self._form(name, self.dtype_at_rest(name))[1]
+
+    def folder_of(self, record: FileRecord) -> Folder:
+        """The directory of a unit file, opened without following symlinks; the reader closes it."""
+        inner = os.path.dirname(record.path)
+        if inner not in self._folders:
+            folder = Folder(os.dup(self._open_directory_fd()), self.directory)
+            for part in inner.split("/") if inner else ():
+                with folder:
+                    folder = folder.folder(part)
+            self._folders[inner] = folder
+        return self._folders[inner]
 
     def path_of(self, record: FileRecord) -> str:
         """Absolute path of a unit file; it is immutable, so it may be linked, and must not be written."""

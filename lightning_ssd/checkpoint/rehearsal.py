@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -13,6 +14,8 @@ from lightning_ssd.checkpoint.save import save
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
 from lightning_ssd.checkpoint.writer import lay_out_tensors
 from lightning_ssd.errors import CheckpointError
+
+_WAIT_S = 10.0
 
 
 def rehearse(folder: str, stores: Sequence[str]) -> float:
@@ -31,19 +34,32 @@ def rehearse(folder: str, stores: Sequence[str]) -> float:
     Raises:
         CheckpointError: If no checkpoint can be saved, or a saved one not removed, in ``folder``.
     """
-    name = f"rehearsal.tmp-{os.getpid()}-{os.urandom(4).hex()}"
+    name = f"rehearsal.tmp-{os.getpid()}-{os.urandom(8).hex()}"
     target = os.path.join(folder, f".{name}")
     sources = [os.path.join(store, f"{name}.safetensors") for store in stores]
     try:
         with _without_traces(folder), _files(sources) as files:
             done = save(target, files, {}, {}, [], step=0, progress=lambda done, total: None)
-            remove(target)
+            _remove(target)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
             f"no checkpoint can be saved in {folder!r}, as a trial shows: {error.__cause__ or error}; make it writable "
             "for this user, free space there, or choose another directory for the checkpoints (dirpath)"
         ) from error
     return done.nbytes_linked / sum(file.nbytes for file in files)
+
+
+def _remove(target: str) -> None:
+    """Remove the trial. Once it is saved its lock is free, so ``lightning-ssd clean`` may be at it, and be faster."""
+    end_s = time.monotonic() + _WAIT_S
+    while os.path.lexists(target):
+        try:
+            remove(target)
+        except CheckpointError as error:
+            is_failed = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+            if is_failed or time.monotonic() > end_s:
+                raise
+            time.sleep(0.01)
 
 
 @contextmanager

@@ -55,6 +55,7 @@ from lightning_ssd.checkpoint.writer import (
     write_tensors,
 )
 from lightning_ssd.errors import CheckpointError, CorruptionError, naming
+from lightning_ssd.io.folder import Folder, is_own_file
 from lightning_ssd.store.dtypes import TORCH_DTYPE
 
 _log = logging.getLogger("lightning_ssd.checkpoint")
@@ -127,9 +128,9 @@ def save(
     unsynced = set() if unsynced is None else unsynced
     job = _Job(progress or LogProgress(_log, f"saving {target}"), sum(file.nbytes for file in files), unsynced)
     try:
-        with staging(target, recycle) as path:
-            records = _place_units(path, files, job)
-            encoded, small = _write_small_files(path, rest, state, optimizers, job)
+        with staging(target, recycle) as staged:
+            records = _place_units(staged, files, job)
+            encoded, small = _write_small_files(staged, rest, state, optimizers, job)
             manifest = Manifest(
                 step=step,
                 created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -142,8 +143,8 @@ def save(
                 optimizers=encoded,
                 small_files=small,
             )
-            _write_manifest(path, manifest, job)
-            _make_durable(path, (*small, MANIFEST))
+            _write_manifest(staged, manifest, job)
+            _make_durable(staged, (*small, MANIFEST))
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {target!r} could not be saved: {error}; one of that name that was there is still whole"
@@ -167,17 +168,23 @@ class _Job:
         self.progress(min(self.nbytes_linked + self.nbytes_written, self.total_nbytes), self.total_nbytes)
 
 
-def _place_units(path: str, files: Sequence[UnitFile | ComposedFile], job: _Job) -> tuple[FileRecord, ...]:
-    units = os.path.join(path, UNITS)
-    os.mkdir(units, 0o700)
-    generations = [file for file in files if isinstance(file, UnitFile) and file.source not in job.unsynced]
-    _sync_sources(generations, os.stat(units).st_dev, job.unsynced)
+def _place_units(staged: Folder, files: Sequence[UnitFile | ComposedFile], job: _Job) -> tuple[FileRecord, ...]:
+    with staged.make(UNITS) as units:
+        generations = [file for file in files if isinstance(file, UnitFile) and file.source not in job.unsynced]
+        _sync_sources(generations, os.fstat(units.fd).st_dev, job.unsynced)
+        return _place_each(units, files, job)
+
+
+def _place_each(units: Folder, files: Sequence[UnitFile | ComposedFile], job: _Job) -> tuple[FileRecord, ...]:
     records: list[FileRecord] = []
     for index, file in enumerate(files):
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", f"{file.unit}.{file.kind}")[:120]
         name = f"{index:05d}-{plain}.safetensors"
-        to = os.path.join(units, name)
-        checksums = file.write(to, job.report) if isinstance(file, ComposedFile) else _place(file, to, job)
+        to = os.path.join(units.path, name)
+        if isinstance(file, ComposedFile):
+            checksums: tuple[int, ...] | None = file.write(to, job.report, units)
+        else:
+            checksums = _place(file, units, to, job)
         renamed = {} if isinstance(file, ComposedFile) else file.renamed
         layout = (file.nbytes, file.unit, file.kind, file.data_begin, file.entries)
         records.append(FileRecord(f"{UNITS}/{name}", *layout, checksums, renamed))
@@ -190,8 +197,8 @@ def _sync_sources(files: Sequence[UnitFile], device: int, unsynced: set[str]) ->
     Those of which it fails are entered in ``unsynced``, all of them, whichever error is raised.
     """
 
-    def sync(path: str) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    def sync(file: UnitFile) -> None:
+        fd, path = file.open_source(), file.source
         try:
             found = os.fstat(fd)
             # One that is linked already is in a checkpoint and was made durable then: generations are immutable.
@@ -207,14 +214,17 @@ def _sync_sources(files: Sequence[UnitFile], device: int, unsynced: set[str]) ->
 
     # Side by side: the disk answers one flush for many, where one after the other each waits for its own.
     with ThreadPoolExecutor(_NUM_SYNCS, thread_name_prefix="checkpoint-sync") as pool:
-        futures = [pool.submit(sync, file.source) for file in files if file.linkable]
+        futures = [pool.submit(sync, file) for file in files if file.linkable]
     for future in futures:
         future.result()
 
 
-def _place(file: UnitFile, to: str, job: _Job) -> tuple[int, ...] | None:
-    """Link or copy one generation; return the checksums of what is in the checkpoint now."""
-    fd = os.open(file.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+def _place(file: UnitFile, units: Folder, to: str, job: _Job) -> tuple[int, ...] | None:
+    """Link or copy one generation; return the checksums of what is in the checkpoint now.
+
+    What belongs to somebody else, or others may write to, is copied: they could change it later.
+    """
+    fd = file.open_source()
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size != file.nbytes:
@@ -227,32 +237,34 @@ def _place(file: UnitFile, to: str, job: _Job) -> tuple[int, ...] | None:
                 f"{file.kind} of unit {file.unit!r}: {file.source!r} could not be made durable before, and has no "
                 "checksums to tell whether it is whole; resume from the last checkpoint, on another disk"
             )
-        if file.linkable and file.source not in job.unsynced and _link(file.source, to, found):
+        may_link = file.linkable and file.source not in job.unsynced and is_own_file(found, units)
+        if may_link and _link(file, units, to, found):
             job.report(linked=file.nbytes)
             return file.checksums
-        return _copy(fd, file, to, job)
+        return _copy(fd, file, units, to, job)
     finally:
         os.close(fd)
 
 
-def _link(source: str, to: str, found: os.stat_result) -> bool:
+def _link(file: UnitFile, units: Folder, to: str, found: os.stat_result) -> bool:
+    name = os.path.basename(to)
     try:
-        os.link(source, to, follow_symlinks=False)
+        file.link_source(units, name)
     except OSError as error:
         if error.errno in _CANNOT_LINK:
             return False
         raise
     # The path may have been recycled since it was opened: the checkpoint would hold another generation.
-    if not os.path.samestat(os.lstat(to), found):
-        raise CheckpointError(f"{source!r} was replaced while a checkpoint linked it")
+    if not os.path.samestat(units.stat(name), found):
+        raise CheckpointError(f"{file.source!r} was replaced while a checkpoint linked it")
     return True
 
 
-def _copy(fd: int, file: UnitFile, to: str, job: _Job) -> tuple[int, ...]:
+def _copy(fd: int, file: UnitFile, units: Folder, to: str, job: _Job) -> tuple[int, ...]:
     """Copy through one buffer of 1 MiB, comparing with the checksums of a generation that cannot have changed."""
     expected = file.checksums if file.linkable else None
     checksums: list[int] = []
-    with new_file(to) as out:
+    with new_file(to, units) as out:
         if file.nbytes:
             os.posix_fallocate(out, 0, file.nbytes)
         writer = StreamWriter(out)
@@ -299,20 +311,24 @@ def _compare(checksums: list[int], expected: tuple[int, ...] | None, file: UnitF
 
 
 def _write_small_files(
-    path: str, rest: Mapping[str, Tensor], state: Mapping[str, Any], optimizers: Sequence[OptimizerRecord], job: _Job
+    staged: Folder,
+    rest: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    optimizers: Sequence[OptimizerRecord],
+    job: _Job,
 ) -> tuple[tuple[OptimizerRecord, ...], dict[str, SmallFile]]:
     """Write rest and state; return the encoded optimizer records and what was written."""
     pickled: dict[str, Any] = {}
     encoded = tuple(encode_optimizer(record, index, pickled) for index, record in enumerate(optimizers))
     odd = {name: tensor for name, tensor in rest.items() if not _is_plain(tensor)}
     small: dict[str, SmallFile] = {}
-    with _small_file(path, REST, small, job) as writer:
+    with _small_file(staged, REST, small, job) as writer:
         plain = {name: tensor for name, tensor in rest.items() if name not in odd}
         write_tensors(writer, lay_out_tensors(plain), plain.__getitem__)
-    with _small_file(path, STATE, small, job) as writer:
+    with _small_file(staged, STATE, small, job) as writer:
         write_pickle(writer, {"state": dict(state), "hyper": pickled})
     if odd:
-        with _small_file(path, ODD, small, job) as writer:
+        with _small_file(staged, ODD, small, job) as writer:
             write_pickle(writer, {name: tensor.detach() for name, tensor in odd.items()})
     return encoded, small
 
@@ -327,35 +343,36 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def _small_file(path: str, name: str, small: dict[str, SmallFile], job: _Job) -> Iterator[StreamWriter]:
+def _small_file(staged: Folder, name: str, small: dict[str, SmallFile], job: _Job) -> Iterator[StreamWriter]:
     """A file that is entered in ``small`` on leaving."""
-    with new_file(os.path.join(path, name)) as fd:
+    with new_file(os.path.join(staged.path, name), staged) as fd:
         writer = StreamWriter(fd, checksummed=True)
         yield writer
     small[name] = SmallFile(writer.nbytes, writer.checksum)
     job.report(written=writer.nbytes)
 
 
-def _write_manifest(path: str, manifest: Manifest, job: _Job) -> None:
+def _write_manifest(staged: Folder, manifest: Manifest, job: _Job) -> None:
     text = encode_manifest(manifest)
     # What we wrote must be what we can read: a name or number that the reader refuses is found now, not at resume.
     decode_manifest(text, "the manifest to be written")
-    with new_file(os.path.join(path, MANIFEST)) as fd:
+    with new_file(os.path.join(staged.path, MANIFEST), staged) as fd:
         StreamWriter(fd).write(text)
     job.report(written=len(text))
 
 
-def _make_durable(path: str, names: Iterable[str]) -> None:
+def _make_durable(staged: Folder, names: Iterable[str]) -> None:
     """Make the small files and the directories durable, all at the end: the file system then commits them together."""
     for name in names:
-        fd = os.open(os.path.join(path, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = staged.open_file(name, os.O_RDONLY)
         try:
-            with naming(os.path.join(path, name)):
+            with naming(os.path.join(staged.path, name)):
                 os.fsync(fd)
         finally:
             os.close(fd)
-    sync_directory(os.path.join(path, UNITS))
-    sync_directory(path)
+    with staged.folder(UNITS) as units:
+        sync_directory(units)
+    sync_directory(staged)
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
 from lightning_ssd.checkpoint.writer import StreamWriter, as_bytes, new_file
+from lightning_ssd.io.folder import Folder
 from lightning_ssd.store.header import TensorEntry, encode_header
 
 
@@ -26,6 +28,7 @@ class UnitFile:
             computed; a linked one without them cannot be verified later.
         data_begin: Where the data section starts.
         renamed: Name of a parameter -> its name inside the file, where that is another.
+        folder: An open directory in which ``source`` is looked up, by the last part of it. Default: by its path.
     """
 
     unit: str
@@ -36,11 +39,25 @@ class UnitFile:
     checksums: tuple[int, ...] | None
     data_begin: int
     renamed: Mapping[str, str] = field(default_factory=dict)
+    folder: Folder | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole file."""
         return self.data_begin + max((entry.end for entry in self.entries), default=0)
+
+    def open_source(self) -> int:
+        """The generation, open for reading; the descriptor is the caller's."""
+        if self.folder is None:
+            return os.open(self.source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return self.folder.open_file(os.path.basename(self.source), os.O_RDONLY)
+
+    def link_source(self, folder: Folder, name: str) -> None:
+        """Link the generation into ``folder``."""
+        source, where = self.source, None
+        if self.folder is not None:
+            source, where = os.path.basename(source), self.folder.fd
+        os.link(source, name, src_dir_fd=where, dst_dir_fd=folder.fd, follow_symlinks=False)
 
 
 @dataclass(frozen=True)
@@ -71,16 +88,17 @@ class ComposedFile:
         """Bytes of the whole file."""
         return self.data_begin + max((entry.end for entry in self.entries), default=0)
 
-    def write(self, path: str, report: Callable[[int], None]) -> tuple[int, ...]:
+    def write(self, path: str, report: Callable[[int], None], folder: Folder | None = None) -> tuple[int, ...]:
         """Write the file, and make it durable; return the CRC32C of each 1 MiB of its data section.
 
         Args:
             path: Where; must not exist.
             report: Called with bytes written since the last call.
+            folder: The directory it is in, open.
         """
         header = encode_header(self.entries)
         pieces = _Pieces()
-        with new_file(path) as fd:
+        with new_file(path, folder) as fd:
             writer = StreamWriter(fd)
             report(writer.write(header))
             for entry in self.entries:

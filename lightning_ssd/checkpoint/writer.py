@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import Bytes, checksum
 from lightning_ssd.errors import CheckpointError, naming
+from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import name_of
 from lightning_ssd.store.header import ITEMSIZE, TensorEntry, encode_header
@@ -84,9 +85,13 @@ class StreamWriter:
 
 
 @contextmanager
-def new_file(path: str) -> Iterator[int]:
-    """A file that did not exist, open for writing, readable by its owner only."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def new_file(path: str, folder: Folder | None = None) -> Iterator[int]:
+    """A file that did not exist, open for writing, readable by its owner only; in ``folder`` if that is open."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    if folder is None:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    else:
+        fd = folder.open_file(os.path.basename(path), flags)
     try:
         with naming(path):
             yield fd

@@ -14,9 +14,11 @@ from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.leftovers import could_be_left_over, leftover, remove_leftover
 from lightning_ssd.cli.output import error_line, fmt_age, line, table
 from lightning_ssd.sizes import fmt
-from lightning_ssd.store.run_directory import dead_run, is_run_directory, remove_dead_run
+from lightning_ssd.store.run_directory import DeadRun, dead_run, is_run_directory, remove_dead_run
 
 NAME = "clean"
+_RUN = "dead run"
+_KEPT = "kept store"
 HELP = "Show what runs, saves and exports that died have left; remove it with --yes, or after a question on a terminal."
 
 
@@ -26,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "paths", nargs="*", metavar="PATH", help="where to look, subdirectories too (default: $LIGHTNING_SSD_PATH or .)"
     )
     parser.add_argument("--yes", action="store_true", help="remove without asking")
+    parser.add_argument("--kept", action="store_true", help="also stores that a run left on purpose (keep_store=True)")
     parser.add_argument("--json", action="store_true", help="write the result as JSON; asks nothing")
     parser.add_argument(
         "--other-hosts",
@@ -54,12 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
         error_line(f"error: {path!r} is not a directory")
     if absent:
         return 1
-    finds = list({find.path: find for path in paths for find in _search(path, arguments.other_hosts)}.values())
+    finds = list({find.path: find for path in paths for find in _search(path, arguments)}.values())
     failed = 0
     if not arguments.json:
         _show(finds)
     if arguments.yes or (not arguments.json and _confirmed(finds)):
-        failed = sum(not _remove(find) for find in finds if not find.kept_because)
+        failed = sum(not _remove(find, kept=arguments.kept) for find in finds if not find.kept_because)
     if arguments.json:
         line(json.dumps([vars(find) for find in finds], indent=2))
     elif any(find.removed for find in finds):
@@ -68,18 +71,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _search(top: str, other_hosts: bool) -> Iterator[_Find]:
+def _search(top: str, arguments: argparse.Namespace) -> Iterator[_Find]:
     """Walk down without following symlinks; run directories and whole checkpoints are not entered."""
     for path in (top, *_below(top)):
         if is_run_directory(os.path.basename(path)):
             run = dead_run(path)
             if run is not None:
-                foreign = run.host not in ("", socket.gethostname()) and not other_hosts
-                why = f"made on {run.host!r}: see --other-hosts" if foreign else ""
-                yield _Find(path, "dead run", run.nbytes, run.age_s, why)
+                yield _Find(path, _KEPT if run.is_kept else _RUN, run.nbytes, run.age_s, _why_kept(run, arguments))
         elif (found := leftover(path)) is not None:
             why = "the only copy of a checkpoint: inspect it by its own name" if found.is_needed else ""
             yield _Find(path, found.what, found.nbytes, found.age_s, why)
+
+
+def _why_kept(run: DeadRun, arguments: argparse.Namespace) -> str:
+    if run.is_kept and not arguments.kept:
+        return "left on purpose by keep_store=True: see --kept"
+    if run.host not in ("", socket.gethostname()) and not arguments.other_hosts:
+        return f"made on {run.host!r}: see --other-hosts"
+    return ""
 
 
 def _below(top: str) -> Iterator[str]:
@@ -117,12 +126,16 @@ def _confirmed(finds: list[_Find]) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _remove(find: _Find) -> bool:
-    """Remove one; whoever took its lock since it was listed keeps it."""
+def _remove(find: _Find, *, kept: bool) -> bool:
+    """Remove one, whether that was without error; what somebody took since it was listed, or removed, is none."""
     try:
-        find.removed = remove_dead_run(find.path) if find.what == "dead run" else remove_leftover(find.path)
-        find.kept_because = "" if find.removed else "somebody uses it now"
+        is_run = find.what in (_RUN, _KEPT)
+        find.removed = remove_dead_run(find.path, kept=kept) if is_run else remove_leftover(find.path)
+        find.kept_because = "" if find.removed else "somebody uses it now, or has removed it"
+    except FileNotFoundError:
+        find.kept_because = "somebody has removed it"
     except OSError as error:
         find.kept_because = f"not removed: {error.strerror}"
         error_line(f"error: {find.path!r}: {error.strerror}; what this program did not make stays")
-    return find.removed
+        return False
+    return True

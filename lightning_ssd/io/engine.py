@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from lightning_ssd.errors import ConfigurationError, IoError
+from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes
 
 
@@ -92,10 +93,14 @@ class File:
         tail_fd: Buffered, for the bytes past the last 4096 boundary; -1 once closed.
         is_direct: Whether ``direct_fd`` is O_DIRECT.
         writable: Whether it was opened for writing.
+        folder: The directory that ``path`` is in, where it was given: names are looked up in this very one.
     """
 
-    def __init__(self, path: str, nbytes: int, *, direct_fd: int, tail_fd: int, writable: bool) -> None:
+    def __init__(
+        self, path: str, nbytes: int, *, direct_fd: int, tail_fd: int, writable: bool, folder: Folder | None = None
+    ) -> None:
         self.path = path
+        self.folder = folder
         self.nbytes = nbytes
         self.direct_fd = direct_fd
         self.tail_fd = tail_fd
@@ -103,13 +108,14 @@ class File:
         self.writable = writable
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], nbytes: int, *, direct: bool) -> File:
+    def create(cls, path: str | os.PathLike[str], nbytes: int, *, direct: bool, folder: Folder | None = None) -> File:
         """Create a new file of exactly ``nbytes`` with its space reserved.
 
         Args:
             path: Must not exist yet.
             nbytes: Length, above 0.
             direct: Use O_DIRECT where the file system has it.
+            folder: The directory it is in, open.
 
         Raises:
             IoError: No space, no permission, or the path exists. Nothing is left behind.
@@ -118,24 +124,25 @@ class File:
             raise ValueError(f"a store file needs a positive length, got {nbytes}")
         path = os.fspath(path)
         with _as_io_error(path, 0, nbytes, "create"):
-            tail_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            tail_fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
             try:
                 _reserve(tail_fd, nbytes)
-                direct_fd = _open_direct(path, os.O_RDWR, direct, tail_fd)
+                direct_fd = _open_direct(path, os.O_RDWR, direct, tail_fd, folder)
             except BaseException:
                 os.close(tail_fd)
-                os.unlink(path)
+                _unlink(path, folder)
                 raise
-        return cls(path, nbytes, direct_fd=direct_fd, tail_fd=tail_fd, writable=True)
+        return cls(path, nbytes, direct_fd=direct_fd, tail_fd=tail_fd, writable=True, folder=folder)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, direct: bool, writable: bool) -> File:
+    def open(cls, path: str | os.PathLike[str], *, direct: bool, writable: bool, folder: Folder | None = None) -> File:
         """Open an existing file; its length is what the file system says now.
 
         Args:
             path: The file.
             direct: Use O_DIRECT where the file system has it.
             writable: Open for reading and writing, else for reading.
+            folder: The directory it is in, open.
 
         Raises:
             IoError: The file cannot be opened.
@@ -143,14 +150,14 @@ class File:
         path = os.fspath(path)
         mode = os.O_RDWR if writable else os.O_RDONLY
         with _as_io_error(path, 0, 0, "open"):
-            tail_fd = os.open(path, mode)
+            tail_fd = _open(path, mode, folder)
             try:
                 nbytes = os.fstat(tail_fd).st_size
-                direct_fd = _open_direct(path, mode, direct, tail_fd)
+                direct_fd = _open_direct(path, mode, direct, tail_fd, folder)
             except BaseException:
                 os.close(tail_fd)
                 raise
-        return cls(path, nbytes, direct_fd=direct_fd, tail_fd=tail_fd, writable=writable)
+        return cls(path, nbytes, direct_fd=direct_fd, tail_fd=tail_fd, writable=writable, folder=folder)
 
     @property
     def closed(self) -> bool:
@@ -168,12 +175,44 @@ class File:
         with _as_io_error(self.path, 0, self.nbytes, "sync"):
             os.fdatasync(self.tail_fd)  # sync: waits for the disk
 
-    def rename(self, new_path: str | os.PathLike[str]) -> None:
-        """Move the file inside its file system, replacing what ``new_path`` names; open descriptors stay valid."""
-        new_path = os.fspath(new_path)
+    def rename(self, new_path: str | os.PathLike[str], folder: Folder | None = None) -> None:
+        """Move the file inside its file system, replacing what ``new_path`` names; open descriptors stay valid.
+
+        Args:
+            new_path: Where to.
+            folder: The directory of ``new_path``, open. Default: that of the file.
+        """
+        new_path, folder = os.fspath(new_path), folder or self.folder
         with _as_io_error(self.path, 0, self.nbytes, "rename"):
-            os.rename(self.path, new_path)
-        self.path = new_path
+            os.rename(
+                _name(self.path, self.folder),
+                _name(new_path, folder),
+                src_dir_fd=None if self.folder is None else self.folder.fd,
+                dst_dir_fd=None if folder is None else folder.fd,
+            )
+        self.path, self.folder = new_path, folder
+
+    def unlink(self) -> None:
+        """Remove its name; the file lives as long as it is open or mapped."""
+        _unlink(self.path, self.folder)
+
+    def open_again(self, flags: int) -> int:
+        """Another descriptor of the file by its name, also after `close`; the caller's to close."""
+        return _open(self.path, flags, self.folder)
+
+    def stat(self) -> os.stat_result:
+        """About the file that has the name."""
+        return (
+            os.stat(self.path, follow_symlinks=False)
+            if self.folder is None
+            else self.folder.stat(_name(self.path, self.folder))
+        )
+
+    def date(self, mtime_ns: int) -> None:
+        """Set the time of the last change, in nanoseconds since 1970."""
+        times = (self.stat().st_atime_ns, mtime_ns)
+        where = None if self.folder is None else self.folder.fd
+        os.utime(_name(self.path, self.folder), ns=times, dir_fd=where, follow_symlinks=False)
 
     def close(self) -> None:
         """Close the descriptors; a second call does nothing."""
@@ -299,11 +338,28 @@ def _reserve(fd: int, nbytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _open_direct(path: str, mode: int, direct: bool, tail_fd: int) -> int:
+def _name(path: str, folder: Folder | None) -> str:
+    return path if folder is None else os.path.basename(path)
+
+
+def _open(path: str, flags: int, folder: Folder | None) -> int:
+    return (
+        os.open(path, flags | os.O_CLOEXEC, 0o600) if folder is None else folder.open_file(_name(path, folder), flags)
+    )
+
+
+def _unlink(path: str, folder: Folder | None) -> None:
+    if folder is None:
+        os.unlink(path)
+    else:
+        folder.unlink(os.path.basename(path))
+
+
+def _open_direct(path: str, mode: int, direct: bool, tail_fd: int, folder: Folder | None) -> int:
     if not direct:
         return tail_fd
     try:
-        return os.open(path, mode | os.O_DIRECT)
+        return _open(path, mode | os.O_DIRECT, folder)
     except OSError as error:
         if error.errno in _NO_DIRECT:
             return tail_fd

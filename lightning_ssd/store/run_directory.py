@@ -1,7 +1,8 @@
 """The directory of one run's live store: made, locked, recognised when its run is dead, and removed by its owner.
 
 What is removed, by the owner or after its death, is what a run makes: plain files with our endings, the lock, and the
-directory if that left it empty. Nothing is reached through a symlink, and nothing of another user's is touched.
+directory if that left it empty. Everything goes through descriptors (`lightning_ssd.io.folder`): nothing is reached
+through a symlink or a path that another user can change, and nothing of another user's is touched.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shlex
-import shutil
 import socket
 import stat
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_ssd.errors import StoreError
+from lightning_ssd.io.folder import Folder, is_regular
 from lightning_ssd.sizes import fmt
 
 _PREFIX = "ssd-run-"
 _LOCK = "lock"
-_NAME = re.compile(r"(\.new-)?ssd-run-\d{8}-\d{6}-\d+-\d{6}")
+_NAME = re.compile(r"(\.new-)?ssd-run-\d{8}-\d{6}-\d+-(\d{6}|[0-9a-f]{16})")
 _DATA_SUFFIXES = (".safetensors", ".spill")
 _PROBE = re.compile(r"\.direct-probe-\w+")
 _UNBORN_S = 3600.0
@@ -42,12 +45,14 @@ class DeadRun:
         nbytes: Bytes on disk that removing it frees; files that a checkpoint links stay and are not counted.
         age_s: Seconds since something in it was changed.
         host: Name of the machine that made it; a lock on a network disk may not be seen from another one.
+        is_kept: The run was told to keep it (``keep_store=True``).
     """
 
     path: str
     nbytes: int
     age_s: float
     host: str
+    is_kept: bool = False
 
 
 class RunDirectory:
@@ -55,19 +60,31 @@ class RunDirectory:
 
     Attributes:
         path: The directory, mode 0700.
+        folder: The same, open.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, *, keep: bool = False) -> None:
         """Create and lock the directory.
+
+        Args:
+            root: Where.
+            keep: Note in it that it is to stay when the run ends, however that ends.
 
         Raises:
             StoreError: If ``root`` cannot be created or written.
         """
-        name = f"{_PREFIX}{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.monotonic_ns() % 10**6:06d}"
+        # Nobody can guess the name and have something there first.
+        name = f"{_PREFIX}{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(8)}"
         self.path = os.path.join(root, name)
+        self._pid = os.getpid()
         try:
             os.makedirs(root, exist_ok=True)
-            self._lock_fd = _make(self.path)
+            self._root = Folder.open(root)
+            try:
+                self.folder, self._lock_fd = _make(self._root, name, keep=keep)
+            except BaseException:
+                self._root.close()
+                raise
         except OSError as error:
             raise StoreError(
                 f"cannot make a run directory in nvme_path={root!r}: {error.strerror}; "
@@ -75,15 +92,36 @@ class RunDirectory:
             ) from error
 
     def close(self, *, remove: bool) -> None:
-        """Give up the lock; with ``remove`` delete the directory. A second call does nothing."""
+        """Give up the lock; with ``remove`` delete the directory, else note that it is kept.
+
+        A second call does nothing. In a forked child nothing is deleted: the run is the parent's.
+        """
         if self._lock_fd < 0:
             return
         try:
+            if os.getpid() != self._pid:
+                return
             if remove:
-                _remove(self.path)
+                self._remove()
+            else:
+                with suppress(OSError):  # the user removed it, or the disk is full: then it is as one of a dead run
+                    _describe(self._lock_fd, keep=True)
         finally:
             os.close(self._lock_fd)
             self._lock_fd = -1
+            self.folder.close()
+            self._root.close()
+
+    def _remove(self) -> None:
+        try:
+            _remove_contents(self.folder)
+            _remove_empty(self._root, self.folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            warnings.warn(
+                f"{self.path!r} holds files that this run did not make, it stays: {error.strerror}", stacklevel=2
+            )
 
 
 def is_run_directory(name: str) -> bool:
@@ -92,37 +130,46 @@ def is_run_directory(name: str) -> bool:
 
 
 def dead_runs(root: str) -> list[DeadRun]:
-    """Run directories under ``root`` whose lock nobody holds."""
-    found = []
-    for entry in sorted(os.scandir(root), key=lambda e: e.name) if os.path.isdir(root) else []:
-        if is_run_directory(entry.name) and entry.is_dir(follow_symlinks=False):
-            with suppress(OSError):  # gone while we looked
-                run = dead_run(entry.path)
-                if run is not None:
-                    found.append(run)
-    return found
+    """Run directories under ``root`` whose lock nobody holds, but those that their run was to keep."""
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:  # none yet, or not ours to list
+        return []
+    found = (dead_run(os.path.join(root, name)) for name in names if is_run_directory(name))
+    return [run for run in found if run is not None and not run.is_kept]
 
 
 def dead_run(path: str) -> DeadRun | None:
     """What is known of one run directory, None if it is alive, not ours, or no run directory."""
-    with _held(path) as fds:
-        if fds is None:
-            return None
-        nbytes, changed_s = _extent(fds[0])
-        return DeadRun(path, nbytes, max(time.time() - changed_s, 0.0), _host(fds[1]))
+    with suppress(OSError), _held(path, shared=True) as held:  # gone while we looked
+        if held is not None:
+            folder, lock_fd = held
+            nbytes, changed_s = _extent(folder)
+            about = _about(lock_fd)
+            age_s = max(time.time() - changed_s, 0.0)
+            return DeadRun(path, nbytes, age_s, str(about.get("host", "")), about.get("keep") is True)
+    return None
 
 
-def remove_dead_run(path: str) -> bool:
+def remove_dead_run(path: str, *, kept: bool = False) -> bool:
     """Remove what a dead run left behind; False if it is alive, not ours, or gone. Files that are not ours stay.
+
+    Args:
+        path: The directory.
+        kept: Remove it also if its run was to keep it.
 
     Raises:
         OSError: If something could not be removed.
     """
-    with _held(path) as fds:
-        if fds is None:
+    # The lock is held until all is gone: who finds it now finds a run that lives.
+    with _held(path, shared=False) as held:
+        if held is None or (_about(held[1]).get("keep") is True and not kept):
             return False
-        _remove_contents(fds[0])
-        os.rmdir(path)
+        with Folder.open(os.path.dirname(path)) as root:
+            if not root.is_at(os.path.basename(path), held[0]):
+                return False
+            _remove_contents(held[0])
+            _remove_empty(root, held[0])
         return True
 
 
@@ -138,34 +185,53 @@ def warn_of_dead_runs(root: str) -> None:
         )
 
 
-def _make(path: str) -> int:
-    """Make the directory with its lock held from the moment on at which it can be seen; the lock's descriptor."""
-    folder, name = os.path.split(path)
-    hidden = os.path.join(folder, f".new-{name}")
-    os.mkdir(hidden, 0o700)
+def _make(root: Folder, name: str, *, keep: bool) -> tuple[Folder, int]:
+    """Make the directory with its lock held from the moment on at which it can be seen; both open."""
+    hidden = f".new-{name}"
+    folder = root.make(hidden)
     lock_fd = -1
     try:
-        lock_fd = _lock(os.path.join(hidden, _LOCK), create=True)
-        os.write(lock_fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-        os.rename(hidden, path)
+        lock_fd = _lock(folder, os.O_CREAT | os.O_EXCL, shared=False)
+        _describe(lock_fd, keep=keep)
+        root.rename(hidden, name)
+        if not root.is_at(name, folder):
+            raise OSError(errno.EPERM, "another user moved it away", os.path.join(root.path, name))
     except BaseException:
+        with suppress(OSError):
+            folder.unlink(_LOCK)
+        with suppress(OSError):
+            root.rmdir(hidden)
         if lock_fd >= 0:
             os.close(lock_fd)
-        shutil.rmtree(hidden, ignore_errors=True)
+        folder.close()
         raise
-    return lock_fd
+    folder.path = os.path.join(root.path, name)
+    return folder, lock_fd
 
 
-def _lock(path: str, *, create: bool, dir_fd: int | None = None) -> int:
-    # A symlink or FIFO in the lock's place would be another's file, or hold us for ever.
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if create else 0)
-    fd = os.open(path, flags, 0o600, dir_fd=dir_fd)
+def _describe(lock_fd: int, *, keep: bool) -> None:
+    about = {"pid": os.getpid(), "host": socket.gethostname()} | ({"keep": True} if keep else {})
+    os.lseek(lock_fd, 0, os.SEEK_SET)
+    os.write(lock_fd, json.dumps(about).encode())
+
+
+def _about(lock_fd: int) -> dict[str, Any]:
+    """What a run wrote into its lock; nothing if its disk was full, or it died before."""
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise FileNotFoundError(f"{path!r} is not a plain file")
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = json.loads(os.pread(lock_fd, 4096, 0))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _lock(folder: Folder, flags: int, *, shared: bool) -> int:
+    fd = folder.open_file(_LOCK, os.O_RDWR | flags)
+    try:
+        if not is_regular(fd):
+            raise FileNotFoundError(errno.ENOENT, "the lock is not a plain file", folder.path)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         if not os.fstat(fd).st_nlink:
-            raise FileNotFoundError(f"{path!r} was removed by its owner")
+            raise FileNotFoundError(errno.ENOENT, "the lock was removed by its owner", folder.path)
     except OSError:
         os.close(fd)
         raise
@@ -173,20 +239,18 @@ def _lock(path: str, *, create: bool, dir_fd: int | None = None) -> int:
 
 
 @contextmanager
-def _held(path: str) -> Iterator[tuple[int, int] | None]:
-    """Hold a dead run's directory and lock, as descriptors; None if it is alive, another user's, or no run's."""
-    fds: list[int] = []
-    try:
-        try:
-            fds.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
-            if is_run_directory(os.path.basename(path)) and _may_be_dead(path, os.fstat(fds[0])):
-                fds.append(_lock(_LOCK, create=False, dir_fd=fds[0]))
-        except OSError:
-            pass
-        yield (fds[0], fds[1]) if len(fds) == 2 else None
-    finally:
-        for fd in fds:
-            os.close(fd)
+def _held(path: str, *, shared: bool) -> Iterator[tuple[Folder, int] | None]:
+    """Hold a dead run's directory and lock; None if it is alive, another user's, or no run's."""
+    with ExitStack() as stack:
+        held: tuple[Folder, int] | None = None
+        with suppress(OSError):
+            root = stack.enter_context(Folder.open(os.path.dirname(path)))
+            folder = stack.enter_context(root.folder(os.path.basename(path)))
+            if is_run_directory(os.path.basename(path)) and _may_be_dead(path, os.fstat(folder.fd)):
+                lock_fd = _lock(folder, 0, shared=shared)
+                stack.callback(os.close, lock_fd)
+                held = folder, lock_fd
+        yield held
 
 
 def _may_be_dead(path: str, found: os.stat_result) -> bool:
@@ -195,57 +259,35 @@ def _may_be_dead(path: str, found: os.stat_result) -> bool:
     return found.st_uid == os.geteuid() and not is_unborn
 
 
-def _host(lock_fd: int) -> str:
-    try:
-        return str(json.loads(os.pread(lock_fd, 4096, 0))["host"])
-    except (ValueError, KeyError, TypeError):  # its disk was full, or it died before it wrote
-        return ""
-
-
-def _extent(directory_fd: int) -> tuple[int, float]:
+def _extent(folder: Folder) -> tuple[int, float]:
     """Bytes that removing the contents frees, and the time of the last change in seconds since 1970."""
-    found = [os.fstat(directory_fd)]
-    with os.scandir(directory_fd) as entries:
-        found += [entry.stat(follow_symlinks=False) for entry in entries]
+    found = [os.fstat(folder.fd), *map(folder.stat, folder.names())]
     nbytes = sum(each.st_blocks * 512 for each in found[1:] if each.st_nlink == 1)
     return nbytes, max(each.st_mtime for each in found)
 
 
-def _remove(path: str) -> None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return  # the user was faster
-    try:
-        _remove_contents(fd)
-        os.rmdir(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        warnings.warn(f"{path!r} holds files that this run did not make, it stays: {error.strerror}", stacklevel=2)
-    finally:
-        os.close(fd)
-
-
-def _remove_contents(directory_fd: int) -> None:
+def _remove_contents(folder: Folder) -> None:
     """Remove what a run makes, the lock last: as long as it is there, what is left can be recognised."""
-    with os.scandir(directory_fd) as entries:
-        found = list(entries)
-    for entry in found:
-        if entry.name.endswith(_DATA_SUFFIXES) and entry.is_file(follow_symlinks=False):
-            os.unlink(entry.name, dir_fd=directory_fd)
-        elif _PROBE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-            _remove_probe(entry.name, directory_fd)
-    if any(entry.name == _LOCK and entry.is_file(follow_symlinks=False) for entry in found):
-        os.unlink(_LOCK, dir_fd=directory_fd)
+    names = folder.names()
+    for name in names:
+        mode = folder.stat(name).st_mode
+        if name.endswith(_DATA_SUFFIXES) and stat.S_ISREG(mode):
+            folder.unlink(name)
+        elif _PROBE.fullmatch(name) and stat.S_ISDIR(mode):
+            _remove_probe(name, folder)
+    if _LOCK in names and stat.S_ISREG(folder.stat(_LOCK).st_mode):
+        folder.unlink(_LOCK)
 
 
-def _remove_probe(name: str, directory_fd: int) -> None:
+def _remove_probe(name: str, folder: Folder) -> None:
     """Remove the directory in which a run tried what its disk can do, if it died at that."""
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
-    try:
-        with suppress(FileNotFoundError):
-            os.unlink("probe", dir_fd=fd)
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=directory_fd)
+    with folder.folder(name) as probe, suppress(FileNotFoundError):
+        probe.unlink("probe")
+    folder.rmdir(name)
+
+
+def _remove_empty(root: Folder, folder: Folder) -> None:
+    """Remove the directory itself, if it still has its name."""
+    name = os.path.basename(folder.path)
+    if root.is_at(name, folder):
+        root.rmdir(name)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lightning_ssd.errors import IoError, StoreError
 from lightning_ssd.io.engine import Engine, File, Transfer
+from lightning_ssd.io.folder import Folder, is_own_file
 from lightning_ssd.kernels.api import crc32c_each, is_native
 from lightning_ssd.memory.plan import STAGING_NBYTES
 from lightning_ssd.memory.pool import Pool
@@ -316,7 +317,7 @@ class StateStore:
             generation.is_mapped = True
             generation.checks = [None] * len(generation.checks)  # whoever maps it may write
         try:
-            fd = os.open(generation.file.path, os.O_RDWR | os.O_CLOEXEC)
+            fd = generation.file.open_again(os.O_RDWR)
         except FileNotFoundError:
             raise StoreError(
                 f"the {generation.layout.kind} of unit {generation.layout.unit!r} is gone: its run is over and another "
@@ -330,22 +331,33 @@ class StateStore:
             os.close(fd)
         return memory
 
-    def recycle(self, path: str) -> bool:
+    def recycle(self, path: str, folder: Folder | None = None) -> bool:
         """Take a file that nothing else links, such as one of a removed checkpoint, for generations to come.
 
+        Args:
+            path: The file.
+            folder: The directory it is in, open.
+
         Returns:
-            Whether it was moved here; False if somebody has it open or mapped, in this process or another (an
-            evaluation of the checkpoint, a tensor that the user kept), if no generation has its size, or if enough
-            such files wait already.
+            Whether it is gone from there; False if somebody has it open or mapped, in this process or another (an
+            evaluation of the checkpoint, a tensor that the user kept), if it is not a plain file of this user's own, if
+            no generation has its size, or if enough such files wait already.
         """
-        found = os.lstat(path)
+        file = File(path, 0, direct_fd=-1, tail_fd=-1, writable=True, folder=folder)
+        found = file.stat()
         alike = sum(g.has_file and g.file.nbytes == found.st_size for g in list(self._current.values()))
         disk = next((i for i, d in enumerate(self._directories) if os.stat(d.path).st_dev == found.st_dev), None)
-        if self._is_suspended or disk is None or len(self._free[found.st_size]) >= alike or _is_open(path):
+        if self._is_suspended or disk is None or len(self._free[found.st_size]) >= alike:
             return False
-        name = f"{next(self._numbers):08d}-recycled.safetensors"
-        file = File.open(path, direct=self._direct[disk], writable=True)
-        file.rename(os.path.join(self._directories[disk].path, name))
+        directory = self._directories[disk]
+        if not is_own_file(found, directory.folder) or _is_open(file):
+            return False
+        file.rename(os.path.join(directory.path, f"{next(self._numbers):08d}-recycled.safetensors"), directory.folder)
+        # Once more: only now nobody can open it any more, and who did in between must keep its values.
+        if _is_open(file):
+            file.unlink()
+            return True
+        file = File.open(file.path, direct=self._direct[disk], writable=True, folder=directory.folder)
         with self._lock:
             self._free[file.nbytes].append(file)
         return True
@@ -401,7 +413,8 @@ class StateStore:
         self._is_suspended = False
         for generation in self._current.values():
             path, disk = generation.file.path, self._disk_of(generation.file)
-            generation.file = File.open(path, direct=self._direct[disk], writable=True)
+            folder = generation.file.folder
+            generation.file = File.open(path, direct=self._direct[disk], writable=True, folder=folder)
 
     def close(self, *, remove: bool) -> None:
         """Close all files; with ``remove`` delete the run directories. The engine is not closed."""
@@ -418,13 +431,14 @@ class StateStore:
 
     def _file(self, name: str, nbytes: int, disk: int) -> File:
         directory = self._directories[disk].path
+        folder = self._directories[disk].folder
         for i, file in enumerate(spare := self._free.get(nbytes, [])):
             if self._disk_of(file) == disk:
                 del spare[i]
                 file.rename(os.path.join(directory, name))
                 return file
         try:
-            return File.create(os.path.join(directory, name), nbytes, direct=self._direct[disk])
+            return File.create(os.path.join(directory, name), nbytes, direct=self._direct[disk], folder=folder)
         except IoError as error:
             raise StoreError(
                 f"cannot reserve {fmt(nbytes)} in {directory!r} ({fmt(free_nbytes(directory))} free): {error}; "
@@ -461,12 +475,12 @@ def _write_all(file: File, data: bytes) -> None:
 
 def _unlink(file: File) -> None:
     with suppress(FileNotFoundError):  # the user removed the run directory: then the space is free already
-        os.unlink(file.path)
+        file.unlink()
 
 
-def _is_open(path: str) -> bool:
+def _is_open(file: File) -> bool:
     """Whether anybody, this process included, has the file open or mapped; True where the kernel cannot tell."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = file.open_again(os.O_RDWR)
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # granted only to the single opener of a file
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

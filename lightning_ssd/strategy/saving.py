@@ -176,6 +176,7 @@ def _unit_file(generation: Generation) -> UnitFile:
         entries=layout.entries,
         checksums=tuple(checks) if len(checks) == len(generation.checks) else None,
         data_begin=layout.data_begin,
+        folder=generation.file.folder,
     )
 
 

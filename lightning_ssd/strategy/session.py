@@ -437,7 +437,7 @@ class Session:
         try:
             for root in self.settings.roots:
                 warn_of_dead_runs(root)
-                directories.append(RunDirectory(root))
+                directories.append(RunDirectory(root, keep=self.settings.keep_store))
             direct = [use_direct(self.settings.io, directory.path) for directory in directories]
         except BaseException:
             for directory in directories:

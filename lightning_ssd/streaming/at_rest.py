@@ -1,7 +1,8 @@
 """Values of a unit outside a step: tensors on a mapping of its file, and whether the user wrote to them.
 
 [Note: at rest, written] A file that no checkpoint names is mapped shared: what the user writes lands in it. Its
-modification time is set to zero when it is mapped, so any time found later, after `msync`, means a write. A file
+modification time is set back by two to four seconds when it is mapped, to one that no write to come can have; so
+another one found later, after `msync`, means a write. A file
 that a checkpoint names is mapped private: what the user writes stays in memory, on pages that no longer belong to the
 file, which bit 61 of ``/proc/self/pagemap`` tells. Assigning ``p.data`` is seen by the address. Optimizer state is
 always mapped private: it is shown, and a checkpoint must still be able to link its file. Parameters that are kept in
@@ -12,7 +13,6 @@ needs to know: its content is summed up before and after.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +26,7 @@ from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.content import content
 
 _PAGE = mmap.PAGESIZE
+_EVEN_NS = 2 * 10**9  # there are file systems that keep even seconds only
 _FILE_PAGE = 1 << 61
 _PRESENT_OR_SWAPPED = (1 << 63) | (1 << 62)
 
@@ -45,12 +46,15 @@ class AtRest:
 
     def __init__(self, store: StateStore, generation: Generation) -> None:
         self.generation = store.on_disk(generation)
-        path = generation.file.path  # not its descriptor: after a run the store has closed its files
-        self.is_private = generation.layout.kind != "param" or os.stat(path).st_nlink > 1
+        file = generation.file  # by its name, not its descriptor: after a run the store has closed its files
+        found = file.stat()
+        self.is_private = generation.layout.kind != "param" or found.st_nlink > 1
         self._checks = list(generation.checks)
         self._memory = store.map(generation, private=self.is_private)
         if not self.is_private:
-            os.utime(path, ns=(os.stat(path).st_atime_ns, 0))
+            if found.st_mtime_ns % _EVEN_NS:  # else it was set back before, and nothing was written since
+                file.date((found.st_mtime_ns // _EVEN_NS - 1) * _EVEN_NS)
+            self._dated_ns = file.stat().st_mtime_ns
         self._views = Views(self._memory)
         self.tensors = _tensors(self._views, generation.layout)
 
@@ -63,7 +67,7 @@ class AtRest:
         if self.is_private:
             return self._has_private_pages()
         self._memory.flush()  # sync: msync, so that the file's time tells of every write
-        return os.stat(self.generation.file.path).st_mtime_ns != 0
+        return self.generation.file.stat().st_mtime_ns != self._dated_ns
 
     def let_go(self, *, is_written: bool) -> None:
         """The parameters view something else now. A file that was only read, and that nobody views, is as before."""

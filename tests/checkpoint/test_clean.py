@@ -16,6 +16,7 @@ import pytest
 from lightning_ssd.checkpoint import directory
 from lightning_ssd.checkpoint.leftovers import leftover, remove_leftover
 from lightning_ssd.cli.main import main
+from lightning_ssd.io.folder import Folder
 from lightning_ssd.store.run_directory import RunDirectory, dead_runs, remove_dead_run
 from tests.checkpoint.support import Training, assert_whole
 
@@ -48,6 +49,15 @@ def dead_save(training: Training, target: Path) -> Path:
     assert os.waitpid(child, 0)[1] == 0
     (path,) = target.parent.glob(f".{target.name}.tmp-*")
     return path
+
+
+def fill(staged: Folder, training: Training) -> None:
+    """Put a whole checkpoint into a staging directory."""
+    made = Path(staged.path).with_name("made")
+    training.save(made)
+    for each in made.iterdir():
+        each.rename(Path(staged.path) / each.name)
+    made.rmdir()
 
 
 def clean(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, Any]]]:
@@ -246,11 +256,11 @@ def test_what_no_export_writes_stays(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_save_that_lives_is_left_alone(
     training: Training, tmp_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with directory.staging(str(tmp_store / "c")) as path:
+    with directory.staging(str(tmp_store / "c")) as staged:
         assert clean(tmp_store, "--yes", capsys=capsys) == (0, [])
-        assert os.path.isdir(path)
-        os.rmdir(path)
-        training.save(Path(path))  # something to publish
+        assert os.path.isdir(staged.path)
+        fill(staged, training)  # something to publish
+    assert_whole(tmp_store / "c", training, 1)
 
 
 def test_the_only_copy_of_a_checkpoint_stays(

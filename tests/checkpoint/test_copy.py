@@ -18,6 +18,7 @@ from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.progress import LogProgress
 from lightning_ssd.cli.main import main
 from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.io.folder import try_lock
 from tests.checkpoint.support import Training, assert_whole
 from tests.checkpoint.test_export import AnonymousMemory
 
@@ -145,7 +146,7 @@ def test_one_copy_at_a_time_and_room_first(
     child = os.fork()
     if child == 0:
         fd = os.open(unfinished, os.O_RDONLY)
-        os._exit(0 if copying.try_lock(fd) and _refused(checkpoint, elsewhere / "d") else 1)
+        os._exit(0 if try_lock(fd) and _refused(checkpoint, elsewhere / "d") else 1)
     assert os.waitpid(child, 0)[1] == 0
     with monkeypatch.context() as patch:
         real = os.statvfs(elsewhere)

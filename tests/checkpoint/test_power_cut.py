@@ -20,6 +20,8 @@ from lightning_ssd.checkpoint import directory, save, writer
 from lightning_ssd.checkpoint.directory import is_checkpoint, remove, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io import folder
+from lightning_ssd.io.folder import Folder
 from tests.checkpoint.support import Training, assert_whole
 from tests.helpers.power_cut import Cut, after, cuts, tree, write_tree
 from tests.helpers.recorder import READING, Recorder, UnknownOperation
@@ -60,7 +62,7 @@ class Run:
         remove(self.root / name, self.recycle)
         self.recorder.mark(f"removed {name} 0")
 
-    def recycle(self, path: str) -> bool:
+    def recycle(self, path: str, folder: Folder) -> bool:
         """As the store does: the file goes to the live ones and is written over at once."""
         again = self.root / "live" / f"recycled-{next(self._numbers)}"
         os.rename(path, again)
@@ -229,10 +231,10 @@ def test_a_sync_that_fails_then_cut(run: Run, monkeypatch: pytest.MonkeyPatch, c
         run.save("last.ckpt")
         begin = len(run.recorder.ops)
 
-        def fail(path: str) -> None:
-            if path == str(run.root):
+        def fail(place: str | Folder) -> None:
+            if (place.path if isinstance(place, Folder) else place) == str(run.root):
                 raise OSError(errno.EIO, "Input/output error")
-            sync_directory(path)
+            sync_directory(place)
 
         with monkeypatch.context() as patch:
             patch.setattr(directory, "sync_directory", fail)
@@ -300,7 +302,7 @@ def test_the_code_calls_nothing_the_recorder_does_not_know() -> None:
     """Also where no test gets to."""
     known = READING | {name.removeprefix("_on_") for name in vars(Recorder)} | {"makedirs", "replace"}
     others = {("shutil", "rmtree"), ("fcntl", "flock"), ("ctypes", "CDLL"), ("ctypes", "get_errno")}
-    for module in (save, directory, writer):
+    for module in (save, directory, writer, folder):
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
             if not isinstance(node, ast.Call):
                 continue

@@ -61,6 +61,8 @@ def test_a_directory_that_cannot_take_checkpoints_is_named(
 
     def fails(path: Any, *args: Any, **kwargs: Any) -> Any:
         name = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fspath(path)
+        folder = kwargs.get("dir_fd") or kwargs.get("src_dir_fd")
+        name = name if folder is None else os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)
         if str(tmp_store / "saved") in name:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
         return real(path, *args, **kwargs)

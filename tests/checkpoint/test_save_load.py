@@ -16,6 +16,7 @@ from lightning_ssd.checkpoint.directory import is_checkpoint, remove
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.save import save
 from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.io.folder import Folder
 from tests.checkpoint.support import Training, assert_whole
 
 
@@ -161,7 +162,7 @@ def test_remove_takes_what_we_wrote_and_recycles_last_links(training: Training, 
     os.unlink(training.files[0].source)
     taken: list[str] = []
 
-    def recycle(path: str) -> bool:
+    def recycle(path: str, folder: Folder) -> bool:
         taken.append(os.path.basename(path))
         os.rename(path, tmp_store / "free")
         return True
@@ -176,13 +177,26 @@ def test_remove_takes_what_we_wrote_and_recycles_last_links(training: Training, 
     assert os.path.exists(training.files[1].source)
 
 
-def test_a_live_writer_is_not_taken_for_a_dead_one(training: Training, tmp_store: Path) -> None:
-    with directory.staging(str(tmp_store / "c")) as path:
+@pytest.mark.parametrize("is_there", [False, True])
+def test_of_two_that_save_to_one_name_at_a_time_one_is_told(
+    training: Training, tmp_store: Path, is_there: bool
+) -> None:
+    """And neither takes the other's unfinished directory for a dead one's."""
+    if is_there:
         training.save(tmp_store / "c")
-        assert os.path.isdir(path)
-        training.save(Path(path) / "nested")
-        os.rename(Path(path) / "nested" / "manifest.json", Path(path) / "manifest.json")
-    assert is_checkpoint(tmp_store / "c")
+        with directory.staging(str(tmp_store / "c")) as staged:
+            with pytest.raises(CheckpointError, match=r"c' is being saved or removed by another process.*dirpath"):
+                training.save(tmp_store / "c")
+            with pytest.raises(CheckpointError, match="is being saved or removed"):
+                remove(tmp_store / "c")
+            assert os.path.isdir(staged.path)
+    else:
+        told = pytest.raises(CheckpointError, match=r"c' was saved by another process in the meantime.*dirpath")
+        with told, directory.staging(str(tmp_store / "c")) as staged:
+            training.save(tmp_store / "c")
+            assert os.path.isdir(staged.path)
+        assert_whole(tmp_store / "c", training, 1)
+    assert sorted(os.listdir(tmp_store)) == ["c", "live"]
 
 
 def test_a_generation_of_another_size_is_refused(training: Training, tmp_store: Path) -> None:

@@ -215,7 +215,7 @@ def _path_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     which = args[1] if name == "link" else args[0]
     if isinstance(which, int):
         return os.readlink(f"/proc/self/fd/{which}")
-    folder = kwargs.get("dir_fd")
+    folder = kwargs.get({"link": "dst_dir_fd", "rename": "src_dir_fd", "replace": "src_dir_fd"}.get(name, "dir_fd"))
     return os.fspath(which) if folder is None else os.path.join(os.readlink(f"/proc/self/fd/{folder}"), which)
 
 

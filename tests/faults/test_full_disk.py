@@ -47,10 +47,10 @@ def _fake_small(patch: pytest.MonkeyPatch, disk: Path) -> None:
 
     create = File.create
 
-    def full(path: str, nbytes: int, *, direct: bool) -> File:
+    def full(path: str, nbytes: int, **options: Any) -> File:
         if used() + nbytes > MiB:
             raise IoError(errno.ENOSPC, path, 0, nbytes, "create")
-        return create(path, nbytes, direct=direct)
+        return create(path, nbytes, **options)
 
     patch.setattr(os, "statvfs", statvfs)
     patch.setattr(state_store.File, "create", full)
@@ -77,11 +77,11 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(
     """While parameters are placed, in the first update, in later ones whose files a checkpoint holds."""
     create, made = File.create, [0]
 
-    def full(path: str, nbytes: int, *, direct: bool) -> File:
+    def full(path: str, nbytes: int, **options: Any) -> File:
         made[0] += 1
         if made[0] >= at_file:
             raise IoError(errno.ENOSPC, path, 0, nbytes, "create")
-        return create(path, nbytes, direct=direct)
+        return create(path, nbytes, **options)
 
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
     options: dict[str, Any] = {"max_steps": 5, "enable_checkpointing": True}

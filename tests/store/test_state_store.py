@@ -194,7 +194,7 @@ def test_full_disks_are_named_with_numbers_and_leave_no_file(
     ):
         store.require_free(1 << 50, "the plan")
 
-    def create(path: str, nbytes: int, *, direct: bool) -> File:
+    def create(path: str, nbytes: int, **options: Any) -> File:
         raise IoError(errno.ENOSPC, path, 0, nbytes, "create")
 
     with monkeypatch.context() as patch:

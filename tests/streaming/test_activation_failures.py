@@ -6,6 +6,7 @@ import errno
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,10 +72,10 @@ def test_a_disk_that_does_not_answer_keeps_its_memory(tmp_store: Path) -> None:
 def test_a_full_disk_names_the_unit(tmp_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create, limit = spill.File.create, [NBYTES]
 
-    def full(path: str, nbytes: int, *, direct: bool) -> spill.File:
+    def full(path: str, nbytes: int, **options: Any) -> spill.File:
         if nbytes > limit[0]:
             raise IoError(errno.ENOSPC, path, 0, nbytes, "create")
-        return create(path, nbytes, direct=direct)
+        return create(path, nbytes, **options)
 
     monkeypatch.setattr(spill.File, "create", full)
     with bench(tmp_store) as b:

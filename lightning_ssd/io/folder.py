@@ -1,0 +1,181 @@
+"""A directory by its descriptor: what is done in it is done in the very one that was opened, whatever has its path now.
+
+Where others may write to the directory around it, anybody can put something else in the place of a path between two
+looks at it. So names are given relative to a descriptor, and no symlink is followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+
+_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class Folder:
+    """An open directory.
+
+    Attributes:
+        path: Its path when it was opened, for messages.
+        fd: Its descriptor, -1 once closed.
+    """
+
+    def __init__(self, fd: int, path: str) -> None:
+        """Take ``fd`` over."""
+        self.fd = fd
+        self.path = path
+
+    @classmethod
+    def open(cls, path: str) -> Folder:
+        """Open a directory by the path that the user gave, which may lead through symlinks."""
+        return cls(os.open(path or ".", _OPEN), path)
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptor, and with it give up the lock; a second call does nothing."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def folder(self, name: str) -> Folder:
+        """Open a directory in this one; a symlink is none."""
+        return Folder(self.open_file(name, _OPEN), os.path.join(self.path, name))
+
+    def make(self, name: str) -> Folder:
+        """Make a directory, for its owner only, and open it.
+
+        Raises:
+            OSError: It exists, cannot be made, or somebody else has put another one in its place.
+        """
+        with self._naming(name):
+            os.mkdir(name, 0o700, dir_fd=self.fd)
+        try:
+            made = self.folder(name)
+        except OSError:
+            with suppress(OSError):
+                os.rmdir(name, dir_fd=self.fd)
+            raise
+        if not made.is_new():
+            made.close()
+            raise OSError(errno.EPERM, "another user put a directory in its place", os.path.join(self.path, name))
+        return made
+
+    def open_file(self, name: str, flags: int, mode: int = 0o600) -> int:
+        """Open what is called ``name``; neither a symlink nor a FIFO in its place is followed or waited for."""
+        if self.fd < 0:
+            raise FileNotFoundError(errno.ENOENT, "its directory was closed", os.path.join(self.path, name))
+        with self._naming(name):
+            return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=self.fd)
+
+    def unlink(self, name: str) -> None:
+        """Remove a file's name."""
+        with self._naming(name):
+            os.unlink(name, dir_fd=self.fd)
+
+    def rmdir(self, name: str) -> None:
+        """Remove an empty directory."""
+        with self._naming(name):
+            os.rmdir(name, dir_fd=self.fd)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Give what is called ``name`` another name in this directory."""
+        with self._naming(name):
+            os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def stat(self, name: str) -> os.stat_result:
+        """About what has the name, a symlink itself."""
+        with self._naming(name):
+            return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+
+    def has(self, name: str) -> bool:
+        """Whether anything has the name."""
+        try:
+            self.stat(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_at(self, name: str, inner: Folder | int) -> bool:
+        """Whether ``name`` still is what was opened as ``inner``, a folder or a descriptor."""
+        try:
+            return os.path.samestat(self.stat(name), os.fstat(inner.fd if isinstance(inner, Folder) else inner))
+        except FileNotFoundError:
+            return False
+
+    def is_new(self) -> bool:
+        """Whether it is empty and of this user, as `make` leaves it."""
+        return not os.listdir(self.fd) and (os.fstat(self.fd).st_uid == os.geteuid() or self._gives_its_owner())
+
+    def names(self) -> list[str]:
+        """What is in it, in order."""
+        return sorted(os.listdir(self.fd))
+
+    def sync(self) -> None:
+        """Make the names in it durable."""
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            error.filename = self.path
+            raise
+
+    def try_lock(self, *, shared: bool = False) -> bool | None:
+        """See `try_lock`."""
+        return try_lock(self.fd, shared=shared)
+
+    def _gives_its_owner(self) -> bool:
+        """Whether the file system gives all files one owner (as network disks may), whoever makes them."""
+        name = f".owner-{secrets.token_hex(8)}"
+        fd = self.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            return os.fstat(fd).st_uid == os.fstat(self.fd).st_uid
+        finally:
+            os.close(fd)
+            with suppress(FileNotFoundError):
+                self.unlink(name)
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Let an error show the whole path."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = os.path.join(self.path, name)
+            raise
+
+
+def try_lock(fd: int, *, shared: bool = False) -> bool | None:
+    """Whether the lock was free and is ours now; None where directories cannot be locked (some network disks).
+
+    Whoever works on it holds the lock alone; who only looks shares it.
+    """
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def is_regular(fd: int) -> bool:
+    """Whether a descriptor is of a plain file."""
+    return stat.S_ISREG(os.fstat(fd).st_mode)
+
+
+def is_own_file(found: os.stat_result, made: Folder) -> bool:
+    """Whether a plain file belongs to whom a directory belongs that we made, and nobody else may write to it."""
+    is_ours = found.st_uid == os.fstat(made.fd).st_uid
+    return stat.S_ISREG(found.st_mode) and is_ours and not found.st_mode & 0o022
