@@ -21,6 +21,7 @@ from lightning_ssd.checkpoint.directory import open_inside
 from lightning_ssd.checkpoint.load import load_any, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.sources import Held, Source, add_state, state_kinds
+from lightning_ssd.checkpoint.torch_file import check_pickle
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of, name_of
@@ -38,7 +39,7 @@ _Path = tuple[Any, ...]
 
 def is_dcp(path: str) -> bool:
     """Whether a folder is one of ``torch.distributed.checkpoint``."""
-    return os.path.isfile(os.path.join(path, METADATA))
+    return os.path.isdir(path) and os.path.lexists(os.path.join(path, METADATA))
 
 
 def open_dcp(path: str | os.PathLike[str], *, weights_only: bool = True) -> Source:
@@ -68,8 +69,7 @@ def open_dcp(path: str | os.PathLike[str], *, weights_only: bool = True) -> Sour
                 groups.setdefault(number, {})[parts[2:]] = folder.value(key)
         for number in sorted({*states, *groups}):
             _add_optimizer(source, folder, number, states.get(number, {}), groups.get(number, {}))
-        meta = os.path.join(where, META)
-        source.state = load_pickle(meta, meta, weights_only) if os.path.isfile(meta) else {}
+        source.state = folder.meta()
         source.stack = stack.pop_all()
     return source
 
@@ -154,6 +154,16 @@ class _Folder:
         found = self.tensors.get(key)
         return found is not None and found[1] == shape and not key.endswith(".step")
 
+    def meta(self) -> dict[str, Any]:
+        """What Lightning keeps beside tensors; nothing if it did not write the folder."""
+        if not os.path.lexists(os.path.join(self.where, META)):
+            return {}
+        fd = open_inside(self._fd, META, self.where)
+        try:
+            return load_pickle(f"/proc/self/fd/{fd}", os.path.join(self.where, META), self._weights_only)
+        finally:
+            os.close(fd)
+
     def value(self, key: str) -> Any:
         """A tensor, or whatever else was saved."""
         if key in self.tensors:
@@ -164,7 +174,11 @@ class _Folder:
     def tensor(self, key: str) -> Tensor:
         """A tensor, put together from its pieces."""
         dtype, shape, chunks = self.tensors[key]
-        whole: Tensor | None = None
+        self._require_bytes(key)
+        try:
+            whole = torch.zeros(shape if len(chunks) != 1 else 0, dtype=dtype_of(dtype))
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.where}: {key!r} of shape {list(shape)} cannot be held: {error}") from error
         for offsets, sizes in chunks:
             with self._slice(key, offsets) as piece:
                 part = load_any(piece, f"{self.where}: {key}", True)
@@ -172,19 +186,28 @@ class _Folder:
                 raise CheckpointError(f"{self.where}: a piece of {key!r} is not what the metadata says")
             if sizes == shape:
                 return part
-            if whole is None:
-                whole = torch.zeros(shape, dtype=dtype_of(dtype))
             whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = part
-        assert whole is not None
         return whole
+
+    def _require_bytes(self, key: str) -> None:
+        """Refuse a tensor whose pieces have less room in the files than they need, or share it."""
+        dtype, _, chunks = self.tensors[key]
+        places = [(self._place(key, offsets), _numel(sizes) * dtype_of(dtype).itemsize) for offsets, sizes in chunks]
+        there = {(path, begin) for (path, (begin, _)), nbytes in places if nbytes}
+        if len(there) < sum(bool(nbytes) for _, nbytes in places) or any(p[1][1] < n for p, n in places):
+            raise CheckpointError(f"{self.where}: the pieces of {key!r} do not lie one by one in its files")
+        for (path, (begin, length)), _ in places:
+            os.close(self._open_place(key, path, begin + length))
 
     def _metadata(self) -> dict[str, Any]:
         fd = open_inside(self._fd, METADATA, self.where)
         with os.fdopen(fd, "rb") as file:
             if os.fstat(fd).st_size > _MAX_METADATA_NBYTES:
                 raise CheckpointError(f"{self.where}: the metadata has {os.fstat(fd).st_size} bytes")
+            data = file.read()
+            check_pickle(data, f"{self.where}: the metadata")
             try:
-                found = _Unpickler(file).load()
+                found = _Unpickler(io.BytesIO(data)).load()
             except CheckpointError:
                 raise
             except Exception as error:  # what a pickle that means harm does to the machine that reads it is open
@@ -204,7 +227,9 @@ class _Folder:
             if not isinstance(key, str):
                 raise CheckpointError(f"{self.where}: the metadata has a key that is no text")
             path = mappings.get(key)
-            self.paths[key] = path if isinstance(path, tuple) and path else tuple(key.split("."))
+            if not (isinstance(path, tuple) and path and all(isinstance(part, str | int) for part in path)):
+                path = tuple(key.split("."))
+            self.paths[key] = path
             fields = _fields(value, self.where)
             if "properties" in fields:
                 self._read_tensor(key, fields)
@@ -245,15 +270,22 @@ class _Folder:
         self._places[key, () if offset is None else _counts(offset, key)] = (path, _counts(place, key))
 
     def _slice(self, key: str, offsets: tuple[int, ...]) -> io.BufferedReader:
+        path, (begin, nbytes) = self._place(key, offsets)
+        return io.BufferedReader(_Slice(self._open_place(key, path, begin + nbytes), begin, nbytes), 1 * MiB)
+
+    def _place(self, key: str, offsets: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         place = self._places.get((key, offsets)) or self._places.get((key, ()))
         if place is None:
             raise CheckpointError(f"{self.where}: the metadata does not say where {key!r} is")
-        path, (begin, nbytes) = place
+        return place
+
+    def _open_place(self, key: str, path: str, end: int) -> int:
+        """A file that has at least ``end`` bytes, open."""
         fd = open_inside(self._fd, path, self.where)
-        if begin + nbytes > os.fstat(fd).st_size:
+        if end > os.fstat(fd).st_size:
             os.close(fd)
             raise CheckpointError(f"{self.where}: {path!r} is too short for {key!r}")
-        return io.BufferedReader(_Slice(fd, begin, nbytes), 1 * MiB)
+        return fd
 
 
 class _Slice(io.RawIOBase):

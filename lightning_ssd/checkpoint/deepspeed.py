@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_ssd.checkpoint.directory import open_inside
 from lightning_ssd.checkpoint.load import load_any
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.sources import Held, Source, held_tensor, state_kinds
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io.folder import Folder
 
 _ZERO = "zero"
 _VALUE = "fp32"
@@ -27,7 +29,7 @@ def is_universal(path: str) -> bool:
     """Whether a folder is laid out as DeepSpeed's ``ds_to_universal`` writes it."""
     try:
         with os.scandir(os.path.join(path, _ZERO)) as found:
-            return any(os.path.isfile(os.path.join(entry.path, f"{_VALUE}.pt")) for entry in found)
+            return any(os.path.lexists(os.path.join(entry.path, f"{_VALUE}.pt")) for entry in found)
     except OSError:
         return False
 
@@ -39,36 +41,67 @@ def open_universal(path: str | os.PathLike[str], *, weights_only: bool = True) -
         CheckpointError: If a file is of another form.
     """
     where = os.path.abspath(os.fspath(path))
+    files = _Files(where, weights_only)
+    try:
+        source = _opened(where, files)
+    except BaseException:
+        files.close()
+        raise
+    source.stack.callback(files.close)
+    return source
+
+
+def _opened(where: str, files: _Files) -> Source:
     source = Source(where)
     state: dict[str, dict[str, Any]] = {}
     zero = os.path.join(where, _ZERO)
     for name in sorted(os.listdir(zero)):
         folder = os.path.join(zero, name)
-        if not os.path.isfile(os.path.join(folder, f"{_VALUE}.pt")):
+        if not os.path.lexists(os.path.join(folder, f"{_VALUE}.pt")):
             continue
         kinds = sorted(file[: -len(".pt")] for file in os.listdir(folder) if file.endswith(".pt"))
         # The float32 value is the master whatever the model computed in.
-        found = {"master" if k == _VALUE else k: _held(folder, k, weights_only) for k in kinds if k != _STEP}
+        found = {"master" if k == _VALUE else k: _held(files, name, k) for k in kinds if k != _STEP}
         shapes = {held.shape for held in found.values()}
         if len(shapes) != 1 or not all(held.dtype for held in found.values()):
             raise CheckpointError(f"{folder}: the states of one parameter have shapes {sorted(shapes)}")
         source.parameters[name] = found
         if len(found) > 1:
-            state[name] = {_STEP: _step(folder, weights_only)} if _STEP in kinds else {}
+            state[name] = {_STEP: _step(files, name)} if _STEP in kinds else {}
     if state:
         source.optimizers = [OptimizerRecord("unknown", [], dict(state), state_kinds(source, state))]
     return source
 
 
-def _held(folder: str, kind: str, weights_only: bool) -> Held:
+class _Files:
+    """The files of such a folder, opened inside it without following symlinks."""
+
+    def __init__(self, where: str, weights_only: bool) -> None:
+        self._folder = Folder.open(where)
+        self._weights_only = weights_only
+
+    def close(self) -> None:
+        self._folder.close()
+
+    def load(self, name: str, kind: str) -> tuple[Any, str]:
+        """What a file holds, and its path."""
+        path = f"{_ZERO}/{name}/{kind}.pt"
+        where = os.path.join(self._folder.path, path)
+        fd = open_inside(self._folder.fd, path, self._folder.path)
+        try:
+            return load_any(f"/proc/self/fd/{fd}", where, self._weights_only), where
+        finally:
+            os.close(fd)
+
+
+def _held(files: _Files, name: str, kind: str) -> Held:
     """One state; its file is opened now for the shape, and again when the tensor is wanted."""
-    path = os.path.join(folder, f"{kind}.pt")
-    tensor, is_flat = _load(path, weights_only)
+    tensor, is_flat = _load(files, name, kind)
     like = held_tensor(tensor)
     loaded: list[Tensor] = []
 
     def load() -> Tensor:
-        loaded.append(_load(path, weights_only)[0])
+        loaded.append(_load(files, name, kind)[0])
         return loaded[-1]
 
     def drop() -> None:
@@ -78,9 +111,9 @@ def _held(folder: str, kind: str, weights_only: bool) -> Held:
     return Held(like.shape, like.dtype, load, drop, is_flat)
 
 
-def _load(path: str, weights_only: bool) -> tuple[Tensor, bool]:
+def _load(files: _Files, name: str, kind: str) -> tuple[Tensor, bool]:
     """The tensor of a file, and whether it is flat."""
-    content = load_any(path, path, weights_only)
+    content, path = files.load(name, kind)
     is_flat = isinstance(content, Tensor)
     tensor = content.get("param") if isinstance(content, Mapping) else content
     if not isinstance(tensor, Tensor) or (is_flat and tensor.dim() != 1):
@@ -88,9 +121,8 @@ def _load(path: str, weights_only: bool) -> tuple[Tensor, bool]:
     return tensor, is_flat
 
 
-def _step(folder: str, weights_only: bool) -> float:
-    path = os.path.join(folder, f"{_STEP}.pt")
-    content = load_any(path, path, weights_only)
+def _step(files: _Files, name: str) -> float:
+    content, path = files.load(name, _STEP)
     value = content.item() if isinstance(content, Tensor) and content.numel() == 1 else content
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise CheckpointError(f"{path} holds no number of steps")

@@ -21,6 +21,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import IO
 
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE, UNITS, check_relative_path
 from lightning_ssd.errors import CheckpointError, IoError
@@ -126,6 +127,22 @@ def open_inside(directory_fd: int, path: str, where: str) -> int:
         os.close(opened)
         raise CheckpointError(f"{where}: {path!r} is not a regular file")
     return opened
+
+
+@contextmanager
+def open_regular(path: str, where: str) -> Iterator[IO[bytes]]:
+    """A plain file by the path that the user gave, which may lead through symlinks; a FIFO is not waited for.
+
+    Raises:
+        CheckpointError: If it is something else.
+        OSError: If it cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointError(f"{where} is not a regular file")
+    with os.fdopen(fd, "rb") as file:
+        yield file
 
 
 def sync_directory(place: str | Folder) -> None:

@@ -157,7 +157,7 @@ def open_source(path: str | os.PathLike[str], *, trust: bool = False) -> Source:
         return open_dcp(name, weights_only=not trust)
     if is_universal(name):
         return open_universal(name, weights_only=not trust)
-    if os.path.isfile(name) and name.endswith(_TORCH_SUFFIXES):
+    if os.path.lexists(name) and not os.path.isdir(name) and name.endswith(_TORCH_SUFFIXES):
         return open_torch_file(name, weights_only=not trust)
     return open_weight_files(name)
 

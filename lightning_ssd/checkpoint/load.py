@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
-from lightning_ssd.checkpoint.directory import open_inside, recover
+from lightning_ssd.checkpoint.directory import open_inside, open_regular, recover
 from lightning_ssd.checkpoint.manifest import (
     MANIFEST,
     ODD,
@@ -27,6 +27,7 @@ from lightning_ssd.checkpoint.manifest import (
     decode_manifest,
 )
 from lightning_ssd.checkpoint.mapped import MappedFile, read_exactly
+from lightning_ssd.checkpoint.torch_file import check_tensors, check_torch_file
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
@@ -346,6 +347,21 @@ def load_pickle(path: str, where: str, weights_only: bool, safe_globals: Sequenc
 
 def load_any(path: str | IO[bytes], where: str, weights_only: bool, safe_globals: Sequence[Any] = ()) -> Any:
     """As `load_pickle`, whatever the file holds; from an open file, tensors are read instead of mapped."""
+    if isinstance(path, str):
+        with open_regular(path, where) as file:
+            check_torch_file(file, where, is_trusted=not weights_only)
+            found = _load_checked(f"/proc/self/fd/{file.fileno()}", where, weights_only, safe_globals)
+            check_tensors(found, os.fstat(file.fileno()).st_size, where)
+        return found
+    check_torch_file(path, where, is_trusted=not weights_only)
+    nbytes = path.seek(0, os.SEEK_END)
+    path.seek(0)
+    found = _load_checked(path, where, weights_only, safe_globals)
+    check_tensors(found, nbytes, where)
+    return found
+
+
+def _load_checked(path: str | IO[bytes], where: str, weights_only: bool, safe_globals: Sequence[Any]) -> Any:
     try:
         with torch.inference_mode(False), torch.serialization.safe_globals(list(safe_globals)):
             return torch.load(path, map_location="cpu", mmap=isinstance(path, str), weights_only=weights_only)

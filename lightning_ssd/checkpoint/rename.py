@@ -1,10 +1,11 @@
-"""Rules by which the parameters of one model get the names of another. Pure: names in, names out."""
+"""Rules by which the parameters of one model get the names of another: names in, names out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
 
+from lightning_ssd.checkpoint.directory import open_regular
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.header import parse_json_object
 
@@ -81,7 +82,7 @@ def read_renaming(path: str | os.PathLike[str]) -> Renaming:
     """
     where = os.fspath(path)
     try:
-        with open(where, "rb") as file:
+        with open_regular(where, where) as file:
             text = file.read(_MAX_NBYTES)
     except OSError as error:
         raise CheckpointError(f"cannot read the map {where!r}: {error.strerror}") from error

@@ -15,12 +15,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_ssd.checkpoint.directory import is_checkpoint, open_inside
+from lightning_ssd.checkpoint.directory import is_checkpoint, open_inside, open_regular
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.mapped import MappedFile, drop_pages
 from lightning_ssd.checkpoint.state_dict import StateDictView
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.store.header import parse_json_object
+from lightning_ssd.io.folder import Folder
+from lightning_ssd.store.header import MAX_HEADER_NBYTES, parse_json_object
 
 Shape = tuple[int, ...]
 
@@ -105,7 +106,7 @@ def open_weights(path: str | os.PathLike[str], *, weights_only: bool = True) -> 
         return _folder(name)
     if name.endswith(".safetensors"):
         return _SafetensorsWeights(os.path.dirname(name), {os.path.basename(name): None}, follow_last=True)
-    if os.path.isfile(name):
+    if os.path.lexists(name):
         return _TorchWeights(name, weights_only)
     raise CheckpointError(f"{name!r} is no file, no checkpoint directory and no folder with {_SINGLE}")
 
@@ -285,9 +286,9 @@ class _TorchWeights:
 
 
 def _folder(folder: str) -> WeightSource:
-    if os.path.isfile(os.path.join(folder, _INDEX)):
+    if os.path.lexists(os.path.join(folder, _INDEX)):
         return _SafetensorsWeights(folder, _read_index(folder))
-    if os.path.isfile(os.path.join(folder, _SINGLE)):
+    if os.path.lexists(os.path.join(folder, _SINGLE)):
         return _SafetensorsWeights(folder, {_SINGLE: None})
     raise CheckpointError(
         f"{folder!r} holds neither {_SINGLE}, nor {_INDEX}, nor a checkpoint of lightning_ssd; name a file of another "
@@ -297,8 +298,11 @@ def _folder(folder: str) -> WeightSource:
 
 def _read_index(folder: str) -> dict[str, set[str] | None]:
     where = os.path.join(folder, _INDEX)
-    with open(where, "rb") as file:
-        content = parse_json_object(file.read(), where)
+    with Folder.open(folder) as opened, os.fdopen(_open_shard(opened.fd, folder, _INDEX), "rb") as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > MAX_HEADER_NBYTES:
+            raise CheckpointError(f"{where}: {nbytes} bytes are no index")
+        content = parse_json_object(file.read(nbytes), where)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{where}: weight_map is missing or empty")
@@ -328,6 +332,7 @@ def _open_shard(directory_fd: int, folder: str, shard: str) -> int:
 
 def _open_followed(path: str) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with open_regular(path, path) as file:
+            return os.dup(file.fileno())
     except OSError as error:
         raise CheckpointError(f"cannot open {path!r}: {error.strerror}") from error

@@ -32,6 +32,7 @@ _LOCK = "lock"
 _NAME = re.compile(r"(\.new-)?ssd-run-\d{8}-\d{6}-\d+-(\d{6}|[0-9a-f]{16})")
 _DATA_SUFFIXES = (".safetensors", ".spill")
 _PROBE = re.compile(r"\.direct-probe-\w+")
+_ABOUT_NBYTES = 512
 _UNBORN_S = 3600.0
 """Age at which a directory that never got its name, and so may not have been locked yet, is taken for dead."""
 
@@ -46,6 +47,7 @@ class DeadRun:
         age_s: Seconds since something in it was changed.
         host: Name of the machine that made it; a lock on a network disk may not be seen from another one.
         is_kept: The run was told to keep it (``keep_store=True``).
+        has_ended: It was kept by a run that came to its end, rather than was killed.
     """
 
     path: str
@@ -53,6 +55,7 @@ class DeadRun:
     age_s: float
     host: str
     is_kept: bool = False
+    has_ended: bool = False
 
 
 class RunDirectory:
@@ -105,7 +108,7 @@ class RunDirectory:
                 self._remove()
             else:
                 with suppress(OSError):  # the user removed it, or the disk is full: then it is as one of a dead run
-                    _describe(self._lock_fd, keep=True)
+                    _describe(self._lock_fd, keep=True, ended=True)
         finally:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -130,13 +133,13 @@ def is_run_directory(name: str) -> bool:
 
 
 def dead_runs(root: str) -> list[DeadRun]:
-    """Run directories under ``root`` whose lock nobody holds, but those that their run was to keep."""
+    """Run directories under ``root`` whose lock nobody holds, but those that a run kept when it ended."""
     try:
         names = sorted(os.listdir(root))
     except OSError:  # none yet, or not ours to list
         return []
     found = (dead_run(os.path.join(root, name)) for name in names if is_run_directory(name))
-    return [run for run in found if run is not None and not run.is_kept]
+    return [run for run in found if run is not None and not run.has_ended]
 
 
 def dead_run(path: str) -> DeadRun | None:
@@ -147,7 +150,8 @@ def dead_run(path: str) -> DeadRun | None:
             nbytes, changed_s = _extent(folder)
             about = _about(lock_fd)
             age_s = max(time.time() - changed_s, 0.0)
-            return DeadRun(path, nbytes, age_s, str(about.get("host", "")), about.get("keep") is True)
+            kept = (about.get("keep") is True, about.get("ended") is True)
+            return DeadRun(path, nbytes, age_s, str(about.get("host", "")), *kept)
     return None
 
 
@@ -209,10 +213,10 @@ def _make(root: Folder, name: str, *, keep: bool) -> tuple[Folder, int]:
     return folder, lock_fd
 
 
-def _describe(lock_fd: int, *, keep: bool) -> None:
-    about = {"pid": os.getpid(), "host": socket.gethostname()} | ({"keep": True} if keep else {})
+def _describe(lock_fd: int, *, keep: bool, ended: bool = False) -> None:
+    about = {"pid": os.getpid(), "host": socket.gethostname(), "keep": keep, "ended": ended}
     os.lseek(lock_fd, 0, os.SEEK_SET)
-    os.write(lock_fd, json.dumps(about).encode())
+    os.write(lock_fd, json.dumps(about).ljust(_ABOUT_NBYTES).encode())  # one length, so that it can be written over
 
 
 def _about(lock_fd: int) -> dict[str, Any]:

@@ -303,3 +303,30 @@ def test_a_save_leaves_alone_what_another_user_planted(
     assert all((path / "manifest.json").exists() for path in planted)
     training.save(tmp_store / "c")
     assert not any(path.exists() for path in planted)
+
+
+def test_a_store_that_was_kept_is_no_dead_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(str(tmp_path), keep=True)
+    (Path(run.path) / "0.safetensors").write_bytes(b"x")
+    run.close(remove=False)
+    assert dead_runs(str(tmp_path)) == []
+    code, found = clean(tmp_path, "--yes", capsys=capsys)
+    assert (code, found[0]["what"], found[0]["removed"]) == (0, "kept store", False)
+    assert "--kept" in found[0]["kept_because"]
+    assert not remove_dead_run(run.path)
+    assert sorted(os.listdir(run.path)) == ["0.safetensors", "lock"]
+    assert clean(tmp_path, "--yes", "--kept", capsys=capsys)[1][0]["removed"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_forked_child_that_ends_takes_nothing_along(tmp_path: Path) -> None:
+    run = RunDirectory(str(tmp_path))
+    child = os.fork()
+    if child == 0:
+        run.close(remove=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.listdir(run.path) == ["lock"]
+    assert not remove_dead_run(run.path)  # and the lock is held as before
+    run.close(remove=True)
+    assert os.listdir(tmp_path) == []

@@ -1,8 +1,8 @@
 """``lightning-ssd clean --yes`` in a loop, beside runs, savers, removers, copies, exports and trial saves that live.
 
 ``python -m tests.soak.cleaning DIRECTORY ROUNDS [WORK ...]`` runs one process for each kind of work, all in the same
-folders, and one that is killed again and again, so that there is something to clean. It fails if any of the living ends,
-or if what it made is not there and whole; and if anything dead is left at the end. Prints what was done as JSON.
+folders, and one that is killed again and again, so that there is something to clean. It fails if any of the living
+ends, or if what it made is not there and whole; and if anything dead is left at the end. Prints what was done as JSON.
 """
 
 from __future__ import annotations
