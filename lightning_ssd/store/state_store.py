@@ -54,6 +54,7 @@ class StateStore:
         engine: Moves the bytes.
         verify: Whether every read is checked.
         unsynced: Paths of files that could not be made durable once. They are not linked any more.
+        saved: Path of each checkpoint that was saved -> device and inode of its directory.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class StateStore:
         self._numbers = itertools.count()
         self._staging = Pool(STAGING_NBYTES, "staging")
         self.unsynced: set[str] = set()
+        self.saved: dict[str, tuple[int, int]] = {}
         self._is_suspended = False
         # Without the native kernel a checksum takes ten times as long as the transfer.
         self._makes_checks = verify or is_native()

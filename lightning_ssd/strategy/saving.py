@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any, logger: loggin
             "the optimizer step that failed had updated a part of the model already, so its state is of no step and is "
             "not saved; resume from the last checkpoint"
         )
+    _warn_if_replaced(session, os.path.abspath(os.fspath(path)))
     small = dict(checkpoint)
     tensors: Mapping[str, Any] = small.pop("state_dict")
     has_optimizers = small.pop("optimizer_states", None) is not None
@@ -91,8 +93,26 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any, logger: loggin
             unsynced=session.store.unsynced,
             progress=LogProgress(logger, f"saving {os.fspath(path)}"),
         )
+    with suppress(OSError):  # somebody was quick to remove it
+        session.store.saved[os.path.abspath(os.fspath(path))] = _identity(path)
     if done.moved_aside is not None:
         warnings.warn(f"a file had the checkpoint's name and is now {done.moved_aside!r}", stacklevel=2)
+
+
+def _warn_if_replaced(session: Session, path: str) -> None:
+    """Say that another run saves to the same name: what this one saved there is gone, and now the other's goes."""
+    known = session.store.saved.get(path)
+    if known is not None and is_checkpoint(path) and known != _identity(path):
+        warnings.warn(
+            f"the checkpoint {path!r} that this run saved has been replaced, by another run it seems, and is now "
+            "replaced in turn; give each run a directory of its own for its checkpoints (dirpath)",
+            stacklevel=2,
+        )
+
+
+def _identity(path: Any) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def load(path: Any, weights_only: bool | None) -> dict[str, Any]:

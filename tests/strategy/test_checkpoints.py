@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,37 @@ def test_overwritten_in_place(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == [".ssd_offload", "same.ckpt"]
     ours = fit(tmp_path, streamed(), ckpt_path=tmp_path / "same.ckpt", max_steps=16)
     assert_same(plain.lightning_module, ours.lightning_module)
+
+
+def test_a_run_whose_checkpoint_another_one_replaced_is_told(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, streamed(), max_steps=1)
+    saved, other = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has been replaced")
+        for path in (saved, saved, other):
+            trainer.save_checkpoint(path)
+    os.rename(saved, tmp_path / "c.ckpt")
+    os.rename(other, saved)
+    with pytest.warns(UserWarning, match=r"a\.ckpt' that this run saved has been replaced.*dirpath"):
+        trainer.save_checkpoint(saved)
+
+
+def test_files_at_rest_keep_an_honest_date_and_show_writes(tmp_path: Path) -> None:
+    strategy = streamed(nvme_path=str(tmp_path / "store"))
+    begin_s = time.time()
+    trainer = fit(tmp_path, strategy, max_steps=1)
+    param = next(iter(trainer.lightning_module.parameters()))
+    before = param.detach().clone()
+    files = list((tmp_path / "store").rglob("*.safetensors"))
+    assert files
+    assert all(begin_s - 5 < file.stat().st_mtime < time.time() + 5 for file in files)
+    with torch.no_grad():
+        param.fill_(0.5)
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    with CheckpointReader(tmp_path / "c.ckpt") as reader:
+        (name,) = (n for n, p in trainer.lightning_module.named_parameters() if p is param)
+        assert (reader.value(name) == 0.5).all()
+    assert not (before == 0.5).all()
 
 
 def test_a_save_after_one_that_could_not_sync_links_nothing_doubtful(
