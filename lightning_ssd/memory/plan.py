@@ -41,7 +41,7 @@ class UnitSize:
         kept_state_nbytes: What keeping its states in memory takes; 0 if it has none.
         shared_grad_nbytes: Of the gradients, those of parameters that several modules have; see [Note: sums].
         temporary_nbytes: What an optimizer class allocates while it updates the largest of its parameters.
-        is_sticky: It stays in memory through a step, so it is always kept.
+        is_sticky: It stays in memory through a step, so it is always kept; so is what an optimizer updates whole.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Demand:
         recomputes: Blocks run their forward again in backward and keep their inputs: True, False, or None for: unless
             everything fits.
         sums_in_place: Gradients of one parameter's uses are added up without a third tensor; see [Note: sums].
+        whole_nbytes: State of optimizers that are run whole, which their classes hold.
     """
 
     is_elementwise: bool = True
@@ -81,6 +82,7 @@ class Demand:
     window: int | None = None
     recomputes: bool | None = False
     sums_in_place: bool = False
+    whole_nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class MemoryPlan:
         kept_nbytes: Parameters and states that are kept in memory.
         activation_nbytes: Inputs of blocks that wait for backward in memory; what is more waits on disk.
         spill_nbytes: Pool for inputs on their way to the disk and back; 0 if nothing is recomputed.
+        whole_nbytes: State of optimizers that are run whole, which their classes allocate.
         chunk_numel: Elements of a chunk.
         depth: Chunks in memory at a time.
         keep_cache: Released parameters stay while there is room, and as many are fetched ahead as fit.
@@ -128,12 +131,14 @@ class MemoryPlan:
     fits: bool
     recomputes: bool
     smallest_nbytes: int
+    whole_nbytes: int = 0
 
     @property
     def host_nbytes(self) -> int:
         """All of it."""
         pools = self.param_nbytes + self.update_nbytes + self.staging_nbytes + self.spill_nbytes
-        return pools + self.temporary_nbytes + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
+        pools += self.temporary_nbytes + self.whole_nbytes
+        return pools + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
 
 
 def make_plan(
@@ -265,7 +270,8 @@ class _Draft:
     def total(self) -> int:
         """All of it."""
         pools = self.param_nbytes + self.update_nbytes + STAGING_NBYTES + self.spill_nbytes
-        return pools + self.temporary_nbytes + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
+        pools += self.temporary_nbytes + self.demand.whole_nbytes
+        return pools + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
 
     @property
     def fits(self) -> bool:
@@ -354,6 +360,7 @@ class _Draft:
             fits=self.fits,
             recomputes=self.spill_nbytes > 0,
             smallest_nbytes=smallest_nbytes,
+            whole_nbytes=self.demand.whole_nbytes,
         )
 
 
@@ -369,10 +376,12 @@ def _chain(sizes: Mapping[str, int], largest_first: Sequence[str], chain: Sequen
 
 def _too_small(draft: _Draft, budget: int, name: str) -> str:
     largest = max(draft.units, key=lambda u: u.param_nbytes)
+    held = draft.demand.whole_nbytes
+    whole = f", state of an optimizer that cannot run on one parameter at a time {fmt(held)}" if held else ""
     update, staging = draft.update_nbytes + draft.temporary_nbytes, STAGING_NBYTES + draft.spill_nbytes
     return (
         f"{name}={fmt(budget)} cannot work: parameters in use and one unit arriving need {fmt(draft.param_nbytes)}, "
-        f"small ones that always stay {fmt(draft.kept_nbytes)}, gradients of one unit and of tied parameters "
+        f"what always stays {fmt(draft.kept_nbytes)}{whole}, gradients of one unit and of tied parameters "
         f"{fmt(draft.grad_nbytes)}, the update {fmt(update)}, staging {fmt(staging)}: together {fmt(draft.total)} "
         f"({draft.total} bytes). The largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set {name} to "
         f"at least {-(-draft.total // MiB)}MiB, or cut smaller units with units=..."

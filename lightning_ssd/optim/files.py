@@ -176,6 +176,8 @@ class Files:
 
     def read(self, slot: Slot, begin: int, end: int) -> None:
         """Start reading elements ``[begin, end)`` of what is not in memory."""
+        if begin == end:  # a unit without elements: its files are headers
+            return
         for column in self.columns.values():
             if column.kept is not None or (column.kind == "param" and not self._reads_param):
                 continue
@@ -187,6 +189,8 @@ class Files:
 
     def write(self, slot: Slot, begin: int, end: int) -> None:
         """Start writing them."""
+        if begin == end:
+            return
         for column, new in zip(self.columns.values(), self._new, strict=True):
             if column.kept is None:
                 size = column.layout.itemsize

@@ -26,6 +26,7 @@ from lightning_ssd.memory.plan import CHUNK_STEP_NUMEL
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.optim.files import Files, Slot
 from lightning_ssd.optim.rules import Options, Rule
+from lightning_ssd.sizes import round_up
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import Segment, chunks
 from lightning_ssd.store.state_store import StateStore
@@ -83,6 +84,7 @@ class Pipeline:
         self._keep_master = keep_master
         self._trace = trace
         self._slot_nbytes = pool.nbytes // depth
+        self._larger: Pool | None = None
         self._trailing: _Writes | None = None
 
     def update(
@@ -258,19 +260,46 @@ class Pipeline:
         self.finish()
         numel, files = unit.layout.numel, writes.files
         sizes = [(column.kind, column.layout.itemsize * numel) for column in files.streamed]
-        slot = Slot(self._pool, sizes, unit.name)
+        slot = Slot(self._pool_for(sum(round_up(nbytes) for _, nbytes in sizes)), sizes, unit.name)
         writes.slots.append(slot)
         files.read(slot, 0, numel)
         self._wait(slot, unit)  # sync: the unit's state
         files.is_touched = True
         with self._trace.span(Lane.UPDATE, "rule", unit.name):
+            late: dict[str, dict[int, Tensor]] = {}
             for index, shape in enumerate(unit.shapes):
                 if shape.numel:
-                    self._update_whole(rule, parts.get(index), files, slot, index)
+                    self._update_whole(rule, parts.get(index), files, slot, index, late)
+        self._add_kinds(unit, parts, late)
         files.write(slot, 0, numel)
 
+    def _pool_for(self, nbytes: int) -> Pool:
+        """The pool for updates, or a larger one: the class makes states that it did not make when it was tried."""
+        if nbytes <= self._pool.nbytes:
+            return self._pool
+        if self._larger is None or self._larger.nbytes < nbytes:
+            self._larger = Pool(nbytes, "late states of an optimizer")
+        return self._larger
+
+    def _add_kinds(
+        self, unit: Unit, parts: Mapping[int, ParameterUpdate], late: Mapping[str, Mapping[int, Tensor]]
+    ) -> None:
+        """Files of states that the class has made only now. One of an update that fails is of no parameter."""
+        dtype = master_dtype(unit, keep_master=self._keep_master)
+        for kind, states in late.items():
+            self._store.put(unit.layout_of(kind, dtype), states.get)
+            for index in states:
+                parts[index].initialised.add(kind)
+
     @staticmethod
-    def _update_whole(rule: Rule, part: ParameterUpdate | None, files: Files, slot: Slot, index: int) -> None:
+    def _update_whole(
+        rule: Rule,
+        part: ParameterUpdate | None,
+        files: Files,
+        slot: Slot,
+        index: int,
+        late: dict[str, dict[int, Tensor]],
+    ) -> None:
         views = {kind: column.whole(slot, index) for kind, column in files.columns.items()}
         master = views[files.master_kind]
         if files.widens:
@@ -283,13 +312,12 @@ class Pipeline:
             grad = part.grad.detach().to(master.dtype)
             rule.update(master, grad, states, part.scalars, part.options, is_first=not part.initialised)
             for kind, state in states.items():
-                if kind not in views:
-                    raise SSDOffloadError(
-                        f"the optimizer made a state {kind!r} only after its first step; not supported"
-                    )
-                if kind not in part.initialised:
+                if kind not in part.initialised and kind in views:
                     views[kind].copy_(state)
                     part.initialised.add(kind)
+                elif kind not in views:
+                    late.setdefault(kind, {})[index] = state
+            part.initialised.intersection_update(states)  # a class may drop one
         if files.master_kind != "param":
             views["param"].copy_(master)
 

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
-from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.kernels import api as kernels
+from lightning_ssd.optim.shared import same
 
 Options = Mapping[str, Any]
 """Hyper-parameters of a parameter group, captured at the step."""
@@ -148,28 +149,22 @@ class TorchRule:
 
     Args:
         optimizer: The user's; its class and its attributes serve, its parameters and state do not.
+        kinds: Names of the full-shaped states that it makes, as far as they are known.
     """
 
     is_elementwise = False
-    _OWN: ClassVar[frozenset[str]] = frozenset({"step", "state_dict", "load_state_dict", "param_groups", "state"})
+    _OWN: ClassVar[frozenset[str]] = frozenset(
+        {"step", "zero_grad", "state_dict", "load_state_dict", "add_param_group", "param_groups", "state"}
+    )
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, kinds: Collection[str] = ()) -> None:
         self._optimizer = optimizer
-        self._kinds: dict[frozenset[tuple[str, bool]], tuple[str, ...]] = {}  # by which options are set
+        self._kinds = tuple(kinds)
+        self._left: list[dict[str, Any]] = []  # attributes that updates of this step set, one entry an update
 
     def kinds(self, options: Options) -> tuple[str, ...]:
-        """See `Rule.kinds`; found once, by updating tiny parameters of as many dimensions as the real ones have."""
-        key = frozenset((k, bool(v)) for k, v in options.items() if isinstance(v, (bool, int, float)))
-        if key not in self._kinds:
-            dims = {max(1, p.dim()) for group in self._optimizer.param_groups for p in group["params"]}
-            states: dict[str, Tensor] = {}
-            with torch.random.fork_rng(devices=()):
-                for dim in sorted(dims):
-                    zeros, found = torch.zeros((2,) * dim), dict[str, Tensor]()
-                    self.update(zeros, torch.zeros_like(zeros), found, {}, dict(options), is_first=True)
-                    states |= found
-            self._kinds[key] = tuple(states)
-        return self._kinds[key]
+        """See `Rule.kinds`; a class may make further ones later."""
+        return self._kinds
 
     def begin(self, scalars: dict[str, Any], options: Options) -> None:
         """See `Rule.begin`; the class itself counts."""
@@ -188,22 +183,60 @@ class TorchRule:
         """See `Rule.update`; shaped tensors."""
         shadow = torch.nn.Parameter(param, requires_grad=True)
         shadow.grad = grad
-        optimizer = self._shadow(shadow, {**scalars, **states}, options)
-        step = type(self._optimizer).step
-        # Hooks fire once for the user's step, not once for each parameter.
-        (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined]
+        optimizer = self._run(shadow, {**scalars, **states}, options)
         if shadow.data_ptr() != param.data_ptr():
             param.copy_(shadow.detach())
-        for key, value in optimizer.state[shadow].items():
-            if is_full(key, value, param.shape, {kind for kinds in self._kinds.values() for kind in kinds}):
+        found = optimizer.state.get(shadow, {})
+        for key, value in found.items():
+            if is_full(key, value, param.shape, self._kinds):
                 if key not in states:
                     states[key] = value
                 elif states[key].data_ptr() != value.data_ptr():
                     states[key].copy_(value)
             else:
                 scalars[key] = value
+        for key in scalars.keys() - found.keys():
+            del scalars[key]
+
+    def idle(self, options: Options) -> None:
+        """A step in which a group's parameters have no gradients: a class may count it all the same."""
+        self._run(torch.nn.Parameter(torch.zeros(1)), {}, options)
+
+    def clear(self) -> None:
+        """A step begins, or one that failed is given up."""
+        self._left.clear()
+
+    def finish(self) -> None:
+        """The step is over: the attributes that the class changed are changed, once.
+
+        Raises:
+            SSDOffloadError: One parameter's update left another value than another's.
+        """
+        for left in self._left:
+            for key in {**self._left[0], **left}:
+                if not same(self._left[0].get(key), left.get(key)):
+                    raise SSDOffloadError(
+                        f"{type(self._optimizer).__name__}.{key} has another value after the update of one parameter "
+                        "than after that of another: it does not treat each parameter by itself as it did when it was "
+                        "tried at setup; use another optimizer, or another strategy"
+                    )
+        if self._left:
+            vars(self._optimizer).update(self._left[0])
+        self.clear()
+
+    def _run(self, param: torch.nn.Parameter, state: dict[str, Any], options: Options) -> Optimizer:
+        optimizer = self._shadow(param, state, options)
+        before = dict(vars(optimizer))
+        step = type(self._optimizer).step
+        # Hooks fire once for the user's step, not once for each parameter.
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)  # type: ignore[attr-defined]
+        after = {k: v for k, v in vars(optimizer).items() if k not in self._OWN}
+        self._left.append({k: v for k, v in after.items() if k not in before or v is not before[k]})
         if isinstance(options, dict):  # a class may count in its group
-            options.update({k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+            group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+            options.clear()
+            options.update(group)
+        return optimizer
 
     def _shadow(self, param: torch.nn.Parameter, state: dict[str, Any], options: Options) -> Optimizer:
         shadow: Optimizer = object.__new__(type(self._optimizer))
@@ -225,41 +258,3 @@ def is_full(key: str, value: Any, shape: torch.Size, kinds: Collection[str]) -> 
     if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
         return False
     return value.dim() > 0 or key in kinds
-
-
-def choose_rule(optimizer: Optimizer, update: str, *, keep_master: bool) -> Rule:
-    """The rule for an optimizer.
-
-    Args:
-        optimizer: The user's.
-        keep_master: 16-bit parameters have a float32 master.
-        update: ``"native"``, ``"torch"`` or ``"auto"``: native for plain Adam, AdamW and SGD, torch otherwise.
-
-    Raises:
-        ConfigurationError: If the optimizer cannot be run parameter by parameter, or not natively.
-    """
-    name = type(optimizer).__name__
-    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-        raise ConfigurationError(
-            f"optimizer {name} needs all parameters in memory at once (or sparse gradients) and cannot be streamed; "
-            "use a per-parameter optimizer such as AdamW, or another strategy"
-        )
-    why_not = _why_not_native(optimizer, keep_master=keep_master)
-    if update == "native" and why_not:
-        raise ConfigurationError(f"update='native' cannot run {name}: {why_not}; use update='torch' or 'auto'")
-    if update == "torch" or why_not:
-        return TorchRule(optimizer)
-    return SGDRule() if type(optimizer) is SGD else AdamRule(decoupled=type(optimizer) is AdamW)
-
-
-def _why_not_native(optimizer: Optimizer, *, keep_master: bool) -> str:
-    if type(optimizer) not in (Adam, AdamW, SGD):
-        return "only torch.optim.Adam, AdamW and SGD have native kernels"
-    for group in optimizer.param_groups:
-        for option in ("amsgrad", "differentiable", "capturable"):
-            if group.get(option):
-                return f"it has {option}=True"
-        known = (torch.float32, torch.bfloat16, torch.float16) if keep_master else (torch.float32,)
-        if any(p.dtype not in known for p in group["params"]):
-            return f"it updates values that are not {', '.join(str(dtype) for dtype in known)}"
-    return ""

@@ -18,7 +18,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from lightning_ssd.errors import CheckpointError, ConfigurationError, StoreError
 from lightning_ssd.optim.pipeline import ParameterUpdate, Pipeline, master_dtype, require_finite
 from lightning_ssd.optim.queue import Owed, UpdateQueue
-from lightning_ssd.optim.rules import Rule, is_full
+from lightning_ssd.optim.rules import Rule, TorchRule, is_full
+from lightning_ssd.optim.shared import SharedOptions
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.at_rest import snapshot
@@ -51,8 +52,7 @@ class StreamedOptimizer:
         self._places = {param: (unit, i) for unit in units for i, param in enumerate(unit.params)}
         self._scalars: dict[nn.Parameter, dict[str, Any]] = {}
         self._initialised: dict[nn.Parameter, set[str]] = {}
-        self._captured: dict[int, dict[str, Any]] = {}  # hyper-parameters of this step, by group
-        self._after: dict[int, dict[str, Any]] = {}  # the same as the rule left them
+        self._options = SharedOptions(optimizer)
         self._pipeline: Pipeline | None = None
         self._residents: Residents | None = None
         self._queue: UpdateQueue | None = None
@@ -168,11 +168,11 @@ class StreamedOptimizer:
         self, unit: Unit, grads: Mapping[int, Tensor], groups: Mapping[nn.Parameter, int]
     ) -> dict[int, ParameterUpdate]:
         parts: dict[int, ParameterUpdate] = {}
+        by_class = isinstance(self.rule, TorchRule)  # which may change what it is given
         for index, grad in grads.items():
             param = unit.params[index]
             group = groups[param]
-            options = dict(self._options(group))
-            self._after[group] = options
+            options = self._options.hand_out(group) if by_class else self._options.before(group)
             scalars = self._scalars.setdefault(param, {})
             initialised = self._initialised.setdefault(param, set())
             parts[index] = ParameterUpdate(grad, grad._version, options, scalars, initialised)
@@ -181,7 +181,7 @@ class StreamedOptimizer:
     @property
     def is_mid_step(self) -> bool:
         """Whether a step has updated some units and can or could not update all: it runs now, or it failed."""
-        return self._is_half_made or bool(self._after) or (self._queue is not None and self._queue.is_broken)
+        return self._is_half_made or self._options.is_used or (self._queue is not None and self._queue.is_broken)
 
     def _make_step(self) -> Callable[..., Any]:
         optimizer = self.optimizer
@@ -190,8 +190,7 @@ class StreamedOptimizer:
             hooks = chain(_global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values())
             for hook in hooks:
                 hook(optimizer, (closure, *args), kwargs)
-            self._captured.clear()  # of a step that failed, if the user went on after it
-            self._after.clear()
+            self._clear_step()  # of one that failed, if the user went on after it
             loss = None
             if closure is not None:
                 with torch.enable_grad():
@@ -220,22 +219,17 @@ class StreamedOptimizer:
         self._residents.end_step()  # whoever reads a parameter from now on gets its new value
         for unit, grads in params_with_grad(self._units()):
             self.update(unit, grads)
-        if not self.rule.is_elementwise:
+        if isinstance(self.rule, TorchRule):
             self.drain()
-        for group, options in self._after.items():  # a class may count in its group
-            for key, value in options.items():
-                if value is not self._captured[group][key]:
-                    self.optimizer.param_groups[group][key] = value
-        self._captured.clear()
-        self._after.clear()
+            for group in self._options.unused_groups():
+                self.rule.idle(self._options.hand_out(group))
+            self.rule.finish()
+        self._options.finish()
 
-    def _options(self, group: int) -> dict[str, Any]:
-        if group not in self._captured:
-            options = self.optimizer.param_groups[group]
-            # Copies: a scheduler may change them before the update has run, a tensor in place.
-            captured = {k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items() if k != "params"}
-            self._captured[group] = captured
-        return self._captured[group]
+    def _clear_step(self) -> None:
+        self._options.clear()
+        if isinstance(self.rule, TorchRule):
+            self.rule.clear()
 
     def _params(self) -> Iterable[nn.Parameter]:
         return (p for group in self.optimizer.param_groups for p in group["params"])

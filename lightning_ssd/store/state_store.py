@@ -77,6 +77,7 @@ class StateStore:
         self._free: dict[int, list[File]] = defaultdict(list)  # by length
         self._numbers = itertools.count()
         self._staging = Pool(STAGING_NBYTES, "staging")
+        self._staging_lock = threading.Lock()  # an update writes states that came late through it too
         self.unsynced: set[str] = set()
         self.saved: dict[str, tuple[int, int]] = {}
         self._is_suspended = False
@@ -216,6 +217,10 @@ class StateStore:
         self._kept.clear()
 
     def _read_into(self, generation: Generation, tensors: Sequence[Tensor]) -> None:
+        with self._staging_lock:
+            self._read_staged(generation, tensors)
+
+    def _read_staged(self, generation: Generation, tensors: Sequence[Tensor]) -> None:
         layout, dtype = generation.layout, dtype_of(generation.layout.dtype)
         buffer = self._staging.lend(STAGING_NBYTES, f"staging of {layout.unit}")
         try:
@@ -276,6 +281,10 @@ class StateStore:
 
     def _written(self, layout: UnitLayout, source: Callable[[int], Tensor | None]) -> Generation:
         """A file of tensors, not committed."""
+        with self._staging_lock:
+            return self._write_staged(layout, source)
+
+    def _write_staged(self, layout: UnitLayout, source: Callable[[int], Tensor | None]) -> Generation:
         generation = self._begin_file(layout)
         dtype = dtype_of(layout.dtype)
         buffer = self._staging.lend(STAGING_NBYTES, f"staging of {layout.unit}")

@@ -25,10 +25,11 @@ from lightning_ssd.memory.pinned import Pinned
 from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
 from lightning_ssd.memory.views import address_of
+from lightning_ssd.optim.choice import choose_rule
 from lightning_ssd.optim.pipeline import Pipeline, master_dtype
 from lightning_ssd.optim.queue import UpdateQueue
-from lightning_ssd.optim.rules import choose_rule
 from lightning_ssd.optim.streamed import StreamedOptimizer
+from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from lightning_ssd.store.state_store import StateStore
@@ -121,7 +122,8 @@ class Session:
             if adopted.optimizer is optimizer:
                 return adopted
         rule = choose_rule(optimizer, self.settings.update, keep_master=self.settings.keep_master)
-        adopted = StreamedOptimizer(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master)
+        kind = WholeOptimizer if isinstance(rule, WholeRule) else StreamedOptimizer
+        adopted = kind(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master)
         adopted.adopt()
         self._connect(adopted)
         self.optimizers.append(adopted)
@@ -139,6 +141,8 @@ class Session:
             StoreError: If the disk cannot hold the run.
         """
         assert self.streamer is not None
+        for unit in self.units:  # what was written to them in configure_optimizers
+            self.streamer.residents.settle(unit)
         self.plan = plan = self.sizing.plan(module, has_gate=has_gate)
         trim_heap()
         self._headroom = headroom = Headroom(plan, sum(len(unit.params) for unit in self.units))
@@ -352,6 +356,10 @@ class Session:
     def stream_updates_for(self, optimizer: Optimizer | None) -> None:
         """In `backward`, from now on, complete units go to the update of ``optimizer`` at once; None: no more."""
         self._streaming_for = next((a for a in self.optimizers if a.optimizer is optimizer), None)
+
+    def runs_whole(self, optimizer: Optimizer) -> bool:
+        """Whether ``optimizer`` is run on all its parameters at once, after all gradients are there."""
+        return any(isinstance(a, WholeOptimizer) and a.optimizer is optimizer for a in self.optimizers)
 
     @contextmanager
     def backward(self) -> Iterator[None]:

@@ -11,8 +11,12 @@ from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import pool_nbytes
 from lightning_ssd.optim.pipeline import master_dtype, state_nbytes_per_numel
 from lightning_ssd.optim.streamed import StreamedOptimizer
+<<<<<<< HEAD
 from lightning_ssd.optim.temporaries import temporary_share
 from lightning_ssd.store.dtypes import dtype_of
+=======
+from lightning_ssd.optim.whole import WholeRule
+>>>>>>> 3c9d1f8 (Optimizers are tried at setup: run per parameter where that is shown, else whole; parameters may be read in configure_optimizers)
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.streaming.activations import keeps_activations
@@ -99,12 +103,17 @@ class Sizing:
             MemoryPlanError: If the budget cannot work.
         """
         trained = {unit.name for unit in self.trained()}
+<<<<<<< HEAD
         shared = shared_parameters(module)
+=======
+        whole = [a for a in self._optimizers if isinstance(a.rule, WholeRule)]
+        updated_whole = {p for adopted in whole for g in adopted.optimizer.param_groups for p in g["params"]}
+>>>>>>> 3c9d1f8 (Optimizers are tried at setup: run per parameter where that is shown, else whole; parameters may be read in configure_optimizers)
         most_kinds = max((len(self._state_kinds(unit)) for unit in self._units), default=0)
         sizes = []
         for unit in self._units:
             # A frozen unit may be trained later in the run: there is room for its update too.
-            can_train = bool(self._optimizers) and unit.params[0].is_floating_point()
+            can_train = len(whole) < len(self._optimizers) and unit.params[0].is_floating_point()
             is_trained = unit.name in trained
             sizes.append(
                 UnitSize(
@@ -115,9 +124,13 @@ class Sizing:
                     unit.layout.itemsize,
                     self._state_nbytes(unit, None if is_trained else most_kinds),
                     sum(layout.buffer_nbytes for layout in self.state_layouts(unit)) if is_trained else 0,
+<<<<<<< HEAD
                     self._shared_grad_nbytes(unit, shared) if is_trained else 0,
                     self._temporary_nbytes(unit) if can_train else 0,
                     is_sticky=unit.sticky,
+=======
+                    is_sticky=unit.sticky or not updated_whole.isdisjoint(unit.params),
+>>>>>>> 3c9d1f8 (Optimizers are tried at setup: run per parameter where that is shown, else whole; parameters may be read in configure_optimizers)
                 )
             )
         return make_plan(
@@ -130,7 +143,11 @@ class Sizing:
                 has_gate=has_gate,
                 window=self._settings.window,
                 recomputes=self._recomputes(),
+<<<<<<< HEAD
                 sums_in_place=self._settings.is_autocast,
+=======
+                whole_nbytes=sum(map(_whole_nbytes, whole)),
+>>>>>>> 3c9d1f8 (Optimizers are tried at setup: run per parameter where that is shown, else whole; parameters may be read in configure_optimizers)
             ),
         )
 
@@ -182,6 +199,12 @@ def shared_parameters(module: nn.Module) -> set[nn.Parameter]:
     """Parameters at several places of ``module``: tied ones, and those of a module that is used in several."""
     counts = Counter(param for _, param in module.named_parameters(remove_duplicate=False))
     return {param for param, count in counts.items() if count > 1}
+
+
+def _whole_nbytes(adopted: StreamedOptimizer) -> int:
+    assert isinstance(adopted.rule, WholeRule)
+    params = (p for group in adopted.optimizer.param_groups for p in group["params"])
+    return int(adopted.rule.state_ratio * sum(param.nbytes for param in params))
 
 
 def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:

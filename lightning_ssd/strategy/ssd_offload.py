@@ -342,6 +342,7 @@ class StrategyMixin(CheckpointMixin):
             self.session.settings.overlap
             and module.automatic_optimization
             and len(self.optimizers) == 1
+            and not self.session.runs_whole(optimizer)
             and self.precision_plugin.scaler is None
             and gradient_listener(module.trainer, module) is None
         )

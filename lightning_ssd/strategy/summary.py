@@ -7,6 +7,7 @@ import os
 import torch
 
 from lightning_ssd.kernels import api as kernels
+from lightning_ssd.optim.whole import WholeRule
 from lightning_ssd.sizes import fmt
 from lightning_ssd.strategy.session import Session
 
@@ -50,7 +51,12 @@ def summary(session: Session) -> str:
         )
     for adopted in session.optimizers:
         name = type(adopted.optimizer).__name__
-        if adopted.rule.is_elementwise:
+        if isinstance(adopted.rule, WholeRule):
+            lines.append(
+                f"  update: {name} runs its own step on all its parameters at once, which stay in memory with "
+                f"{fmt(plan.whole_nbytes)} of state: {adopted.rule.why}"
+            )
+        elif adopted.rule.is_elementwise:
             equal = "bit-equal" if kernels.is_bit_equal_to_torch() else "within 1 ulp an operation of"
             lines.append(f"  update: {name} by {kernels.describe()}, {equal} torch's for-loop {name} on this machine")
         else:

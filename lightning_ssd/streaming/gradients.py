@@ -113,7 +113,8 @@ class GradientSink:
     def arrive(self, unit: Unit, index: int, param: Tensor) -> None:
         """The gradient of parameter ``index`` is complete for this pass of autograd."""
         grad = param.grad
-        assert grad is not None
+        if grad is None:  # a hook of the user's has used it up, as an optimizer in backward does
+            return
         if grad.layout != torch.strided:
             raise ConfigurationError(
                 f"parameter {unit.names[index]!r} has a sparse gradient; strategy='ssd_offload' needs dense ones: "

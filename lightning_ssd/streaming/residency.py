@@ -44,6 +44,20 @@ class Owing(Protocol):
         ...
 
 
+class _NothingOwed:
+    """Before the first step there are no updates."""
+
+    def wait(self, unit: Unit) -> None:
+        """See `Owing.wait`."""
+
+    def is_owed(self, unit: Unit) -> bool:
+        """See `Owing.is_owed`."""
+        return False
+
+    def notify(self) -> None:
+        """See `Owing.notify`."""
+
+
 class Residents:
     """The units of one model and the memory they take.
 
@@ -74,7 +88,7 @@ class Residents:
         self._trace = trace
         self._pool: Pool
         self._route: Route = HostRoute()
-        self._owing: Owing
+        self._owing: Owing = _NothingOwed()
         self._keep_cache = False
         self._outlook = Outlook(units, self.schedule)
         self._lock = threading.Condition()
@@ -198,6 +212,27 @@ class Residents:
                 if unit.num_holds == 0:
                     self._release_memory(unit)
             self._loose = [{}]
+
+    @contextmanager
+    def outside_step(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+        """Inside, parameters are at rest, whatever runs around it; gives a context that is as it was before."""
+        before = self.is_in_step
+
+        @contextmanager
+        def inside_step() -> Iterator[None]:
+            self.is_in_step = before
+            try:
+                yield
+            finally:
+                self.end_step()
+                self.is_in_step = lambda: False
+
+        self.end_step()
+        self.is_in_step = lambda: False
+        try:
+            yield inside_step
+        finally:
+            self.is_in_step = before
 
     def drop_holds(self) -> None:
         """Forget who holds what, after a failure."""

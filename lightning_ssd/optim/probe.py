@@ -1,0 +1,305 @@
+"""How an optimizer's class can be run, found by trying: parameter by parameter, or only whole.
+
+[Note: probe] Two small copies of the optimizer, on a few small parameters whose shapes are like those of the real ones,
+make the same steps: one its own, one parameter by parameter as an update of a unit would. If parameters, state, groups
+and attributes are equal to the bit after each step, the class treats each parameter by itself. That takes some
+milliseconds a class; real parameters are not looked at.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from lightning_ssd.errors import SSDOffloadError
+from lightning_ssd.optim.rules import TorchRule
+from lightning_ssd.optim.shared import SharedOptions, same
+
+NUM_STEPS = 12
+"""A class may make a state only every few steps."""
+
+_SIZE = 8  # of the smallest dimension that is not 1
+_MAX_GROUPS = 2  # that are alike
+_MAX_ALIKE = 2  # parameters of one shape in a group
+_MAX_COPY_NUMEL = 1 << 16  # of a tensor that is no state
+_UNKNOWN_NBYTES = 4.0  # of state for each byte of parameters, where nothing could be tried
+_NOT_COPIED = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "step", "zero_grad", "_profile_hook_step")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a probe found.
+
+    Attributes:
+        kinds: Names of the states of the parameter's shape.
+        why_whole: Why the class cannot be run parameter by parameter; empty if it can.
+        moves: Whether a parameter changed in any step; None if that could not be tried.
+        state_ratio: Bytes of state for each byte of parameters, when it is run whole.
+    """
+
+    kinds: tuple[str, ...]
+    why_whole: str
+    moves: bool | None
+    state_ratio: float
+
+
+def probe(optimizer: Optimizer) -> Findings:
+    """Try the class of ``optimizer``, with its attributes and options; [Note: probe]."""
+    with _own_random_numbers(), torch.random.fork_rng(devices=()), torch.inference_mode(False):
+        try:
+            whole, apart = _Small(optimizer), _Small(optimizer)
+        except Exception as error:  # the user's class may refuse to be copied in any way
+            return Findings((), f"it cannot be copied for a trial ({_text(error)})", None, _UNKNOWN_NBYTES)
+        return _compare(whole, apart)
+
+
+def _compare(whole: _Small, apart: _Small) -> Findings:
+    moves, why = False, "it holds another optimizer" if whole.holds_another else ""
+    by_parts = None if why else _ByParts(apart)
+    try:
+        for step in range(NUM_STEPS):
+            before = whole.values()
+            draws = whole.step(step)
+            moves = moves or not same(before, whole.values())
+            if by_parts is None:
+                continue
+            why = "it draws random numbers" if draws else by_parts.step(step) or by_parts.difference(whole)
+            by_parts = None if why else by_parts
+    except Exception as error:  # the user's class may fail in any way
+        if by_parts is None or not moves:
+            return Findings((), why or f"its step fails on small parameters ({_text(error)})", None, _UNKNOWN_NBYTES)
+        raise
+    kinds = () if by_parts is None else tuple(by_parts.kinds)
+    return Findings(kinds, why, moves, whole.state_ratio())
+
+
+class _Small:
+    """A copy of an optimizer on small parameters."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        small = _choose(optimizer)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        spare = nn.Parameter(torch.zeros(1))  # stands for those that are left out
+        memo: dict[int, Any] = {id(p): small.get(p, spare) for p in params}
+        self._copies: list[Optimizer] = []
+        with _SmallCopies({tuple(p.shape): small_shape(tuple(p.shape)) for p in params}):
+            self.optimizer = self._copy(optimizer, memo)
+        self.params = list(small.values())
+        self.holds_another = len(self._copies) > 1
+        chosen = set(self.params)
+        for copied in self._copies:
+            for group in copied.param_groups:
+                group["params"][:] = [p for p in group["params"] if p in chosen]
+                if not _is_positive(group.get("lr", 1)):  # a warm-up begins with nothing
+                    group["lr"] = torch.full_like(group["lr"], 1e-3) if isinstance(group["lr"], Tensor) else 1e-3
+            copied.param_groups[:] = [group for group in copied.param_groups if group["params"]]
+            copied.state = defaultdict(dict, {k: v for k, v in copied.state.items() if k is not spare})
+        for name in ("train",):  # such as schedule-free ones need
+            mode = getattr(self.optimizer, name, None)
+            if callable(mode):
+                mode()
+
+    def _copy(self, optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+        copied: Optimizer = object.__new__(type(optimizer))
+        memo[id(optimizer)] = copied
+        self._copies.append(copied)
+        for key, value in vars(optimizer).items():
+            if isinstance(value, nn.Module):
+                raise TypeError(f"it holds the module {key!r}")
+            if isinstance(value, Optimizer):
+                copied.__dict__[key] = memo.get(id(value)) or self._copy(value, memo)
+            elif key in _NOT_COPIED:
+                if key.endswith("hooks"):
+                    copied.__dict__[key] = type(value)()
+            else:
+                copied.__dict__[key] = deepcopy(value, memo)
+        return copied
+
+    def closure(self, step: int) -> Callable[[], Tensor]:
+        """Makes gradients that are not zero, and depend on the values."""
+        generator = torch.Generator().manual_seed(step)
+        targets = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in self.params]
+
+        def evaluate() -> Tensor:
+            with torch.enable_grad():
+                for param in self.params:
+                    param.grad = None
+                loss = torch.stack([(p - t).square().sum() for p, t in zip(self.params, targets, strict=True)]).sum()
+                loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+
+        return evaluate
+
+    def step(self, number: int) -> bool:
+        """A step of the class's own; whether it drew random numbers."""
+        closure = self.closure(number)
+        states = torch.get_rng_state(), random.getstate()
+        type(self.optimizer).step(self.optimizer, closure)  # type: ignore[arg-type]
+        return not (torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate())
+
+    def values(self) -> list[Tensor]:
+        """Copies of the parameters."""
+        return [param.detach().clone() for param in self.params]
+
+    def state_ratio(self) -> float:
+        """Bytes of tensors that the optimizer holds beside parameters and gradients, for each byte of parameters."""
+        seen = {t.untyped_storage().data_ptr() for p in self.params for t in (p, p.grad) if t is not None}
+        held = 0
+        for tensor in _tensors(list(map(vars, self._copies)), set()):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                held += storage.nbytes()
+        return held / max(sum(p.nbytes for p in self.params), 1)
+
+
+class _ByParts:
+    """The same parameters, updated one by one as the pipeline does it."""
+
+    def __init__(self, small: _Small) -> None:
+        self._small = small
+        self._optimizer = small.optimizer
+        self._rule = TorchRule(small.optimizer)
+        self._options = SharedOptions(small.optimizer)
+        self._states: list[dict[str, Tensor]] = []
+        self._scalars: list[dict[str, Any]] = []
+        for param in small.params:
+            state = dict(small.optimizer.state.get(param, {}))
+            full = {k for k, v in state.items() if isinstance(v, Tensor) and v.shape == param.shape and v.dim()}
+            self._states.append({k: state[k] for k in full})
+            self._scalars.append({k: v for k, v in state.items() if k not in full})
+        small.optimizer.state = defaultdict(dict)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Names of full-shaped states that were made."""
+        return sorted({kind for states in self._states for kind in states})
+
+    def step(self, number: int) -> str:
+        """A step; why it cannot be made, or empty."""
+        self._small.closure(number)()
+        groups = {p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        try:
+            for param, states, scalars in zip(self._small.params, self._states, self._scalars, strict=True):
+                assert param.grad is not None
+                options = self._options.hand_out(groups[param])
+                known = dict(states)
+                with torch.no_grad():
+                    self._rule.update(param.detach(), param.grad, states, scalars, options, is_first=not states)
+                states.update({kind: state.clone() for kind, state in states.items() if kind not in known})
+            self._options.finish()
+            self._rule.finish()
+        except SSDOffloadError as error:
+            return str(error).split(";")[0]
+        except Exception as error:  # the user's class may fail in any way
+            return f"its step fails on one parameter by itself ({_text(error)})"
+        return ""
+
+    def difference(self, whole: _Small) -> str:
+        """What differs from the class's own step, or empty."""
+        if not same([p.detach() for p in whole.params], [p.detach() for p in self._small.params]):
+            return "one parameter's update depends on the others"
+        if any(not isinstance(key, Tensor) for key in whole.optimizer.state):
+            return "it keeps state that belongs to no parameter"
+        for param, states, scalars in zip(whole.params, self._states, self._scalars, strict=True):
+            if not same(dict(whole.optimizer.state.get(param, {})), {**scalars, **states}):
+                return "one parameter's state depends on the others"
+        ours, its = (_plain(vars(each.optimizer)) for each in (self._small, whole))
+        keys = [key for key in {**ours, **its} if not same(ours.get(key), its.get(key))]
+        return f"its {keys[0]!r} depends on more than one parameter" if keys else ""
+
+
+class _SmallCopies(TorchFunctionMode):
+    """Inside, a copy of a tensor of a parameter's shape is as small as the small parameter."""
+
+    def __init__(self, shapes: Mapping[tuple[int, ...], tuple[int, ...]]) -> None:
+        super().__init__()
+        self._shapes = shapes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        shape = self._shapes.get(tuple(tensor.shape))
+        if shape is None and tensor.numel() > _MAX_COPY_NUMEL:
+            raise ValueError(f"it holds a tensor of shape {tuple(tensor.shape)}")
+        cut = tensor.detach() if shape is None else tensor.detach()[tuple(slice(size) for size in shape)]
+        memo[id(tensor)] = copied = cut.clone().requires_grad_(tensor.requires_grad)
+        return copied
+
+
+def small_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A small shape whose dimensions compare as those of ``shape`` do; a dimension of 1 stays one."""
+    sizes = sorted({size for size in shape if size > 1})
+    small = {size: min(size, _SIZE * (rank + 1)) for rank, size in enumerate(sizes)}
+    return tuple(small.get(size, size) for size in shape)
+
+
+def _choose(optimizer: Optimizer) -> dict[nn.Parameter, nn.Parameter]:
+    """Some of the parameters, each with a small one: of every shape and every kind of group."""
+    generator = torch.Generator().manual_seed(0)
+    chosen: dict[nn.Parameter, nn.Parameter] = {}
+    num_groups: Counter[Any] = Counter()
+    shapes_seen: Counter[Any] = Counter()
+    for group in optimizer.param_groups:
+        options = frozenset((k, type(v), bool(v)) for k, v in group.items() if isinstance(v, (bool, int, float, str)))
+        num_groups[options] += 1
+        num_here: Counter[tuple[int, ...]] = Counter()
+        for param in group["params"]:
+            shape = small_shape(tuple(param.shape))
+            num_here[shape] += 1
+            shapes_seen[options, shape] += 1
+            is_new = shapes_seen[options, shape] == 1
+            if param.numel() and (is_new or (num_groups[options] <= _MAX_GROUPS and num_here[shape] <= _MAX_ALIKE)):
+                values = torch.randn(shape, generator=generator)
+                chosen[param] = nn.Parameter(values.to(param.dtype if param.dtype.is_floating_point else values.dtype))
+    return chosen
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes that are compared: not the parameters and their state."""
+    left_out = (*_NOT_COPIED, "state", "param_groups")
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in attributes["param_groups"]]
+    return {**{k: v for k, v in attributes.items() if k not in left_out}, "param_groups": groups}
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors(item, seen)
+
+
+def _is_positive(lr: Any) -> bool:
+    return not isinstance(lr, (int, float, Tensor)) or bool(lr > 0)
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:120]}"
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)

@@ -1,0 +1,106 @@
+"""An optimizer that cannot be run on one parameter at a time: its own step, on all its parameters, in memory.
+
+Its parameters are kept in memory by the plan, its state is its own, and gradients wait for the step. The step runs with
+the parameters at rest, where what it writes is their value; a closure that it calls runs as a step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_ssd.optim.rules import Options
+from lightning_ssd.optim.streamed import StreamedOptimizer
+
+
+class WholeRule:
+    """What sizing and pipeline see of it: nothing streams.
+
+    Attributes:
+        why: Why it is run whole.
+        state_ratio: Bytes of its state for each byte of its parameters.
+    """
+
+    is_elementwise = True
+
+    def __init__(self, why: str, state_ratio: float) -> None:
+        self.why = why
+        self.state_ratio = state_ratio
+
+    def kinds(self, options: Options) -> tuple[str, ...]:
+        """See `Rule.kinds`: its state stays with it."""
+        return ()
+
+    def begin(self, scalars: dict[str, Any], options: Options) -> None:
+        """See `Rule.begin`."""
+
+    def update(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        states: dict[str, Tensor],
+        scalars: dict[str, Any],
+        options: Options,
+        *,
+        is_first: bool,
+        out: Tensor | None = None,
+    ) -> None:
+        """See `Rule.update`; nobody calls it."""
+        raise AssertionError("an optimizer that runs whole was asked for a part")
+
+
+class WholeOptimizer(StreamedOptimizer):
+    """Runs the step of such an optimizer."""
+
+    _is_stepping = False
+
+    def adopt(self) -> None:
+        """Take over the optimizer's step; all else stays as it is."""
+        own = self.optimizer.step
+        step = partial(self._step, own)
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        self.optimizer.step = step  # type: ignore[method-assign]
+
+    def release(self) -> None:
+        """Give the optimizer its own step back."""
+        self._is_half_made = self.is_mid_step
+        self._pipeline = self._residents = self._queue = None
+        self.optimizer.__dict__.pop("step", None)
+
+    @property
+    def is_mid_step(self) -> bool:
+        """Whether a step failed after it may have changed parameters."""
+        return self._is_half_made or self._is_stepping
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """Nothing: see `optimizer_state`."""
+        return {}
+
+    def initialised(self) -> dict[str, set[str]]:
+        """Nothing: see `optimizer_state`."""
+        return {}
+
+    def _step(self, own: Callable[..., Any], closure: Callable[[], Any] | None = None, *args: Any, **kw: Any) -> Any:
+        residents = self._residents
+        assert residents is not None
+        self._is_stepping = False
+        with residents.outside_step() as inside_step:
+            if closure is None:
+                self._is_stepping = True
+                loss = own(*args, **kw)
+            else:
+                loss = own(partial(self._evaluate, closure, inside_step), *args, **kw)
+        self._is_stepping = False
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        return loss
+
+    def _evaluate(self, closure: Callable[[], Any], inside_step: Callable[[], Any]) -> Any:
+        with inside_step():
+            loss = closure()
+        self._is_stepping = True  # from here on it may write
+        self.drain()  # of other optimizers
+        return loss
