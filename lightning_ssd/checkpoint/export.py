@@ -38,6 +38,7 @@ from lightning_ssd.checkpoint.writer import (
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import parse_nbytes, round_up
+from lightning_ssd.store.layout import suffix_of
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json", ".h5", ".msgpack", ".gguf")
 
@@ -87,7 +88,10 @@ def consolidate(
         spill = Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
         content["state_dict"] = {**mapped_state_dict(reader, spill), **content.pop(STATE_DICT_EXTRA, {})}
         if "lr_schedulers" in content or reader.manifest.optimizers:
-            content["optimizer_states"] = optimizer_states(reader, weights_only)
+            own = content.pop(WHOLE_STATES, {})
+            content["optimizer_states"] = [
+                own.get(index, state) for index, state in enumerate(optimizer_states(reader, weights_only))
+            ]
         with file_beside(target) as (fd, take_name):
             total = reader.manifest.nbytes
             writer = StreamWriter(fd, on_flush=dropper(reader, spill, progress, total))
@@ -149,6 +153,10 @@ def to_safetensors(
     return ExportReport(tuple(os.path.join(target, shard.file) for shard in shards), total, left_out)
 
 
+WHOLE_STATES = "whole_optimizer_states"
+"""Key of the saved state under which lies, by number, what optimizers that are run whole gave as their state."""
+
+
 def optimizer_state(
     record: OptimizerRecord, full: Callable[[str, str], Tensor], odd: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -169,7 +177,7 @@ def optimizer_state(
         entry = {key: _as_torch_keeps_it(key, value) for key, value in record.state.get(name, {}).items()}
         for kind in record.kinds if name in record.state else ():
             try:
-                entry[kind] = full(name, kind)
+                entry[kind.removesuffix(suffix_of(kind))] = full(name, kind)
             except KeyError:
                 continue
         entry |= odd.get(name, {})

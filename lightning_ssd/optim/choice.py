@@ -48,13 +48,17 @@ def _rule_of_class(optimizer: Optimizer, *, keep_master: bool) -> Rule:
     why = found.why_whole
     if _is_replaced_step(optimizer):
         why = "its step was replaced on the object"
+    elif any(
+        getattr(type(optimizer), name) is not getattr(Optimizer, name) for name in ("state_dict", "load_state_dict")
+    ):
+        why = "it has a state_dict of its own"
     if not why:
         return TorchRule(optimizer, found.kinds)
     narrow = (torch.bfloat16, torch.float16)
     if keep_master and any(p.dtype in narrow for group in optimizer.param_groups for p in group["params"]):
         raise ConfigurationError(
-            f"optimizer {name} can only be run whole ({why}), and then has no float32 masters of 16-bit parameters; use "
-            "precision='32-true' or 'bf16-mixed', plugins=[SSDOffloadPrecision(precision, master_dtype='param')], or "
+            f"optimizer {name} can only be run whole ({why}), and then has no float32 masters of 16-bit parameters; "
+            "use precision='32-true' or 'bf16-mixed', plugins=[SSDOffloadPrecision(precision, master_dtype='param')], or "
             "an optimizer that treats each parameter by itself, such as AdamW"
         )
     return WholeRule(why, found.state_ratio)
@@ -75,8 +79,9 @@ def _why_not_native(optimizer: Optimizer, *, keep_master: bool) -> str:
         for option in ("amsgrad", "differentiable", "capturable"):
             if group.get(option):
                 return f"it has {option}=True"
-        if any(isinstance(value, Tensor) for value in (group.get("lr"), *group.get("betas", ()))):
-            return "its lr or betas are tensors, which torch computes with in another order"
+        values = [group.get("lr"), group.get("weight_decay"), group.get("eps"), *group.get("betas", ())]
+        if any(isinstance(value, Tensor) for value in values):
+            return "its lr or betas are tensors, with which torch rounds at other places"
         known = (torch.float32, torch.bfloat16, torch.float16) if keep_master else (torch.float32,)
         if any(p.dtype not in known for p in group["params"]):
             return f"it updates values that are not {', '.join(str(dtype) for dtype in known)}"

@@ -135,19 +135,21 @@ class Files:
         columns: By kind.
         streamed: Those in slots.
         moves: Whether any is read or written.
-        state_kinds: All but the parameter and its master.
+        state_kinds: All but the parameter and its master, by the name that the rule has for each.
         master_kind: Which kind the rule updates.
         widens: There is no master yet: it is made from the parameter.
         source: The master's values, flat, where they are in memory and may not be changed there.
         is_touched: Kept memory may hold new values by now.
     """
 
-    def __init__(self, store: StateStore, layouts: dict[str, UnitLayout], loan: Loan | None) -> None:
+    def __init__(
+        self, store: StateStore, layouts: dict[str, UnitLayout], loan: Loan | None, *, suffix: str = ""
+    ) -> None:
         self._store = store
         unit = layouts["param"].unit
         self.columns = {k: Column(k, lay, store.current(unit, k), store.kept(unit, k)) for k, lay in layouts.items()}
         self.moves = any(column.kept is None for column in self.columns.values())
-        self.state_kinds = [kind for kind in layouts if kind not in ("param", "master")]
+        self.state_kinds = {k.removesuffix(suffix): k for k in layouts if k not in ("param", "master")}
         self.master_kind = "master" if "master" in layouts else "param"
         self.widens = self.master_kind == "master" and self.columns["master"].current is None
         self._loan = loan

@@ -6,6 +6,9 @@ memory is depth x chunk whatever the unit's size. Any other rule sees whole para
 [Note: trailing] The last chunks of a unit are written while the first ones of the next unit are read: without that the
 disk idles between units. So `Pipeline.update` returns when all is computed, and the new generations become current in
 the next call of `update` or in `finish`.
+
+[Note: suffix] Kinds are named as the optimizer's class names its states. Where a second optimizer updates parameters
+that another one updates too, its kinds have a suffix: ``exp_avg@1``.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.codec import float32
-from lightning_ssd.errors import NonFiniteGradientError, ResidencyError, SSDOffloadError
+from lightning_ssd.errors import NonFiniteGradientError, ResidencyError
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.plan import CHUNK_STEP_NUMEL
 from lightning_ssd.memory.pool import Pool
@@ -28,7 +31,7 @@ from lightning_ssd.optim.files import Files, Slot
 from lightning_ssd.optim.rules import Options, Rule
 from lightning_ssd.sizes import round_up
 from lightning_ssd.store.dtypes import dtype_of
-from lightning_ssd.store.layout import Segment, chunks
+from lightning_ssd.store.layout import Segment, chunks, suffix_of
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.loan import Loan
 from lightning_ssd.streaming.unit import Unit
@@ -36,6 +39,11 @@ from lightning_ssd.trace import Lane, Trace
 
 CHUNKS_PER_UNIT = 16
 """Into at least so many a unit is cut, if they are not too small then."""
+
+
+def state_kinds(store: StateStore, unit: Unit) -> list[str]:
+    """Kinds of optimizer state of which ``unit`` has a generation."""
+    return [kind for kind in store.kinds(unit.name) if kind not in ("param", "master")]
 
 
 @dataclass
@@ -94,6 +102,7 @@ class Pipeline:
         parts: Mapping[int, ParameterUpdate],
         loan: Loan | None = None,
         *,
+        suffix: str = "",
         done: Callable[[], None] = lambda: None,
     ) -> None:
         """Update the parameters of ``unit`` that have a part, by index; [Note: trailing].
@@ -103,6 +112,7 @@ class Pipeline:
             rule: How.
             parts: Gradients and hyper-parameters by parameter index.
             loan: Where the parameters of ``unit`` are in memory, or may be; ended here.
+            suffix: Of the kinds that belong to this optimizer; [Note: suffix].
             done: Called once the new generations are the current ones.
 
         Raises:
@@ -113,7 +123,7 @@ class Pipeline:
         self._trace.mark("update", unit.name)
         with self._trace.span(Lane.UPDATE, "update", unit.name):
             try:
-                writes = _Writes(unit, parts.values(), self._files(unit, rule, parts, loan), done)
+                writes = _Writes(unit, parts.values(), self._files(unit, rule, parts, loan, suffix), done)
             except BaseException:
                 if loan is not None:
                     loan.end(False)
@@ -128,7 +138,7 @@ class Pipeline:
                     for part in parts.values():
                         part.initialised.update(rule.kinds(part.options))
                 else:
-                    self._in_whole(unit, rule, parts, writes)
+                    self._in_whole(unit, rule, parts, writes, suffix)
                 writes.files.end_source()
                 self.finish()
             except BaseException as error:
@@ -249,14 +259,18 @@ class Pipeline:
                     if param is not None:
                         kernels.convert_(param, master)  # parameters without an update keep their value
                     continue
-                states = {kind: view(kind, segment) for kind in files.state_kinds}
+                states = {name: view(kind, segment) for name, kind in files.state_kinds.items()}
                 grad = flats[segment.index][segment.offset : segment.offset + segment.numel]
                 is_first = not part.initialised
+                for state in states.values() if is_first else ():
+                    state.zero_()  # another optimizer may have had one before
                 rule.update(master, grad, states, part.scalars, part.options, is_first=is_first, out=param)
 
     # -- any rule ------------------------------------------------------------------------------------------------
 
-    def _in_whole(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], writes: _Writes) -> None:
+    def _in_whole(
+        self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], writes: _Writes, suffix: str
+    ) -> None:
         self.finish()
         numel, files = unit.layout.numel, writes.files
         sizes = [(column.kind, column.layout.itemsize * numel) for column in files.streamed]
@@ -270,7 +284,7 @@ class Pipeline:
             for index, shape in enumerate(unit.shapes):
                 if shape.numel:
                     self._update_whole(rule, parts.get(index), files, slot, index, late)
-        self._add_kinds(unit, parts, late)
+        self._add_kinds(unit, parts, late, suffix)
         files.write(slot, 0, numel)
 
     def _pool_for(self, nbytes: int) -> Pool:
@@ -282,12 +296,16 @@ class Pipeline:
         return self._larger
 
     def _add_kinds(
-        self, unit: Unit, parts: Mapping[int, ParameterUpdate], late: Mapping[str, Mapping[int, Tensor]]
+        self,
+        unit: Unit,
+        parts: Mapping[int, ParameterUpdate],
+        late: Mapping[str, Mapping[int, Tensor]],
+        suffix: str,
     ) -> None:
         """Files of states that the class has made only now. One of an update that fails is of no parameter."""
         dtype = master_dtype(unit, keep_master=self._keep_master)
         for kind, states in late.items():
-            self._store.put(unit.layout_of(kind, dtype), states.get)
+            self._store.put(unit.layout_of(kind + suffix, dtype), states.get)
             for index in states:
                 parts[index].initialised.add(kind)
 
@@ -301,6 +319,7 @@ class Pipeline:
         late: dict[str, dict[int, Tensor]],
     ) -> None:
         views = {kind: column.whole(slot, index) for kind, column in files.columns.items()}
+        places = {name: views[kind] for name, kind in files.state_kinds.items()}
         master = views[files.master_kind]
         if files.widens:
             master.copy_(views["param"])
@@ -308,14 +327,14 @@ class Pipeline:
             entry, itemsize = files.columns["param"].layout.entries[index], master.itemsize
             master.copy_(files.source[entry.begin // itemsize : entry.end // itemsize].view(master.shape))
         if part is not None:
-            states = {k: v for k, v in views.items() if k in part.initialised}
+            states = {k: v for k, v in places.items() if k in part.initialised}
             grad = part.grad.detach().to(master.dtype)
             rule.update(master, grad, states, part.scalars, part.options, is_first=not part.initialised)
             for kind, state in states.items():
-                if kind not in part.initialised and kind in views:
-                    views[kind].copy_(state)
+                if kind not in part.initialised and kind in places:
+                    places[kind].copy_(state)
                     part.initialised.add(kind)
-                elif kind not in views:
+                elif kind not in places:
                     late.setdefault(kind, {})[index] = state
             part.initialised.intersection_update(states)  # a class may drop one
         if files.master_kind != "param":
@@ -323,16 +342,18 @@ class Pipeline:
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def _files(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], loan: Loan | None) -> Files:
-        kinds = [kind for kind in self._store.kinds(unit.name) if kind not in ("param", "master")]
+    def _files(
+        self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], loan: Loan | None, suffix: str
+    ) -> Files:
+        kinds = [kind for kind in state_kinds(self._store, unit) if suffix_of(kind) == suffix]
         for part in parts.values():
-            kinds += [kind for kind in rule.kinds(part.options) if kind not in kinds]
+            kinds += [kind + suffix for kind in rule.kinds(part.options) if kind + suffix not in kinds]
         dtype = master_dtype(unit, keep_master=self._keep_master)
         layouts = {"param": unit.layout}
         if dtype != unit.layout.dtype:
             layouts["master"] = unit.layout_of("master", dtype)
         layouts |= {kind: unit.layout_of(kind, dtype) for kind in kinds}
-        return Files(self._store, layouts, loan)
+        return Files(self._store, layouts, loan, suffix=suffix)
 
 
 class _Writes:

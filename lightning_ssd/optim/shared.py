@@ -1,7 +1,7 @@
 """What the parameters of an optimizer share in a step: the keys of their group.
 
-Every parameter is handed a copy of what its group held before the step. What a class makes of it (``group["step"] += 1``)
-goes into the group once, after the step; all parameters of the group must have made the same of it.
+Every parameter is handed a copy of what its group held before the step. What a class makes of it, such as
+``group["step"] += 1``, goes into the group once, after the step; all parameters must have made the same of it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def same(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
-    if type(one).__eq__ is object.__eq__ and hasattr(one, "__dict__"):
+    has_equality = "__eq__" in {name for cls in type(one).__mro__[:-1] for name in vars(cls)}
+    if not has_equality and hasattr(one, "__dict__"):
         return same(vars(one), vars(other))
     return bool(one == other)
 

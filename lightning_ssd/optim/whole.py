@@ -6,12 +6,11 @@ the parameters at rest, where what it writes is their value; a closure that it c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_ssd.optim.rules import Options
 from lightning_ssd.optim.streamed import StreamedOptimizer
@@ -70,6 +69,10 @@ class WholeOptimizer(StreamedOptimizer):
         self._is_half_made = self.is_mid_step
         self._pipeline = self._residents = self._queue = None
         self.optimizer.__dict__.pop("step", None)
+
+    def dismiss(self, others: Iterable[StreamedOptimizer]) -> None:
+        """Another one takes its place; its state is its own already."""
+        self.release()
 
     @property
     def is_mid_step(self) -> bool:

@@ -127,6 +127,12 @@ def lay_out(unit: str, kind: str, shapes: Sequence[Shape], dtype: str) -> UnitLa
     return UnitLayout(unit, kind, dtype, tuple(entries), header, position // itemsize, places, buffer_nbytes)
 
 
+def suffix_of(kind: str) -> str:
+    """What tells the states of one optimizer from those of another over the same parameters; empty for the first."""
+    _, mark, number = kind.partition("@")
+    return mark + number
+
+
 def chunks(numel: int, chunk_numel: int) -> Iterator[tuple[int, int]]:
     """Ranges of at most ``chunk_numel`` elements that cover ``[0, numel)``."""
     for begin in range(0, numel, chunk_numel):

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_ssd.checkpoint.attribution import in_order_of
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.errors import CheckpointError, ConfigurationError
+from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.strategy.bases import StrategyBase
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, save, state_dict, with_masters
@@ -100,8 +101,9 @@ class CheckpointMixin(StrategyBase):
         """The state for the optimizer's groups as they are now; as it is where names cannot tell."""
         adopted = next((each for each in self.session.optimizers if each.optimizer is optimizer), None)
         # A hook of the user may have changed what is loaded; then it goes by place, as in torch.
-        is_as_saved = [len(names) for names in saved] == [len(group["params"]) for group in state["param_groups"]]
-        if adopted is None or not saved or not is_as_saved:
+        sizes = [len(group["params"]) for group in state.get("param_groups", ())]  # a class may save what it likes
+        is_as_saved = [len(names) for names in saved] == sizes
+        if adopted is None or isinstance(adopted, WholeOptimizer) or not saved or not is_as_saved:
             return state
         where = f"optimizer {type(optimizer).__name__}"
         arranged, notes = in_order_of(state, saved, adopted.shapes_by_name(), where)

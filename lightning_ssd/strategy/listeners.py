@@ -10,6 +10,7 @@ _MODULE_HOOKS = (
     "configure_gradient_clipping",
     "backward",
     "on_before_zero_grad",
+    "optimizer_zero_grad",  # zeros that stay are gradients of the next step
 )
 _CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 _STOCK = ("lightning.pytorch.core.", "pytorch_lightning.core.", "lightning.pytorch.callbacks.callback")

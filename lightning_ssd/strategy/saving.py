@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from lightning_ssd.checkpoint import save as saving
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.directory import remove as remove
-from lightning_ssd.checkpoint.export import optimizer_state
+from lightning_ssd.checkpoint.export import WHOLE_STATES, optimizer_state
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
 from lightning_ssd.checkpoint.progress import LogProgress
 from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, StateDictView, split_rest
 from lightning_ssd.codec import float32
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.streaming.unit import Unit
@@ -59,7 +60,11 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any, logger: loggin
     _warn_if_replaced(session, os.path.abspath(os.fspath(path)))
     small = dict(checkpoint)
     tensors: Mapping[str, Any] = small.pop("state_dict")
-    has_optimizers = small.pop("optimizer_states", None) is not None
+    states = small.pop("optimizer_states", None)
+    has_optimizers = states is not None
+    for number, state in enumerate(states or ()):
+        if number < len(session.optimizers) and isinstance(session.optimizers[number], WholeOptimizer):
+            small.setdefault(WHOLE_STATES, {})[number] = state
     places = {param: (unit, i) for unit in session.units for i, param in enumerate(unit.params)}
     with session.settled():
         rest: dict[str, Tensor] = {}
@@ -139,8 +144,10 @@ def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
         _, odd = split_rest(reader)
         records = reader.optimizers(weights_only)
         if records or "lr_schedulers" in checkpoint:
+            own = checkpoint.pop(WHOLE_STATES, {})
             checkpoint["optimizer_states"] = [
-                optimizer_state(record, _full(reader, record), odd.get(i, {})) for i, record in enumerate(records)
+                own.get(i, optimizer_state(record, _full(reader, record), odd.get(i, {})))
+                for i, record in enumerate(records)
             ]
             checkpoint[NAMES] = [[list(group["params"]) for group in record.param_groups] for record in records]
         names = [n for n in reader.parameter_names if "master" in reader.kinds(n)]
@@ -213,7 +220,7 @@ def _records(session: Session, rest: dict[str, Tensor]) -> list[OptimizerRecord]
                     rest[f"optimizer.{number}.{name}.{key}"] = value
                 else:
                     state[name][key] = value
-        kinds = sorted({kind for found in initialised.values() for kind in found})
+        kinds = sorted({kind + adopted.suffix for found in initialised.values() for kind in found})
         class_name = f"{type(adopted.optimizer).__module__}.{type(adopted.optimizer).__qualname__}"
         records.append(OptimizerRecord(class_name, adopted.groups_by_name(), state, kinds))
     return records

@@ -9,13 +9,14 @@ from __future__ import annotations
 import mmap
 import resource
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.errors import SSDOffloadError
+from lightning_ssd.errors import ConfigurationError, SSDOffloadError
 from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
 from lightning_ssd.memory.device_plan import device_capacity, tensors_nbytes
@@ -122,12 +123,29 @@ class Session:
             if adopted.optimizer is optimizer:
                 return adopted
         rule = choose_rule(optimizer, self.settings.update, keep_master=self.settings.keep_master)
+        if isinstance(rule, WholeRule) and self.is_started:
+            raise ConfigurationError(
+                f"optimizer {type(optimizer).__name__} can only be run whole ({rule.why}), which takes memory that is "
+                "planned at setup; return it from configure_optimizers"
+            )
         kind = WholeOptimizer if isinstance(rule, WholeRule) else StreamedOptimizer
-        adopted = kind(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master)
+        params = {param for group in optimizer.param_groups for param in group["params"]}
+        taken = {other.suffix for other in self.optimizers if not params.isdisjoint(other.params())}
+        suffix = next(s for s in ("", *(f"@{n}" for n in count(1))) if s not in taken)
+        adopted = kind(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master, suffix=suffix)
         adopted.adopt()
         self._connect(adopted)
         self.optimizers.append(adopted)
         return adopted
+
+    def adopt_all(self, optimizers: Sequence[Optimizer]) -> None:
+        """Take over ``optimizers``; others that were adopted before get their step and their state back."""
+        mine = self.optimizers
+        self.optimizers = [adopted for adopted in mine if any(adopted.optimizer is each for each in optimizers)]
+        for adopted in mine:
+            if adopted not in self.optimizers:
+                adopted.dismiss(self.optimizers)
+        self.optimizers = [self.adopt(optimizer) for optimizer in optimizers]
 
     def start(self, module: nn.Module, *, has_gate: bool = False) -> None:
         """Decide and take the memory, hook the modules.

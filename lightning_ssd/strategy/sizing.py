@@ -81,7 +81,7 @@ class Sizing:
         for adopted in self._optimizers:
             for group in adopted.optimizer.param_groups:
                 if not mine.isdisjoint(group["params"]):
-                    kinds.update(adopted.rule.kinds(group))
+                    kinds.update(kind + adopted.suffix for kind in adopted.rule.kinds(group))
         return kinds
 
     def state_layouts(self, unit: Unit) -> list[UnitLayout]:

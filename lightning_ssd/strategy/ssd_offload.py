@@ -282,9 +282,7 @@ class StrategyMixin(CheckpointMixin):
     def optimizers(self, optimizers: list[Optimizer]) -> None:
         module, session = self.lightning_module, self._session
         if session is not None and session.units and module is not None and module.trainer.state.fn == "fit":
-            for optimizer in optimizers:
-                if isinstance(optimizer, Optimizer) and optimizer.param_groups:
-                    session.adopt(optimizer)
+            session.adopt_all([o for o in optimizers if isinstance(o, Optimizer) and o.param_groups])
         _optimizers_setter(self)(optimizers)
 
     # -- steps -------------------------------------------------------------------------------------------------

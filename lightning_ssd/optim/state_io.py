@@ -1,0 +1,241 @@
+"""The state of an adopted optimizer: in the store, by parameter, and as ``torch.optim`` shows and saves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_ssd.errors import CheckpointError, ConfigurationError, StoreError
+from lightning_ssd.optim.pipeline import master_dtype, state_kinds
+from lightning_ssd.optim.rules import Rule, is_full
+from lightning_ssd.optim.state_view import StateView
+from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.layout import suffix_of
+from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.streaming.at_rest import snapshot
+from lightning_ssd.streaming.unit import Unit
+
+
+class OptimizerState:
+    """What one optimizer keeps of its parameters. Arguments as of `StreamedOptimizer`.
+
+    Attributes:
+        optimizer: The user's.
+        rule: What an update does.
+        suffix: Of the kinds that its states have in the store; [Note: suffix].
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, rule: Rule, units: list[Unit], store: StateStore, *, keep_master: bool, suffix: str
+    ) -> None:
+        self.optimizer = optimizer
+        self.rule = rule
+        self.suffix = suffix
+        self._store = store
+        self._keep_master = keep_master
+        self._places = {param: (unit, i) for unit in units for i, param in enumerate(unit.params)}
+        self._scalars: dict[nn.Parameter, dict[str, Any]] = {}
+        self._initialised: dict[nn.Parameter, set[str]] = {}
+        self._view = StateView(self._with_state, self._has_state, self._state_to_show, store)
+
+    def drain(self) -> None:
+        """Return when every update that is owed has run."""
+        raise NotImplementedError
+
+    def params(self) -> Iterable[nn.Parameter]:
+        """Its parameters, group by group."""
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def _units(self) -> Iterable[Unit]:
+        return {self._places[p][0].name: self._places[p][0] for p in self.params() if p in self._places}.values()
+
+    def _groups(self) -> dict[nn.Parameter, int]:
+        return {p: i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+
+    def _forget(self, units: Iterable[Unit]) -> None:
+        """Drop the stored state of ``units``."""
+        for unit in units:
+            for kind in state_kinds(self._store, unit):
+                if suffix_of(kind) == self.suffix:
+                    self._store.forget(unit.name, kind)
+
+    def _require_known(self, params: Iterable[Any]) -> None:
+        for entry in params:
+            param = entry[1] if isinstance(entry, tuple) else entry
+            if param not in self._places:
+                raise ConfigurationError(
+                    f"optimizer {type(self.optimizer).__name__} is given a parameter of shape {tuple(param.shape)} "
+                    "that was not in the LightningModule when the Trainer set it up; register it there, in __init__ or "
+                    "configure_model, and freeze it (requires_grad=False) until it is wanted"
+                )
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """What is kept beside full-shaped states, by parameter name."""
+        self._settle()
+        return {self._name(p): dict(s) for p, s in self._scalars.items() if s}
+
+    def initialised(self) -> dict[str, set[str]]:
+        """Kinds of full-shaped states that each parameter has, by parameter name."""
+        self._settle()
+        return {self._name(p): set(kinds) for p, kinds in self._initialised.items() if kinds}
+
+    def groups_by_name(self) -> list[dict[str, Any]]:
+        """Parameter groups with names in place of parameters."""
+        return [{**group, "params": [self._name(p) for p in group["params"]]} for group in self.optimizer.param_groups]
+
+    def shapes_by_name(self) -> list[dict[str, tuple[int, ...]]]:
+        """Name and shape of the parameters, group by group."""
+        return [{self._name(p): tuple(p.shape) for p in group["params"]} for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, with state tensors mapped from the store."""
+        self._settle()
+        state: dict[int, dict[str, Any]] = {}
+        maps: dict[tuple[str, str], tuple[Tensor, ...]] = {}
+        for number, param in enumerate(self.params()):
+            found = dict(self._scalars.get(param, {}))
+            unit, index = self._places[param]
+            for kind in sorted(self._initialised.get(param, ())):
+                key = (unit.name, kind)
+                if key not in maps:
+                    maps[key] = self._snapshot(unit.name, kind + self.suffix)
+                found[kind] = maps[key][index]
+            if found:
+                state[number] = found
+        groups = []
+        numbers = iter(range(sum(1 for _ in self.params())))
+        for group in self.optimizer.param_groups:
+            groups.append({**group, "params": [next(numbers) for _ in group["params"]]})
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`; tensors are streamed into the store unit by unit.
+
+        Raises:
+            CheckpointError: If the state does not fit the optimizer.
+        """
+        self.drain()
+        self._view.clear_shown()
+        self.optimizer.state = self._view  # type: ignore[assignment]
+        saved_groups = state_dict["param_groups"]
+        groups = self.optimizer.param_groups
+        sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
+        if sizes != saved_sizes:
+            raise CheckpointError(
+                f"the optimizer state is for groups of {saved_sizes} parameters, {type(self.optimizer).__name__} has "
+                f"groups of {sizes}; configure_optimizers must be as it was when the checkpoint was saved"
+            )
+        loaded: dict[nn.Parameter, dict[str, Any]] = {}
+        for group, saved in zip(groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+            for param, number in zip(group["params"], saved["params"], strict=True):
+                if number in state_dict["state"]:
+                    loaded[param] = state_dict["state"][number]
+        self._take(loaded)
+
+    def _take(self, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        self._initialised.clear()
+        self._scalars.clear()
+        kinds_of = [self.rule.kinds(group) for group in self.optimizer.param_groups]
+        groups = self._groups()
+        for param, values in loaded.items():
+            self._require_shapes(param, values, kinds_of[groups[param]])
+            full = {k for k, v in values.items() if is_full(k, v, param.shape, kinds_of[groups[param]])}
+            self._initialised[param] = full
+            self._scalars[param] = {k: v for k, v in values.items() if k not in full}
+        for unit in list(self._units()):
+            kinds = {kind for p in unit.params for kind in self._initialised.get(p, ())}
+            there = [kind for kind in state_kinds(self._store, unit) if suffix_of(kind) == self.suffix]
+            for kind in sorted(kinds | {kind.removesuffix(self.suffix) for kind in there}):
+                self._take_kind(unit, kind, loaded)
+
+    def _require_shapes(self, param: nn.Parameter, values: Mapping[str, Any], kinds: Iterable[str]) -> None:
+        """A moment of another shape than its parameter's belongs to another one; a class of its own may keep any."""
+        for kind in kinds if self.rule.is_elementwise else ():
+            value = values.get(kind)
+            if isinstance(value, Tensor) and value.shape != param.shape:
+                raise CheckpointError(
+                    f"state {kind!r} of {self._name(param)!r} has shape {tuple(value.shape)}, the parameter "
+                    f"{tuple(param.shape)}; the optimizer's parameters are in another order than when it was saved"
+                )
+
+    def _take_kind(self, unit: Unit, kind: str, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        layout = unit.layout_of(kind + self.suffix, master_dtype(unit, keep_master=self._keep_master))
+        wanted = dtype_of(layout.dtype)
+        mine = set(self.params())
+        # Another optimizer may own some of the unit's parameters: their state stays.
+        before: tuple[Tensor | None, ...] = (None,) * len(unit.params)
+        if layout.kind in self._store.kinds(unit.name):
+            before = self._snapshot(unit.name, layout.kind)
+        tensors: list[Tensor | None] = []
+        for name, param, old in zip(unit.names, unit.params, before, strict=True):
+            tensor = loaded.get(param, {}).get(kind) if param in mine else old
+            if tensor is not None and tensor.dtype != wanted and tensor.dtype.itemsize > wanted.itemsize:
+                raise CheckpointError(f"state {kind!r} of {name!r} is {tensor.dtype}, the run keeps {wanted}")
+            tensors.append(tensor)
+        self._store.put(layout, tensors.__getitem__)
+
+    def _with_state(self) -> set[nn.Parameter]:
+        """Parameters that have any."""
+        self.drain()
+        return set(filter(self._has_state, self.params()))
+
+    def _has_state(self, param: nn.Parameter) -> bool:
+        return bool(self._scalars.get(param) or self._initialised.get(param))
+
+    def _state_to_show(self, param: nn.Parameter) -> dict[str, Any]:
+        self.drain()
+        if param not in self._places:
+            return {}
+        unit, index = self._places[param]
+        kinds = sorted(self._initialised.get(param, ()))
+        full = {kind: self._view.map(unit.name, kind + self.suffix)[index] for kind in kinds}
+        return {**self._scalars.get(param, {}), **full}
+
+    def _settle(self) -> None:
+        self.drain()
+        self._take_edits()
+
+    def _take_edits(self) -> None:
+        """What the user did to ``optimizer.state`` is in the store."""
+        given: Any = vars(self.optimizer).get("state", {})
+        if given is not self._view:
+            self.drain()
+            self.optimizer.state = self._view  # type: ignore[assignment]
+            self._view.clear_shown()
+            self._require_known(given)
+            self._take({param: state for param, state in given.items() if param in self._groups()})
+        if not self._view.is_looked_at:
+            return
+        self.drain()
+        changed, written = self._view.changes()
+        if changed or written:
+            known = {kind for group in self.optimizer.param_groups for kind in self.rule.kinds(group)}
+            for param, state in changed.items():
+                full = {k for k, v in state.items() if is_full(k, v, param.shape, known)}
+                self._initialised[param] = full
+                self._scalars[param] = {k: v for k, v in state.items() if k not in full}
+                unit, _ = self._places[param]
+                written |= {(unit.name, kind + self.suffix) for kind in full}
+            shown = {param: self._view[param] for param in self._with_state()}
+            units = {unit.name: unit for unit in self._units()}
+            for name, kind in sorted(written):
+                self._take_kind(units[name], kind.removesuffix(self.suffix), shown)
+        self._view.clear_shown()
+
+    def _snapshot(self, unit: str, kind: str) -> tuple[Tensor, ...]:
+        generation = self._store.current(unit, kind)
+        if generation is None:
+            raise StoreError(
+                f"the state of {type(self.optimizer).__name__} is gone: its run is over and another one has begun"
+            )
+        return snapshot(self._store, generation)
+
+    def _name(self, param: nn.Parameter) -> str:
+        unit, index = self._places[param]
+        return unit.names[index]

@@ -1,0 +1,104 @@
+"""``optimizer.state`` of a streamed optimizer: its state, mapped from the store when it is looked at.
+
+What is changed in what was shown, or set, or deleted, is taken over before the next step, save or ``state_dict``. A
+dictionary that was looked up before a step shows the state before it: look it up again after.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.streaming.at_rest import AtRest
+
+
+class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
+    """The state of each parameter, as `torch.optim.Optimizer.state` has it.
+
+    Args:
+        stored: Parameters that have state in the store.
+        has_state: Whether one has.
+        load: The state of a parameter from the store, by name; full-shaped tensors through `map`.
+        store: Where it is.
+    """
+
+    def __init__(
+        self,
+        stored: Callable[[], set[nn.Parameter]],
+        has_state: Callable[[nn.Parameter], bool],
+        load: Callable[[nn.Parameter], dict[str, Any]],
+        store: StateStore,
+    ) -> None:
+        self._stored = stored
+        self._has_state = has_state
+        self._load = load
+        self._store = store
+        self._shown: dict[nn.Parameter, dict[str, Any]] = {}
+        self._as_shown: dict[nn.Parameter, dict[str, Any]] = {}
+        self._maps: dict[tuple[str, str], AtRest] = {}
+
+    def map(self, unit: str, kind: str) -> tuple[Tensor, ...]:
+        """The tensors of a kind of a unit; what is written to them is found by `changes`."""
+        if (unit, kind) not in self._maps:
+            generation = self._store.current(unit, kind)
+            assert generation is not None, (unit, kind)
+            self._maps[unit, kind] = AtRest(self._store, generation)
+        return self._maps[unit, kind].tensors
+
+    @property
+    def is_looked_at(self) -> bool:
+        """Whether anything was shown, set or deleted since the last `clear_shown`."""
+        return bool(self._shown)
+
+    def changes(self) -> tuple[dict[nn.Parameter, dict[str, Any]], set[tuple[str, str]]]:
+        """The state of parameters that is not what was shown, and the units and kinds of which tensors were written."""
+        changed = {p: state for p, state in self._shown.items() if not _is_same(state, self._as_shown[p])}
+        return changed, {key for key, at_rest in self._maps.items() if at_rest.was_written()}
+
+    def clear_shown(self) -> None:
+        """Forget what was shown; it is looked up again."""
+        self._shown.clear()
+        self._as_shown.clear()
+        self._maps.clear()
+
+    def __getitem__(self, param: nn.Parameter) -> dict[str, Any]:
+        if param not in self._shown:
+            state = self._load(param)
+            self._shown[param], self._as_shown[param] = state, dict(state)
+        return self._shown[param]
+
+    def __setitem__(self, param: nn.Parameter, state: dict[str, Any]) -> None:
+        self[param]
+        self._shown[param] = state
+
+    def __delitem__(self, param: nn.Parameter) -> None:
+        if param not in self:
+            raise KeyError(param)
+        self[param] = {}
+
+    def __contains__(self, param: object) -> bool:
+        if not isinstance(param, nn.Parameter):
+            return False
+        return bool(self._shown[param]) if param in self._shown else self._has_state(param)
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        left = self._stored() - self._shown.keys()
+        return iter([*left, *(param for param, state in self._shown.items() if state)])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __reduce__(self) -> Any:
+        return _plain, (dict(self),)  # `copy` and `pickle` both ask here
+
+
+def _is_same(state: dict[str, Any], shown: dict[str, Any]) -> bool:
+    return state.keys() == shown.keys() and all(state[key] is shown[key] for key in shown)
+
+
+def _plain(state: dict[nn.Parameter, dict[str, Any]]) -> dict[nn.Parameter, dict[str, Any]]:
+    return defaultdict(dict, state)
