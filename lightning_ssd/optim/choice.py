@@ -26,8 +26,8 @@ def choose_rule(optimizer: Optimizer, update: str, *, keep_master: bool) -> Rule
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.SparseAdam):
         raise ConfigurationError(
-            f"optimizer {name} needs sparse gradients and cannot be streamed; use a dense one such as AdamW, or another "
-            "strategy"
+            f"optimizer {name} needs sparse gradients and cannot be streamed; use a dense one such as AdamW, or "
+            "another strategy"
         )
     why_not = _why_not_native(optimizer, keep_master=keep_master)
     if update == "native" and why_not:
@@ -58,8 +58,8 @@ def _rule_of_class(optimizer: Optimizer, *, keep_master: bool) -> Rule:
     if keep_master and any(p.dtype in narrow for group in optimizer.param_groups for p in group["params"]):
         raise ConfigurationError(
             f"optimizer {name} can only be run whole ({why}), and then has no float32 masters of 16-bit parameters; "
-            "use precision='32-true' or 'bf16-mixed', plugins=[SSDOffloadPrecision(precision, master_dtype='param')], or "
-            "an optimizer that treats each parameter by itself, such as AdamW"
+            "use precision='32-true' or 'bf16-mixed', plugins=[SSDOffloadPrecision(..., master_dtype='param')], or an "
+            "optimizer that treats each parameter by itself, such as AdamW"
         )
     return WholeRule(why, found.state_ratio)
 

@@ -131,7 +131,7 @@ class Session:
         kind = WholeOptimizer if isinstance(rule, WholeRule) else StreamedOptimizer
         params = {param for group in optimizer.param_groups for param in group["params"]}
         taken = {other.suffix for other in self.optimizers if not params.isdisjoint(other.params())}
-        suffix = next(s for s in ("", *(f"@{n}" for n in count(1))) if s not in taken)
+        suffix = next(s for s in (f"@{n}" if n else "" for n in count()) if s not in taken)
         adopted = kind(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master, suffix=suffix)
         adopted.adopt()
         self._connect(adopted)
