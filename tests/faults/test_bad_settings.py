@@ -280,7 +280,6 @@ def test_a_model_without_parameters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "update", "parts"),
     [
-        (lambda m: torch.optim.LBFGS(m.parameters()), "auto", ("optimizer LBFGS", "AdamW, or another strategy")),
         (lambda m: torch.optim.SparseAdam(m.parameters()), "auto", ("optimizer SparseAdam", "sparse gradients")),
         (
             lambda m: torch.optim.Adam(m.parameters(), amsgrad=True),
@@ -295,10 +294,10 @@ def test_a_model_without_parameters(tmp_path: Path) -> None:
         (
             lambda m: torch.optim.SGD([nn.Parameter(torch.zeros(3, 5))], lr=0.1),
             "auto",
-            (r"optimizer SGD has, in group 0, a parameter of shape \(3, 5\)", "register it"),
+            (r"optimizer SGD is given a parameter of shape \(3, 5\)", "register it"),
         ),
     ],
-    ids=["LBFGS", "SparseAdam", "amsgrad", "RMSprop", "foreign"],
+    ids=["SparseAdam", "amsgrad", "RMSprop", "foreign"],
 )
 def test_an_optimizer_that_cannot_be_streamed(
     tmp_path: Path, make: Callable[[nn.Module], torch.optim.Optimizer], update: str, parts: tuple[str, ...]
