@@ -33,7 +33,8 @@ _MAX_GROUPS = 2  # that are alike
 _MAX_ALIKE = 2  # parameters of one shape in a group
 _MAX_COPY_NUMEL = 1 << 16  # of a tensor that is no state
 _UNKNOWN_NBYTES = 4.0  # of state for each byte of parameters, where nothing could be tried
-_NOT_COPIED = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "step", "zero_grad", "_profile_hook_step")
+_REPLACED = ("step", "zero_grad", "state_dict", "load_state_dict", "add_param_group")  # on the object
+_NOT_COPIED = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", *_REPLACED)
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class _Small:
             elif key in _NOT_COPIED:
                 if key.endswith("hooks"):
                     copied.__dict__[key] = type(value)()
-            else:
-                copied.__dict__[key] = deepcopy(value, memo)
+            else:  # the state may be shown from the store of an earlier fit
+                copied.__dict__[key] = deepcopy(dict(value) if key == "state" else value, memo)
         return copied
 
     def closure(self, step: int) -> Callable[[], Tensor]:
