@@ -39,7 +39,7 @@ def choose_rule(optimizer: Optimizer, update: str, *, keep_master: bool) -> Rule
 
 def _rule_of_class(optimizer: Optimizer, *, keep_master: bool) -> Rule:
     name = type(optimizer).__name__
-    found = probe(optimizer)
+    found = probe(optimizer, keep_master=keep_master)
     if found.moves is False:
         raise ConfigurationError(
             f"optimizer {name} changed no parameter in a trial of several steps with gradients that are not zero; "

@@ -54,11 +54,16 @@ class Findings:
     state_ratio: float
 
 
-def probe(optimizer: Optimizer) -> Findings:
-    """Try the class of ``optimizer``, with its attributes and options; [Note: probe]."""
+def probe(optimizer: Optimizer, *, keep_master: bool = False) -> Findings:
+    """Try the class of ``optimizer``, with its attributes and options; [Note: probe].
+
+    Args:
+        optimizer: The user's.
+        keep_master: 16-bit parameters have a float32 master, which is what is updated.
+    """
     with _own_random_numbers(), torch.random.fork_rng(devices=()), torch.inference_mode(False):
         try:
-            whole, apart = _Small(optimizer), _Small(optimizer)
+            whole, apart = _Small(optimizer, keep_master), _Small(optimizer, keep_master)
         except Exception as error:  # the user's class may refuse to be copied in any way
             return Findings((), f"it cannot be copied for a trial ({_text(error)})", None, _UNKNOWN_NBYTES)
         return _compare(whole, apart)
@@ -90,8 +95,8 @@ def _compare(whole: _Small, apart: _Small) -> Findings:
 class _Small:
     """A copy of an optimizer on small parameters."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        small = _choose(optimizer)
+    def __init__(self, optimizer: Optimizer, keep_master: bool) -> None:
+        small = _choose(optimizer, keep_master)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         spare = nn.Parameter(torch.zeros(1))  # stands for those that are left out
         memo: dict[int, Any] = {id(p): small.get(p, spare) for p in params}
@@ -249,7 +254,7 @@ def small_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(small.get(size, size) for size in shape)
 
 
-def _choose(optimizer: Optimizer) -> dict[nn.Parameter, nn.Parameter]:
+def _choose(optimizer: Optimizer, keep_master: bool) -> dict[nn.Parameter, nn.Parameter]:
     """Some of the parameters, each with a small one: of every shape and every kind of group."""
     generator = torch.Generator().manual_seed(0)
     chosen: dict[nn.Parameter, nn.Parameter] = {}
@@ -266,7 +271,8 @@ def _choose(optimizer: Optimizer) -> dict[nn.Parameter, nn.Parameter]:
             is_new = shapes_seen[options, shape] == 1
             if param.numel() and (is_new or (num_groups[options] <= _MAX_GROUPS and num_here[shape] <= _MAX_ALIKE)):
                 values = torch.randn(shape, generator=generator)
-                chosen[param] = nn.Parameter(values.to(param.dtype if param.dtype.is_floating_point else values.dtype))
+                is_widened = keep_master and param.dtype in (torch.bfloat16, torch.float16)
+                chosen[param] = nn.Parameter(values if is_widened else values.to(param.dtype))
     return chosen
 
 
