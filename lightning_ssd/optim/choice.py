@@ -48,9 +48,7 @@ def _rule_of_class(optimizer: Optimizer, *, keep_master: bool) -> Rule:
     why = found.why_whole
     if _is_replaced_step(optimizer):
         why = "its step was replaced on the object"
-    elif any(
-        getattr(type(optimizer), name) is not getattr(Optimizer, name) for name in ("state_dict", "load_state_dict")
-    ):
+    elif type(optimizer).state_dict is not Optimizer.state_dict:  # it saves more than state and groups
         why = "it has a state_dict of its own"
     if not why:
         return TorchRule(optimizer, found.kinds)
