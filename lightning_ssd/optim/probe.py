@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lightning_ssd.errors import SSDOffloadError
-from lightning_ssd.optim.rules import TorchRule
+from lightning_ssd.optim.rules import TorchRule, is_full
 from lightning_ssd.optim.shared import SharedOptions, same
 
 NUM_STEPS = 12
@@ -62,11 +62,20 @@ def probe(optimizer: Optimizer, *, keep_master: bool = False) -> Findings:
         keep_master: 16-bit parameters have a float32 master, which is what is updated.
     """
     with _own_random_numbers(), torch.random.fork_rng(devices=()), torch.inference_mode(False):
-        try:
-            whole, apart = _Small(optimizer, keep_master), _Small(optimizer, keep_master)
-        except Exception as error:  # the user's class may refuse to be copied in any way
-            return Findings((), f"it cannot be copied for a trial ({_text(error)})", None, _UNKNOWN_NBYTES)
-        return _compare(whole, apart)
+        found = _try(optimizer, keep_master, None)
+        if found.why_whole or not found.moves:
+            return found
+        # What one parameter's update takes from the others may be too little to show in float32 in a few steps.
+        fine = _try(optimizer, keep_master, torch.float64)
+        return found if fine.moves is None or not fine.why_whole else replace(found, why_whole=fine.why_whole)
+
+
+def _try(optimizer: Optimizer, keep_master: bool, dtype: torch.dtype | None) -> Findings:
+    try:
+        whole, apart = (_Small(optimizer, keep_master, dtype) for _ in range(2))
+    except Exception as error:  # the user's class may refuse to be copied in any way
+        return Findings((), f"it cannot be copied for a trial ({_text(error)})", None, _UNKNOWN_NBYTES)
+    return _compare(whole, apart)
 
 
 def _compare(whole: _Small, apart: _Small) -> Findings:
@@ -95,8 +104,8 @@ def _compare(whole: _Small, apart: _Small) -> Findings:
 class _Small:
     """A copy of an optimizer on small parameters."""
 
-    def __init__(self, optimizer: Optimizer, keep_master: bool) -> None:
-        small = _choose(optimizer, keep_master)
+    def __init__(self, optimizer: Optimizer, keep_master: bool, dtype: torch.dtype | None) -> None:
+        small = _choose(optimizer, keep_master, dtype)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         spare = nn.Parameter(torch.zeros(1))  # stands for those that are left out
         memo: dict[int, Any] = {id(p): small.get(p, spare) for p in params}
@@ -184,7 +193,7 @@ class _ByParts:
         self._scalars: list[dict[str, Any]] = []
         for param in small.params:
             state = dict(small.optimizer.state.get(param, {}))
-            full = {k for k, v in state.items() if isinstance(v, Tensor) and v.shape == param.shape and v.dim()}
+            full = {k for k, v in state.items() if is_full(k, v, param.shape, (), param.dtype)}
             self._states.append({k: state[k] for k in full})
             self._scalars.append({k: v for k, v in state.items() if k not in full})
         small.optimizer.state = defaultdict(dict)
@@ -254,7 +263,7 @@ def small_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(small.get(size, size) for size in shape)
 
 
-def _choose(optimizer: Optimizer, keep_master: bool) -> dict[nn.Parameter, nn.Parameter]:
+def _choose(optimizer: Optimizer, keep_master: bool, dtype: torch.dtype | None) -> dict[nn.Parameter, nn.Parameter]:
     """Some of the parameters, each with a small one: of every shape and every kind of group."""
     generator = torch.Generator().manual_seed(0)
     chosen: dict[nn.Parameter, nn.Parameter] = {}
@@ -272,7 +281,7 @@ def _choose(optimizer: Optimizer, keep_master: bool) -> dict[nn.Parameter, nn.Pa
             if param.numel() and (is_new or (num_groups[options] <= _MAX_GROUPS and num_here[shape] <= _MAX_ALIKE)):
                 values = torch.randn(shape, generator=generator)
                 is_widened = keep_master and param.dtype in (torch.bfloat16, torch.float16)
-                chosen[param] = nn.Parameter(values if is_widened else values.to(param.dtype))
+                chosen[param] = nn.Parameter(values.to(dtype or (values.dtype if is_widened else param.dtype)))
     return chosen
 
 

@@ -188,7 +188,7 @@ class TorchRule:
             param.copy_(shadow.detach())
         found = optimizer.state.get(shadow, {})
         for key, value in found.items():
-            if is_full(key, value, param.shape, self._kinds):
+            if is_full(key, value, param.shape, self._kinds, param.dtype):
                 if key not in states:
                     states[key] = value
                 elif states[key].data_ptr() != value.data_ptr():
@@ -250,11 +250,14 @@ class TorchRule:
         return shadow
 
 
-def is_full(key: str, value: Any, shape: torch.Size, kinds: Collection[str]) -> bool:
+def is_full(key: str, value: Any, shape: torch.Size, kinds: Collection[str], dtype: torch.dtype | None = None) -> bool:
     """Whether a state of a parameter of ``shape`` is kept in files: it has that shape too, and is no mere count.
 
-    A parameter without dimensions looks like its step count; there the name, one of ``kinds``, tells.
+    A parameter without dimensions looks like its step count; there the name, one of ``kinds``, tells. Files have one
+    ``dtype``: a state that its class keeps in another one is none of them.
     """
     if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+        return False
+    if dtype is not None and value.dtype != dtype and key not in kinds:
         return False
     return value.dim() > 0 or key in kinds

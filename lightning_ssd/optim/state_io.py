@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -145,7 +146,8 @@ class OptimizerState:
         groups = self._groups()
         for param, values in loaded.items():
             self._require_shapes(param, values, kinds_of[groups[param]])
-            full = {k for k, v in values.items() if is_full(k, v, param.shape, kinds_of[groups[param]])}
+            dtype = None if self.rule.is_elementwise else self._dtype(param)
+            full = {k for k, v in values.items() if is_full(k, v, param.shape, kinds_of[groups[param]], dtype)}
             self._initialised[param] = full
             self._scalars[param] = {k: v for k, v in values.items() if k not in full}
         for unit in list(self._units()):
@@ -217,7 +219,7 @@ class OptimizerState:
         if changed or written:
             known = {kind for group in self.optimizer.param_groups for kind in self.rule.kinds(group)}
             for param, state in changed.items():
-                full = {k for k, v in state.items() if is_full(k, v, param.shape, known)}
+                full = {k for k, v in state.items() if is_full(k, v, param.shape, known, self._dtype(param))}
                 self._initialised[param] = full
                 self._scalars[param] = {k: v for k, v in state.items() if k not in full}
                 unit, _ = self._places[param]
@@ -235,6 +237,10 @@ class OptimizerState:
                 f"the state of {type(self.optimizer).__name__} is gone: its run is over and another one has begun"
             )
         return snapshot(self._store, generation)
+
+    def _dtype(self, param: nn.Parameter) -> torch.dtype:
+        unit, _ = self._places[param]
+        return dtype_of(master_dtype(unit, keep_master=self._keep_master))
 
     def _name(self, param: nn.Parameter) -> str:
         unit, index = self._places[param]
