@@ -59,6 +59,8 @@ class Slot:
         home: Tensor | None = None,
     ) -> None:
         """Start a transfer of bytes of a generation's data section: from or to its ``home``, else the slot's memory."""
+        if not nbytes:  # a unit of parameters without elements
+            return
         if home is None:
             transfer = start(
                 generation, offset, self._buffer.address + self._places[kind][0], nbytes, keep=self._buffer

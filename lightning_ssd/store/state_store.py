@@ -127,8 +127,8 @@ class StateStore:
 
     def _begin_file(self, layout: UnitLayout) -> Generation:
         number = next(self._numbers)
-        slug = re.sub(r"[^A-Za-z0-9._-]", "_", layout.unit)[-80:]
-        name = f"{number:08d}-{slug}.{layout.kind}.safetensors"
+        slug = re.sub(r"[^A-Za-z0-9._-]", "_", f"{layout.unit[-80:]}.{layout.kind[:80]}")
+        name = f"{number:08d}-{slug}.safetensors"
         with self._lock:
             file = self._file(name, layout.file_nbytes, number % len(self._directories))
         num_checks = -(-layout.data_nbytes // CHECK_NBYTES)

@@ -13,6 +13,7 @@ from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.memory.limits import AUTO_SHARE, available_nbytes
 from lightning_ssd.sizes import parse_nbytes
+from lightning_ssd.streaming.streamer import is_streamed
 
 PATH_VARIABLE = "LIGHTNING_SSD_PATH"
 
@@ -131,6 +132,15 @@ def memory_file_system(path: str) -> str | None:
             if inside and len(point) >= len(found):
                 found, kind = point, this_kind
     return kind if kind in ("tmpfs", "ramfs") else None
+
+
+def require_not_streamed(module: nn.Module) -> None:
+    """Refuse a module that another Trainer streams now: both would give its parameters their memory."""
+    if is_streamed(module):
+        raise ConfigurationError(
+            "another Trainer with strategy='ssd_offload' runs on this module now (it is in the middle of its fit, or of "
+            "a hook): give the inner Trainer strategy='auto', which reads the same weights, or start it afterwards"
+        )
 
 
 def require_no_compile(module: nn.Module) -> None:

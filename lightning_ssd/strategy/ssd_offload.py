@@ -190,6 +190,7 @@ class StrategyMixin(CheckpointMixin):
             logging.getLogger(f"{self._namespace}.ssd_offload").info(guards.ASYNC_IS_NOT_NEEDED)
         super().setup_environment()
         assert self.lightning_module is not None
+        guards.require_not_streamed(self.lightning_module)
         self._resume.begin(is_fit=self.lightning_module.trainer.state.fn == "fit")
         previous, self._session = self._session, Session(self._checked_settings())
         self._succession.begin(previous)

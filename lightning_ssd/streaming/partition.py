@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.store.dtypes import TORCH_DTYPE
 
 UnitPolicy = str | Sequence[str] | Callable[[str, nn.Module], bool]
 """``"auto"``, class names of modules that become units, or ``(name, module) -> bool``."""
@@ -26,7 +28,7 @@ class UnitSpec:
     """What one unit will hold.
 
     Attributes:
-        name: Unique; the module's name, with a suffix where a module has several units.
+        name: Unique; the module's name, with a suffix where a module has several units, or another unit has the name.
         names: Full parameter names; a tied parameter has its first name.
         params: The parameters, all of one dtype and all trainable or all frozen.
         modules: Modules that need the unit during their forward.
@@ -72,6 +74,7 @@ def partition(root: nn.Module, *, policy: UnitPolicy = "auto", min_numel: int = 
         if fresh and not small:
             groups.append(group)
     specs = [spec for group in [*groups, rest] for spec in group.specs()]
+    _name_apart(specs)
     owner = {p: spec for spec in specs for p in spec.params}
     _attach_users(root, owner, whole)
     return specs
@@ -102,6 +105,16 @@ class _Group:
             if module not in spec.modules:
                 spec.modules.append(module)
         return list(found.values())
+
+
+def _name_apart(specs: list[UnitSpec]) -> None:
+    """Give each unit a name of its own: a module may be called as the rest is, or end as the name of a part does."""
+    taken = Counter(spec.name for spec in specs)
+    for spec in specs:
+        if taken[spec.name] > 1:
+            taken[spec.name] -= 1
+            spec.name = next(name for i in itertools.count(2) if not taken[name := f"{spec.name}+{i}"])
+            taken[spec.name] = 1
 
 
 def _loaders(root: nn.Module, whole: set[nn.Module]) -> Iterator[tuple[str, nn.Module, list[tuple[str, nn.Parameter]]]]:
@@ -180,6 +193,14 @@ def _require_manageable(name: str, param: nn.Parameter) -> None:
         )
     if param.layout != torch.strided:
         raise ConfigurationError(f"parameter {name!r} is {param.layout}; only strided (dense) parameters are streamed")
+    if param.dtype not in TORCH_DTYPE.values():
+        way_out = (
+            "keep its real and imaginary parts in a float64 parameter and join them in forward with "
+            "torch.view_as_complex, or make it complex64"
+            if param.is_complex()
+            else "convert it before the Trainer starts"
+        )
+        raise ConfigurationError(f"parameter {name!r} is {param.dtype}, which a safetensors file cannot hold; {way_out}")
 
 
 def _require_apart(params: Mapping[str, nn.Parameter]) -> None:

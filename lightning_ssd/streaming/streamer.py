@@ -290,12 +290,23 @@ class _Visit:
         self._stack.close()
 
 
+def is_streamed(root: nn.Module) -> bool:
+    """Whether a streamer has hooks on a module of ``root`` now."""
+    hooks = [hook for module in root.modules() for hook in module._forward_pre_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return any(isinstance(owner, _ModuleHooks) and owner.is_attached for owner in owners)
+
+
 class _ModuleHooks:
     """Forward hooks of one module. On a copy of the module, whose parameters are plain, they do nothing."""
 
     def __init__(self, streamer: Streamer | None, units: list[Unit]) -> None:
         self._streamer = streamer
         self._units = units
+
+    @property
+    def is_attached(self) -> bool:
+        return self._streamer is not None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
