@@ -65,8 +65,11 @@ class CheckpointMixin(StrategyBase):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors stay mapped until they are placed."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
         checkpoint = load(checkpoint_path, weights_only)
-        self._resume.take(checkpoint)
+        # What is loaded after the model was placed is a Tuner's own.
+        self._resume.take(checkpoint, is_resumed=trainer.state.fn == "fit" and not self.session.units)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -31,35 +31,46 @@ class Resume:
 
     def __init__(self) -> None:
         self._restart: _Restart | None = None
-        self._places: list[_Place] = []
+        self._watched: list[tuple[DataLoader[Any], _Place]] = []
 
     def state(self, trainer: Any) -> dict[str, Any]:
         """What a checkpoint carries."""
         epoch_is_over = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         num_ahead = len(getattr(trainer.fit_loop._data_fetcher, "batches", None) or ())
-        loaders = [place.state(num_ahead) for place in self._places]
+        loaders = [place.state(num_ahead) for place in self._places_in_use(trainer)]
         return {KEY: {"generators": generator_states(), "epoch_is_over": epoch_is_over, "loaders": loaders}}
 
-    def take(self, checkpoint: dict[str, Any]) -> None:
-        """Remember what a checkpoint carries, for the loaders to come."""
-        saved = checkpoint.pop(KEY, None)
-        self._restart = None if saved is None else _Restart(**saved)
+    def take(self, checkpoint: dict[str, Any], *, is_resumed: bool) -> None:
+        """Take out of a checkpoint what it carries; if ``fit`` goes on from it, remember that for the loaders to come.
 
-    def begin(self, *, is_fit: bool) -> None:
-        """The Trainer starts: loaders of an earlier run are not watched any more."""
-        self._places = []
-        if not is_fit:
-            self._restart = None
+        A Tuner loads what it saved itself, and an evaluation only wants the weights: training begins as it would have.
+        """
+        saved = checkpoint.pop(KEY, None)
+        if saved is not None and is_resumed:
+            self._restart = _Restart(**saved)
+
+    def begin(self) -> None:
+        """The Trainer starts: nothing of an earlier run is left."""
+        self.end()
+        self._watched = []
+        self._restart = None
+
+    def end(self) -> None:
+        """The Trainer is done: the loaders are again what they were. `state` goes on to tell their place."""
+        for loader, _ in self._watched:
+            if "_ssd_offload_place" in vars(loader):
+                loader.__class__ = type(loader)._ssd_offload_class  # type: ignore[attr-defined]
+                del loader._ssd_offload_place
 
     def watch(self, loader: Any) -> Any:
         """Make a training `DataLoader` resumable; other iterables are left alone."""
-        is_ours = hasattr(type(loader), "_ssd_offload_plain_iter")
+        is_ours = hasattr(type(loader), "_ssd_offload_class")
         if not isinstance(loader, DataLoader) or (hasattr(loader, "state_dict") and not is_ours):
             return loader
         if not is_ours:
             loader.__class__ = _resumable(type(loader))
-        loader._ssd_offload_place = place = _Place(loader, self._restart, len(self._places))
-        self._places.append(place)
+        loader._ssd_offload_place = place = _Place(loader, self._restart, len(self._watched))
+        self._watched.append((loader, place))
         return loader
 
     def start(self, trainer: Any) -> None:
@@ -88,8 +99,14 @@ class Resume:
     def begin_batch(self) -> None:
         """A training batch starts: where no loader of ours did it, the generators are set now."""
         restart, self._restart = self._restart, None
-        if restart is not None and not self._places:
+        if restart is not None and not self._watched:
             set_generator_states(restart.generators)
+
+    def _places_in_use(self, trainer: Any) -> list[_Place]:
+        """The places of the loaders that training draws from now: each time it loads its data it asks for them anew."""
+        in_use = getattr(trainer.fit_loop._combined_loader, "flattened", ())
+        newest = {id(loader): place for loader, place in self._watched}
+        return [newest[id(loader)] for loader in in_use if id(loader) in newest]
 
 
 class _Restart:
@@ -167,7 +184,7 @@ def _resumable(cls: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
     members = {
         "__module__": cls.__module__,
         "__iter__": lambda self: _Batches(self._ssd_offload_place, lambda: cls.__iter__(self)),
-        "_ssd_offload_plain_iter": cls.__iter__,
+        "_ssd_offload_class": cls,
         # Lightning asks for these before it believes that a loader can go on in mid-epoch; `Resume` has the state.
         "state_dict": lambda self: {},
         "load_state_dict": lambda self, state: None,

@@ -191,7 +191,7 @@ class StrategyMixin(CheckpointMixin):
         super().setup_environment()
         assert self.lightning_module is not None
         guards.require_not_streamed(self.lightning_module)
-        self._resume.begin(is_fit=self.lightning_module.trainer.state.fn == "fit")
+        self._resume.begin()
         previous, self._session = self._session, Session(self._checked_settings())
         self._succession.begin(previous)
 
@@ -375,6 +375,7 @@ class StrategyMixin(CheckpointMixin):
 
     def teardown(self) -> None:
         """Hooks, threads and memory go; parameters are plain again, on mappings of their files."""
+        self._resume.end()
         if self._session is not None and self._session.is_started:
             self._session.rest()
         elif self._session is not None:
