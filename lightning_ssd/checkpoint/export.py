@@ -25,7 +25,7 @@ from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.mapped import drop_pages, map_bytes
 from lightning_ssd.checkpoint.shards import HF_INDEX, Shard, cut_shards, index_text, strip_prefix
-from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, StateDictView, split_rest
+from lightning_ssd.checkpoint.state_dict import StateDictView, join_state_dict, split_rest
 from lightning_ssd.checkpoint.writer import (
     Progress,
     StreamWriter,
@@ -86,9 +86,9 @@ def consolidate(
         drop_empty_loader_states(content)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         spill = Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
-        content["state_dict"] = {**mapped_state_dict(reader, spill), **content.pop(STATE_DICT_EXTRA, {})}
-        if "lr_schedulers" in content or reader.manifest.optimizers:
-            own = content.pop(WHOLE_STATES, {})
+        join_state_dict(content, mapped_state_dict(reader, spill, weights_only))
+        own = content.pop(WHOLE_STATES, {})
+        if "optimizer_states" not in content and ("lr_schedulers" in content or reader.manifest.optimizers):
             content["optimizer_states"] = [
                 own.get(index, state) for index, state in enumerate(optimizer_states(reader, weights_only))
             ]
@@ -209,7 +209,7 @@ def _as_torch_keeps_it(key: str, value: Any) -> Any:
 
 def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> list[dict[str, Any]]:
     """State of each optimizer as ``torch.optim`` saves it, with mapped tensors."""
-    _, odd = split_rest(reader)
+    _, odd = split_rest(reader, weights_only)
 
     def full(name: str, kind: str) -> Tensor:
         if kind not in reader.manifest.parameters.get(name, {}):
@@ -220,15 +220,15 @@ def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> lis
     return [optimizer_state(record, full, odd.get(index, {})) for index, record in enumerate(records)]
 
 
-def mapped_state_dict(reader: CheckpointReader, spill: Spill) -> dict[str, Tensor]:
+def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool | None) -> dict[str, Tensor]:
     """All tensors of the module, mapped; names that are tied share one tensor."""
-    view = StateDictView(reader)
+    view = StateDictView(reader, weights_only)
     stored: dict[str, Tensor] = {}
     for name in view:
         key = view.stored_name(name)
         if key in stored:
             continue
-        if reader.is_in_place(key):
+        if view.is_in_place(key):
             stored[key] = view[key]
         else:
             spill.write(key, view[key])

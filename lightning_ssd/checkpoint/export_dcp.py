@@ -31,7 +31,7 @@ from lightning_ssd.checkpoint.export import (
     os_errors,
 )
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA
+from lightning_ssd.checkpoint.state_dict import join_state_dict
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress, StreamWriter, new_file, write_pickle
 from lightning_ssd.errors import CheckpointError
 
@@ -66,7 +66,13 @@ def to_dcp(
         spill = Spill(stack.enter_context(TemporaryFile(dir=inside)).fileno())
         meta = reader.state(weights_only)
         drop_empty_loader_states(meta)
-        content: dict[str, Any] = {"model": {**mapped_state_dict(reader, spill), **meta.pop(STATE_DICT_EXTRA, {})}}
+        join_state_dict(meta, mapped_state_dict(reader, spill, weights_only))
+        content: dict[str, Any] = {"model": meta.pop("state_dict", {})}
+        if "optimizer_states" in meta:
+            raise CheckpointError(
+                f"{reader.directory}: a hook changed its optimizer_states when it was saved, so they are not known by "
+                "name; export it to a .ckpt instead"
+            )
         for index, state in enumerate(optimizer_states(reader, weights_only)):
             content[f"optimizer_{index}"] = _by_name(state, reader, index)
         total = reader.manifest.nbytes

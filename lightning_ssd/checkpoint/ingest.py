@@ -27,14 +27,13 @@ from lightning_ssd.checkpoint.ingest_optimizer import optimizers_for
 from lightning_ssd.checkpoint.rename import Renaming
 from lightning_ssd.checkpoint.save import save
 from lightning_ssd.checkpoint.sources import (
-    VALUE_KINDS,
     Held,
     Source,
     open_checkpoint,
     open_torch_file,
     open_weight_files,
 )
-from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, STATE_DICT_EXTRA
+from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, STATE_DICT_EXTRA, VALUE_KINDS
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
 from lightning_ssd.checkpoint.weights import Shape, match
 from lightning_ssd.checkpoint.writer import Progress, lay_out

@@ -154,8 +154,11 @@ class CheckpointReader:
         """A file of the checkpoint by its relative path, open for reading; the descriptor is the caller's."""
         return open_inside(self._open_directory_fd(), path, self.directory)
 
-    def rest(self) -> dict[str, Tensor]:
+    def rest(self, weights_only: bool | None = None) -> dict[str, Tensor]:
         """Buffers, unmanaged tensors and odd-shaped optimizer state, checked against their checksum; in place.
+
+        Args:
+            weights_only: As in `state`, for tensors of other classes than torch's own.
 
         Raises:
             CorruptionError: If the bytes are not those that were written.
@@ -166,7 +169,7 @@ class CheckpointReader:
                 mapped = self._mapped[REST] = MappedFile(fd, self._where(REST))
         found = {name: mapped.tensor(name) for name in mapped.header.entries}
         if ODD in self.manifest.small_files:
-            found.update(self._load(ODD, weights_only=True, safe_globals=()))
+            found.update(self._load(ODD, weights_only is not False, safe_globals=()))
         return found
 
     def state(self, weights_only: bool | None = None, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:

@@ -48,12 +48,14 @@ class OptimizerRecord:
         state: Per parameter name, what is scalar: numbers, None, tensors of no dimension. Empty if nothing is; a
             parameter without an entry was never updated, whatever its unit files hold.
         kinds: Kinds of unit files that are this optimizer's states of the parameter's own shape.
+        lacking: Per parameter name in ``state``, those of ``kinds`` that it does not have.
     """
 
     class_name: str
     param_groups: list[dict[str, Any]]
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
     kinds: list[str] = field(default_factory=list)
+    lacking: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,9 @@ class Manifest:
         aliases: Further names of tied tensors, each with the name under which it is stored.
         optimizers: Records whose values are still in JSON form; ``CheckpointReader.optimizers`` decodes them.
         small_files: ``state.pt``, ``rest.safetensors`` and, if there is one, ``odd.pt``.
+        names: The tensors of the module's state dict, in its order; of one that is in ``rest`` and in a unit file too,
+            the value is the one in ``rest``. None in a checkpoint that was imported, or written before this was kept:
+            then it is every parameter with a value, every alias and what else is in ``rest``.
     """
 
     step: int
@@ -117,6 +122,7 @@ class Manifest:
     aliases: Mapping[str, str]
     optimizers: tuple[OptimizerRecord, ...]
     small_files: Mapping[str, SmallFile]
+    names: tuple[str, ...] | None = None
 
     @cached_property
     def parameters(self) -> Mapping[str, Mapping[str, tuple[FileRecord, TensorEntry]]]:
@@ -152,7 +158,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "dtypes": dict(manifest.dtypes),
         "aliases": dict(manifest.aliases),
         "files": [_encode_file(record) for record in manifest.files],
-    }
+    } | ({} if manifest.names is None else {"state_dict": list(manifest.names)})
     try:
         text = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except UnicodeEncodeError as error:
@@ -198,6 +204,7 @@ def decode_manifest(text: bytes, where: str) -> Manifest:
         aliases=_texts(content, "aliases", where),
         optimizers=tuple(_decode_optimizer(value, where) for value in _take(content, "optimizers", list, where)),
         small_files=_decode_small_files(_take(content, "small_files", dict, where), where),
+        names=_decode_names(content, where),
     )
     _check_names(manifest, where)
     return manifest
@@ -319,7 +326,21 @@ def _decode_optimizer(value: object, where: str) -> OptimizerRecord:
     for name, scalars in state.items():
         _expect(scalars, dict, f"the state of {name!r}", inside)
     kinds = [_expect(kind, str, "a kind", inside) for kind in _take(content, "kinds", list, inside)]
-    return OptimizerRecord(_take(content, "class_name", str, inside), groups, state, kinds)
+    lacking = _take(content, "lacking", dict, inside) if "lacking" in content else {}
+    for name, without in lacking.items():
+        _expect(without, list, f"what {name!r} lacks", inside)
+    return OptimizerRecord(_take(content, "class_name", str, inside), groups, state, kinds, lacking)
+
+
+def _decode_names(content: Mapping[str, Any], where: str) -> tuple[str, ...] | None:
+    if "state_dict" not in content:
+        return None
+    names = _take(content, "state_dict", list, where)
+    for name in names:
+        _expect(name, str, "a name of state_dict", where)
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"{where}: state_dict holds a name twice")
+    return tuple(names)
 
 
 def _check_seal(text: bytes, seal_text: str, where: str) -> None:

@@ -43,6 +43,7 @@ from lightning_ssd.checkpoint.manifest import (
     encode_manifest,
 )
 from lightning_ssd.checkpoint.progress import LogProgress
+from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
 from lightning_ssd.checkpoint.values import encode_optimizer
 from lightning_ssd.checkpoint.writer import (
@@ -92,6 +93,7 @@ def save(
     world_size: int = 1,
     dtypes: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
+    names: Sequence[str] | None = None,
     recycle: Recycle | None = None,
     unsynced: set[str] | None = None,
     progress: Progress | None = None,
@@ -111,6 +113,7 @@ def save(
         dtypes: Safetensors dtype each parameter has at rest, where both ``param`` and ``master`` exist or neither has
             that dtype. Default: the dtype of ``master`` if there is one, else of ``param``.
         aliases: Further names of tied tensors -> the name under which the tensor is in ``files`` or ``rest``.
+        names: The tensors of the module's state dict; see `Manifest.names`.
         recycle: Takes unit files of a replaced checkpoint that nothing else links; see `directory.Recycle`.
         unsynced: Paths of generations that could not be made durable; this save adds those it finds. The caller keeps
             it from save to save; see [Note: failed sync].
@@ -142,7 +145,9 @@ def save(
                 aliases=dict(aliases or {}),
                 optimizers=encoded,
                 small_files=small,
+                names=None if names is None else tuple(names),
             )
+            require_whole(manifest, rest, target)
             _write_manifest(staged, manifest, job)
             _make_durable(staged, (*small, MANIFEST))
     except OSError as error:

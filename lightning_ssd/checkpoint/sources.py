@@ -20,14 +20,11 @@ from lightning_ssd.checkpoint.attribution import optimizer_from_torch
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import FileRecord, OptimizerRecord
 from lightning_ssd.checkpoint.mapped import drop_pages
-from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, StateDictView, split_rest
+from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, VALUE_KINDS, StateDictView, split_rest
 from lightning_ssd.checkpoint.weights import Shape, open_weights
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
 from lightning_ssd.store.header import TensorEntry
-
-VALUE_KINDS = ("param", "master")
-"""Kinds that hold a parameter's value; all others are optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,11 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
     with ExitStack() as stack:
         reader = stack.enter_context(CheckpointReader(path))
         source = Source(reader.directory, reader=reader)
-        for name, places in reader.manifest.parameters.items():
+        view = StateDictView(reader, weights_only)
+        buffers, source.odd = split_rest(reader, weights_only)
+        # What a hook put in a parameter's place is in `rest`, and what it left out is only there for its optimizer.
+        kept = {n: p for n, p in reader.manifest.parameters.items() if n in view.shapes and n not in buffers}
+        for name, places in kept.items():
             source.parameters[name] = {
                 kind: Held(
                     place[1].shape,
@@ -127,11 +128,16 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
                 )
                 for kind, place in places.items()
             }
-        StateDictView(reader)  # checks the aliases
-        buffers, source.odd = split_rest(reader)
         source.buffers = {name: held_tensor(tensor) for name, tensor in buffers.items()}
         source.aliases = dict(reader.manifest.aliases)
         source.optimizers = reader.optimizers(weights_only)
+        lost = [name for name in reader.manifest.parameters if name not in kept]
+        if lost and source.optimizers:
+            raise CheckpointError(
+                f"{reader.directory}: the values of {', '.join(map(repr, lost[:4]))} were replaced when it was saved "
+                "(weight averaging, or a hook that changes state_dict), so its optimizer state is not that of its "
+                "weights: resume it with the Trainer that saved it, or export it and import the .ckpt"
+            )
         source.state = reader.state(weights_only)
         source.stack = stack.pop_all()
     return source

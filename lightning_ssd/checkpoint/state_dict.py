@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.checkpoint.manifest import FileRecord, Manifest
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.dtypes import name_of
-from lightning_ssd.store.header import ITEMSIZE
+from lightning_ssd.store.header import ITEMSIZE, TensorEntry
+
+if TYPE_CHECKING:
+    from lightning_ssd.checkpoint.load import CheckpointReader
 
 OPTIMIZER_PREFIX = "optimizer."
 
+VALUE_KINDS = ("param", "master")
+"""Kinds of unit files that hold a parameter's value."""
+
 STATE_DICT_EXTRA = "state_dict_extra"
 """Key of the saved state under which the entries of the module's state dict lie that are no tensors."""
+
+STATE_DICT_WHOLE = "state_dict_whole"
+"""Key of the saved state under which a list holds what a hook put in the state dict's place, if that is no dictionary;
+the list is empty if the hook took it out."""
+
+STATE_DICT_METADATA = "state_dict_metadata"
+"""Key of the saved state under which versions of the module's classes lie, if one is not 1."""
 
 
 class StateDictView(Mapping[str, Tensor]):
@@ -25,22 +40,21 @@ class StateDictView(Mapping[str, Tensor]):
         shapes: Shape of every tensor, known without reading one.
     """
 
-    def __init__(self, reader: CheckpointReader) -> None:
-        """Look into ``reader``, which stays the caller's and must stay open.
+    def __init__(self, reader: CheckpointReader, weights_only: bool | None = None) -> None:
+        """Look into ``reader``, which stays the caller's and must stay open; see `CheckpointReader.rest`.
 
         Raises:
-            CheckpointError: If an alias leads nowhere.
+            CheckpointError: If a name leads nowhere.
         """
         self._reader = reader
-        self._rest, _ = split_rest(reader)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name in reader.parameter_names:
-            self.shapes[name] = next(iter(reader.manifest.parameters[name].values()))[1].shape
-        self.shapes |= {name: tuple(tensor.shape) for name, tensor in self._rest.items()}
-        for alias, stored in reader.manifest.aliases.items():
-            if stored not in self.shapes:
-                raise CheckpointError(f"{reader.directory}: {alias!r} is tied to {stored!r}, which is not stored")
-            self.shapes[alias] = self.shapes[stored]
+        self._rest, _ = split_rest(reader, weights_only)
+        manifest = reader.manifest
+        require_whole(manifest, self._rest, reader.directory)
+        stored = {name: next(iter(places.values()))[1].shape for name, places in valued(manifest).items()}
+        stored |= {name: tuple(tensor.shape) for name, tensor in self._rest.items()}
+        stored |= {alias: stored[name] for alias, name in manifest.aliases.items()}
+        names = stored if manifest.names is None else manifest.names
+        self.shapes: dict[str, tuple[int, ...]] = {name: stored[name] for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self.stored_name(name)
@@ -65,6 +79,11 @@ class StateDictView(Mapping[str, Tensor]):
         """Bytes of a tensor in the dtype it had at rest."""
         return math.prod(self.shapes[name]) * ITEMSIZE[self.dtype_of(name)]
 
+    def is_in_place(self, name: str) -> bool:
+        """Whether a tensor is mapped as it lies in its file, without a conversion."""
+        stored = self.stored_name(name)
+        return stored in self._rest or self._reader.is_in_place(stored)
+
     def drop(self, name: str) -> None:
         """Give back the memory of a parameter's pages."""
         stored = self.stored_name(name)
@@ -72,13 +91,64 @@ class StateDictView(Mapping[str, Tensor]):
             self._reader.drop_parameter(stored)
 
 
-def split_rest(reader: CheckpointReader) -> tuple[dict[str, Tensor], dict[int, dict[str, dict[str, Tensor]]]]:
+def join_state_dict(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Give a state that was saved its state dict back: ``tensors``, and what the state itself holds of it."""
+    extra, whole = content.pop(STATE_DICT_EXTRA, {}), content.pop(STATE_DICT_WHOLE, None)
+    metadata = content.pop(STATE_DICT_METADATA, None)
+    if whole is None:
+        content["state_dict"] = state = OrderedDict({**tensors, **extra})
+        if metadata is not None:
+            state._metadata = metadata  # type: ignore[attr-defined]  # where `Module.load_state_dict` looks for it
+    elif whole:
+        content["state_dict"] = whole[0]
+
+
+def valued(manifest: Manifest) -> dict[str, Mapping[str, tuple[FileRecord, TensorEntry]]]:
+    """The parameters whose values are in unit files, and where; of others there may be optimizer state alone."""
+    return {name: places for name, places in manifest.parameters.items() if any(k in places for k in VALUE_KINDS)}
+
+
+def require_whole(manifest: Manifest, rest: Collection[str], where: str) -> None:
+    """Refuse a checkpoint from which training could not go on: something that it lists is nowhere.
+
+    Args:
+        manifest: The checkpoint.
+        rest: Names of what is not in unit files.
+        where: Its path, for messages.
+
+    Raises:
+        CheckpointError: Names the tensor.
+    """
+    values = valued(manifest)
+    for alias, stored in manifest.aliases.items():
+        if stored not in values and stored not in rest:
+            raise CheckpointError(f"{where}: {alias!r} is tied to {stored!r}, which is not stored")
+    for name in manifest.names or ():
+        if name not in values and name not in rest and name not in manifest.aliases:
+            raise CheckpointError(f"{where}: {name!r} of the state dict is not stored")
+    for number, record in enumerate(manifest.optimizers):
+        for name in record.state if record.kinds else ():
+            kinds = manifest.parameters.get(name, {})
+            # Until names were kept, nothing told which of the kinds a parameter had.
+            is_told = manifest.names is not None
+            wanted = set(record.kinds).difference(record.lacking.get(name, ())) if is_told else set[str]()
+            if not wanted <= set(kinds) or (not is_told and not kinds):
+                raise CheckpointError(
+                    f"{where}: optimizer {number} ({record.class_name}) has updated {name!r}, whose "
+                    f"{', '.join(sorted(wanted.difference(kinds))) or 'state'} is not stored: training cannot go on "
+                    "from this checkpoint; the weights in it can be exported"
+                )
+
+
+def split_rest(
+    reader: CheckpointReader, weights_only: bool | None = None
+) -> tuple[dict[str, Tensor], dict[int, dict[str, dict[str, Tensor]]]]:
     """Split ``rest`` into the module's tensors and optimizer state: optimizer -> parameter -> key -> tensor."""
     module: dict[str, Tensor] = {}
     states: dict[int, dict[str, dict[str, Tensor]]] = {}
     records = reader.manifest.optimizers
     known = [{name for group in record.param_groups for name in group["params"]} for record in records]
-    for full_name, tensor in reader.rest().items():
+    for full_name, tensor in reader.rest(weights_only).items():
         place = _optimizer_place(full_name, known)
         if place is None:
             module[full_name] = tensor

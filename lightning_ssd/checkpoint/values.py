@@ -35,7 +35,7 @@ def encode_optimizer(record: OptimizerRecord, index: int, pickled: dict[str, Any
         name: {key: _encode(value, f"optimizer.{index}.state.{name}.{key}", pickled) for key, value in scalars.items()}
         for name, scalars in record.state.items()
     }
-    return OptimizerRecord(record.class_name, groups, state, list(record.kinds))
+    return OptimizerRecord(record.class_name, groups, state, list(record.kinds), dict(record.lacking))
 
 
 def decode_optimizer(record: OptimizerRecord, pickled: Mapping[str, Any]) -> OptimizerRecord:
@@ -51,7 +51,7 @@ def decode_optimizer(record: OptimizerRecord, pickled: Mapping[str, Any]) -> Opt
     state = {
         name: {key: _decode(value, pickled) for key, value in scalars.items()} for name, scalars in record.state.items()
     }
-    return OptimizerRecord(record.class_name, groups, state, list(record.kinds))
+    return OptimizerRecord(record.class_name, groups, state, list(record.kinds), dict(record.lacking))
 
 
 def needs_pickled(record: OptimizerRecord) -> bool:

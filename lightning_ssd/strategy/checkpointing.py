@@ -16,6 +16,7 @@ from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.errors import CheckpointError, ConfigurationError
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.strategy.bases import StrategyBase
+from lightning_ssd.strategy.dumped import Dumped, are_unchanged
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, save, state_dict, with_masters
 from lightning_ssd.strategy.session import Session
@@ -29,6 +30,7 @@ class CheckpointMixin(StrategyBase):
     _resume: Resume
     _succession: Succession
     _namespace: str
+    _dumped: dict[Optimizer, Dumped]
 
     @property
     def session(self) -> Session:
@@ -50,7 +52,9 @@ class CheckpointMixin(StrategyBase):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state, with tensors mapped from the store."""
         inner = getattr(optimizer, "_optimizer", optimizer)
-        return cast(dict[str, Any], inner.state_dict())
+        state = cast(dict[str, Any], inner.state_dict())
+        self._dumped[inner] = Dumped(state)
+        return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save a checkpoint directory: hard links to the store, and a little beside them."""
@@ -61,7 +65,9 @@ class CheckpointMixin(StrategyBase):
             with self.session.settled():
                 self._succession.move_into(self.session, self.optimizers)
         whole = {**checkpoint, **self._resume.state(self.lightning_module.trainer)}
-        save(self.session, whole, filepath, logging.getLogger(f"{self._namespace}.ssd_offload"))
+        dumped, self._dumped = [self._dumped.get(optimizer) for optimizer in self.optimizers], {}
+        streams = are_unchanged(dumped, checkpoint.get("optimizer_states"))
+        save(self.session, whole, filepath, logging.getLogger(f"{self._namespace}.ssd_offload"), streams=streams)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors stay mapped until they are placed."""

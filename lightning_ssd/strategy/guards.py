@@ -138,7 +138,7 @@ def require_not_streamed(module: nn.Module) -> None:
     """Refuse a module that another Trainer streams now: both would give its parameters their memory."""
     if is_streamed(module):
         raise ConfigurationError(
-            "another Trainer with strategy='ssd_offload' runs on this module now (it is in the middle of its fit, or of "
+            "another Trainer with strategy='ssd_offload' streams this module now (in a fit, of which this may be "
             "a hook): give the inner Trainer strategy='auto', which reads the same weights, or start it afterwards"
         )
 

@@ -60,7 +60,7 @@ class Resume:
         for loader, _ in self._watched:
             if "_ssd_offload_place" in vars(loader):
                 loader.__class__ = type(loader)._ssd_offload_class  # type: ignore[attr-defined]
-                del loader._ssd_offload_place
+                del vars(loader)["_ssd_offload_place"]
 
     def watch(self, loader: Any) -> Any:
         """Make a training `DataLoader` resumable; other iterables are left alone."""

@@ -7,6 +7,8 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,17 +17,23 @@ from torch import Tensor, nn
 from lightning_ssd.checkpoint import save as saving
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.directory import remove as remove
-from lightning_ssd.checkpoint.export import WHOLE_STATES, optimizer_state
+from lightning_ssd.checkpoint.export import WHOLE_STATES, optimizer_states
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
 from lightning_ssd.checkpoint.progress import LogProgress
-from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, StateDictView, split_rest
+from lightning_ssd.checkpoint.state_dict import (
+    OPTIMIZER_PREFIX,
+    STATE_DICT_EXTRA,
+    STATE_DICT_METADATA,
+    STATE_DICT_WHOLE,
+    StateDictView,
+    join_state_dict,
+)
 from lightning_ssd.codec import float32
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.strategy.session import Session
-from lightning_ssd.streaming.unit import Unit
 
 MASTERS = "ssd_offload_masters"
 """Key under which an opened checkpoint carries float32 masters of 16-bit parameters, by parameter name."""
@@ -41,13 +49,20 @@ def state_dict(module: nn.Module) -> dict[str, Any]:
     A module whose own ``state_dict`` takes no ``keep_vars`` is asked plainly; that maps the parameters' files.
     """
     try:
-        return dict(module.state_dict(keep_vars=True))
+        return module.state_dict(keep_vars=True)
     except TypeError:
-        return dict(module.state_dict())
+        return module.state_dict()
 
 
-def save(session: Session, checkpoint: dict[str, Any], path: Any, logger: logging.Logger) -> None:
-    """Save what Lightning dumped as a checkpoint directory; ``logger`` is told how far a copy to another disk is.
+def save(session: Session, checkpoint: dict[str, Any], path: Any, logger: logging.Logger, *, streams: bool) -> None:
+    """Save what Lightning dumped, and hooks have changed since, as a checkpoint directory.
+
+    Args:
+        session: Has the values.
+        checkpoint: Lightning's dictionary.
+        path: Where.
+        logger: Is told how far a copy to another disk is.
+        streams: Its ``optimizer_states`` are those of the session, which are saved from the store; else as they are.
 
     Raises:
         CheckpointError: If it could not be saved; what was there before is untouched.
@@ -59,41 +74,29 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any, logger: loggin
         )
     _warn_if_replaced(session, os.path.abspath(os.fspath(path)))
     small = dict(checkpoint)
-    tensors: Mapping[str, Any] = small.pop("state_dict")
-    states = small.pop("optimizer_states", None)
+    states = small.get("optimizer_states")
     has_optimizers = states is not None
-    for number, state in enumerate(states or ()):
-        if number < len(session.optimizers) and isinstance(session.optimizers[number], WholeOptimizer):
-            small.setdefault(WHOLE_STATES, {})[number] = state
-    places = {param: (unit, i) for unit in session.units for i, param in enumerate(unit.params)}
+    if streams:
+        small.pop("optimizer_states", None)
+        for number, state in enumerate(states or ()):
+            if number < len(session.optimizers) and isinstance(session.optimizers[number], WholeOptimizer):
+                small.setdefault(WHOLE_STATES, {})[number] = state
     with session.settled():
-        rest: dict[str, Tensor] = {}
-        aliases: dict[str, str] = {}
-        units: dict[str, Unit] = {}
-        for name, value in tensors.items():
-            if isinstance(value, nn.Parameter) and value in places:
-                unit, index = places[value]
-                units[unit.name] = unit
-                if name != unit.names[index]:
-                    aliases[name] = unit.names[index]
-            elif isinstance(value, Tensor):
-                rest[name] = value.detach().cpu()
-            else:
-                small.setdefault(STATE_DICT_EXTRA, {})[name] = value
-        files = [_unit_file(g) for g in _generations(session, units, with_state=has_optimizers)]
-        records = _records(session, rest) if has_optimizers else []
-        dtypes = {n: unit.layout.dtype for unit in units.values() for n in unit.names}
-        step = int(small.get("global_step", 0))
+        weights = _sort(session, small)
+        kinds = _kinds(session, weights, with_state=has_optimizers and streams, with_masters=has_optimizers)
+        files = [_unit_file(session.store.on_disk(g)) for g in _generations(session, kinds)]
+        records = _records(session, weights.rest) if has_optimizers and streams else []
         done = saving.save(
             os.fspath(path),
             files,
-            rest,
+            weights.rest,
             small,
             records,
-            step=step,
+            step=int(small.get("global_step", 0)),
             codec=float32.NAME,
-            dtypes=dtypes,
-            aliases=aliases,
+            dtypes={n: unit.layout.dtype for unit in session.units if "param" in kinds[unit.name] for n in unit.names},
+            aliases=weights.aliases,
+            names=weights.names,
             recycle=session.store.recycle,
             unsynced=session.store.unsynced,
             progress=LogProgress(logger, f"saving {os.fspath(path)}"),
@@ -120,6 +123,53 @@ def _identity(path: Any) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+@dataclass
+class _Weights:
+    """A state dict, by where its tensors are saved.
+
+    Attributes:
+        names: Of its tensors, in order.
+        units: Units of which it has a parameter.
+        aliases: Further names of their parameters -> their own.
+        rest: Every other tensor.
+    """
+
+    names: list[str] = field(default_factory=list)
+    units: set[str] = field(default_factory=set)
+    aliases: dict[str, str] = field(default_factory=dict)
+    rest: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _sort(session: Session, small: dict[str, Any]) -> _Weights:
+    """Take the tensors of the state dict out of ``small``; what else is in it stays there."""
+    found = _Weights()
+    state = small.pop("state_dict", None)
+    if not isinstance(state, Mapping):
+        small[STATE_DICT_WHOLE] = [] if state is None else [state]
+        return found
+    own = {
+        param: (name, unit.name) for unit in session.units for name, param in zip(unit.names, unit.params, strict=True)
+    }
+    by_name = {name: param for param, (name, _) in own.items()}
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            small[STATE_DICT_EXTRA] = {**small.get(STATE_DICT_EXTRA, {}), key: value}
+            continue
+        found.names.append(key)
+        name, unit = own.get(value, ("", "")) if isinstance(value, nn.Parameter) else ("", "")
+        # An alias can only say of a name that is no parameter's that it is one whose value is saved as its own.
+        if name and (name == key or (key not in by_name and state.get(name, value) is value)):
+            found.units.add(unit)
+            if name != key:
+                found.aliases[key] = name
+        else:
+            found.rest[key] = value.detach().cpu()
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None and any(entry.get("version", 1) != 1 for entry in metadata.values()):
+        small[STATE_DICT_METADATA] = dict(metadata)
+    return found
+
+
 def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
     """Open a checkpoint directory, or a plain ``.ckpt``, as Lightning's dictionary with mapped tensors.
 
@@ -140,14 +190,12 @@ def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
     with CheckpointReader(name) as reader:  # mapped tensors outlive it
         reader.verify()
         checkpoint = reader.state(weights_only)
-        checkpoint["state_dict"] = {**dict(StateDictView(reader)), **checkpoint.pop(STATE_DICT_EXTRA, {})}
-        _, odd = split_rest(reader)
+        join_state_dict(checkpoint, StateDictView(reader, weights_only))
         records = reader.optimizers(weights_only)
-        if records or "lr_schedulers" in checkpoint:
-            own = checkpoint.pop(WHOLE_STATES, {})
+        own = checkpoint.pop(WHOLE_STATES, {})
+        if "optimizer_states" not in checkpoint and (records or "lr_schedulers" in checkpoint):
             checkpoint["optimizer_states"] = [
-                own.get(i, optimizer_state(record, _full(reader, record), odd.get(i, {})))
-                for i, record in enumerate(records)
+                own.get(index, state) for index, state in enumerate(optimizer_states(reader, weights_only))
             ]
             checkpoint[NAMES] = [[list(group["params"]) for group in record.param_groups] for record in records]
         names = [n for n in reader.parameter_names if "master" in reader.kinds(n)]
@@ -167,29 +215,32 @@ def with_masters(module: nn.Module, weights: Mapping[str, Any], masters: Mapping
         is_narrow = isinstance(value, Tensor) and value.dtype != torch.float32
         if is_narrow and param is not None and param.dtype == torch.float32 and _is_rounded(value, master):
             found[name] = master
-    return {**weights, **found} if found else weights
+    if not found:
+        return weights
+    joined = copy(weights)  # with its versions
+    joined.update(found)  # type: ignore[attr-defined]
+    return joined
 
 
 def _is_rounded(value: Any, master: Tensor) -> bool:
     return torch.equal(master.to(value.dtype), value)
 
 
-def _full(reader: CheckpointReader, record: OptimizerRecord) -> Any:
-    def full(name: str, kind: str) -> Tensor:
-        if name not in record.state or kind not in reader.kinds(name):
-            raise KeyError(name)
-        return reader.tensor(name, kind)
-
-    return full
-
-
-def _generations(session: Session, units: Mapping[str, Unit], *, with_state: bool) -> Iterator[Generation]:
+def _kinds(session: Session, weights: _Weights, *, with_state: bool, with_masters: bool) -> dict[str, list[str]]:
+    """What is saved of each unit: the values that the state dict shows, and what training needs to go on."""
+    found: dict[str, list[str]] = {}
     for unit in session.units:
-        if unit.name in units:
-            for kind in session.store.kinds(unit.name):
-                generation = session.store.current(unit.name, kind)
-                if generation is not None and (with_state or kind == "param"):
-                    yield session.store.on_disk(generation)
+        wanted = {"param": unit.name in weights.units, "master": with_masters}
+        found[unit.name] = [kind for kind in session.store.kinds(unit.name) if wanted.get(kind, with_state)]
+    return found
+
+
+def _generations(session: Session, kinds: Mapping[str, list[str]]) -> Iterator[Generation]:
+    for unit, its_kinds in kinds.items():
+        for kind in its_kinds:
+            generation = session.store.current(unit, kind)
+            if generation is not None:
+                yield generation
 
 
 def _unit_file(generation: Generation) -> UnitFile:
@@ -217,10 +268,20 @@ def _records(session: Session, rest: dict[str, Tensor]) -> list[OptimizerRecord]
             state[name] = {}
             for key, value in scalars.get(name, {}).items():
                 if isinstance(value, Tensor) and value.dim() > 0:
-                    rest[f"optimizer.{number}.{name}.{key}"] = value
+                    place = f"{OPTIMIZER_PREFIX}{number}.{name}.{key}"
+                    if place in rest:
+                        raise CheckpointError(f"the name {place!r} is that of a tensor of the state dict; rename that")
+                    rest[place] = value
                 else:
                     state[name][key] = value
         kinds = sorted({kind + adopted.suffix for found in initialised.values() for kind in found})
+        lacking = {
+            name: [k for k in kinds if k.removesuffix(adopted.suffix) not in initialised.get(name, ())] for name in state
+        }
         class_name = f"{type(adopted.optimizer).__module__}.{type(adopted.optimizer).__qualname__}"
-        records.append(OptimizerRecord(class_name, adopted.groups_by_name(), state, kinds))
+        records.append(
+            OptimizerRecord(
+                class_name, adopted.groups_by_name(), state, kinds, {n: ks for n, ks in lacking.items() if ks}
+            )
+        )
     return records

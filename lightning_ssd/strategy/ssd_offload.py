@@ -120,6 +120,7 @@ class StrategyMixin(CheckpointMixin):
         }
         self._resume = Resume()
         self._succession = Succession()
+        self._dumped = {}
 
     # -- one process -------------------------------------------------------------------------------------------
 

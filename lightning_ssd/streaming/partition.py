@@ -200,7 +200,9 @@ def _require_manageable(name: str, param: nn.Parameter) -> None:
             if param.is_complex()
             else "convert it before the Trainer starts"
         )
-        raise ConfigurationError(f"parameter {name!r} is {param.dtype}, which a safetensors file cannot hold; {way_out}")
+        raise ConfigurationError(
+            f"parameter {name!r} is {param.dtype}, which a safetensors file cannot hold; {way_out}"
+        )
 
 
 def _require_apart(params: Mapping[str, nn.Parameter]) -> None:
