@@ -27,6 +27,7 @@ from lightning_ssd.checkpoint.manifest import (
     decode_manifest,
 )
 from lightning_ssd.checkpoint.mapped import MappedFile, read_exactly
+from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.torch_file import check_tensors, check_torch_file
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
@@ -208,8 +209,9 @@ class CheckpointReader:
 
         Raises:
             CorruptionError: If a byte differs; names file, parameter and offset.
-            CheckpointError: If a header is not what the manifest says.
+            CheckpointError: If a header is not what the manifest says, or something that it lists is nowhere.
         """
+        require_whole(self.manifest, self.rest(), self.directory)
         done, unchecked = 0, []
         for name in self.manifest.small_files:
             os.close(self._open_small(name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -109,12 +108,12 @@ class _Group:
 
 def _name_apart(specs: list[UnitSpec]) -> None:
     """Give each unit a name of its own: a module may be called as the rest is, or end as the name of a part does."""
-    taken = Counter(spec.name for spec in specs)
+    taken, seen = {spec.name for spec in specs}, set[str]()
     for spec in specs:
-        if taken[spec.name] > 1:
-            taken[spec.name] -= 1
-            spec.name = next(name for i in itertools.count(2) if not taken[name := f"{spec.name}+{i}"])
-            taken[spec.name] = 1
+        if spec.name in seen:
+            spec.name = next(name for i in itertools.count(2) if (name := f"{spec.name}+{i}") not in taken)
+            taken.add(spec.name)
+        seen.add(spec.name)
 
 
 def _loaders(root: nn.Module, whole: set[nn.Module]) -> Iterator[tuple[str, nn.Module, list[tuple[str, nn.Parameter]]]]:

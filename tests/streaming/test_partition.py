@@ -138,3 +138,29 @@ def test_a_policy_names_classes_or_decides() -> None:
     assert names(chosen) == ["blocks.1", "rest"]
     with pytest.raises(ConfigurationError, match=r"class\(es\) \['Blok'\], the model has none of them; it has: Block"):
         partition(GPT(), policy=["Blok", "Block"])
+
+
+def test_units_have_names_of_their_own() -> None:
+    """A module may be called as the leftovers are, or as a part of another: their files are found by name."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(4, 4))
+            self.root = nn.Linear(4, 4, bias=False)
+            self.rest = nn.Linear(4, 4)
+            self.body = nn.Linear(4, 4)
+            self.body.bias.requires_grad_(False)
+            self.add_module("body+frozen", nn.Linear(4, 4))
+            self.add_module("root+2", nn.Linear(4, 4))
+            self.small = nn.Linear(2, 2)
+
+    found = names(partition(Odd(), min_numel=16))
+    assert found == ["root", "root+3", "rest", "body", "body+frozen", "body+frozen+2", "root+2", "rest+2"]
+
+
+def test_a_dtype_that_no_file_holds_is_refused_by_name() -> None:
+    net = nn.Linear(2, 2)
+    net.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(ConfigurationError, match=r"parameter 'phase' is torch.complex128, .*view_as_complex"):
+        partition(net)
