@@ -92,11 +92,23 @@ class Program:
         fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
         return f"Program({', '.join(f'{name}={value!r}' for name, value, default in fields if value != default)})"
 
+    def habits(self) -> list[dict[str, Any]]:
+        """Every field that is not at its least, by itself."""
+        return [
+            {field.name: getattr(self, field.name)}
+            for field in dataclasses.fields(self)
+            if field.name != "seed" and getattr(self, field.name) != field.default
+        ]
+
     def smaller(self) -> Iterator[Program]:
-        """Programs with one habit less, the largest cuts first."""
-        for field in dataclasses.fields(self):
-            if field.name != "seed" and getattr(self, field.name) != field.default:
-                yield dataclasses.replace(self, **{field.name: field.default})
+        """Programs with less, the largest cuts first: one habit alone, without one habit, a part of a habit."""
+        habits = self.habits()
+        if len(habits) > 2:
+            yield from (Program(self.seed, **habit) for habit in habits)
+        for habit in habits:
+            (name,) = habit
+            default = next(field.default for field in dataclasses.fields(self) if field.name == name)
+            yield dataclasses.replace(self, **{name: default})
         for name in ("blocks", "features", "frozen"):
             values = getattr(self, name)
             for i in range(len(values)):

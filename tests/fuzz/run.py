@@ -123,7 +123,7 @@ def play(program: Program, memory: str | None, folder: Path) -> Played:
     module: Fuzzed | None = None
     with _quiet(), _sessions_closed(poison=True):
         try:
-            resume_at = program.resume_at if memory is not None else 0
+            resume_at = program.resume_at if memory is not None and program.resume_at < program.steps else 0
             stops = [resume_at, program.steps] if resume_at else [program.steps]
             checkpoint = None
             for i, stop in enumerate(stops):
@@ -330,15 +330,22 @@ def main() -> None:
         print(judge(eval(arguments[0])))
         return
     first, last = int(arguments[0]), int(arguments[1]) if len(arguments) > 1 else int(arguments[0]) + 1
+    without = [words[len("--without=") :].split(",") for words in arguments if words.startswith("--without=")]
+    without = sum(without, [])
     counts: Counter[str] = Counter()
+    signatures: Counter[str] = Counter()
     for seed in range(first, last):
         program = draw(seed)
+        if any(word in str(program) for word in without):
+            continue
         print(f"# {seed}", end="\r", flush=True)
         verdict = judge(program)
         counts[verdict.kind] += 1
         if not verdict.is_good:
             print(f"{verdict.kind}: {program}\n    {verdict.detail}", flush=True)
-            if "--shrink" in arguments:
+            signature = verdict.kind + re.sub(r"[\d.]+|'[^']*'", "N", verdict.detail)[:60]
+            signatures[signature] += 1
+            if "--shrink" in arguments and (verdict.kind == "different" or signatures[signature] < 3):
                 program, verdict = shrink(program, verdict.kind)
                 print(f"  smallest: {program}\n    {verdict.detail}", flush=True)
     print(dict(counts))
