@@ -202,6 +202,14 @@ def _require_manageable(name: str, param: nn.Parameter) -> None:
         raise ConfigurationError(
             f"parameter {name!r} is {param.dtype}, which a safetensors file cannot hold; {way_out}"
         )
+    if not param.is_contiguous():
+        # Files and the memory they are read into have the order of the shape. torch adds in another order over other
+        # strides, so the run would not be plain Lightning's to the bit, and the module would lose its layout.
+        raise ConfigurationError(
+            f"parameter {name!r} is not contiguous (shape {tuple(param.shape)}, strides {param.stride()}); "
+            "strategy='ssd_offload' streams contiguous ones: before the Trainer starts, use "
+            "module.to(memory_format=torch.contiguous_format) for channels_last, or nn.Parameter(p.detach().contiguous())"
+        )
 
 
 def _require_apart(params: Mapping[str, nn.Parameter]) -> None:

@@ -220,6 +220,8 @@ def possible(program: Program) -> Program:
         changes |= {"validation": "none", "setup": program.setup if program.setup == "read_in_configure" else "none"}
         if program.schedule in ("plateau", "epoch"):
             changes["schedule"] = "step"
+        if program.manual == "no_zero_grad":  # gradients that wait are in no checkpoint
+            changes["manual"] = "one"
     if "Complex" in blocks:
         features -= {"clip_weights_batch_end"}
         changes["clip"] = changes.get("clip", program.clip).replace("value", "norm")

@@ -91,7 +91,7 @@ def _judge_error(program: Program, ours: Played) -> Verdict:
 
 # Habits that hold values of the whole model at once, in a step. What code in a step will hold cannot be known at setup:
 # where the budget has no room for it, the documented refusal (guide: `ResidencyError`) comes before anything is computed.
-HOLDING = {"swap_in_step", "snapshot_restore", "func_grad", "flat_penalty", "functional_call"}
+HOLDING = {"swap_in_step", "snapshot_restore", "func_grad", "flat_penalty", "functional_call", "foreach_norm"}
 HOLDING_TEACHERS = {"state_dict", "load_state_dict", "foreach_lerp", "foreach_mul_add"}
 
 

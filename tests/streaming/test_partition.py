@@ -164,3 +164,13 @@ def test_a_dtype_that_no_file_holds_is_refused_by_name() -> None:
     net.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex128))
     with pytest.raises(ConfigurationError, match=r"parameter 'phase' is torch.complex128, .*view_as_complex"):
         partition(net)
+
+
+def test_parameters_that_would_lose_their_strides_are_refused() -> None:
+    transposed = nn.Linear(3, 4)
+    transposed.weight = nn.Parameter(torch.randn(3, 4).t())
+    for module in (transposed, nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)):
+        with pytest.raises(ConfigurationError, match=r"'weight' is not contiguous .*contiguous_format"):
+            partition(module)
+    # Strides of a dimension of one element mean nothing.
+    assert names(partition(nn.Conv2d(2, 4, 1).to(memory_format=torch.channels_last), min_numel=0)) == ["root"]
