@@ -1,6 +1,6 @@
 """What programs do to their weights in a step and around it: each function is one habit of training code.
 
-A function takes the module and the batch's tokens. What it computes is noted with ``module.note``, so that it is compared.
+A function takes the module and the batch's tokens. What it notes with ``module.note`` is compared.
 """
 
 from __future__ import annotations

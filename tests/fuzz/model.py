@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.fuzz.blocks import BLOCKS, CARRIES
+from tests.fuzz.blocks import BLOCKS
+from tests.fuzz.odd_blocks import CARRIES, Shared
 
 if TYPE_CHECKING:
     from tests.fuzz.program import Program
@@ -42,7 +44,7 @@ class Net(nn.Module):
 
     def _make(self, name: str, common: nn.Module) -> nn.Module:
         kind = BLOCKS[name]
-        if getattr(kind, "shared", False):
+        if kind is Shared:
             return kind(self.program.width, common)
         return kind(self.program.width)
 
@@ -78,9 +80,8 @@ class Net(nn.Module):
             first = next((block for block in made if type(getattr(block, "up", None)) is nn.Linear), None)
             for block in made:
                 up = getattr(block, "up", None)
-                if first is not None and type(up) is nn.Linear and "weight" in up._parameters:
-                    if "weight" in first.up._parameters:
-                        up.weight = first.up.weight
+                if first is not None and type(up) is nn.Linear and _is_plain(up) and _is_plain(first.up):
+                    up.weight = first.up.weight
         elif tie == "norms":
             for block in made:
                 if isinstance(getattr(block, "norm", None), nn.LayerNorm):
@@ -110,13 +111,18 @@ class Net(nn.Module):
         return self.head(x), extra
 
 
+def _is_plain(module: nn.Linear) -> bool:
+    """Its weight is a parameter, not computed from others."""
+    return "weight" in module._parameters
+
+
 def pairs(module: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """Parameters of one shape, each with the next."""
     by_shape: dict[Any, list[nn.Parameter]] = {}
     for param in module.parameters():
         if param.dim() == 2 and param.numel():
             by_shape.setdefault(param.shape, []).append(param)
-    return [pair for params in by_shape.values() for pair in zip(params, params[1:], strict=False)]
+    return [pair for params in by_shape.values() for pair in itertools.pairwise(params)]
 
 
 def real(module: nn.Module) -> list[nn.Parameter]:

@@ -92,6 +92,11 @@ class Program:
         fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
         return f"Program({', '.join(f'{name}={value!r}' for name, value, default in fields if value != default)})"
 
+    @property
+    def holds_several(self) -> bool:
+        """Whether code outside of modules holds parameters of several units at once."""
+        return self.teacher != "none" or bool(HOLDING & set(self.features))
+
     def habits(self) -> list[dict[str, Any]]:
         """Every field that is not at its least, by itself."""
         return [
@@ -232,6 +237,10 @@ def possible(program: Program) -> Program:
 
 
 STATEFUL = ("OwnGenerator", "Counter", "RunningAttribute", "Memory")  # state that no checkpoint has
+HOLDING = {
+    *("swap_in_step", "snapshot_restore", "func_grad", "functional_call", "foreach_norm", "stacked_norms"),
+    *("pair_penalty", "product_penalty", "norm_diff", "flat_penalty", "assign_pair"),
+}
 COPYING = {"deepcopy", "deepcopy_callback", "frozen_critic"}
 # Programs with more than one forward in a step.
 SEVERAL = {

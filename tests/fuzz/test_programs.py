@@ -1,0 +1,34 @@
+"""Programs drawn at random do what they do under plain Lightning, to the bit, or are refused before they begin.
+
+A failure prints the program as Python; ``python -m tests.fuzz.search "Program(...)"`` runs it again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.fuzz.program import draw
+from tests.fuzz.run import EQUAL, judge
+from tests.fuzz.search import failures
+
+QUICK = range(40)
+SOAK = range(1000)
+PART = 50  # seeds in one test
+
+
+@pytest.mark.parametrize("seed", QUICK)
+def test_a_program_is_equal_or_refused(seed: int) -> None:
+    program = draw(seed)
+    verdict = judge(program)
+    assert verdict.is_good, f"{verdict.kind}: {program}\n{verdict.detail}"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("first", range(SOAK.start, SOAK.stop, PART))
+def test_a_thousand_programs_are_equal_or_refused(first: int) -> None:
+    counts: Counter[str] = Counter()
+    failed = list(failures(iter(range(first, first + PART)), counts))
+    assert not failed, "\n".join(failed)
+    assert counts[EQUAL] >= 0.8 * PART, counts  # refusals and programs whose numbers overflow prove little
