@@ -222,12 +222,15 @@ class _ParameterView:
 
     def tensor(self) -> Tensor:
         """The tensor; the unit is resident."""
-        size, stride, offset, dtype = self.form
+        size, stride, offset, dtype, is_conj, is_neg = self.form
         param = self.unit.params[self.index]
         _unchanged(param, self.version)
         with torch.no_grad():
             flat = param.detach().view(-1)
-            return (flat if dtype == flat.dtype else flat.view(dtype)).as_strided(size, stride, offset)
+            saved = (flat if dtype == flat.dtype else flat.view(dtype)).as_strided(size, stride, offset)
+            # `conj()` and `imag` of what is conjugated are views with a mark, not other bytes.
+            saved = torch._neg_view(saved) if is_neg else saved
+            return saved.conj() if is_conj else saved
 
 
 class _Hold:
@@ -287,7 +290,8 @@ class _FrameUnits:
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype
+    layout = tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype
+    return *layout, tensor.is_conj(), tensor.is_neg()
 
 
 def _unchanged(tensor: Tensor, version: int | None) -> Tensor:

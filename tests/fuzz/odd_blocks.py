@@ -252,9 +252,11 @@ class Complex(Block):
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.filter = nn.Parameter(torch.randn(width, dtype=torch.complex64) * 0.3 + 1)
+        self.turn = nn.Parameter(torch.randn(1, 1, dtype=torch.complex64))
 
     def mix(self, x: Tensor) -> Tensor:
-        return super().mix(torch.view_as_real(x * self.filter).sum(-1))
+        y = x * self.filter + 0.1 * x * self.filter.conj() * self.turn.mH
+        return super().mix(torch.view_as_real(y).sum(-1) + x * self.turn.conj().imag)
 
 
 class ForeignRandomness(Block):

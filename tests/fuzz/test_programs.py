@@ -9,13 +9,20 @@ from collections import Counter
 
 import pytest
 
-from tests.fuzz.program import draw
+from tests.fuzz.program import Program, draw
 from tests.fuzz.run import EQUAL, judge
 from tests.fuzz.search import failures
 
 QUICK = range(40)
 SOAK = range(1000)
 PART = 50  # seeds in one test
+# The smallest forms of what the search has found, and nobody had thought of.
+FOUND = {
+    "conjugated complex parameters": Program(163, blocks=("Complex", "Complex"), activations="keep"),
+    "... in a second derivative": Program(
+        163, blocks=("Complex",), features=("input_grad", "max_over_all"), memory="auto"
+    ),
+}
 
 
 @pytest.mark.parametrize("seed", QUICK)
@@ -23,6 +30,12 @@ def test_a_program_is_equal_or_refused(seed: int) -> None:
     program = draw(seed)
     verdict = judge(program)
     assert verdict.is_good, f"{verdict.kind}: {program}\n{verdict.detail}"
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_is_equal(name: str) -> None:
+    verdict = judge(FOUND[name])
+    assert verdict.kind == EQUAL, f"{verdict.kind}: {FOUND[name]}\n{verdict.detail}"
 
 
 @pytest.mark.soak
