@@ -207,8 +207,8 @@ def _require_manageable(name: str, param: nn.Parameter) -> None:
         # strides, so the run would not be plain Lightning's to the bit, and the module would lose its layout.
         raise ConfigurationError(
             f"parameter {name!r} is not contiguous (shape {tuple(param.shape)}, strides {param.stride()}); "
-            "strategy='ssd_offload' streams contiguous ones: before the Trainer starts, use "
-            "module.to(memory_format=torch.contiguous_format) for channels_last, or nn.Parameter(p.detach().contiguous())"
+            "strategy='ssd_offload' streams contiguous ones: before the Trainer starts, use nn.Parameter("
+            "p.detach().contiguous()), or module.to(memory_format=torch.contiguous_format) for channels_last"
         )
 
 
