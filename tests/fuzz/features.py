@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from lightning_ssd import gathered
 from tests.fuzz.model import pairs, real
 
 Feature = Callable[[Any, Tensor], Any]
@@ -99,6 +100,11 @@ def snapshot_restore(module: Any, ids: Tensor) -> None:
 def toggle_freeze(module: Any, ids: Tensor) -> None:
     if not module.program.frozen and not {"LoRA", "Shared"} & set(module.program.blocks):
         module.net.each_block()[0].requires_grad_(module.global_step % 2 == 0)
+
+
+def func_grad_gathered(module: Any, ids: Tensor) -> None:
+    with gathered(module.net):
+        func_grad(module, ids)
 
 
 def func_grad(module: Any, ids: Tensor) -> None:
@@ -251,6 +257,7 @@ def reinit_last(module: Any) -> None:
 BEFORE: dict[str, Feature] = {
     **{f.__name__: f for f in (eval_in_step, inference_eval, foreach_norm, read_weights, max_over_all, write_start)},
     **{f.__name__: f for f in (assign_pair, swap_in_step, snapshot_restore, toggle_freeze, func_grad)},
+    "func_grad_gathered": func_grad_gathered,
     "deepcopy": deepcopied,
 }
 LOSSES: dict[str, Feature] = {

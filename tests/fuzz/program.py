@@ -208,9 +208,13 @@ def possible(program: Program) -> Program:
         instead("ClampsData", "ClampsWithoutGrad")
         instead("Positions", "MaxNorm")
         changes["embed"] = program.embed.replace("max_norm", "table")
-    if features & {"input_grad", "func_grad"}:
+    if features & {"input_grad", "func_grad", "func_grad_gathered"}:
         instead("Block", *WITHOUT_FUNCTION)
-    if features & {"functional_call", "func_grad"}:  # torch puts back the wrong values of a module with two names
+    if features & {
+        "functional_call",
+        "func_grad",
+        "func_grad_gathered",
+    }:  # torch puts back the wrong values of a module with two names
         instead("Block", "Shared")
         changes["tie"] = program.tie.replace("norms", "none")
     if "inference_eval" in features:  # state of an inference is none for training
@@ -221,7 +225,7 @@ def possible(program: Program) -> Program:
         instead("Block", "Transposed")
     if program.resume_at:
         instead("Block", *STATEFUL)
-        features -= {"memory_bank"}
+        features -= {"memory_bank", "log_weights"}  # an epoch's mean begins again
         changes |= {"validation": "none", "setup": program.setup if program.setup == "read_in_configure" else "none"}
         if program.schedule in ("plateau", "epoch"):
             changes["schedule"] = "step"
@@ -239,6 +243,7 @@ def possible(program: Program) -> Program:
 STATEFUL = ("OwnGenerator", "Counter", "RunningAttribute", "Memory")  # state that no checkpoint has
 HOLDING = {
     *("swap_in_step", "snapshot_restore", "func_grad", "functional_call", "foreach_norm", "stacked_norms"),
+    "func_grad_gathered",
     *("pair_penalty", "product_penalty", "norm_diff", "flat_penalty", "assign_pair"),
 }
 COPYING = {"deepcopy", "deepcopy_callback", "frozen_critic"}
@@ -246,6 +251,7 @@ COPYING = {"deepcopy", "deepcopy_callback", "frozen_critic"}
 SEVERAL = {
     *("two_losses", "alternate", "closure", "two_backwards", "same_parameters", "two_optimizers", "toggle"),
     *("two_forwards", "input_grad", "functional_call", "frozen_critic", "func_grad"),
+    "func_grad_gathered",
 }
 # Without a second derivative, or with state or hooks that torch.func refuses.
 WITHOUT_FUNCTION = (
