@@ -129,6 +129,16 @@ class Pool:
         else:
             self._reclaim(buffer)
 
+    def is_cut_by(self, held: Sequence[Buffer], nbytes: int) -> bool:
+        """Whether ``held``, if all else came back, would leave ``nbytes`` free, but not in one piece."""
+        pieces = [(self._end - self.nbytes, self.nbytes)]
+        for buffer in sorted(held, key=lambda buffer: buffer.offset):
+            begin, room = pieces.pop()
+            rest = buffer.offset + buffer.nbytes
+            pieces += [(begin, buffer.offset - begin), (rest, begin + room - rest)]
+        rooms = [room for _, room in pieces]
+        return max(rooms) < round_up(nbytes) <= sum(rooms)
+
     @property
     def num_lent(self) -> int:
         """Buffers that have an owner now."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -49,7 +50,7 @@ class Backward:
         self._held: dict[int, _Hold] = {}  # by id of the frame, which is alive in the value
         self._unpacked: dict[str, Unit] = {}  # held because a view of a parameter was unpacked
         self._is_running = False
-        self._generations: weakref.WeakKeyDictionary[Frame, list[tuple[Unit, Generation]]] = weakref.WeakKeyDictionary()
+        self._used: weakref.WeakKeyDictionary[Frame, list[_Used]] = weakref.WeakKeyDictionary()
         self._packed: dict[str, weakref.WeakSet[_ParameterView]] = {}  # what backward may still unpack, by unit
         sink.is_needed = lambda unit: bool(self._packed.get(unit.name))
 
@@ -106,8 +107,10 @@ class Backward:
                 "run the forward again, or the backward before the step"
             )
 
-    def _require_unwritten(self, unit: Unit, generation: Generation) -> None:
-        if generation is not self._residents.current(unit):
+    def _require_unwritten(self, used: _Used) -> None:
+        unit = used.unit
+        is_written = used.generation is not self._residents.current(unit)
+        if is_written or (unit.kept is not None and used.content not in (None, content(unit.kept))):
             raise RuntimeError(
                 f"unit {unit.name!r} cannot be recomputed: its parameters were written to between its forward and its "
                 "backward, and a second forward would compute with the new values; write to them before the forward or "
@@ -122,9 +125,10 @@ class Backward:
 
     def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
         """See `FrameUnits.rerun`."""
-        for unit, generation in self._generations[frame]:
-            self._require_unchanged(unit, generation)
-            self._require_unwritten(unit, generation)
+        for used in self._used[frame]:
+            self._residents.settle(used.unit)  # what was written to it since
+            self._require_unchanged(used.unit, used.generation)
+            self._require_unwritten(used)
         self.note()
         self._end_idle_holds()
         self._trace.mark("recompute", frame.name)
@@ -140,7 +144,16 @@ class Backward:
 
     def end_forward(self, frame: Frame, units: list[Unit]) -> None:
         """The forward of ``frame`` is over, and what it wrote to parameters of ``units`` itself is in the store."""
-        self._generations[frame] = [(unit, self._residents.current(unit)) for unit in units]
+        self._used[frame] = [_Used(unit, self._residents.current(unit)) for unit in units]
+
+    def touched(self, unit: Unit) -> None:
+        """Code outside of modules may write to ``unit`` from now on; no generation tells where it is kept in memory."""
+        if unit.kept is None:
+            return
+        waiting = [u for used in self._used.values() for u in used if u.unit is unit and u.content is None]
+        found = content(unit.kept) if waiting else None
+        for used in waiting:
+            used.content = found
 
     def hold(self, frame: Frame, units: list[Unit]) -> None:
         """Keep ``units``, which are held once, until the backward of ``frame`` is over."""
@@ -206,6 +219,15 @@ class Backward:
         self._is_running = False
         self._end_holds()
         self._sink.end_backward()
+
+
+@dataclass(eq=False)
+class _Used:
+    """A unit that a frame ran with."""
+
+    unit: Unit
+    generation: Generation
+    content: tuple[int, ...] | None = None  # what it held when code outside of modules first touched it after that
 
 
 class _ParameterView:

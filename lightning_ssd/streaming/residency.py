@@ -514,6 +514,7 @@ class Residents:
                 stack.callback(self._loosen, unit)
             for unit in units:
                 self.acquire(unit)
+                self._move_aside(unit)
                 stack.callback(self._loosen, unit)
                 self._writes.touch(unit)
         for unit in units:
@@ -530,6 +531,23 @@ class Residents:
                     stack.callback(self._loosen, unit)
             self.wake(params)
             yield
+
+    def _move_aside(self, unit: Unit) -> None:
+        """Let ``unit``, which code outside of modules will use, not lie where it leaves no room for a second operand.
+
+        It came between idle units, into the middle of the memory, and has to stay: code may hold views of it. What is
+        free when the idle ones go would be two pieces, neither long enough (for a teacher beside its student).
+        """
+        largest = max(other.layout.buffer_nbytes for other in self.units)
+        if unit.num_holds > 1 or unit.buffer is None or self._pool.nbytes >= 3 * largest:
+            return
+        held = [u.buffer for u in self.units if u.buffer is not None and (u.num_holds > 0 or u.is_viewed)]
+        if self._pool.is_cut_by(held, largest):
+            with self._lock:
+                unit.num_holds -= 1
+                while self._evict_one():
+                    pass
+            self.acquire(unit)
 
     def _units_of(self, tensors: Sequence[Tensor]) -> list[Unit]:
         """Resident units that ``tensors`` view."""

@@ -155,6 +155,7 @@ class Streamer:
         return self._num_steps > 0 or bool(self._visits) or self._backward.rerunning is not None
 
     def _on_touch(self, unit: Unit) -> None:
+        self._backward.touched(unit)
         if torch.is_grad_enabled() and self._backward.rerunning is None:
             self._sink.used(unit)
             if self._num_steps > 0:

@@ -61,7 +61,7 @@ def _compared(program: Program, plain: Played, folder: Path) -> Verdict:
     error, text = ours.error, f"{type(ours.error).__name__}: {ours.error}"
     if isinstance(error, ConfigurationError) and not ours.has_begun and re.search(r"\buse\b|=|\bset\b", str(error)):
         return Verdict(REFUSED, text)
-    if isinstance(error, ResidencyError) and ours.has_begun and _is_documented(program, str(error)):
+    if ours.has_begun and _is_documented(program, error):
         return Verdict(LATE, text)
     return Verdict(f"{type(error).__name__} {'in a step' if ours.has_begun else 'at setup'}", f"{error}\n{ours.trace}")
 
@@ -69,22 +69,30 @@ def _compared(program: Program, plain: Played, folder: Path) -> Verdict:
 PLENTY = "64MiB"  # of host memory, for any program
 
 
-def _is_documented(program: Program, message: str) -> bool:
-    """Whether a refusal within a step is one of the two that there may be.
+def _is_documented(program: Program, error: BaseException) -> bool:
+    """Whether a refusal within a step is one of the three that there may be.
 
     What code in a step does outside of modules cannot be known at setup. What it holds at once may not fit into a
-    budget near the least: that is said before anything is computed (guide: `ResidencyError`). And torch.func does not
-    run under the hooks that watch what is saved of parameters, which `gathered` suspends (guide).
+    budget near the least: that is said before anything is computed (guide: `ResidencyError`). torch.func does not run
+    under the hooks that watch what is saved of parameters, which `gathered` suspends (guide). And a block whose weights
+    are written to between its forward and its backward cannot run again; plain Lightning goes on with what the forward
+    saved of the old weights and the backward finds of the new ones (guide: `cannot be recomputed`).
     """
+    message, is_tight = str(error), program.memory not in ("auto", PLENTY)
+    if "write_between" in program.features and "cannot be recomputed" in message:
+        return "activations='keep'" in message
+    if not isinstance(error, ResidencyError):
+        return False
     if "func_grad" in program.features and "with lightning_ssd.gathered(module)" in message:
         return True
-    return program.memory not in ("auto", PLENTY) and program.holds_several and "raise host_memory" in message
+    return is_tight and program.holds_several and "raise host_memory" in message
 
 
 def _with_the_way_out(program: Program) -> Program:
     """What the messages of these refusals ask for, which must do."""
     features = tuple("func_grad_gathered" if name == "func_grad" else name for name in program.features)
-    return dataclasses.replace(program, memory=PLENTY, features=features)
+    activations = "keep" if "write_between" in features else program.activations
+    return dataclasses.replace(program, memory=PLENTY, features=features, activations=activations)
 
 
 def _difference(plain: Played, ours: Played) -> Verdict:

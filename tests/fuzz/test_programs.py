@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from tests.fuzz.program import Program, draw
-from tests.fuzz.run import EQUAL, judge
+from tests.fuzz.run import EQUAL, LATE, judge
 from tests.fuzz.search import failures
 
 QUICK = range(40)
@@ -22,6 +22,8 @@ FOUND = {
     "... in a second derivative": Program(
         163, blocks=("Complex",), features=("input_grad", "max_over_all"), memory="auto"
     ),
+    "two operands in memory for two": Program(162, blocks=("Unused", "Unused"), features=("pair_penalty",)),
+    "a teacher and its student there": Program(162, blocks=("Norm",) * 3, teacher="mul_add_data"),
 }
 
 
@@ -36,6 +38,14 @@ def test_a_program_is_equal_or_refused(seed: int) -> None:
 def test_what_was_found_is_equal(name: str) -> None:
     verdict = judge(FOUND[name])
     assert verdict.kind == EQUAL, f"{verdict.kind}: {FOUND[name]}\n{verdict.detail}"
+
+
+@pytest.mark.parametrize("memory", ["min", "auto"])
+def test_a_block_written_to_before_its_recompute_is_refused(memory: str) -> None:
+    program = Program(
+        262, blocks=("Block", "Block"), features=("write_between",), memory=memory, activations="recompute"
+    )
+    assert judge(program).kind == LATE
 
 
 @pytest.mark.soak
