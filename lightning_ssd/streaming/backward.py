@@ -109,7 +109,7 @@ class Backward:
 
     def _require_unwritten(self, used: _Used) -> None:
         unit = used.unit
-        is_written = used.generation is not self._residents.current(unit)
+        is_written = used.generation is not self._residents.current(unit) or used.num_writes != unit.num_writes
         if is_written or (unit.kept is not None and used.content not in (None, content(unit.kept))):
             raise RuntimeError(
                 f"unit {unit.name!r} cannot be recomputed: its parameters were written to between its forward and its "
@@ -144,7 +144,7 @@ class Backward:
 
     def end_forward(self, frame: Frame, units: list[Unit]) -> None:
         """The forward of ``frame`` is over, and what it wrote to parameters of ``units`` itself is in the store."""
-        self._used[frame] = [_Used(unit, self._residents.current(unit)) for unit in units]
+        self._used[frame] = [_Used(unit, self._residents.current(unit), unit.num_writes) for unit in units]
 
     def touched(self, unit: Unit) -> None:
         """Code outside of modules may write to ``unit`` from now on; no generation tells where it is kept in memory."""
@@ -227,6 +227,7 @@ class _Used:
 
     unit: Unit
     generation: Generation
+    num_writes: int
     content: tuple[int, ...] | None = None  # what it held when code outside of modules first touched it after that
 
 

@@ -74,6 +74,7 @@ class Residents:
         is_in_step: Tells whether an operation on a parameter at rest fetches it to the device. Set by the owner.
         on_fetch: Called with each unit that became resident. Set by the owner.
         on_touch: Called with each unit of which a parameter at rest was used in a step. Set by the owner.
+        on_wake: The same outside a step. Set by the owner.
         unwatched: Inside what it returns, saved tensors are not watched. Set by the owner.
     """
 
@@ -83,6 +84,7 @@ class Residents:
         self.is_in_step: Callable[[], bool] = lambda: False
         self.on_fetch: Callable[[Unit], None] = lambda unit: None
         self.on_touch: Callable[[Unit], None] = lambda unit: None
+        self.on_wake: Callable[[Unit], None] = lambda unit: None
         self.unwatched: Callable[[], AbstractContextManager[None]] = nullcontext
         self._store = store
         self._trace = trace
@@ -508,6 +510,7 @@ class Residents:
             if not self.is_in_step():
                 for unit in units:
                     self._wake_at_rest(unit)
+                    self.on_wake(unit)
                 return
             for unit in self._units_of(operands):
                 unit.num_holds += 1

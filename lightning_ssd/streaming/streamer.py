@@ -80,6 +80,7 @@ class Streamer:
         self.residents.is_in_step = self._is_in_step
         self.residents.on_fetch = lambda unit: sink.watch(unit, self._backward.note)
         self.residents.on_touch = self._on_touch
+        self.residents.on_wake = self._backward.touched
         self.residents.unwatched = self._backward.step_hooks.suspended
         users: dict[nn.Module, list[Unit]] = {}
         for unit in self.residents.units:

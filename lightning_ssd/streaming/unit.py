@@ -66,6 +66,7 @@ class Unit:
         is_touched: Code outside its own modules can reach it while it is resident, and may hold views of it.
         seen: Checksums of its values when it became resident or touched; None if only ``versions`` are compared.
         versions: ``_version`` of each parameter when it became resident.
+        num_writes: How often the user's writes to it at rest were found; its generation may be the same.
         writes_itself: Its own modules write to it by ``.data`` in their forward, which no version tells.
     """
 
@@ -95,6 +96,7 @@ class Unit:
         self.is_touched = False
         self.seen: tuple[int, ...] | None = None
         self.versions: tuple[int, ...] = ()
+        self.num_writes = 0
         self.writes_itself = False
 
     @property

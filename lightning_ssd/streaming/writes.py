@@ -133,6 +133,7 @@ class Writes:
             self._put(unit, at_rest.tensors)
         self.leave(unit, at_rest.tensors)
         if was_assigned or was_written:
+            unit.num_writes += 1
             self._store.forget(unit.name, "master")  # the user's value is the truth now
         self._drop_file(unit)
         return was_assigned or was_written

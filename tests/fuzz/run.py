@@ -79,7 +79,7 @@ def _is_documented(program: Program, error: BaseException) -> bool:
     saved of the old weights and the backward finds of the new ones (guide: `cannot be recomputed`).
     """
     message, is_tight = str(error), program.memory not in ("auto", PLENTY)
-    if "write_between" in program.features and "cannot be recomputed" in message:
+    if program.writes_between and "cannot be recomputed" in message:
         return "activations='keep'" in message
     if not isinstance(error, ResidencyError):
         return False
@@ -91,7 +91,7 @@ def _is_documented(program: Program, error: BaseException) -> bool:
 def _with_the_way_out(program: Program) -> Program:
     """What the messages of these refusals ask for, which must do."""
     features = tuple("func_grad_gathered" if name == "func_grad" else name for name in program.features)
-    activations = "keep" if "write_between" in features else program.activations
+    activations = "keep" if program.writes_between else program.activations
     return dataclasses.replace(program, memory=PLENTY, features=features, activations=activations)
 
 

@@ -41,10 +41,9 @@ def test_what_was_found_is_equal(name: str) -> None:
 
 
 @pytest.mark.parametrize("memory", ["min", "auto"])
-def test_a_block_written_to_before_its_recompute_is_refused(memory: str) -> None:
-    program = Program(
-        262, blocks=("Block", "Block"), features=("write_between",), memory=memory, activations="recompute"
-    )
+@pytest.mark.parametrize("write", ["write_between", "write_before_zero_grad"])
+def test_a_block_written_to_before_its_recompute_is_refused(memory: str, write: str) -> None:
+    program = Program(262, blocks=("Block", "Block"), features=(write,), memory=memory, activations="recompute")
     assert judge(program).kind == LATE
 
 
