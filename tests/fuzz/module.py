@@ -62,6 +62,10 @@ class Fuzzed(pl.LightningModule):
         """Remember a value; it is compared with the other run's."""
         self.seen.append((word, value.detach().clone() if isinstance(value, Tensor) else value))
 
+    def forget(self) -> None:
+        """Hold no graph: one holds the run whose parameters it saved, in a circle that no collector sees."""
+        self.loss = self.logits = self.bank = None
+
     def follow_at(self, when: str) -> None:
         if self.program.teacher != "none" and self.program.teacher_when == when:
             self.follow.update()

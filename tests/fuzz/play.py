@@ -53,6 +53,8 @@ def play(program: Program, memory: str | None, folder: Path) -> Played:
             checkpoint = None
             for i, stop in enumerate(stops):
                 pl.seed_everything(program.seed if i == 0 else 999, verbose=False)
+                if module is not None:
+                    module.forget()
                 module = Fuzzed(program)
                 if i:
                     module.seen = played.seen
@@ -71,7 +73,9 @@ def play(program: Program, memory: str | None, folder: Path) -> Played:
         except Exception as error:  # whatever it is, it is the result
             played.error, played.trace = error, "".join(traceback.format_exception(error)[-10:])
             error.__traceback__ = None
-        played.has_begun = module is not None and module.has_begun
+        if module is not None:
+            played.has_begun = module.has_begun
+            module.forget()
     return played
 
 

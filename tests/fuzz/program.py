@@ -93,6 +93,10 @@ class Program:
         fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
         return f"Program({', '.join(f'{name}={value!r}' for name, value, default in fields if value != default)})"
 
+    def has_all(self, words: str) -> bool:
+        """Whether all of ``words``, joined by `` & ``, are in what it is printed as."""
+        return all(word in str(self) for word in words.split(" & "))
+
     @property
     def holds_several(self) -> bool:
         """Whether code outside of modules holds parameters of several units at once."""
@@ -148,13 +152,14 @@ OFF = {
     "adafactor": "after a resume, states that a parameter has not are there",
     "Empty": "a unit without elements cannot be updated",
     "OddNames": "two units may have one name",
+    "'Checkpointed' & tie='blocks'": "a checkpoint inside a recomputed block whose weight is another block's fails",
 }
 
 
 def draw(seed: int) -> Program:
     """The program of a seed."""
     tries = (_draw(seed, random.Random(f"program {seed} {i}")) for i in itertools.count())
-    return next(program for program in tries if not any(word in str(program) for word in OFF))
+    return next(program for program in tries if not any(map(program.has_all, OFF)))
 
 
 def _draw(seed: int, rng: random.Random) -> Program:
