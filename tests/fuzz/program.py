@@ -152,6 +152,8 @@ OFF = {
     "adafactor": "after a resume, states that a parameter has not are there",
     "Empty": "a unit without elements cannot be updated",
     "OddNames": "two units may have one name",
+    "ActNorm & validation='sanity'": "what a forward in eval writes by .data, in code that it calls, is lost (limits.md)",
+    "same_parameters & resume_at": "two optimizers over the same parameters share their state in a checkpoint",
     "'Checkpointed' & tie='blocks'": "a checkpoint inside a recomputed block whose weight is another block's fails",
 }
 
@@ -268,7 +270,7 @@ def possible(program: Program) -> Program:
         changes |= {"validation": "none", "setup": program.setup if program.setup == "read_in_configure" else "none"}
         if program.schedule in ("plateau", "epoch"):
             changes["schedule"] = "step"
-        if program.manual == "no_zero_grad":  # gradients that wait are in no checkpoint
+        if program.manual in ("no_zero_grad", "alternate"):  # gradients that wait are in no checkpoint
             changes["manual"] = "one"
     if "Complex" in blocks:
         features -= {"clip_weights_batch_end"}
