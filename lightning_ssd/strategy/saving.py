@@ -276,7 +276,8 @@ def _records(session: Session, rest: dict[str, Tensor]) -> list[OptimizerRecord]
                     state[name][key] = value
         kinds = sorted({kind + adopted.suffix for found in initialised.values() for kind in found})
         lacking = {
-            name: [k for k in kinds if k.removesuffix(adopted.suffix) not in initialised.get(name, ())] for name in state
+            name: [k for k in kinds if k.removesuffix(adopted.suffix) not in initialised.get(name, ())]
+            for name in state
         }
         class_name = f"{type(adopted.optimizer).__module__}.{type(adopted.optimizer).__qualname__}"
         records.append(

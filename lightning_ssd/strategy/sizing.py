@@ -11,12 +11,9 @@ from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import pool_nbytes
 from lightning_ssd.optim.pipeline import master_dtype, state_nbytes_per_numel
 from lightning_ssd.optim.streamed import StreamedOptimizer
-<<<<<<< HEAD
 from lightning_ssd.optim.temporaries import temporary_share
-from lightning_ssd.store.dtypes import dtype_of
-=======
 from lightning_ssd.optim.whole import WholeRule
->>>>>>> 3c9d1f8 (Optimizers are tried at setup: run per parameter where that is shown, else whole; parameters may be read in configure_optimizers)
+from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.streaming.activations import keeps_activations
@@ -103,12 +100,9 @@ class Sizing:
             MemoryPlanError: If the budget cannot work.
         """
         trained = {unit.name for unit in self.trained()}
-<<<<<<< HEAD
         shared = shared_parameters(module)
-=======
         whole = [a for a in self._optimizers if isinstance(a.rule, WholeRule)]
         updated_whole = {p for adopted in whole for g in adopted.optimizer.param_groups for p in g["params"]}
->>>>>>> 3c9d1f8 (Optimizers are tried at setup: run per parameter where that is shown, else whole; parameters may be read in configure_optimizers)
         most_kinds = max((len(self._state_kinds(unit)) for unit in self._units), default=0)
         sizes = []
         for unit in self._units:
@@ -124,13 +118,9 @@ class Sizing:
                     unit.layout.itemsize,
                     self._state_nbytes(unit, None if is_trained else most_kinds),
                     sum(layout.buffer_nbytes for layout in self.state_layouts(unit)) if is_trained else 0,
-<<<<<<< HEAD
                     self._shared_grad_nbytes(unit, shared) if is_trained else 0,
                     self._temporary_nbytes(unit) if can_train else 0,
-                    is_sticky=unit.sticky,
-=======
                     is_sticky=unit.sticky or not updated_whole.isdisjoint(unit.params),
->>>>>>> 3c9d1f8 (Optimizers are tried at setup: run per parameter where that is shown, else whole; parameters may be read in configure_optimizers)
                 )
             )
         return make_plan(
@@ -143,11 +133,8 @@ class Sizing:
                 has_gate=has_gate,
                 window=self._settings.window,
                 recomputes=self._recomputes(),
-<<<<<<< HEAD
                 sums_in_place=self._settings.is_autocast,
-=======
                 whole_nbytes=sum(map(_whole_nbytes, whole)),
->>>>>>> 3c9d1f8 (Optimizers are tried at setup: run per parameter where that is shown, else whole; parameters may be read in configure_optimizers)
             ),
         )
 

@@ -152,7 +152,7 @@ OFF = {
     "adafactor": "after a resume, states that a parameter has not are there",
     "Empty": "a unit without elements cannot be updated",
     "OddNames": "two units may have one name",
-    "ActNorm & validation='sanity'": "what a forward in eval writes by .data, in code that it calls, is lost (limits.md)",
+    "ActNorm & validation='sanity'": "what a forward in eval writes by .data in code that it calls is lost (limits.md)",
     "same_parameters & resume_at": "two optimizers over the same parameters share their state in a checkpoint",
     "'Checkpointed' & tie='blocks'": "a checkpoint inside a recomputed block whose weight is another block's fails",
 }
