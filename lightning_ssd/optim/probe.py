@@ -161,6 +161,7 @@ class _Small:
     def step(self, number: int) -> bool:
         """A step of the class's own; whether it drew random numbers."""
         closure = self.closure(number)
+        closure()  # a class for manual optimization may not call it
         states = torch.get_rng_state(), random.getstate()
         type(self.optimizer).step(self.optimizer, closure)  # type: ignore[arg-type]
         return not (torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_ssd.optim.rules import choose_rule
+from lightning_ssd.optim.choice import choose_rule
 from lightning_ssd.optim.temporaries import temporary_share
 
 
