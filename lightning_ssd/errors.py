@@ -79,6 +79,14 @@ class DeadlineError(IoError):
     """A disk operation did not finish in the time allowed; it is still in flight."""
 
 
+def gone(directory: str) -> StoreError:
+    """The error for a run directory that is not there any more, though it is needed."""
+    return StoreError(
+        f"the run directory {directory!r} is gone: somebody removed it while it was used, or what cleans up temporary "
+        "files; the last checkpoint is whole: resume from it, with nvme_path where nothing is cleaned up"
+    )
+
+
 @contextmanager
 def naming(path: str) -> Iterator[None]:
     """Let an error of a descriptor tell which file it was, as one of a path does by itself."""

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lightning_ssd"
 # Names on one line do not import each other, but for the leaves in the first, which are too small to need an order.
 ORDER = (
-    "errors sizes trace trace_file trace_summary _extension _native _autoload",
+    "errors sizes paths trace trace_file trace_summary _extension _native _autoload",
     "kernels",
     "io",
     "memory",

@@ -27,6 +27,9 @@ from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE
 from lightning_ssd.errors import CheckpointError, IoError
 from lightning_ssd.io.folder import Folder
 
+INNER_NBYTES = 1 + 255 + 1 + 150
+"""Longest that the name of a checkpoint and that of a file in it add to the path of their folder, with slashes."""
+
 Recycle = Callable[[str, Folder], bool]
 """Called with the path of a unit file that nothing else links, and the open directory it is in, before it is unlinked;
 True if it was moved away."""
@@ -97,7 +100,7 @@ def _remove(target: str, recycle: Recycle | None) -> None:
         with _claimed(parent, name) as found:
             if found is None:
                 raise CheckpointError(f"{target!r} is not a checkpoint of lightning_ssd and is not removed")
-            aside = _sibling(name, "tmp")
+            aside = sibling(name, "tmp")
             parent.rename(name, aside)
             _discard(parent, aside, found, name, recycle)
 
@@ -296,12 +299,12 @@ def _replace(parent: Folder, own: str, name: str) -> str:
     inside = f"/proc/self/fd/{parent.fd}"
     if _exchange(f"{inside}/{own}", f"{inside}/{name}"):
         return own
-    old = _sibling(name, "old")
+    old = sibling(name, "old")
     parent.rename(name, old)
     parent.rename(own, name)
     # A power cut must not leave the old one under a name that `recover` does not know, and the new one without its own.
     sync_directory(parent)
-    aside = _sibling(name, "tmp")
+    aside = sibling(name, "tmp")
     parent.rename(old, aside)
     return aside
 
@@ -319,7 +322,8 @@ def _exchange(first: str, second: str) -> bool:
     raise OSError(code, os.strerror(code), first, None, second)
 
 
-def _sibling(name: str, role: str) -> str:
+def sibling(name: str, role: str) -> str:
+    """A name beside ``name`` that nobody has; see [Note: staging]."""
     # Nobody can guess it and have something there first.
     return f".{name}.{role}-{os.getpid()}-{secrets.token_hex(8)}"
 
@@ -340,7 +344,7 @@ def _is_own_directory(entry: os.DirEntry[str]) -> bool:
 
 def _make_staging(parent: Folder, name: str) -> Folder:
     """A new staging directory, open and locked."""
-    return make_locked(parent, lambda: _sibling(name, "tmp"))
+    return make_locked(parent, lambda: sibling(name, "tmp"))
 
 
 def make_locked(parent: Folder, new_name: Callable[[], str]) -> Folder:

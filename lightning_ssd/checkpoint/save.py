@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
-from lightning_ssd.checkpoint.directory import Recycle, moved_aside_name, staging, sync_directory
+from lightning_ssd.checkpoint.directory import Recycle, moved_aside_name, sibling, staging, sync_directory
 from lightning_ssd.checkpoint.manifest import (
     MANIFEST,
     ODD,
@@ -57,6 +57,7 @@ from lightning_ssd.checkpoint.writer import (
 )
 from lightning_ssd.errors import CheckpointError, CorruptionError, naming
 from lightning_ssd.io.folder import Folder, is_own_file
+from lightning_ssd.paths import too_long
 from lightning_ssd.store.dtypes import TORCH_DTYPE
 
 _log = logging.getLogger("lightning_ssd.checkpoint")
@@ -127,6 +128,13 @@ def save(
     """
     begin_s = time.monotonic()
     target = os.path.abspath(os.fspath(directory))
+    reason = too_long(
+        os.path.join(os.path.dirname(target), sibling(os.path.basename(target), "tmp"))
+    )  # the longest name that it has in a while
+    if reason:
+        raise CheckpointError(
+            f"checkpoint {target!r} cannot be saved, its path is too long: {reason}; shorten its name"
+        )
     moved_aside = moved_aside_name(target)
     unsynced = set() if unsynced is None else unsynced
     job = _Job(progress or LogProgress(_log, f"saving {target}"), sum(file.nbytes for file in files), unsynced)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.leftovers import could_be_left_over, leftover, remove_leftover
+from lightning_ssd.cli import arguments as types
 from lightning_ssd.cli.output import error_line, fmt_age, line, table
+from lightning_ssd.paths import local_path
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.run_directory import DeadRun, dead_run, is_run_directory, remove_dead_run
 
@@ -25,7 +27,11 @@ HELP = "Show what runs, saves and exports that died have left; remove it with --
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "paths", nargs="*", metavar="PATH", help="where to look, subdirectories too (default: $LIGHTNING_SSD_PATH or .)"
+        "paths",
+        type=types.path,
+        nargs="*",
+        metavar="PATH",
+        help="where to look, subdirectories too (default: $LIGHTNING_SSD_PATH or .)",
     )
     parser.add_argument("--yes", action="store_true", help="remove without asking")
     parser.add_argument("--kept", action="store_true", help="also stores that a run left on purpose (keep_store=True)")
@@ -51,7 +57,7 @@ class _Find:
 
 def run(arguments: argparse.Namespace) -> int:
     """Show, ask, remove."""
-    paths = [os.path.abspath(path) for path in arguments.paths or [os.environ.get("LIGHTNING_SSD_PATH") or "."]]
+    paths = [os.path.abspath(path) for path in arguments.paths or [_default()]]
     absent = [path for path in paths if not os.path.isdir(path)]
     for path in absent:
         error_line(f"error: {path!r} is not a directory")
@@ -69,6 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
         removed = [find for find in finds if find.removed]
         line(f"removed {len(removed)}, {fmt(sum(find.nbytes for find in removed))} freed")
     return 1 if failed else 0
+
+
+def _default() -> str:
+    chosen = os.environ.get("LIGHTNING_SSD_PATH")
+    return local_path(chosen, "$LIGHTNING_SSD_PATH") if chosen else "."
 
 
 def _search(top: str, arguments: argparse.Namespace) -> Iterator[_Find]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lightning_ssd.checkpoint.copy import copy_checkpoint
+from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import ProgressLine, line
 from lightning_ssd.sizes import fmt
 
@@ -14,8 +15,8 @@ HELP = "Copy a checkpoint, compare every byte with its checksums, and go on wher
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("checkpoint", help="checkpoint directory")
-    parser.add_argument("target", help="the copy's directory; must not exist")
+    parser.add_argument("checkpoint", type=path, help="checkpoint directory")
+    parser.add_argument("target", type=path, help="the copy's directory; must not exist")
 
 
 def run(arguments: argparse.Namespace) -> int:

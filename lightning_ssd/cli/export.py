@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from lightning_ssd.checkpoint.export import ExportReport, consolidate, to_safetensors
 from lightning_ssd.checkpoint.export_dcp import to_dcp
+from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import ProgressLine, error_line, line
 from lightning_ssd.sizes import fmt, parse_nbytes
 
@@ -22,8 +23,8 @@ _FILE_SUFFIXES = (".ckpt", ".pt", ".pth")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("checkpoint", help="checkpoint directory")
-    parser.add_argument("output", help="a file that ends in .ckpt, .pt or .pth; anything else is a folder")
+    parser.add_argument("checkpoint", type=path, help="checkpoint directory")
+    parser.add_argument("output", type=path, help="a file that ends in .ckpt, .pt or .pth; anything else is a folder")
     parser.add_argument(
         "--format",
         choices=("auto", "ckpt", "safetensors", "dcp"),
@@ -42,7 +43,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strip-prefix", default="", metavar="PREFIX", help="front of the names to remove, such as 'model.'"
     )
-    parser.add_argument("--config-from", metavar="FOLDER", help="copy configuration and tokenizer files from here")
+    parser.add_argument(
+        "--config-from", type=path, metavar="FOLDER", help="copy configuration and tokenizer files from here"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     with _progress() as progress:
         report = {"ckpt": _export_file, "safetensors": _export_folder, "dcp": _export_dcp}[form](arguments, progress)
-    for path in report.files:
-        line(path)
+    for file in report.files:
+        line(file)
     error_line(f"exported {fmt(report.nbytes)} in {len(report.files)} file(s)")
     if report.left_out:
         names = ", ".join(report.left_out[:8]) + (", ..." if len(report.left_out) > 8 else "")

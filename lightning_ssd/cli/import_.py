@@ -7,6 +7,7 @@ import json
 
 from lightning_ssd.checkpoint.ingest import ImportReport, Options, import_checkpoint
 from lightning_ssd.checkpoint.rename import Renaming, read_renaming
+from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import ProgressLine, line
 from lightning_ssd.sizes import fmt
 
@@ -21,13 +22,17 @@ _SHOWN = 8
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("source", help="what to import")
-    parser.add_argument("target", help="the new checkpoint's directory; must not exist")
+    parser.add_argument("source", type=path, help="what to import")
+    parser.add_argument("target", type=path, help="the new checkpoint's directory; must not exist")
     parser.add_argument(
-        "--map", metavar="FILE", help='JSON: {"old.name": "new.name", "front.*": "other.*", "unwanted.name": null}'
+        "--map",
+        type=path,
+        metavar="FILE",
+        help='JSON: {"old.name": "new.name", "front.*": "other.*", "unwanted.name": null}',
     )
     parser.add_argument(
         "--like",
+        type=path,
         metavar="CHECKPOINT",
         help="a checkpoint that the model saved, at any step: for names, shapes, optimizer groups and what is missing",
     )

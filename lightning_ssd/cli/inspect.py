@@ -6,6 +6,7 @@ import argparse
 
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import FileRecord, Manifest
+from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import line, shown, table
 from lightning_ssd.sizes import fmt
 
@@ -15,7 +16,7 @@ HELP = "Show what a checkpoint holds: step, units, kinds, parameters, sizes."
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("checkpoint", help="checkpoint directory")
+    parser.add_argument("checkpoint", type=path, help="checkpoint directory")
     parser.add_argument("--parameters", action="store_true", help="list every parameter as well")
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+import lightning_ssd
 from lightning_ssd.cli import clean, copy, export, import_, inspect, trace, verify
 from lightning_ssd.cli.output import error_line
 from lightning_ssd.errors import SSDOffloadError
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-ssd", description="Tools for training with Trainer(strategy='ssd_offload')."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {lightning_ssd.__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.HELP)

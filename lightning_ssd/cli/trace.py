@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import line, table
 from lightning_ssd.trace import Lane
 from lightning_ssd.trace_file import read_trace
@@ -16,7 +17,9 @@ HELP = "Sum up a trace that the callback SSDOffloadTrace has written: busy times
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("trace", metavar="FILE", help="the trace, a .json file; to look at it, open ui.perfetto.dev")
+    parser.add_argument(
+        "trace", type=path, metavar="FILE", help="the trace, a .json file; to look at it, open ui.perfetto.dev"
+    )
     parser.add_argument("--json", action="store_true", help="the numbers as one JSON object")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import ProgressLine, error_line, line
 from lightning_ssd.sizes import fmt
 
@@ -14,7 +15,7 @@ HELP = "Read every byte of a checkpoint and compare it with its checksums; exit 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("checkpoint", help="checkpoint directory")
+    parser.add_argument("checkpoint", type=path, help="checkpoint directory")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from lightning_ssd.errors import ConfigurationError, IoError
+from lightning_ssd.errors import ConfigurationError, IoError, gone
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes
 
@@ -373,4 +373,6 @@ def _as_io_error(path: str, offset: int, nbytes: int, what: str) -> Iterator[Non
     except IoError:
         raise
     except OSError as error:
+        if error.errno == errno.ENOENT and not os.path.isdir(os.path.dirname(path)):
+            raise gone(os.path.dirname(path)) from error
         raise IoError(error.errno or errno.EIO, path, offset, nbytes, what) from error

@@ -54,7 +54,7 @@ def _reclaimable(path: str) -> int:
 
 def _lines(path: str) -> list[str]:
     try:
-        with open(path) as file:
-            return file.read().splitlines()
+        with open(path, errors="surrogateescape") as file:  # a group's name may have any bytes
+            return [line for line in file.read().split("\n") if line]
     except OSError:
         return []

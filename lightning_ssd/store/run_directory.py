@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ssd.errors import StoreError
+from lightning_ssd.errors import StoreError, gone
 from lightning_ssd.io.folder import Folder, is_regular
 from lightning_ssd.sizes import fmt
 
@@ -33,6 +33,9 @@ _NAME = re.compile(r"(\.new-)?ssd-run-\d{8}-\d{6}-\d+-(\d{6}|[0-9a-f]{16})")
 _DATA_SUFFIXES = (".safetensors", ".spill")
 _PROBE = re.compile(r"\.direct-probe-\w+")
 _ABOUT_NBYTES = 512
+INNER_NBYTES = 1 + 63 + 1 + 190
+"""Longest that the name of a run's directory and that of a file in it add to the path of ``root``, with slashes."""
+
 _UNBORN_S = 3600.0
 """Age at which a directory that never got its name, and so may not have been locked yet, is taken for dead."""
 
@@ -93,6 +96,23 @@ class RunDirectory:
                 f"cannot make a run directory in nvme_path={root!r}: {error.strerror}; "
                 "choose a directory on a local disk that this user may write to"
             ) from error
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is this run's: `close` was not called."""
+        return self._lock_fd >= 0
+
+    @property
+    def device(self) -> int:
+        """Number of its file system.
+
+        Raises:
+            StoreError: Somebody has removed it.
+        """
+        try:
+            return os.stat(self.path).st_dev
+        except FileNotFoundError as error:
+            raise gone(self.path) from error
 
     def close(self, *, remove: bool) -> None:
         """Give up the lock; with ``remove`` delete the directory, else note that it is kept.

@@ -26,7 +26,7 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from lightning_ssd.errors import IoError, StoreError
+from lightning_ssd.errors import IoError, StoreError, gone
 from lightning_ssd.io.engine import Engine, File, Transfer
 from lightning_ssd.io.folder import Folder, is_own_file
 from lightning_ssd.kernels.api import crc32c_each, is_native
@@ -330,10 +330,7 @@ class StateStore:
         try:
             fd = generation.file.open_again(os.O_RDWR)
         except FileNotFoundError:
-            raise StoreError(
-                f"the {generation.layout.kind} of unit {generation.layout.unit!r} is gone: its run is over and another "
-                "one has begun"
-            ) from None
+            raise self._missing(generation) from None
         try:
             flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
             memory = mmap.mmap(fd, generation.file.nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
@@ -341,6 +338,26 @@ class StateStore:
         finally:
             os.close(fd)
         return memory
+
+    def stat(self, generation: Generation) -> os.stat_result:
+        """What the file system says of a generation's file; works while files are closed (`suspend`) too.
+
+        Raises:
+            StoreError: The run is over and its files are gone, or somebody has removed them.
+        """
+        try:
+            return generation.file.stat()
+        except FileNotFoundError:
+            raise self._missing(generation) from None
+
+    def _missing(self, generation: Generation) -> StoreError:
+        folder = os.path.dirname(generation.file.path)
+        if any(directory.is_open and directory.path == folder for directory in self._directories):
+            return gone(folder)
+        return StoreError(
+            f"the {generation.layout.kind} of unit {generation.layout.unit!r} is gone: its run is over and another "
+            "one has begun"
+        )
 
     def recycle(self, path: str, folder: Folder | None = None) -> bool:
         """Take a file that nothing else links, such as one of a removed checkpoint, for generations to come.
@@ -357,7 +374,7 @@ class StateStore:
         file = File(path, 0, direct_fd=-1, tail_fd=-1, writable=True, folder=folder)
         found = file.stat()
         alike = sum(g.has_file and g.file.nbytes == found.st_size for g in list(self._current.values()))
-        disk = next((i for i, d in enumerate(self._directories) if os.stat(d.path).st_dev == found.st_dev), None)
+        disk = next((i for i, d in enumerate(self._directories) if d.device == found.st_dev), None)
         if self._is_suspended or disk is None or len(self._free[found.st_size]) >= alike:
             return False
         directory = self._directories[disk]
@@ -383,7 +400,7 @@ class StateStore:
         """
         shares: dict[int, list[str]] = defaultdict(list)  # directories of each file system
         for directory in self._directories:
-            shares[os.stat(directory.path).st_dev].append(directory.path)
+            shares[directory.device].append(directory.path)
         for paths in shares.values():
             share = nbytes * len(paths) // len(self._directories)  # generations are spread evenly
             free = free_nbytes(paths[0])
@@ -397,7 +414,7 @@ class StateStore:
     def share_on(self, path: str) -> float:
         """The share of the generations that lies on the file system of ``path``, which exists."""
         device = os.stat(path).st_dev
-        return sum(os.stat(d.path).st_dev == device for d in self._directories) / len(self._directories)
+        return sum(d.device == device for d in self._directories) / len(self._directories)
 
     @property
     def nbytes_on_disk(self) -> int:
@@ -446,7 +463,11 @@ class StateStore:
         for i, file in enumerate(spare := self._free.get(nbytes, [])):
             if self._disk_of(file) == disk:
                 del spare[i]
-                file.rename(os.path.join(directory, name))
+                try:
+                    file.rename(os.path.join(directory, name))
+                except BaseException:
+                    file.close()
+                    raise
                 return file
         try:
             return File.create(os.path.join(directory, name), nbytes, direct=self._direct[disk], folder=folder)

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.directory import INNER_NBYTES, is_checkpoint
 from lightning_ssd.checkpoint.rehearsal import rehearse
 from lightning_ssd.errors import ConfigurationError, StoreError
+from lightning_ssd.paths import home_path, too_long
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.state_store import free_nbytes
 from lightning_ssd.strategy.session import Session
@@ -81,7 +82,7 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
 
     Raises:
         CheckpointError: If a directory cannot be written.
-        ConfigurationError: If a callback saves to a URL.
+        ConfigurationError: If a callback saves to a URL, or its path is too long.
         StoreError: If not one checkpoint fits.
     """
     keepers = find_keepers(trainer)
@@ -106,7 +107,7 @@ def find_keepers(trainer: Any) -> list[Keeper]:
     """The callbacks that will save during ``fit``, as far as their attributes tell.
 
     Raises:
-        ConfigurationError: If one saves to a URL.
+        ConfigurationError: If one saves to a URL, or its path is too long.
     """
     found: list[Keeper] = []
     for callback in [] if trainer.fast_dev_run else trainer.checkpoint_callbacks:
@@ -115,14 +116,13 @@ def find_keepers(trainer: Any) -> list[Keeper]:
         if saves_nothing or not isinstance(folder, (str, os.PathLike)):
             continue
         name = type(callback).__name__
-        if "://" in os.fspath(folder):
-            raise ConfigurationError(
-                f"{name}(dirpath={os.fspath(folder)!r}): strategy='ssd_offload' saves to directories only; save to a "
-                "local one and upload what `lightning-ssd export` makes of it"
-            )
+        where = os.path.abspath(home_path(folder, f"{name}: dirpath"))
+        reason = too_long(where, INNER_NBYTES)
+        if reason:
+            raise ConfigurationError(f"{name}: dirpath={where!r} is too long: {reason}; choose a shorter one")
         has_state = not getattr(callback, "save_weights_only", False)
         num_there = _num_there(callback, trainer)
-        found.append(Keeper(name, os.path.abspath(folder), _num_kept(callback, trainer), num_there, has_state))
+        found.append(Keeper(name, where, _num_kept(callback, trainer), num_there, has_state))
     return found
 
 

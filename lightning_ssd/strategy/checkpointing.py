@@ -15,6 +15,7 @@ from lightning_ssd.checkpoint.attribution import in_order_of
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.errors import CheckpointError, ConfigurationError
 from lightning_ssd.optim.whole import WholeOptimizer
+from lightning_ssd.paths import home_path
 from lightning_ssd.strategy.bases import StrategyBase
 from lightning_ssd.strategy.dumped import Dumped, are_unchanged
 from lightning_ssd.strategy.resume import Resume
@@ -67,13 +68,14 @@ class CheckpointMixin(StrategyBase):
         whole = {**checkpoint, **self._resume.state(self.lightning_module.trainer)}
         dumped, self._dumped = [self._dumped.get(optimizer) for optimizer in self.optimizers], {}
         streams = are_unchanged(dumped, checkpoint.get("optimizer_states"))
-        save(self.session, whole, filepath, logging.getLogger(f"{self._namespace}.ssd_offload"), streams=streams)
+        logger = logging.getLogger(f"{self._namespace}.ssd_offload")
+        save(self.session, whole, home_path(filepath, "checkpoint"), logger, streams=streams)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors stay mapped until they are placed."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        checkpoint = load(checkpoint_path, weights_only)
+        checkpoint = load(home_path(checkpoint_path, "ckpt_path"), weights_only)
         # What is loaded after the model was placed is a Tuner's own.
         self._resume.take(checkpoint, is_resumed=trainer.state.fn == "fit" and not self.session.units)
         return checkpoint
@@ -124,7 +126,8 @@ class CheckpointMixin(StrategyBase):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint directory of ours, or a plain checkpoint file."""
-        if is_checkpoint(filepath):
-            remove(filepath, None if self._session is None else self._session.store.recycle)
+        path = home_path(filepath, "checkpoint")
+        if is_checkpoint(path):
+            remove(path, None if self._session is None else self._session.store.recycle)
         else:
             super().remove_checkpoint(filepath)

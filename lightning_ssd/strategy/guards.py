@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import nn
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.memory.limits import AUTO_SHARE, available_nbytes
+from lightning_ssd.paths import local_path, require_no_url, too_long
 from lightning_ssd.sizes import parse_nbytes
+from lightning_ssd.store.run_directory import INNER_NBYTES
 from lightning_ssd.streaming.streamer import is_streamed
 
 PATH_VARIABLE = "LIGHTNING_SSD_PATH"
@@ -103,17 +106,33 @@ def device_budget(device_memory: int | str, device: torch.device) -> int | None:
         raise ConfigurationError(f"device_memory: {error}; or 'auto'") from None
 
 
-def store_roots(nvme_path: list[str] | str | None, default_root: str) -> list[str]:
-    """Directories for the live store."""
-    if not (nvme_path is None or isinstance(nvme_path, str) or (_is_list_of_text(nvme_path) and nvme_path)):
-        raise ConfigurationError(
-            f"nvme_path={nvme_path!r} is unknown; it may be a directory or a list with one per disk"
-        )
-    chosen = nvme_path or os.environ.get(PATH_VARIABLE) or os.path.join(default_root, ".ssd_offload")
-    paths = [chosen] if isinstance(chosen, str) else list(chosen)
-    if len(set(map(os.path.realpath, paths))) < len(paths):
-        raise ConfigurationError(f"nvme_path={paths} names a directory twice")
-    return [os.path.abspath(path) for path in paths]
+def store_roots(nvme_path: object, default_root: str) -> list[str]:
+    """Directories for the live store: absolute, ``~`` and ``$VAR`` expanded.
+
+    Raises:
+        ConfigurationError: If one cannot be a directory of a local disk.
+    """
+    setting = "nvme_path"
+    if nvme_path is None and (variable := os.environ.get(PATH_VARIABLE)):
+        setting, nvme_path = f"${PATH_VARIABLE}", variable
+    if nvme_path is None:
+        require_no_url(default_root, "default_root_dir (where nvme_path is not set)")
+        paths = [os.path.join(default_root, ".ssd_offload")]
+    else:
+        chosen = list(nvme_path) if isinstance(nvme_path, (list, tuple)) else [nvme_path]
+        if not chosen or not all(isinstance(path, (str, bytes, os.PathLike)) for path in chosen):
+            raise ConfigurationError(
+                f"{setting}={nvme_path!r} is unknown; it may be a directory or a list with one per disk"
+            )
+        paths = [local_path(path, setting) for path in chosen]
+    roots = [os.path.abspath(path) for path in paths]
+    for root in roots:
+        reason = too_long(root, INNER_NBYTES)
+        if reason:
+            raise ConfigurationError(f"{setting}={root!r} is too long: {reason}; choose a shorter one")
+    if len(set(map(os.path.realpath, roots))) < len(roots):
+        raise ConfigurationError(f"{setting}={roots} names a directory twice")
+    return roots
 
 
 def _is_list_of_text(value: object) -> bool:
@@ -122,16 +141,17 @@ def _is_list_of_text(value: object) -> bool:
 
 def memory_file_system(path: str) -> str | None:
     """Name of the file system of ``path`` if it lives in memory."""
-    found, kind = "", ""
-    real = os.path.realpath(path)
-    with open("/proc/self/mounts") as mounts:
+    found, kind = b"", b""
+    real = os.fsencode(os.path.realpath(path))
+    with open("/proc/self/mounts", "rb") as mounts:
         for line in mounts:
-            _, point, this_kind = line.split()[:3]
-            point = point.encode().decode("unicode_escape")
-            inside = real == point or real.startswith(point.rstrip("/") + "/")
+            _, escaped, this_kind = line.split(b" ")[:3]
+            # Space, tab, newline, backslash and # come as three octal digits; every other byte as it is.
+            point = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), escaped)
+            inside = real == point or real.startswith(point.rstrip(b"/") + b"/")
             if inside and len(point) >= len(found):
                 found, kind = point, this_kind
-    return kind if kind in ("tmpfs", "ramfs") else None
+    return kind.decode() if kind in (b"tmpfs", b"ramfs") else None
 
 
 def require_not_streamed(module: nn.Module) -> None:

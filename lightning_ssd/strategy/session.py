@@ -83,6 +83,7 @@ class Session:
         self.sink: GradientSink | None = None
         self.optimizers: list[StreamedOptimizer] = []
         self.is_started = False
+        self._is_at_rest = False
         self._pools: list[Pool] = []
         self._arena: mmap.mmap | None = None
         self._pinned: Pinned | None = None
@@ -289,6 +290,7 @@ class Session:
 
     def rest(self) -> None:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
+        self._is_at_rest = True
         with ExitStack() as stack:  # in reverse order, each whatever became of the one before
             stack.callback(trim_heap)  # here, not while training
             pools, self._pools = self._pools, []
@@ -319,8 +321,11 @@ class Session:
 
     def close(self) -> None:
         """Remove the files (or keep them, if asked for). Parameters that map them keep their values."""
-        self.rest()
-        self._remove_files()
+        with ExitStack() as stack:
+            stack.callback(self._remove_files)
+            if self._is_at_rest:  # what failed then was told then
+                stack.enter_context(suppress(SSDOffloadError))
+            self.rest()
 
     @contextmanager
     def settled(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Literal, Union
 
 import torch
@@ -39,8 +40,8 @@ class StrategyMixin(CheckpointMixin):
         checkpoint_io: Not supported, since checkpoints are hard links to the store: leave it unset. Only
             ``AsyncCheckpointIO`` is accepted, and has nothing to do.
         precision_plugin: A precision plugin; `Trainer(precision=...)` sets it.
-        nvme_path: Directory, or one per disk, for the live store. Default: ``$LIGHTNING_SSD_PATH``, else
-            ``.ssd_offload`` under the Trainer's ``default_root_dir``.
+        nvme_path: Directory, or one per disk, for the live store, text or `pathlib.Path`; ``~`` and ``$VAR`` are
+            expanded. Default: ``$LIGHTNING_SSD_PATH``, else ``.ssd_offload`` under the Trainer's ``default_root_dir``.
         host_memory: Bytes (int, or text such as ``"16GiB"``) of host memory that may be used; ``"auto"`` takes half of
             what the machine and the control group leave; ``"min"`` takes the smallest plan that works and keeps
             nothing in memory.
@@ -78,7 +79,7 @@ class StrategyMixin(CheckpointMixin):
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
         *,
-        nvme_path: Union[list[str], str, None] = None,  # noqa: UP007  jsonargparse tries members in this order
+        nvme_path: Union[list[Union[str, Path]], str, Path, None] = None,  # noqa: UP007  jsonargparse tries in this order
         host_memory: Union[int, str] = "auto",  # noqa: UP007
         device_memory: Union[int, str] = "auto",  # noqa: UP007
         units: Union[list[str], str] = "auto",  # noqa: UP007

@@ -20,6 +20,7 @@ def summary(session: Session) -> str:
     largest = max(session.units, key=lambda unit: unit.layout.data_nbytes)
     budget = "the smallest plan" if settings.budget_nbytes is None else f"host_memory={fmt(settings.budget_nbytes)}"
     num = len(session.units)
+    places = ", ".join(map(repr, settings.roots))
     reserves = {
         "kept": plan.kept_nbytes,
         "parameters in use": plan.param_nbytes,
@@ -36,7 +37,7 @@ def summary(session: Session) -> str:
         + ", ".join(f"{name} {fmt(nbytes)}" for name, nbytes in reserves.items() if nbytes),
         f"  kept in memory: {'everything; steps do not touch the disk' if plan.fits else kept}"
         + ("; blocks run their forward again in backward" if plan.recomputes else ""),
-        f"  disk: {fmt(session.store.nbytes_on_disk + session.sizing.disk_nbytes)} in {', '.join(settings.roots)} "
+        f"  disk: {fmt(session.store.nbytes_on_disk + session.sizing.disk_nbytes)} in {places} "
         f"({session.engine.reason})",
     ]
     if session.optimizers and any(unit.dtype in (torch.bfloat16, torch.float16) for unit in session.units):

@@ -6,9 +6,11 @@ import logging
 import os
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lightning_ssd.errors import ConfigurationError, TraceError
+from lightning_ssd.paths import local_path
 from lightning_ssd.strategy.bases import CallbackBase
 from lightning_ssd.strategy.ssd_offload import StrategyMixin
 from lightning_ssd.trace import Trace
@@ -28,7 +30,7 @@ class TraceMixin(CallbackBase):
         num_steps: How many are traced.
     """
 
-    def __init__(self, path: str, first_step: int = 2, num_steps: int = 1) -> None:
+    def __init__(self, path: str | Path, first_step: int = 2, num_steps: int = 1) -> None:
         self._path = os.fspath(path)
         self._first_step = first_step
         self._num_steps = num_steps
@@ -47,6 +49,7 @@ class TraceMixin(CallbackBase):
         for name, value, least in (("first_step", self._first_step, 0), ("num_steps", self._num_steps, 1)):
             if type(value) is not int or value < least:
                 raise ConfigurationError(f"SSDOffloadTrace: {name}={value!r} is no number of steps from {least}")
+        self._path = local_path(self._path, "SSDOffloadTrace: path")
         try:
             os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)
         except OSError as error:

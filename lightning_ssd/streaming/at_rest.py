@@ -47,7 +47,7 @@ class AtRest:
     def __init__(self, store: StateStore, generation: Generation) -> None:
         self.generation = store.on_disk(generation)
         file = generation.file  # by its name, not its descriptor: after a run the store has closed its files
-        found = file.stat()
+        found = store.stat(generation)
         self.is_private = generation.layout.kind != "param" or found.st_nlink > 1
         self._checks = list(generation.checks)
         self._memory = store.map(generation, private=self.is_private)

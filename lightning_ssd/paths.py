@@ -1,0 +1,80 @@
+"""Paths as users write them: ``~`` and ``$VAR`` expanded, what is no path of a local disk refused by name."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from lightning_ssd.errors import ConfigurationError
+
+NAME_MAX_NBYTES, PATH_MAX_NBYTES = 255, 4095
+"""Longest name and longest path that Linux opens."""
+
+_URL = re.compile(r"(?:[A-Za-z][\w.+-]*::)*[A-Za-z][\w.+-]*:/+")
+_VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})", re.ASCII)
+
+
+def local_path(path: Any, what: str) -> str:
+    """``path`` with ``~`` and ``$VAR`` expanded, as Lightning's loggers do it.
+
+    What looks like a variable or a user and is none stays as it is if there is a file or folder of that name.
+
+    Args:
+        path: Text, bytes or a `pathlib.Path`, of any bytes that a file system takes.
+        what: What messages call it, such as ``nvme_path``.
+
+    Raises:
+        ConfigurationError: If it is a URL, is empty, holds NUL, or names an unknown variable or user.
+    """
+    text = home_path(os.path.expandvars(os.fsdecode(path)), what)
+    for variable in _VARIABLE.finditer(text):
+        end = text.find("/", variable.end())
+        if not os.path.lexists(text[: end if end >= 0 else None]):
+            raise ConfigurationError(
+                f"{what}={os.fsdecode(path)!r} names the environment variable {variable[0]}, which is not set: set it, "
+                "or write the directory itself"
+            )
+    return text
+
+
+def home_path(path: Any, what: str) -> str:
+    """``path`` with ``~`` expanded, as Lightning does it for checkpoints, in which ``$`` is a character.
+
+    Raises:
+        ConfigurationError: As `local_path`.
+    """
+    text = os.fsdecode(path)
+    if not text or "\0" in text:
+        raise ConfigurationError(f"{what}={text!r} is no path: it {'holds a NUL byte' if text else 'is empty'}")
+    require_no_url(text, what)
+    found = os.path.expanduser(text)
+    if found.startswith("~") and not os.path.lexists(found.split("/")[0]):
+        raise ConfigurationError(f"{what}={text!r} names the home of a user that this machine does not know")
+    return found
+
+
+def require_no_url(path: str, what: str) -> None:
+    """Refuse URLs, also those that `pathlib.Path` has taken a slash from (``s3:/bucket``).
+
+    Raises:
+        ConfigurationError: Names it.
+    """
+    url = _URL.match(path)
+    if url is not None and (url[0].endswith("//") or not os.path.isdir(url[0])):
+        raise ConfigurationError(
+            f"{what}={path!r} is a URL; strategy='ssd_offload' works on this machine's disks only: name a local "
+            "one, and upload what `lightning-ssd export` makes of a checkpoint"
+        )
+
+
+def too_long(path: str, inner_nbytes: int = 0) -> str:
+    """Why ``path``, or one that is ``inner_nbytes`` longer, is too long to be opened; empty if it is not."""
+    name = max(os.fsencode(path).split(b"/"), key=len)
+    if len(name) > NAME_MAX_NBYTES:
+        return f"its part {os.fsdecode(name)!r} has {len(name)} bytes, a name may have {NAME_MAX_NBYTES}"
+    nbytes = len(os.fsencode(path))
+    if nbytes + inner_nbytes > PATH_MAX_NBYTES:
+        inside = f", names inside it up to {inner_nbytes} more" if inner_nbytes else ""
+        return f"it has {nbytes} bytes{inside}, a path may have {PATH_MAX_NBYTES}"
+    return ""
