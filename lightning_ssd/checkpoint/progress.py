@@ -1,29 +1,66 @@
-"""Progress of something long, as lines of a log."""
+"""Progress of something long: bytes done of bytes in all, by tqdm, on stderr."""
 
 from __future__ import annotations
 
-import logging
-import time
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
-from lightning_ssd.sizes import fmt
+from tqdm import tqdm
 
-_EVERY_S = 5.0
+from lightning_ssd.checkpoint.writer import Progress
+
+_REDRAW_S, _LINE_S = 0.2, 5.0
+"""Seconds from one state shown to the next, on a terminal and in a log; a log gets the first one after as many."""
+
+_DELAY_S = 1.0
+"""What is done sooner shows nothing on a terminal."""
 
 
-class LogProgress:
-    """Bytes done of bytes in all, a line every few seconds; what is done sooner logs nothing."""
+@contextmanager
+def byte_bar(what: str) -> Iterator[Progress]:
+    """A bar that ``what`` opens, such as ``"verified"``; off the screen on leaving."""
+    stream = sys.stderr  # None where the process was started without one
+    is_terminal = stream is not None and stream.isatty()
+    with _Bar(
+        desc=what,
+        total=0,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        mininterval=_REDRAW_S if is_terminal else _LINE_S,
+        delay=_DELAY_S if is_terminal else _LINE_S,
+        leave=False,
+        dynamic_ncols=True,
+        file=_Quiet(stream),
+        disable=stream is None,
+    ) as bar:
 
-    def __init__(self, logger: logging.Logger, what: str) -> None:
-        """Log to ``logger`` at level INFO; ``what`` (such as "saving last.ckpt") opens each line."""
-        self._logger = logger
-        self._what = what
-        self._begin_s = self._logged_s = time.monotonic()
+        def show(done_nbytes: int, total_nbytes: int) -> None:
+            bar.total = total_nbytes
+            bar.update(done_nbytes - bar.n)
 
-    def __call__(self, done_nbytes: int, total_nbytes: int) -> None:
-        """Log the progress, if it is time to."""
-        now_s = time.monotonic()
-        if now_s - self._logged_s < _EVERY_S:
-            return
-        self._logged_s = now_s
-        rate = done_nbytes / (now_s - self._begin_s) / 1e9
-        self._logger.info("%s: %s of %s, %.2f GB/s", self._what, fmt(done_nbytes), fmt(total_nbytes), rate)
+        yield show
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread that outlives the bar
+
+
+class _Quiet:
+    """A stream whose failures are nobody's: no save fails because the disk of its log is full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()

@@ -11,7 +11,6 @@ compares what it reads with the checksums of what was written.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import stat
@@ -42,7 +41,7 @@ from lightning_ssd.checkpoint.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from lightning_ssd.checkpoint.progress import LogProgress
+from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
 from lightning_ssd.checkpoint.values import encode_optimizer
@@ -60,7 +59,6 @@ from lightning_ssd.io.folder import Folder, is_own_file
 from lightning_ssd.paths import too_long
 from lightning_ssd.store.dtypes import TORCH_DTYPE
 
-_log = logging.getLogger("lightning_ssd.checkpoint")
 _NUM_SYNCS = 16
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -118,8 +116,7 @@ def save(
         recycle: Takes unit files of a replaced checkpoint that nothing else links; see `directory.Recycle`.
         unsynced: Paths of generations that could not be made durable; this save adds those it finds. The caller keeps
             it from save to save; see [Note: failed sync].
-        progress: Called with bytes done and bytes in all. Default: a line every few seconds, by the logger
-            ``lightning_ssd.checkpoint``.
+        progress: Called with bytes done and bytes in all. Default: a bar on stderr, if it takes more than a moment.
 
     Raises:
         CheckpointError: If it could not be saved. The one that was there is still whole then (or, if only its removal
@@ -137,9 +134,9 @@ def save(
         )
     moved_aside = moved_aside_name(target)
     unsynced = set() if unsynced is None else unsynced
-    job = _Job(progress or LogProgress(_log, f"saving {target}"), sum(file.nbytes for file in files), unsynced)
     try:
-        with staging(target, recycle) as staged:
+        with byte_bar(f"saving {os.path.basename(target)!r}") as bar, staging(target, recycle) as staged:
+            job = _Job(progress or bar, sum(file.nbytes for file in files), unsynced)
             records = _place_units(staged, files, job)
             encoded, small = _write_small_files(staged, rest, state, optimizers, job)
             manifest = Manifest(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from lightning_ssd.checkpoint.copy import copy_checkpoint
+from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.cli.arguments import path
-from lightning_ssd.cli.output import ProgressLine, line
+from lightning_ssd.cli.output import line
 from lightning_ssd.sizes import fmt
 
 NAME = "copy"
@@ -21,10 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Copy."""
-    progress = ProgressLine("copied and compared")
-    try:
+    with byte_bar("copied and compared") as progress:
         report = copy_checkpoint(arguments.checkpoint, arguments.target, progress)
-    finally:
-        progress.finish()
     line(f"{fmt(report.nbytes_copied)} copied, {fmt(report.nbytes_kept)} were there and right, all compared")
     return 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from lightning_ssd.checkpoint.export import ExportReport, consolidate, to_safetensors
 from lightning_ssd.checkpoint.export_dcp import to_dcp
+from lightning_ssd.checkpoint.progress import byte_bar
+from lightning_ssd.checkpoint.writer import Progress
 from lightning_ssd.cli.arguments import path
-from lightning_ssd.cli.output import ProgressLine, error_line, line
+from lightning_ssd.cli.output import error_line, line
 from lightning_ssd.sizes import fmt, parse_nbytes
 
 NAME = "export"
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if unused:
         error_line(f"error: {', '.join(unused)} cannot be used with --format {form}")
         return 2
-    with _progress() as progress:
+    with byte_bar("written") as progress:
         report = {"ckpt": _export_file, "safetensors": _export_folder, "dcp": _export_dcp}[form](arguments, progress)
     for file in report.files:
         line(file)
@@ -74,11 +74,11 @@ def _unused(form: str) -> tuple[str, ...]:
     return {"ckpt": for_folders, "dcp": ("overwrite", *for_folders), "safetensors": ("overwrite", "trust")}[form]
 
 
-def _export_dcp(arguments: argparse.Namespace, progress: ProgressLine) -> ExportReport:
+def _export_dcp(arguments: argparse.Namespace, progress: Progress) -> ExportReport:
     return to_dcp(arguments.checkpoint, arguments.output, weights_only=not arguments.trust, progress=progress)
 
 
-def _export_file(arguments: argparse.Namespace, progress: ProgressLine) -> ExportReport:
+def _export_file(arguments: argparse.Namespace, progress: Progress) -> ExportReport:
     return consolidate(
         arguments.checkpoint,
         arguments.output,
@@ -88,7 +88,7 @@ def _export_file(arguments: argparse.Namespace, progress: ProgressLine) -> Expor
     )
 
 
-def _export_folder(arguments: argparse.Namespace, progress: ProgressLine) -> ExportReport:
+def _export_folder(arguments: argparse.Namespace, progress: Progress) -> ExportReport:
     return to_safetensors(
         arguments.checkpoint,
         arguments.output,
@@ -107,12 +107,3 @@ def _size(text: str) -> int:
     if not nbytes:
         raise argparse.ArgumentTypeError("a file of 0 bytes holds no tensor")
     return nbytes
-
-
-@contextmanager
-def _progress() -> Iterator[ProgressLine]:
-    progress = ProgressLine("written")
-    try:
-        yield progress
-    finally:
-        progress.finish()

@@ -6,9 +6,10 @@ import argparse
 import json
 
 from lightning_ssd.checkpoint.ingest import ImportReport, Options, import_checkpoint
+from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.checkpoint.rename import Renaming, read_renaming
 from lightning_ssd.cli.arguments import path
-from lightning_ssd.cli.output import ProgressLine, line
+from lightning_ssd.cli.output import line
 from lightning_ssd.sizes import fmt
 
 NAME = "import"
@@ -63,11 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         step=arguments.step,
         dry_run=arguments.dry_run,
     )
-    progress = ProgressLine("imported")
-    try:
+    with byte_bar("imported") as progress:
         report = import_checkpoint(arguments.source, arguments.target, options, progress)
-    finally:
-        progress.finish()
     if arguments.json:
         line(json.dumps(vars(report), indent=2))
     else:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.cli.arguments import path
-from lightning_ssd.cli.output import ProgressLine, error_line, line
+from lightning_ssd.cli.output import error_line, line
 from lightning_ssd.sizes import fmt
 
 NAME = "verify"
@@ -20,12 +21,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify."""
-    progress = ProgressLine("verified")
-    try:
-        with CheckpointReader(arguments.checkpoint) as reader:
-            report = reader.verify(progress)
-    finally:
-        progress.finish()
+    with byte_bar("verified") as progress, CheckpointReader(arguments.checkpoint) as reader:
+        report = reader.verify(progress)
     line(f"{fmt(report.nbytes)} verified, no damage found")
     if report.unchecked:
         error_line(f"{len(report.unchecked)} file(s) were saved without checksums and not compared")

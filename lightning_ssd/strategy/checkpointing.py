@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any, cast
@@ -30,7 +29,6 @@ class CheckpointMixin(StrategyBase):
     _session: Session | None
     _resume: Resume
     _succession: Succession
-    _namespace: str
     _dumped: dict[Optimizer, Dumped]
 
     @property
@@ -68,8 +66,7 @@ class CheckpointMixin(StrategyBase):
         whole = {**checkpoint, **self._resume.state(self.lightning_module.trainer)}
         dumped, self._dumped = [self._dumped.get(optimizer) for optimizer in self.optimizers], {}
         streams = are_unchanged(dumped, checkpoint.get("optimizer_states"))
-        logger = logging.getLogger(f"{self._namespace}.ssd_offload")
-        save(self.session, whole, home_path(filepath, "checkpoint"), logger, streams=streams)
+        save(self.session, whole, home_path(filepath, "checkpoint"), streams=streams)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors stay mapped until they are placed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,6 @@ from lightning_ssd.checkpoint.directory import remove as remove
 from lightning_ssd.checkpoint.export import WHOLE_STATES, optimizer_states
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
-from lightning_ssd.checkpoint.progress import LogProgress
 from lightning_ssd.checkpoint.state_dict import (
     OPTIMIZER_PREFIX,
     STATE_DICT_EXTRA,
@@ -54,14 +52,13 @@ def state_dict(module: nn.Module) -> dict[str, Any]:
         return module.state_dict()
 
 
-def save(session: Session, checkpoint: dict[str, Any], path: Any, logger: logging.Logger, *, streams: bool) -> None:
+def save(session: Session, checkpoint: dict[str, Any], path: Any, *, streams: bool) -> None:
     """Save what Lightning dumped, and hooks have changed since, as a checkpoint directory.
 
     Args:
         session: Has the values.
         checkpoint: Lightning's dictionary.
         path: Where.
-        logger: Is told how far a copy to another disk is.
         streams: Its ``optimizer_states`` are those of the session, which are saved from the store; else as they are.
 
     Raises:
@@ -99,7 +96,6 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any, logger: loggin
             names=weights.names,
             recycle=session.store.recycle,
             unsynced=session.store.unsynced,
-            progress=LogProgress(logger, f"saving {os.fspath(path)}"),
         )
     with suppress(OSError):  # somebody was quick to remove it
         session.store.saved[os.path.abspath(os.fspath(path))] = _identity(path)

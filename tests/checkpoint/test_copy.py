@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import errno
+import io
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +18,6 @@ from lightning_ssd.checkpoint import progress as progress_module
 from lightning_ssd.checkpoint.copy import copy_checkpoint
 from lightning_ssd.checkpoint.leftovers import leftover
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.progress import LogProgress
 from lightning_ssd.cli.main import main
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import try_lock
@@ -199,13 +201,20 @@ def test_a_save_to_another_file_system_is_a_copy_in_little_memory(tmp_store: Pat
     assert_whole(tmp_store / "d", training, 1)
 
 
+class _Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_progress_in_a_log(
-    training: Training, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    training: Training, elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.INFO, "lightning_ssd.checkpoint"):
-        training.save(elsewhere / "c")
-        assert caplog.messages == []  # over before there was anything to say
-        monkeypatch.setattr(progress_module, "_EVERY_S", 0.0)
-        training.save(elsewhere / "c")
-    assert any("saving" in message and "GB/s" in message for message in caplog.messages)
-    LogProgress(logging.getLogger("x"), "y")(1, 2)
+    training.save(elsewhere / "c")
+    assert capsys.readouterr().err == ""  # over before there was anything to say
+    monkeypatch.setattr(progress_module, "_LINE_S", 0.0)
+    training.save(elsewhere / "c")
+    assert re.search(r"saving 'c': +\d+%\|", capsys.readouterr().err)
+    for stream in (_Full(), None):  # where progress cannot be shown, the save is the same
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stream)
+            training.save(elsewhere / "c")
