@@ -20,9 +20,9 @@ import pytest
 from lightning_ssd.checkpoint import directory
 from lightning_ssd.io import engine as engine_module
 from lightning_ssd.io.engine import IOOptions
-from lightning_ssd.io.faulty import Fault, FaultyEngine, Operation
 from lightning_ssd.io.select import make_engine
 from lightning_ssd.strategy import session as session_module
+from tests.helpers.faulty import Fault, FaultyEngine, Operation
 
 DELAY_S = 0.03
 MOVED_NBYTES = 4096

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.io.engine import Engine, IOOptions
-from lightning_ssd.io.faulty import FaultyEngine, When
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import KiB
@@ -22,6 +21,7 @@ from lightning_ssd.streaming.activation_store import ActivationStore, Kept
 from lightning_ssd.streaming.spill import Disk, SpillFiles
 from lightning_ssd.streaming.streamer import Streamer
 from lightning_ssd.trace import Trace
+from tests.helpers.faulty import FaultyEngine, When
 
 BUFFER_NBYTES = 8 * KiB
 NUMEL = 20_000  # 80 KB: ten pieces, the last not full

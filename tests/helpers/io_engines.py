@@ -11,11 +11,11 @@ import pytest
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import Engine, IOOptions
-from lightning_ssd.io.faulty import Fault, FaultyEngine, Operation
 from lightning_ssd.io.native_engines import make_posix_engine, make_uring_engine
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.io.select import make_engine, native_is_built
 from lightning_ssd.sizes import round_up
+from tests.helpers.faulty import Fault, FaultyEngine, Operation
 
 MakeEngine = Callable[[IOOptions], Engine]
 

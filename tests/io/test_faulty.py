@@ -11,9 +11,9 @@ import pytest
 
 from lightning_ssd.errors import DeadlineError, IoError
 from lightning_ssd.io.engine import File, IOOptions
-from lightning_ssd.io.faulty import Fault, FaultyEngine, Rule, When
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.sizes import BLOCK_NBYTES
+from tests.helpers.faulty import Fault, FaultyEngine, Rule, When
 from tests.helpers.io_engines import Memory
 
 MakeFaulty = Callable[[Rule | list[When]], FaultyEngine]

@@ -12,7 +12,6 @@ import pytest
 
 from lightning_ssd.errors import CorruptionError, DeadlineError, IoError, SSDOffloadError
 from lightning_ssd.io.engine import IOOptions
-from lightning_ssd.io.faulty import Fault, FaultyEngine, When
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.streaming import spill
 from lightning_ssd.streaming.activation_store import Kept
@@ -25,6 +24,7 @@ from tests.helpers.activations import (
     load_all,
     load_in_reverse,
 )
+from tests.helpers.faulty import Fault, FaultyEngine, When
 
 
 @pytest.mark.parametrize("budget", [0, 6 * NBYTES])

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_ssd.io.faulty import Fault, When
 from lightning_ssd.streaming import spill
 from lightning_ssd.streaming.activation_store import Kept
 from lightning_ssd.streaming.device_copies import DeviceCopies
@@ -27,6 +26,7 @@ from tests.helpers.activations import (
     load_in_reverse,
     values,
 )
+from tests.helpers.faulty import Fault, When
 
 # -- where values wait ---------------------------------------------------------------------------------------------
 

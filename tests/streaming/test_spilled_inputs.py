@@ -17,10 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ssd.errors import IoError
 from lightning_ssd.io import select
-from lightning_ssd.io.faulty import Fault, FaultyEngine, When
 from lightning_ssd.strategy import session as session_module
 from tests.faults.support import finish_backward, streamed
 from tests.helpers.activations import Bench, Spilling
+from tests.helpers.faulty import Fault, FaultyEngine, When
 from tests.helpers.models import GPT
 from tests.helpers.training import Module, Tokens, assert_equal, make_trainer, train
 
