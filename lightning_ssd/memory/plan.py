@@ -154,28 +154,30 @@ def make_plan(
     Args:
         units: All units, in forward order.
         chains: Sets of units that modules nested in each other need at the same time.
-        budget_nbytes: What may be used; None for the smallest plan that works, which keeps nothing in memory.
+        budget_nbytes: What may be used; None for the smallest plan that keeps nothing in memory.
         demand: What the run asks.
         budget_name: What messages call the budget.
 
     Raises:
         MemoryPlanError: If the budget is too small; names the smallest that works and what needs it.
     """
-    draft = _Draft(units, chains, demand)
-    smallest = draft.total
+    streams = _Draft(units, chains, demand)
+    # Small models take less memory whole than the reserves through which they would stream.
+    keeps = _Draft(units, chains, replace(demand, recomputes=bool(demand.recomputes)))
+    keeps.keep_everything()
+    smallest = min(streams.total, keeps.total)
     if budget_nbytes is None:
-        return draft.plan(smallest)
-    if budget_nbytes < smallest:
-        raise MemoryPlanError(_too_small(draft, budget_nbytes, budget_name))
-    if demand.recomputes is None:
-        lavish = _Draft(units, chains, replace(demand, recomputes=False))
-        lavish.grow(budget_nbytes)
-        if lavish.fits:
-            return lavish.plan(smallest)
-    draft.grow(budget_nbytes)
-    if demand.recomputes is None and draft.fits:  # what was bought in another order fits after all
-        draft.spill_nbytes = draft.activation_nbytes = 0
-    return draft.plan(smallest)
+        return streams.plan(smallest)
+    drafts = [draft for draft in (keeps, streams) if draft.total <= budget_nbytes]
+    if not drafts:
+        raise MemoryPlanError(_too_small(min(streams, keeps, key=lambda d: d.total), budget_nbytes, budget_name))
+    for draft in drafts:
+        draft.grow(budget_nbytes)
+    # Overlap before all else: more memory never ends it.
+    best = max(drafts, key=lambda draft: (draft.queue_nbytes > 0, draft.fits))
+    if demand.recomputes is None and best.fits:  # what was bought in another order fits after all
+        best.spill_nbytes = best.activation_nbytes = 0
+    return best.plan(smallest)
 
 
 class _Draft:
@@ -277,6 +279,11 @@ class _Draft:
     def fits(self) -> bool:
         """Whether everything is kept."""
         return not self.streamed and all(u.name in self.kept_states for u in self.units if u.kept_state_nbytes)
+
+    def keep_everything(self) -> None:
+        """Let nothing stream."""
+        self.kept_params = {unit.name for unit in self.units}
+        self.kept_states = {unit.name for unit in self.units if unit.kept_state_nbytes}
 
     # -- growing -------------------------------------------------------------------------------------------------
 

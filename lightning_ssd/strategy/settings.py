@@ -16,7 +16,7 @@ class Settings:
 
     Attributes:
         roots: Directories for the live store, one per disk.
-        budget_nbytes: Host memory; None for the smallest plan that works.
+        budget_nbytes: Host memory; None for the smallest plan that streams.
         device: Where compute runs.
         device_nbytes: Device memory for parameters; None for what lets one unit arrive while others compute.
         units: Which modules become units.

@@ -43,8 +43,8 @@ class StrategyMixin(CheckpointMixin):
         nvme_path: Directory, or one per disk, for the live store, text or `pathlib.Path`; ``~`` and ``$VAR`` are
             expanded. Default: ``$LIGHTNING_SSD_PATH``, else ``.ssd_offload`` under the Trainer's ``default_root_dir``.
         host_memory: Bytes (int, or text such as ``"16GiB"``) of host memory that may be used; ``"auto"`` takes half of
-            what the machine and the control group leave; ``"min"`` takes the smallest plan that works and keeps
-            nothing in memory.
+            what the machine and the control group leave; ``"min"`` takes the smallest plan that streams, with
+            nothing kept in memory.
         device_memory: Bytes of a GPU's memory for parameters, those in use and those that wait there to be used again;
             ``"auto"`` is what lets one unit arrive while others compute. Activations and gradients come on top.
         units: ``"auto"``, or class names of the modules that are streamed as one unit each.

@@ -18,7 +18,11 @@ def summary(session: Session) -> str:
     assert plan is not None
     numel = sum(unit.layout.numel for unit in session.units)
     largest = max(session.units, key=lambda unit: unit.layout.data_nbytes)
-    budget = "the smallest plan" if settings.budget_nbytes is None else f"host_memory={fmt(settings.budget_nbytes)}"
+    budget = (
+        "the smallest plan that streams"
+        if settings.budget_nbytes is None
+        else f"host_memory={fmt(settings.budget_nbytes)}"
+    )
     num = len(session.units)
     places = ", ".join(map(repr, settings.roots))
     reserves = {
