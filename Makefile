@@ -1,4 +1,4 @@
-# make test | demo | lint | soak | bench | gpu | native-test | clean
+# make test | demo | lint | soak | versions | bench | gpu | native-test | clean
 # A fresh machine needs Python 3.10+, make and a C++ compiler; everything else goes into .venv. PYTHON=python3.12 picks another.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 NATIVE := $(shell find native -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: test demo lint soak bench gpu native-test clean
+.PHONY: test demo lint soak versions bench gpu native-test clean
 .DELETE_ON_ERROR:
 
 # The environment is built in steps, each with a stamp, so that nothing is installed twice.
@@ -45,6 +45,12 @@ test: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(PY) -m pytest -q -m soak $(TEST_ARGS)
+	$(PY) -m tests.soak.versions
+
+# A core of the tests on the oldest and newest torch and Lightning, from the published form, in environments that are made
+# and removed in .versions (6 GB of downloads each). VERSIONS="torch==2.9.1,lightning==2.6.6" tries other pairs.
+versions: $(VENV)/.test
+	$(PY) -m tests.soak.versions $(VERSIONS)
 
 # Gemma 3 270M on Shakespeare: all weights, 30 steps, then a new process goes on from the checkpoint for 3 more.
 DEMO_ARGS := --model $(DEMO)/gemma-3-270m --text $(DEMO)/shakespeare.txt --out $(DEMO)/out --json $(DEMO)/results.jsonl \
@@ -111,4 +117,4 @@ native-test:
 	ctest --test-dir build/native --output-on-failure
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist
+	rm -rf $(VENV) $(DEMO) .versions build dist
