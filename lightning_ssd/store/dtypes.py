@@ -16,7 +16,7 @@ TORCH_DTYPE: Mapping[str, torch.dtype] = MappingProxyType(
         "I8": torch.int8,
         "F8_E4M3": torch.float8_e4m3fn,
         "F8_E5M2": torch.float8_e5m2,
-        **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),  # since torch 2.7
+        "F8_E8M0": torch.float8_e8m0fnu,
         "U16": torch.uint16,
         "I16": torch.int16,
         "F16": torch.float16,
@@ -55,5 +55,5 @@ def dtype_of(name: str) -> torch.dtype:
     """
     dtype = TORCH_DTYPE.get(name)
     if dtype is None:
-        raise CheckpointError(f"dtype {name!r} is unknown; torch {torch.__version__} has {', '.join(TORCH_DTYPE)}")
+        raise CheckpointError(f"dtype {name!r} is unknown; known are {', '.join(TORCH_DTYPE)}")
     return dtype

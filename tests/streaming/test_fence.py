@@ -122,7 +122,7 @@ VALUES: dict[str, Callable[[nn.Parameter], Any]] = {
     "to": lambda p: p.to(torch.float64),
     "cat": lambda p: torch.cat([torch.zeros(1, 4), p]),
     "foreach": lambda p: torch._foreach_mul([p, p], 2.0)[1],
-    "norm": lambda p: torch.linalg.vector_norm(p),
+    "norm": lambda p: nn.utils.get_total_norm([p]),
     "vector": lambda p: nn.utils.parameters_to_vector([p]),
     "storage": lambda p: torch.tensor(list(p.untyped_storage()), dtype=torch.uint8).view(torch.float32),
     "as_subclass": lambda p: p.as_subclass(Tensor),
