@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -97,6 +98,15 @@ def test_the_default_is_below_a_local_folder(home: Path) -> None:
         store_roots(None, "s3://a")
 
 
+@pytest.fixture
+def _no_log() -> Iterator[None]:
+    """What is logged of such paths could not go from a worker to the one who reports."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("_no_log")
 def test_any_bytes_that_a_file_system_takes(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = train(home, net, "auto", max_steps=4)
     odd = home / ODD
