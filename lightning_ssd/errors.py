@@ -5,6 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import (
+    EACCES,
+    EDQUOT,
+    EIO,
+    EMFILE,
+    ENAMETOOLONG,
+    ENFILE,
+    ENOENT,
+    ENOMEM,
+    ENOSPC,
+    EPERM,
+    EROFS,
+    ETIMEDOUT,
+)
 
 
 class SSDOffloadError(RuntimeError):
@@ -58,9 +72,9 @@ class IoError(SSDOffloadError, OSError):
     """
 
     def __init__(self, errno: int, path: str, offset: int, nbytes: int, what: str = "transfer") -> None:
-        message = (
-            f"{what} of {nbytes} bytes at offset {offset} of {path!r} failed: {os.strerror(errno)} (errno {errno})"
-        )
+        where = f" of {nbytes} bytes at offset {offset}" if nbytes else ""
+        reason = f"{os.strerror(errno)} (errno {errno})"
+        message = f"{what}{where} of {path!r} failed: {reason}; {_remedy(errno)}"
         super().__init__(message)
         self.errno = errno
         self.path = path
@@ -85,6 +99,25 @@ def gone(directory: str) -> StoreError:
         f"the run directory {directory!r} is gone: somebody removed it while it was used, or what cleans up temporary "
         "files; the last checkpoint is whole: resume from it, with nvme_path where nothing is cleaned up"
     )
+_NO_ACCESS = "give this user the right to it, or choose another place"
+_REMEDIES = {
+    EIO: "the disk or its controller fails: see the kernel's log, and resume from the last checkpoint on another disk",
+    ETIMEDOUT: "the disk hangs: see the kernel's log; if it is only slow, raise io.deadline_s",
+    ENOSPC: "free space there or choose another place",
+    EDQUOT: "free space of this user there or choose another place",
+    EMFILE: "raise the limit of open files (ulimit -n)",
+    ENFILE: "the system has no more open files: end what holds them, or raise fs.file-max",
+    ENOMEM: "free memory, or raise the limit of mappings (sysctl vm.max_map_count)",
+    ENOENT: "somebody removed or moved it: leave a run's files alone, and resume from the last checkpoint",
+    EACCES: _NO_ACCESS,
+    EPERM: _NO_ACCESS,
+    EROFS: "the file system is read-only, also if it has made itself so after an error: see the kernel's log",
+    ENAMETOOLONG: "choose a shorter path",
+}
+
+
+def _remedy(code: int) -> str:
+    return _REMEDIES.get(code, "see the kernel's log, or choose another place")
 
 
 @contextmanager
@@ -96,3 +129,16 @@ def naming(path: str) -> Iterator[None]:
         if error.filename is None:
             error.filename = path
         raise
+
+
+@contextmanager
+def as_io_error(path: str, offset: int = 0, nbytes: int = 0, what: str = "transfer") -> Iterator[None]:
+    """Turn the system's error about a file into one of ours, which names file, action and remedy."""
+    try:
+        yield
+    except SSDOffloadError:
+        raise
+    except OSError as error:
+        if error.errno == ENOENT and not os.path.isdir(os.path.dirname(path)):
+            raise gone(os.path.dirname(path)) from error
+        raise IoError(error.errno or EIO, path, offset, nbytes, what) from error

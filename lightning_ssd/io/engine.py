@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from lightning_ssd.errors import ConfigurationError, IoError, gone
+from lightning_ssd.errors import ConfigurationError, as_io_error
+from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes
 
@@ -25,7 +25,8 @@ class IOOptions:
         block_nbytes: Size of a piece; larger transfers are split. A multiple of 4096.
         num_threads: Threads of the "posix" and "python" engines.
         direct: O_DIRECT; "auto" uses it where the file system has it, "on" refuses to run without.
-        deadline_s: How long a wait without a deadline of its own may take before it raises `DeadlineError`.
+        deadline_s: How long a disk that does not answer is waited for before `DeadlineError` is raised, transfers and
+            syncs alike.
     """
 
     engine: Literal["auto", "uring", "posix", "python"] = "auto"
@@ -106,6 +107,7 @@ class File:
         self.tail_fd = tail_fd
         self.is_direct = direct_fd != tail_fd
         self.writable = writable
+        self._hanging: list[Callable[[], bool]] = []  # of transfers that were given up: whether they are over
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], nbytes: int, *, direct: bool, folder: Folder | None = None) -> File:
@@ -123,7 +125,7 @@ class File:
         if nbytes <= 0:
             raise ValueError(f"a store file needs a positive length, got {nbytes}")
         path = os.fspath(path)
-        with _as_io_error(path, 0, nbytes, "create"):
+        with as_io_error(path, 0, nbytes, "create"):
             tail_fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
             try:
                 _reserve(tail_fd, nbytes)
@@ -149,7 +151,7 @@ class File:
         """
         path = os.fspath(path)
         mode = os.O_RDWR if writable else os.O_RDONLY
-        with _as_io_error(path, 0, 0, "open"):
+        with as_io_error(path, 0, 0, "open"):
             tail_fd = _open(path, mode, folder)
             try:
                 nbytes = os.fstat(tail_fd).st_size
@@ -172,7 +174,7 @@ class File:
         """
         if self.closed:
             raise ValueError(f"{self.path!r} is closed")
-        with _as_io_error(self.path, 0, self.nbytes, "sync"):
+        with as_io_error(self.path, 0, self.nbytes, "sync"):
             os.fdatasync(self.tail_fd)  # sync: waits for the disk
 
     def rename(self, new_path: str | os.PathLike[str], folder: Folder | None = None) -> None:
@@ -183,7 +185,7 @@ class File:
             folder: The directory of ``new_path``, open. Default: that of the file.
         """
         new_path, folder = os.fspath(new_path), folder or self.folder
-        with _as_io_error(self.path, 0, self.nbytes, "rename"):
+        with as_io_error(self.path, 0, self.nbytes, "rename"):
             os.rename(
                 _name(self.path, self.folder),
                 _name(new_path, folder),
@@ -194,30 +196,44 @@ class File:
 
     def unlink(self) -> None:
         """Remove its name; the file lives as long as it is open or mapped."""
-        _unlink(self.path, self.folder)
+        with as_io_error(self.path, what="unlink"):
+            _unlink(self.path, self.folder)
 
     def open_again(self, flags: int) -> int:
         """Another descriptor of the file by its name, also after `close`; the caller's to close."""
-        return _open(self.path, flags, self.folder)
+        with as_io_error(self.path, what="open"):
+            return _open(self.path, flags, self.folder)
 
     def stat(self) -> os.stat_result:
         """About the file that has the name."""
-        return (
-            os.stat(self.path, follow_symlinks=False)
-            if self.folder is None
-            else self.folder.stat(_name(self.path, self.folder))
-        )
+        with as_io_error(self.path, what="stat"):
+            if self.folder is None:
+                return os.stat(self.path, follow_symlinks=False)
+            return self.folder.stat(_name(self.path, self.folder))
 
     def date(self, mtime_ns: int) -> None:
         """Set the time of the last change, in nanoseconds since 1970."""
         times = (self.stat().st_atime_ns, mtime_ns)
         where = None if self.folder is None else self.folder.fd
-        os.utime(_name(self.path, self.folder), ns=times, dir_fd=where, follow_symlinks=False)
+        with as_io_error(self.path, what="utime"):
+            os.utime(_name(self.path, self.folder), ns=times, dir_fd=where, follow_symlinks=False)
+
+    def give_up(self, is_over: Callable[[], bool]) -> None:
+        """A transfer on it is not waited for any more; until ``is_over`` it may still use the descriptors."""
+        self._hanging.append(is_over)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a transfer that was given up is still in flight: nothing else may be written here."""
+        self._hanging = [is_over for is_over in self._hanging if not is_over()]
+        return bool(self._hanging)
 
     def close(self) -> None:
-        """Close the descriptors; a second call does nothing."""
+        """Close the descriptors; a second call does nothing. Where a transfer `hangs` they stay open."""
         direct_fd, tail_fd = self.direct_fd, self.tail_fd
         self.direct_fd = self.tail_fd = -1
+        if self.hangs:
+            return  # used again for another file, the numbers would lead what is still to be handed to the system there
         if tail_fd >= 0:
             os.close(tail_fd)
         if direct_fd not in (-1, tail_fd):
@@ -266,10 +282,12 @@ class Engine(Protocol):
     Attributes:
         name: Which engine this is.
         reason: Why it was chosen, one sentence.
+        patience: How long its disks are waited for.
     """
 
     name: str
     reason: str
+    patience: Patience
 
     def read(self, file: File, offset: int, address: int, nbytes: int, *, keep: object = None) -> Transfer:
         """Start reading ``nbytes`` at ``offset`` of ``file`` into memory at ``address``."""
@@ -292,7 +310,11 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Wait for everything in flight, then end the threads; does nothing a second time, or in a forked child."""
+        """Wait for everything in flight, then end the threads; does nothing a second time, or in a forked child.
+
+        What hangs is not waited for longer than `patience`: then the engine stays, with the memory that is in flight,
+        until the process ends.
+        """
         ...
 
 
@@ -364,15 +386,3 @@ def _open_direct(path: str, mode: int, direct: bool, tail_fd: int, folder: Folde
         if error.errno in _NO_DIRECT:
             return tail_fd
         raise
-
-
-@contextmanager
-def _as_io_error(path: str, offset: int, nbytes: int, what: str) -> Iterator[None]:
-    try:
-        yield
-    except IoError:
-        raise
-    except OSError as error:
-        if error.errno == errno.ENOENT and not os.path.isdir(os.path.dirname(path)):
-            raise gone(os.path.dirname(path)) from error
-        raise IoError(error.errno or errno.EIO, path, offset, nbytes, what) from error

@@ -5,18 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 from typing import TYPE_CHECKING
 
 from lightning_ssd.errors import DeadlineError, IoError
+from lightning_ssd.io.deadline import Patience, leave_behind
 from lightning_ssd.io.engine import File, IOOptions, IOStats, check_process, check_request
 from lightning_ssd.sizes import parse_nbytes
 
 if TYPE_CHECKING:
     from lightning_ssd._native import IoEngine, IoTransfer
-
-_SIGNAL_CHECK_S = 0.2
-"""A wait returns to the interpreter this often, so that Ctrl-C is heard while the disk hangs."""
 
 
 def make_uring_engine(options: IOOptions, *, reason: str) -> NativeEngine:
@@ -47,10 +44,10 @@ class NativeEngine:
         self.name = name
         self.reason = reason
         self._native = native
-        self._deadline_s = options.deadline_s
+        self.patience = Patience(options.deadline_s)
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._keeping: list[NativeTransfer] = []  # in flight, with memory to keep alive, waited for or not
+        self._in_flight: list[NativeTransfer] = []  # they keep memory alive, waited for or not
 
     def read(self, file: File, offset: int, address: int, nbytes: int, *, keep: object = None) -> NativeTransfer:
         """See `Engine.read`."""
@@ -71,7 +68,10 @@ class NativeEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._native.close()  # sync: waits for the disk
+        if os.getpid() == self._pid and not all([transfer.is_over_in_time() for transfer in self._in_flight]):
+            leave_behind(self)  # with the memory that its transfers own
+            return
+        self._native.close()  # sync: waits for the disk, which has answered
         self._let_go()
 
     def _start(
@@ -81,31 +81,40 @@ class NativeEngine:
         check_process(self._pid)
         self._let_go()
         native = self._native.start(is_write, file.direct_fd, file.tail_fd, offset, address, nbytes)
-        transfer = NativeTransfer(native, file.path, offset, nbytes, keep, self._deadline_s)
-        if keep is not None:
-            with self._lock:
-                self._keeping.append(transfer)
+        transfer = NativeTransfer(native, file, offset, nbytes, keep, self.patience, is_write=is_write)
+        with self._lock:
+            self._in_flight.append(transfer)
         return transfer
 
     def _let_go(self) -> None:
         # Swept here, not by the thread that completes transfers: dropping a Python object would make it wait for the
         # interpreter lock, and the disk would wait with it.
         with self._lock:
-            self._keeping = [transfer for transfer in self._keeping if not transfer.done()]
+            self._in_flight = [transfer for transfer in self._in_flight if not transfer.done()]
 
 
 class NativeTransfer:
     """`Transfer` of `NativeEngine`."""
 
     def __init__(
-        self, native: IoTransfer, path: str, offset: int, nbytes: int, keep: object, default_deadline_s: float
+        self,
+        native: IoTransfer,
+        file: File,
+        offset: int,
+        nbytes: int,
+        keep: object,
+        patience: Patience,
+        *,
+        is_write: bool,
     ) -> None:
-        self.path = path
+        self.path = file.path
         self.offset = offset
         self.nbytes = nbytes
+        self._what = "write" if is_write else "read"
         self._native = native
+        self._file = file
         self._keep = keep
-        self._default_deadline_s = default_deadline_s
+        self._patience = patience
 
     def done(self) -> bool:
         """See `Transfer.done`."""
@@ -116,17 +125,20 @@ class NativeTransfer:
 
     def wait(self, deadline_s: float | None = None) -> None:
         """See `Transfer.wait`."""
-        left_s = self._default_deadline_s if deadline_s is None else deadline_s
-        end_s = time.monotonic() + left_s
-        while not self._native.wait_for(max(0.0, min(left_s, _SIGNAL_CHECK_S))):  # sync: waits for the disk
-            left_s = end_s - time.monotonic()
-            if left_s <= 0:
-                raise DeadlineError(errno.ETIMEDOUT, self.path, self.offset, self.nbytes)
+        if not self.is_over_in_time(deadline_s):
+            raise DeadlineError(errno.ETIMEDOUT, self.path, self.offset, self.nbytes, self._what)
         self._keep = None
         failure = self._native.failure()
         if failure is not None:
             code, offset, nbytes = failure
-            raise IoError(code, self.path, offset, nbytes)
+            raise IoError(code, self.path, offset, nbytes, self._what)
+
+    def is_over_in_time(self, deadline_s: float | None = None) -> bool:
+        """Wait for it; False if it hangs."""
+        if self._patience.wait(self._native.wait_for, self._native.done, deadline_s):  # sync: waits for the disk
+            return True
+        self._file.give_up(self._native.done)
+        return False
 
     def times(self) -> tuple[float, float | None] | None:
         """See `Transfer.times`."""

@@ -9,8 +9,10 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 from lightning_ssd.errors import DeadlineError, IoError
+from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.engine import File, IOOptions, IOStats, check_process, check_request
 from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes, round_down, round_up
 
@@ -23,7 +25,7 @@ class PythonEngine:
     def __init__(self, options: IOOptions, *, reason: str = "asked for") -> None:
         self.reason = reason
         self._block_nbytes = parse_nbytes(options.block_nbytes)
-        self._deadline_s = options.deadline_s
+        self.patience = Patience(options.deadline_s)
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)  # a piece was queued, or the engine closes
         self._pieces: deque[_Piece] = deque()
@@ -70,8 +72,8 @@ class PythonEngine:
         with self._lock:
             self._closing = True
             self._wake.notify_all()
-        for thread in self._threads:
-            thread.join()  # sync: waits for the disk
+        for thread in self._threads:  # sync: waits for the disk
+            self.patience.wait(partial(_ends_within, thread), partial(_has_ended, thread))
 
     def _start(
         self, file: File, offset: int, address: int, nbytes: int, keep: object, *, is_write: bool
@@ -80,7 +82,7 @@ class PythonEngine:
         check_process(self._pid)
         starts = range(0, nbytes, self._block_nbytes)
         transfer = PythonTransfer(
-            file.path, offset, nbytes, num_pieces=len(starts), keep=keep, deadline_s=self._deadline_s
+            file, offset, nbytes, num_pieces=len(starts), keep=keep, patience=self.patience, is_write=is_write
         )
         pieces = [
             _Piece(
@@ -127,15 +129,25 @@ class PythonTransfer:
     """`Transfer` of `PythonEngine`. ``failure`` and ``num_pieces_left`` belong to the engine's lock."""
 
     def __init__(
-        self, path: str, offset: int, nbytes: int, *, num_pieces: int, keep: object, deadline_s: float
+        self,
+        file: File,
+        offset: int,
+        nbytes: int,
+        *,
+        num_pieces: int,
+        keep: object,
+        patience: Patience,
+        is_write: bool,
     ) -> None:
-        self.path = path
+        self.path = file.path
         self.offset = offset
         self.nbytes = nbytes
         self.num_pieces_left = num_pieces
         self.failure: Failure | None = None
+        self._what = "write" if is_write else "read"
+        self._file = file
         self._keep = keep
-        self._deadline_s = deadline_s
+        self._patience = patience
         self._over = threading.Event()
         self._begin_s: float | None = None
         self._end_s: float | None = None
@@ -146,10 +158,11 @@ class PythonTransfer:
 
     def wait(self, deadline_s: float | None = None) -> None:
         """See `Transfer.wait`."""
-        if not self._over.wait(self._deadline_s if deadline_s is None else deadline_s):  # sync: waits for the disk
-            raise DeadlineError(errno.ETIMEDOUT, self.path, self.offset, self.nbytes)
+        if not self._patience.wait(self._over.wait, self._over.is_set, deadline_s):  # sync: waits for the disk
+            self._file.give_up(self._over.is_set)
+            raise DeadlineError(errno.ETIMEDOUT, self.path, self.offset, self.nbytes, self._what)
         if self.failure is not None:
-            raise IoError(self.failure.errno, self.path, self.failure.offset, self.failure.nbytes)
+            raise IoError(self.failure.errno, self.path, self.failure.offset, self.failure.nbytes, self._what)
 
     def times(self) -> tuple[float, float | None] | None:
         """See `Transfer.times`."""
@@ -244,3 +257,12 @@ class _Meter:
     def busy_s(self, now: float) -> float:
         """Seconds with something in flight, the current stretch included."""
         return self._busy_s + (now - self._busy_since if self._num_in_flight else 0.0)
+
+
+def _ends_within(thread: threading.Thread, seconds: float) -> bool:
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def _has_ended(thread: threading.Thread) -> bool:
+    return not thread.is_alive()

@@ -43,6 +43,10 @@ class Buffer:
         """A tensor of ``shape`` at byte ``offset`` of this buffer; the buffer is in use as long as it lives."""
         return self._views.tensor(self.offset + offset, dtype, shape)
 
+    def hold(self) -> object:
+        """For a transfer to keep: as long as it lives the buffer is in use, also if it is given back while it hangs."""
+        return self._views.hold(self.offset)
+
     @property
     def in_use(self) -> bool:
         """Whether a tensor on this buffer, or a view of one, still exists."""

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class Views:
 
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory = memory
-        self._refs: list[weakref.ref[ctypes.Array[ctypes.c_char]]] = []
+        self._refs: list[weakref.ref[Any]] = []
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         """A tensor of ``shape`` whose storage starts at byte ``offset`` of the memory and ends where it ends."""
@@ -35,6 +36,12 @@ class Views:
             exported = (ctypes.c_char * nbytes).from_buffer(self._memory, offset)
             self._refs.append(weakref.ref(exported))
             return torch.frombuffer(exported, dtype=dtype, count=numel).view(tuple(shape))
+
+    def hold(self, offset: int) -> object:
+        """Something that counts as a tensor as long as it lives."""
+        exported = ctypes.c_char.from_buffer(self._memory, offset)
+        self._refs.append(weakref.ref(exported))
+        return exported
 
     @property
     def in_use(self) -> bool:

@@ -62,9 +62,8 @@ class Slot:
         if not nbytes:  # a unit of parameters without elements
             return
         if home is None:
-            transfer = start(
-                generation, offset, self._buffer.address + self._places[kind][0], nbytes, keep=self._buffer
-            )
+            address = self._buffer.address + self._places[kind][0]
+            transfer = start(generation, offset, address, nbytes, keep=self._buffer.hold())
         else:
             transfer = start(generation, offset, home.data_ptr() + offset, nbytes, keep=home)
         self._transfers.append(transfer)

@@ -226,7 +226,8 @@ class StateStore:
         try:
             for begin, end in chunks(layout.numel, STAGING_NBYTES // layout.itemsize):
                 staged = buffer.tensor(0, dtype, (end - begin,))
-                self.read(generation, begin * layout.itemsize, buffer.address, staged.nbytes).wait()  # sync: staging
+                offset = begin * layout.itemsize
+                self.read(generation, offset, buffer.address, staged.nbytes, keep=staged).wait()  # sync: staging
                 for segment in layout.segments(begin, end):
                     part = tensors[segment.index].view(-1)[segment.offset : segment.offset + segment.numel]
                     part.copy_(staged[segment.begin - begin : segment.end - begin])
@@ -302,7 +303,8 @@ class StateStore:
                         part.zero_()
                     else:
                         part.copy_(flat[segment.offset : segment.offset + segment.numel])
-                self.write(generation, begin * layout.itemsize, buffer.address, staged.nbytes).wait()  # sync: staging
+                offset = begin * layout.itemsize
+                self.write(generation, offset, buffer.address, staged.nbytes, keep=staged).wait()  # sync: staging
                 staged = part = None  # type: ignore[assignment]
         except BaseException:
             staged = part = None  # type: ignore[assignment]  # the error keeps this frame, and the buffer is lent again

@@ -285,7 +285,8 @@ class Residents:
         unit.generation = generation
         unit.move(Residency.READING)
         if unit.layout.data_nbytes:
-            unit.transfer = self._store.read(generation, 0, buffer.address, unit.layout.data_nbytes, keep=buffer)
+            keep = buffer.hold()
+            unit.transfer = self._store.read(generation, 0, buffer.address, unit.layout.data_nbytes, keep=keep)
 
     def _end_read(self, unit: Unit) -> None:
         unit.transfer = None

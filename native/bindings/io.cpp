@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
+#include <signal.h>
 #include <unistd.h>
 
 #include <memory>
@@ -11,6 +12,7 @@
 #include <tuple>
 #include <utility>
 
+#include "io/bus_errors.hpp"
 #include "io/engine.hpp"
 
 namespace nb = nanobind;
@@ -107,4 +109,18 @@ void bind_io(nb::module_& module) {
       "make_uring_engine",
       [](size_t block_nbytes, size_t depth) { return OwnedEngine(make_uring_engine(block_nbytes, depth)); },
       "block_nbytes"_a, "depth"_a, "Raises OSError where io_uring is missing, forbidden or too old.");
+
+  module.def(
+      "handle_bus_errors", [] { return handle_bus_errors([] { PyErr_SetInterruptEx(SIGBUS); }); },
+      "Where a watched mapping cannot be read it becomes NaN, and Python's handler of SIGBUS is called soon.");
+  module.def("watch_mapping", &watch_mapping, "address"_a, "nbytes"_a, "Returns what forget_mapping takes.");
+  module.def("forget_mapping", &forget_mapping, "watched"_a);
+  module.def(
+      "take_bus_error",
+      []() -> std::optional<std::tuple<uintptr_t, size_t>> {
+        const auto found = take_bus_error();
+        if (!found) return std::nullopt;
+        return std::make_tuple(found->watched, found->offset);
+      },
+      "(what watch_mapping returned, offset in the mapping) of one that was not taken yet.");
 }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_ssd.errors import IoError
+from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.engine import Engine, File, IOStats, Transfer, check_request
 from lightning_ssd.io.python_engine import Failure, PythonTransfer
 
@@ -103,7 +104,7 @@ class FaultyEngine:
         self.reason = f"faulty: a test wants faults over {inner.name}"
         self._inner = inner
         self._rule = rule if callable(rule) else script(rule)
-        self._deadline_s = deadline_s
+        self.patience = Patience(deadline_s)
         self._lock = threading.Lock()
         self._num_operations = 0
         self._held: dict[int, threading.Event] = {}
@@ -159,7 +160,9 @@ class FaultyEngine:
             move = self._inner.write if is_write else self._inner.read
             if fault is None:
                 return move(file, offset, address, nbytes, keep=keep)
-            transfer = PythonTransfer(file.path, offset, nbytes, num_pieces=1, keep=keep, deadline_s=self._deadline_s)
+            transfer = PythonTransfer(
+                file, offset, nbytes, num_pieces=1, keep=keep, patience=self.patience, is_write=is_write
+            )
             gate = threading.Event()
             if fault.hold:
                 self._held[operation.index] = gate

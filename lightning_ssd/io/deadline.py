@@ -1,0 +1,119 @@
+"""How long a disk is waited for, and calls to the system that end in time whatever the disk does.
+
+[Note: deadline] Time counts while this process runs and waits. One that was stopped (SIGSTOP, a suspended machine) and
+goes on finds a disk that has had no time to answer: a tick counts once, however long it took.
+
+Once a wait has run out, the disk is taken to hang until that operation ends: nobody waits for it again. So an error is
+shown one deadline after the disk stopped, whatever else would have waited for it, and teardown ends.
+
+What hangs in the kernel cannot be ended, only left behind: a thread with its call, a transfer with its memory and its
+descriptors. All of these are daemons, so the process can end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from lightning_ssd.errors import DeadlineError, as_io_error
+
+T = TypeVar("T")
+
+TICK_S = 0.2
+"""A wait returns to the interpreter this often, so that Ctrl-C is heard while the disk hangs."""
+
+_MOST_PER_TICK_S = 5 * TICK_S
+"""A tick that took longer, as on a busy machine or where the process was stopped, counts as that."""
+
+
+class Patience:
+    """How long one disk is waited for; see [Note: deadline].
+
+    Args:
+        deadline_s: Seconds that a wait without a deadline of its own may take.
+    """
+
+    def __init__(self, deadline_s: float) -> None:
+        self.deadline_s = deadline_s
+        self._hangs: Callable[[], bool] = lambda: False
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether a wait has run out for what is still not over."""
+        return self._hangs()
+
+    def wait(
+        self, wait_for: Callable[[float], bool], is_over: Callable[[], bool], deadline_s: float | None = None
+    ) -> bool:
+        """Call ``wait_for`` with a few seconds each time until it says that it is over; False if time runs out.
+
+        Args:
+            wait_for: Waits so many seconds at most and tells whether it is over.
+            is_over: Tells it without waiting.
+            deadline_s: Seconds to wait at most; None takes the disk's, and then running out tells that it hangs.
+        """
+        left_s = self.deadline_s if deadline_s is None else deadline_s
+        if self.is_spent:
+            left_s = 0.0
+        while True:
+            begin_s = time.monotonic()
+            asked_s = max(0.0, min(left_s, TICK_S))
+            if wait_for(asked_s):
+                return True
+            left_s -= max(asked_s, min(time.monotonic() - begin_s, _MOST_PER_TICK_S))
+            if left_s <= 0:
+                break
+        if deadline_s is None and not self.is_spent:
+            self._hangs = lambda: not is_over()
+        return is_over()
+
+    def call(self, call: Callable[[], T], path: str, what: str) -> T:
+        """What ``call``, a system call on a disk, returns; it runs in a thread that is left behind if it hangs.
+
+        Raises:
+            IoError: It failed.
+            DeadlineError: Time ran out, or the disk was seen to hang before.
+        """
+        if self.is_spent:
+            raise DeadlineError(errno.ETIMEDOUT, path, 0, 0, what)
+        running = _Call(call)
+        if not self.wait(running.over.wait, running.over.is_set):
+            raise DeadlineError(errno.ETIMEDOUT, path, 0, 0, what)
+        with as_io_error(path, what=what):
+            return running.result()
+
+
+def leave_behind(thing: object) -> None:
+    """Keep ``thing`` until the process ends: something that hangs may still write to its memory."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+class _Call(Generic[T]):
+    """A call that runs in a thread of its own."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self.over = threading.Event()
+        self._call: Callable[[], T] | None = call
+        self._result: list[T] = []
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="lightning-ssd-call", daemon=True).start()
+
+    def result(self) -> T:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return self._result.pop()
+
+    def _run(self) -> None:
+        assert self._call is not None
+        try:
+            self._result.append(self._call())
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._call = None
+            self.over.set()

@@ -1,0 +1,107 @@
+"""A disk that hangs costs one deadline, whoever waits for it; a process that was stopped has not waited."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_ssd.errors import DeadlineError, IoError
+from lightning_ssd.io import deadline
+from lightning_ssd.io.deadline import Patience
+from lightning_ssd.io.engine import File, IOOptions
+from lightning_ssd.io.faulty import Fault, FaultyEngine, When
+from lightning_ssd.io.python_engine import PythonEngine
+from lightning_ssd.memory.pool import Pool
+
+
+class Clock:
+    """A clock that goes only where a wait lets it."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.asked: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def wait_for(self, jump_s: float = 0.0) -> Callable[[float], bool]:
+        """A wait in vain that takes as long as it was asked to, and ``jump_s`` longer the first time."""
+        jumps = [jump_s]
+
+        def wait_for(seconds: float) -> bool:
+            self.asked.append(seconds)
+            self.now_s += seconds + (jumps.pop() if jumps else 0.0)
+            return False
+
+        return wait_for
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(deadline.time, "monotonic", clock.monotonic)
+    return clock
+
+
+def test_a_process_that_was_stopped_goes_on_to_wait(clock: Clock) -> None:
+    """An hour between two looks is no hour that the disk had."""
+    assert not Patience(10.0).wait(clock.wait_for(jump_s=3600.0), lambda: False)
+    assert 8.0 < sum(clock.asked) <= 10.0
+
+
+def test_nobody_waits_again_for_a_disk_that_hangs_until_it_answers(clock: Clock) -> None:
+    patience, over = Patience(10.0), [False]
+    assert not patience.wait(clock.wait_for(), lambda: over[0])
+    assert patience.is_spent
+    clock.asked.clear()
+    assert not patience.wait(clock.wait_for(), lambda: False)
+    assert clock.asked == [0.0]
+    with pytest.raises(DeadlineError, match=r"sync of 'a file' failed: .*raise io.deadline_s"):
+        patience.call(lambda: pytest.fail("it was called all the same"), "a file", "sync")
+    over[0] = True
+    assert not patience.is_spent
+    assert patience.call(lambda: 7, "a file", "sync") == 7
+
+
+def test_a_wait_with_a_deadline_of_its_own_does_not_judge_the_disk(clock: Clock) -> None:
+    patience = Patience(10.0)
+    assert not patience.wait(clock.wait_for(), lambda: False, 1.0)
+    assert not patience.is_spent
+
+
+def test_a_call_that_hangs_is_left_behind_and_one_that_fails_names_the_file() -> None:
+    patience, gate = Patience(0.05), threading.Event()
+    with pytest.raises(DeadlineError, match="sync of 'a file'"):
+        patience.call(gate.wait, "a file", "sync")
+    gate.set()
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(IoError, match=r"sync of 'a file' failed: No space left.*; free space there"):
+        Patience(5.0).call(full, "a file", "sync")
+
+
+def test_what_hangs_keeps_its_memory_and_its_descriptors_and_the_engine_closes(tmp_store: Path) -> None:
+    engine = FaultyEngine(PythonEngine(IOOptions()), [When(Fault(hold=True))], deadline_s=0.05)
+    pool = Pool(8192, "test")
+    file = File.create(tmp_store / "file", 4096, direct=False)
+    buffer = pool.lend(4096, "a unit")
+    read = engine.read(file, 0, buffer.address, 4096, keep=buffer.hold())
+    with pytest.raises(DeadlineError, match=r"read of 4096 bytes at offset 0 of .*/file' failed: .*timed out"):
+        read.wait()
+    pool.give_back(buffer)
+    assert pool.lingering == ["a unit"]  # nobody else gets what the disk may still write to
+    assert file.hangs
+    descriptor = file.tail_fd
+    file.close()
+    engine.close()  # releases what it holds
+    read.wait()
+    assert pool.lingering == []
+    assert not file.hangs
+    os.close(descriptor)
