@@ -36,20 +36,18 @@ def make_posix_engine(block_nbytes: int, num_threads: int) -> IoEngine: ...
 def make_uring_engine(block_nbytes: int, depth: int) -> IoEngine:
     """Raises OSError where io_uring is missing, forbidden or too old."""
 
-def handle_bus_errors() -> bool:
+def handle_bus_errors(prepare: object) -> bool:
     """
-    Where a watched mapping cannot be read it becomes NaN, and Python's handler of SIGBUS is called soon.
+    Where a watched mapping cannot be read it becomes NaN, and Python's handler of SIGBUS, which `prepare` sets, is called soon.
     """
 
-def watch_mapping(address: int, nbytes: int) -> int:
+def watch_mapping(address: int, nbytes: int, about: object) -> int:
     """Returns what forget_mapping takes."""
 
 def forget_mapping(watched: int) -> None: ...
 
-def take_bus_error() -> tuple[int, int] | None:
-    """
-    (what watch_mapping returned, offset in the mapping) of one that was not taken yet.
-    """
+def take_bus_error() -> tuple[object, int] | None:
+    """(about, offset in the mapping) of one that was not taken yet."""
 
 class Dtype(enum.Enum):
     """Element type of an array."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import (
     EACCES,
@@ -99,6 +100,8 @@ def gone(directory: str) -> StoreError:
         f"the run directory {directory!r} is gone: somebody removed it while it was used, or what cleans up temporary "
         "files; the last checkpoint is whole: resume from it, with nvme_path where nothing is cleaned up"
     )
+
+
 _NO_ACCESS = "give this user the right to it, or choose another place"
 _REMEDIES = {
     EIO: "the disk or its controller fails: see the kernel's log, and resume from the last checkpoint on another disk",
@@ -118,6 +121,37 @@ _REMEDIES = {
 
 def _remedy(code: int) -> str:
     return _REMEDIES.get(code, "see the kernel's log, or choose another place")
+
+
+class Ending:
+    """Callbacks that are called on leaving, the last one first, each whatever became of the others.
+
+    Where several fail, the first error is raised, since it is the cause more often than not; of others there is a
+    warning. (`contextlib.ExitStack` raises the last.)
+    """
+
+    def __init__(self) -> None:
+        self._callbacks: list[Callable[[], object]] = []
+
+    def callback(self, call: Callable[[], object]) -> None:
+        """Call it on leaving."""
+        self._callbacks.append(call)
+
+    def __enter__(self) -> Ending:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        first = error
+        for call in reversed(self._callbacks):
+            try:
+                call()
+            except BaseException as failure:
+                if first is None:
+                    first = failure
+                elif str(failure) != str(first):
+                    warnings.warn(f"after the first error, at the end of the run: {failure}", stacklevel=2)
+        if first is not None and first is not error:
+            raise first
 
 
 @contextmanager

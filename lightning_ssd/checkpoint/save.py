@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -55,6 +56,7 @@ from lightning_ssd.checkpoint.writer import (
     write_tensors,
 )
 from lightning_ssd.errors import CheckpointError, CorruptionError, naming
+from lightning_ssd.io.deadline import sync as sync_disk
 from lightning_ssd.io.folder import Folder, is_own_file
 from lightning_ssd.paths import too_long
 from lightning_ssd.store.dtypes import TORCH_DTYPE
@@ -214,7 +216,7 @@ def _sync_sources(files: Sequence[UnitFile], device: int, unsynced: set[str]) ->
             # One that is linked already is in a checkpoint and was made durable then: generations are immutable.
             if found.st_nlink == 1 and found.st_dev == device:
                 try:
-                    os.fdatasync(fd)
+                    sync_disk(fd, os.fdatasync)
                 except OSError as error:
                     unsynced.add(path)
                     error.filename = path
@@ -224,7 +226,7 @@ def _sync_sources(files: Sequence[UnitFile], device: int, unsynced: set[str]) ->
 
     # Side by side: the disk answers one flush for many, where one after the other each waits for its own.
     with ThreadPoolExecutor(_NUM_SYNCS, thread_name_prefix="checkpoint-sync") as pool:
-        futures = [pool.submit(sync, file) for file in files if file.linkable]
+        futures = [pool.submit(copy_context().run, sync, file) for file in files if file.linkable]
     for future in futures:
         future.result()
 
@@ -377,7 +379,7 @@ def _make_durable(staged: Folder, names: Iterable[str]) -> None:
         fd = staged.open_file(name, os.O_RDONLY)
         try:
             with naming(os.path.join(staged.path, name)):
-                os.fsync(fd)
+                sync_disk(fd, os.fsync)
         finally:
             os.close(fd)
     with staged.folder(UNITS) as units:

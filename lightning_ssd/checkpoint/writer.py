@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import Bytes, checksum
 from lightning_ssd.errors import CheckpointError, naming
+from lightning_ssd.io.deadline import sync
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import name_of
@@ -63,7 +64,7 @@ class StreamWriter:
 
     def finish(self) -> None:
         """Make the file durable and leave no page of it in the cache."""
-        os.fsync(self._fd)
+        sync(self._fd, os.fsync)
         self._drop()
 
     def _write_piece(self, piece: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
@@ -74,7 +75,7 @@ class StreamWriter:
             self.nbytes += written
             piece = piece[written:]
         if self.nbytes - self._flushed_nbytes >= FLUSH_NBYTES:
-            os.fdatasync(self._fd)
+            sync(self._fd, os.fdatasync)
             self._drop()
 
     def _drop(self) -> None:

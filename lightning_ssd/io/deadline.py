@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 from lightning_ssd.errors import DeadlineError, as_io_error
@@ -80,11 +83,53 @@ class Patience:
         """
         if self.is_spent:
             raise DeadlineError(errno.ETIMEDOUT, path, 0, 0, what)
-        running = _Call(call)
+        try:
+            running = _Call(call)
+        except RuntimeError:  # the interpreter ends and starts no more threads
+            with as_io_error(path, what=what):
+                return call()
         if not self.wait(running.over.wait, running.over.is_set):
             raise DeadlineError(errno.ETIMEDOUT, path, 0, 0, what)
         with as_io_error(path, what=what):
             return running.result()
+
+
+_patience: ContextVar[Patience] = ContextVar("patience")
+
+
+@contextmanager
+def syncing_with(patience: Patience) -> Iterator[None]:
+    """Inside, and in copies of the context made inside, `sync` waits as long as ``patience`` does."""
+    token = _patience.set(patience)
+    try:
+        yield
+    finally:
+        _patience.reset(token)
+
+
+def sync(fd: int, call: Callable[[int], None]) -> None:
+    """``os.fsync`` or ``os.fdatasync`` of a descriptor; inside `syncing_with` it ends in time.
+
+    Raises:
+        OSError: It failed, or did not end.
+    """
+    patience = _patience.get(None)
+    if patience is None:
+        call(fd)
+        return
+    own = os.dup(fd)  # the caller closes his while this one may still hang
+
+    def run() -> None:
+        try:
+            call(own)
+        finally:
+            os.close(own)
+
+    try:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        path = f"descriptor {fd}"
+    patience.call(run, path, "sync")
 
 
 def leave_behind(thing: object) -> None:

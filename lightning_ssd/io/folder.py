@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 
+from lightning_ssd.io.deadline import sync
+
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -126,7 +128,7 @@ class Folder:
     def sync(self) -> None:
         """Make the names in it durable."""
         try:
-            os.fsync(self.fd)
+            sync(self.fd, os.fsync)
         except OSError as error:
             error.filename = self.path
             raise

@@ -38,6 +38,10 @@ class StreamedOptimizer(OptimizerState):
         keep_master: Keep a float32 master of 16-bit parameters.
         suffix: Of the kinds that its states have in the store; [Note: suffix].
 
+    Attributes:
+        check_grads: Called with gradients at the step and, True, before the update reads them; raises if they were
+            damaged in between. Set by the owner.
+
     Raises:
         ConfigurationError: If the optimizer has a parameter that is not the model's.
     """
@@ -58,6 +62,7 @@ class StreamedOptimizer(OptimizerState):
         self._residents: Residents | None = None
         self._queue: UpdateQueue | None = None
         self._is_half_made = False  # when the run ended
+        self.check_grads: Callable[[Unit, Mapping[int, Tensor], bool], None] = lambda unit, grads, is_final: None
         for group in optimizer.param_groups:
             self._require_known(group["params"])
 
@@ -149,6 +154,7 @@ class StreamedOptimizer(OptimizerState):
         mine = {index: grad for index, grad in grads.items() if unit.params[index] in groups}
         if not mine:
             return
+        self.check_grads(unit, mine, False)
         if land is None:
             require_finite(unit, mine)
         parts = self._parts(unit, mine, groups)
@@ -170,6 +176,7 @@ class StreamedOptimizer(OptimizerState):
                     for part in parts.values():
                         part.version = part.grad._version  # what landed may have been added to it
                 residents.end_copy(unit)
+                self.check_grads(unit, mine, True)
                 loan = residents.lend(unit, reads=reads)
             finally:
                 end_borrow()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ssd.optim.rules import Options
 from lightning_ssd.optim.streamed import StreamedOptimizer
+from lightning_ssd.streaming.gradients import params_with_grad
 
 
 class WholeRule:
@@ -93,6 +94,7 @@ class WholeOptimizer(StreamedOptimizer):
         self._is_stepping = False
         with residents.outside_step() as inside_step:
             if closure is None:
+                self._require_written()
                 self._is_stepping = True
                 loss = own(*args, **kw)
             else:
@@ -104,6 +106,11 @@ class WholeOptimizer(StreamedOptimizer):
     def _evaluate(self, closure: Callable[[], Any], inside_step: Callable[[], Any]) -> Any:
         with inside_step():
             loss = closure()
+        self._require_written()
         self._is_stepping = True  # from here on it may write
         self.drain()  # of other optimizers
         return loss
+
+    def _require_written(self) -> None:
+        for unit, grads in params_with_grad(self._units()):
+            self.check_grads(unit, grads, False)

@@ -95,6 +95,16 @@ class UnitLayout:
         """Bytes of the file."""
         return self.data_begin + self.data_nbytes
 
+    def about(self, offset: int) -> str:
+        """What lies at a byte of the file, for messages."""
+        found = [
+            e.name
+            for e in self.entries
+            if e.begin <= offset + BLOCK_NBYTES - self.data_begin and e.end > offset - self.data_begin
+        ]
+        names = ", ".join(map(repr, found[:2])) + (", ..." if len(found) > 2 else "")
+        return f"{self.kind} of unit {self.unit!r}, parameter {names}"
+
     def segments(self, begin: int, end: int) -> Iterator[Segment]:
         """Parts of parameters in elements ``[begin, end)`` of the unit; empty parameters have none."""
         for index, entry in enumerate(self.entries):

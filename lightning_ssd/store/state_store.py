@@ -21,15 +21,15 @@ import re
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from lightning_ssd.errors import IoError, StoreError, gone
+from lightning_ssd.errors import IoError, StoreError, as_io_error, gone
 from lightning_ssd.io.engine import Engine, File, Transfer
 from lightning_ssd.io.folder import Folder, is_own_file
 from lightning_ssd.kernels.api import crc32c_each, is_native
+from lightning_ssd.memory.mapped_file import map_file
 from lightning_ssd.memory.plan import STAGING_NBYTES
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import BLOCK_NBYTES, fmt
@@ -129,16 +129,19 @@ class StateStore:
         number = next(self._numbers)
         slug = re.sub(r"[^A-Za-z0-9._-]", "_", f"{layout.unit[-80:]}.{layout.kind[:80]}")
         name = f"{number:08d}-{slug}.safetensors"
-        with self._lock:
-            file = self._file(name, layout.file_nbytes, number % len(self._directories))
-        num_checks = -(-layout.data_nbytes // CHECK_NBYTES)
-        generation = Generation(layout, file, checks=[None] * num_checks)
-        try:
-            _write_all(file, layout.header)
-        except BaseException:
-            self.abandon(generation)
-            raise
-        return generation
+        disk = number % len(self._directories)
+
+        def begin() -> Generation:
+            file = self._file(name, layout.file_nbytes, disk)
+            generation = Generation(layout, file, checks=[None] * -(-layout.data_nbytes // CHECK_NBYTES))
+            try:
+                _write_all(file, layout.header)
+            except BaseException:
+                self.abandon(generation)
+                raise
+            return generation
+
+        return self.engine.patience.call(begin, os.path.join(self._directories[disk].path, name), "making a file")
 
     def commit(self, *generations: Generation) -> None:
         """Make completely written generations the current ones, all or none; those they replace are recycled."""
@@ -329,13 +332,11 @@ class StateStore:
         if not private:
             generation.is_mapped = True
             generation.checks = [None] * len(generation.checks)  # whoever maps it may write
-        try:
+        path = generation.file.path
+        with self._telling_missing(generation):
             fd = generation.file.open_again(os.O_RDWR)
-        except FileNotFoundError:
-            raise self._missing(generation) from None
         try:
-            flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
-            memory = mmap.mmap(fd, generation.file.nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            memory = map_file(fd, generation.file.nbytes, path, generation.layout.about, private=private)
             self._maps[memory] = _identity(os.fstat(fd))
         finally:
             os.close(fd)
@@ -347,9 +348,18 @@ class StateStore:
         Raises:
             StoreError: The run is over and its files are gone, or somebody has removed them.
         """
-        try:
+        with self._telling_missing(generation):
             return generation.file.stat()
-        except FileNotFoundError:
+
+    @contextmanager
+    def _telling_missing(self, generation: Generation) -> Iterator[None]:
+        try:
+            yield
+        except StoreError:
+            raise self._missing(generation) from None
+        except IoError as error:
+            if error.errno != errno.ENOENT:
+                raise
             raise self._missing(generation) from None
 
     def _missing(self, generation: Generation) -> StoreError:
@@ -394,8 +404,8 @@ class StateStore:
 
     # -- room and end --------------------------------------------------------------------------------------------
 
-    def require_free(self, nbytes: int, what: str) -> None:
-        """Refuse before work starts what cannot fit.
+    def require_free(self, nbytes: int, what: str, *, num_files: int = 0) -> None:
+        """Refuse before work starts what cannot fit: so many bytes, in so many new files.
 
         Raises:
             StoreError: Names what is needed, what is free and the way out.
@@ -405,9 +415,16 @@ class StateStore:
             shares[directory.device].append(directory.path)
         for paths in shares.values():
             share = nbytes * len(paths) // len(self._directories)  # generations are spread evenly
+            places = ", ".join(repr(os.path.dirname(path)) for path in paths)
+            inodes, share_files = free_inodes(paths[0]), -(-num_files * len(paths) // len(self._directories))
+            if inodes is not None and inodes < share_files:
+                raise StoreError(
+                    f"{what} needs {share_files} files on the disk of {places}, whose file system has inodes for "
+                    f"{inodes} more; remove files there (not bytes), make the file system with more inodes, choose "
+                    "another nvme_path, or cut larger units with units=... or min_unit_numel=..."
+                )
             free = free_nbytes(paths[0])
             if free < share:
-                places = ", ".join(repr(os.path.dirname(path)) for path in paths)
                 raise StoreError(
                     f"{what} needs {fmt(share)} on the disk of {places}, which has {fmt(free)} free; "
                     "free space there or choose another nvme_path"
@@ -462,21 +479,23 @@ class StateStore:
     def _file(self, name: str, nbytes: int, disk: int) -> File:
         directory = self._directories[disk].path
         folder = self._directories[disk].folder
-        for i, file in enumerate(spare := self._free.get(nbytes, [])):
-            if self._disk_of(file) == disk:
-                del spare[i]
-                try:
-                    file.rename(os.path.join(directory, name))
-                except BaseException:
-                    file.close()
-                    raise
-                return file
+        with self._lock:  # not while the disk is asked: it may hang, and others want the lock
+            spare = self._free.get(nbytes, [])
+            found = next((i for i, file in enumerate(spare) if self._disk_of(file) == disk), None)
+            file = None if found is None else spare.pop(found)
+        if file is not None:
+            try:
+                file.rename(os.path.join(directory, name))
+            except BaseException:
+                file.close()
+                raise
+            return file
         try:
             return File.create(os.path.join(directory, name), nbytes, direct=self._direct[disk], folder=folder)
         except IoError as error:
             raise StoreError(
-                f"cannot reserve {fmt(nbytes)} in {directory!r} ({fmt(free_nbytes(directory))} free): {error}; "
-                "free space there or choose another nvme_path; the last checkpoint is whole"
+                f"cannot reserve {fmt(nbytes)} in {directory!r} ({_free_there(directory)}): {error}; "
+                "choose another nvme_path; the last checkpoint is whole"
             ) from error
 
     def _disk_of(self, file: File) -> int:
@@ -488,6 +507,10 @@ class StateStore:
             return
         file = generation.file
         found = os.fstat(file.tail_fd)
+        if file.hangs:  # what is still in flight would be written over what comes next
+            _unlink(file)
+            file.close()
+            return
         # A tensor on a mapping must keep its values; a private mapping too shows what is written to its file later.
         if found.st_nlink > 1 or _identity(found) in self._maps.values():
             _unlink(file)
@@ -508,8 +531,11 @@ def _write_all(file: File, data: bytes) -> None:
 
 
 def _unlink(file: File) -> None:
-    with suppress(FileNotFoundError):  # the user removed the run directory: then the space is free already
+    try:
         file.unlink()
+    except IoError as error:
+        if error.errno != errno.ENOENT:  # else the user removed the run directory, and the space is free already
+            raise
 
 
 def _is_open(file: File) -> bool:
@@ -531,8 +557,24 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 
 def free_nbytes(path: str) -> int:
     """Bytes that this user may still write to the file system of ``path``."""
-    stat = os.statvfs(path)
+    with as_io_error(path, what="asking for free space"):
+        stat = os.statvfs(path)
     return stat.f_bavail * stat.f_frsize
+
+
+def free_inodes(path: str) -> int | None:
+    """Files that this user may still make on the file system of ``path``; None where they are not counted."""
+    with as_io_error(path, what="asking for free inodes"):
+        stat = os.statvfs(path)
+    return stat.f_favail if stat.f_files else None
+
+
+def _free_there(path: str) -> str:
+    try:
+        inodes = "no inodes, so no more files, and " if free_inodes(path) == 0 else ""
+        return f"{inodes}{fmt(free_nbytes(path))} free"
+    except IoError as error:
+        return str(error)
 
 
 assert STAGING_NBYTES % CHECK_NBYTES == 0

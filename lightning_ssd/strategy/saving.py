@@ -29,6 +29,7 @@ from lightning_ssd.checkpoint.state_dict import (
 )
 from lightning_ssd.codec import float32
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io.deadline import syncing_with
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.strategy.session import Session
@@ -83,20 +84,22 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any, *, streams: bo
         kinds = _kinds(session, weights, with_state=has_optimizers and streams, with_masters=has_optimizers)
         files = [_unit_file(session.store.on_disk(g)) for g in _generations(session, kinds)]
         records = _records(session, weights.rest) if has_optimizers and streams else []
-        done = saving.save(
-            os.fspath(path),
-            files,
-            weights.rest,
-            small,
-            records,
-            step=int(small.get("global_step", 0)),
-            codec=float32.NAME,
-            dtypes={n: unit.layout.dtype for unit in session.units if "param" in kinds[unit.name] for n in unit.names},
-            aliases=weights.aliases,
-            names=weights.names,
-            recycle=session.store.recycle,
-            unsynced=session.store.unsynced,
-        )
+        dtypes = {n: u.layout.dtype for u in session.units if "param" in kinds[u.name] for n in u.names}
+        with syncing_with(session.engine.patience):
+            done = saving.save(
+                os.fspath(path),
+                files,
+                weights.rest,
+                small,
+                records,
+                step=int(small.get("global_step", 0)),
+                codec=float32.NAME,
+                dtypes=dtypes,
+                aliases=weights.aliases,
+                names=weights.names,
+                recycle=session.store.recycle,
+                unsynced=session.store.unsynced,
+            )
     with suppress(OSError):  # somebody was quick to remove it
         session.store.saved[os.path.abspath(os.fspath(path))] = _identity(path)
     if done.moved_aside is not None:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import mmap
 import resource
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.errors import ConfigurationError, SSDOffloadError
+from lightning_ssd.errors import ConfigurationError, Ending, IoError, SSDOffloadError
 from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
 from lightning_ssd.memory.device_plan import device_capacity, tensors_nbytes
 from lightning_ssd.memory.headroom import Headroom
 from lightning_ssd.memory.heap import HeapWatch, bound_heap, trim_heap, unbound_heap
+from lightning_ssd.memory.mapped_file import handle_bus_errors
 from lightning_ssd.memory.pinned import Pinned
 from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
@@ -34,6 +36,7 @@ from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.strategy.handles import handles, require_handles
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing, chains
 from lightning_ssd.streaming.activation_store import ActivationStore
@@ -69,6 +72,7 @@ class Session:
 
     def __init__(self, settings: Settings) -> None:
         bound_heap()  # before the model is made
+        handle_bus_errors()
         self.settings = settings
         self.trace = Trace()
         self.engine: Engine = make_engine(settings.io)
@@ -94,7 +98,7 @@ class Session:
         self._streaming_for: StreamedOptimizer | None = None
         self.nursery = Nursery(self.store.spill_directory)
         # Runs when nobody holds the session any more, at the latest when the process ends.
-        self._remove_files = weakref.finalize(self, self.store.close, remove=not settings.keep_store)
+        self._remove_files = weakref.finalize(self, _end_files, self.store, remove=not settings.keep_store)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -103,7 +107,10 @@ class Session:
         self.nursery.materialise(module)
         specs = partition(module, policy=self.settings.units, min_numel=self.settings.min_unit_numel)
         self.units = [Unit(spec, self.settings.param_dtype) for spec in specs]
-        self.store.require_free(sum(unit.layout.file_nbytes for unit in self.units), "placing the parameters")
+        num_bytes = sum(unit.layout.file_nbytes for unit in self.units)
+        self.store.require_free(num_bytes, "placing the parameters", num_files=len(self.units))
+        is_direct = any(direct for _, direct in self.store.disks)
+        require_handles(handles(len(self.units), 0, 0, direct=is_direct), f"{len(self.units)} units of parameters")
         residents = Residents(self.units, store=self.store, trace=self.trace)
         self.streamer = Streamer(residents, device=self.settings.device, trace=self.trace)
         parked = placeholders(self.units, self.store.spill_directory)
@@ -167,7 +174,7 @@ class Session:
         self._headroom = headroom = Headroom(plan, sum(len(unit.params) for unit in self.units))
         if plan.fits:
             unbound_heap()
-        self.store.require_free(self.sizing.disk_nbytes, "the optimizer state and generations being written")
+        self._require_room(plan)
         route = self._make_route(module)
         params, updates, kept, spill = self._make_pools(plan)
         assert self._arena is not None
@@ -180,6 +187,7 @@ class Session:
             landing=self._make_landing(),
             heap=None if plan.fits or self._is_off_host else HeapWatch(),
             is_gated=has_gate,
+            verify=self.settings.verify,
         )
         self._pipeline = Pipeline(
             self.store,
@@ -228,6 +236,21 @@ class Session:
 
         residents.on_fetch = look_too
 
+    def _require_room(self, plan: MemoryPlan) -> None:
+        """Refuse a run for which the disks, or the limits of this process, are too small."""
+        sizing = self.sizing
+        num_new = sizing.num_generations - len(self.units)
+        what = "the optimizer state and generations being written"
+        self.store.require_free(sizing.disk_nbytes, what, num_files=num_new + sizing.num_spare)
+        needed = handles(
+            sizing.num_generations,
+            0 if plan.keep_grads or plan.fits else len(sizing.trained()),
+            sizing.num_spare,
+            direct=any(direct for _, direct in self.store.disks),
+        )
+        what = f"a run of {len(self.units)} units, which are {sizing.num_generations} files with their state,"
+        require_handles(needed, what)
+
     def _left_by_inputs(self, plan: MemoryPlan) -> int:
         """Memory for inputs of blocks that none takes now: gradients come while backward uses these up.
 
@@ -253,6 +276,8 @@ class Session:
     def _connect(self, adopted: StreamedOptimizer) -> None:
         if self._pipeline is not None and self._queue is not None and self.streamer is not None:
             adopted.connect(self._pipeline, self.streamer.residents, self._queue)
+            if self.sink is not None:
+                adopted.check_grads = self.sink.check
 
     def _keep(self, plan: MemoryPlan, pool: Pool) -> None:
         """Move what the plan keeps into memory."""
@@ -291,7 +316,7 @@ class Session:
     def rest(self) -> None:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
         self._is_at_rest = True
-        with ExitStack() as stack:  # in reverse order, each whatever became of the one before
+        with Ending() as stack:  # in reverse order, each whatever became of the one before
             stack.callback(trim_heap)  # here, not while training
             pools, self._pools = self._pools, []
             for pool in pools:
@@ -321,7 +346,7 @@ class Session:
 
     def close(self) -> None:
         """Remove the files (or keep them, if asked for). Parameters that map them keep their values."""
-        with ExitStack() as stack:
+        with Ending() as stack:
             stack.callback(self._remove_files)
             if self._is_at_rest:  # what failed then was told then
                 stack.enter_context(suppress(SSDOffloadError))
@@ -475,3 +500,11 @@ class Session:
                 directory.close(remove=True)
             raise
         return StateStore(directories, self.engine, direct=direct, verify=self.settings.verify, trace=self.trace)
+
+
+def _end_files(store: StateStore, *, remove: bool) -> None:
+    """Close the files, and remove them; a disk that hangs does not keep the process from ending."""
+    try:
+        store.engine.patience.call(lambda: store.close(remove=remove), store.spill_directory, "end of the run's files")
+    except IoError as error:
+        warnings.warn(f"{error}; what is left there can be removed with: lightning-ssd clean", stacklevel=2)

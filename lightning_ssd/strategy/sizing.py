@@ -63,6 +63,19 @@ class Sizing:
             changing += nbytes if unit.name in trained else 0
         return whole, changing
 
+    @property
+    def num_generations(self) -> int:
+        """Files of all units: parameters, and what updates need beside them."""
+        return len(self._units) + sum(len(self.state_layouts(unit)) for unit in self.trained())
+
+    @property
+    def num_spare(self) -> int:
+        """Files beside these that are being written, or wait to be used again, at most."""
+        kinds = [[unit.layout, *self.state_layouts(unit)] for unit in self.trained()]
+        sizes = {layout.file_nbytes for layouts in kinds for layout in layouts}
+        # Two units are being written at a time; of each size a file waits per kind at most.
+        return len(sizes) + 3 * max(map(len, kinds), default=0)
+
     def blocks(self) -> set[nn.Module]:
         """Blocks whose forward can be run again in backward."""
         return {unit.block for unit in self._units if unit.block is not None and not keeps_activations(unit.block)}

@@ -6,6 +6,7 @@ Everything it does is handed to a `Session`; this file only says when.
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.strategy import guards
@@ -373,15 +375,16 @@ class StrategyMixin(CheckpointMixin):
     def on_exception(self, exception: BaseException) -> None:
         """Drop what the failed step held."""
         if self._session is not None:
-            self._session.abort_step()
+            try:
+                self._session.abort_step()
+            except SSDOffloadError as error:  # the exception is the cause, and stays the one that is shown
+                warnings.warn(f"after the error of this run, giving up its step failed as well: {error}", stacklevel=2)
 
     def teardown(self) -> None:
         """Hooks, threads and memory go; parameters are plain again, on mappings of their files."""
         self._resume.end()
-        if self._session is not None and self._session.is_started:
-            self._session.rest()
-        elif self._session is not None:
-            self._session.close()  # setup failed: there is nothing that a checkpoint could want
+        if self._session is not None:
+            self._end_session(self._session)
         if self.lightning_module is not None:
             for module in self.lightning_module.modules():
                 for name, buffer in module._buffers.items():
@@ -392,6 +395,20 @@ class StrategyMixin(CheckpointMixin):
         self.accelerator.teardown()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
+
+    @staticmethod
+    def _end_session(session: Session) -> None:
+        """End it; an error here does not take the place of one that is on its way to the user."""
+        is_failing = sys.exc_info()[1] is not None
+        try:
+            if session.is_started:
+                session.rest()
+            else:
+                session.close()  # setup failed: there is nothing that a checkpoint could want
+        except Exception as error:
+            if not is_failing:
+                raise
+            warnings.warn(f"after the error of this run, its end failed as well: {error}", stacklevel=2)
 
 
 def _optimizers_setter(strategy: Any) -> Callable[[list[Optimizer]], None]:

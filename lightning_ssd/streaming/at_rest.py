@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.memory.mapped_file import flush
 from lightning_ssd.memory.views import Views, address_of
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import Generation
@@ -66,7 +67,7 @@ class AtRest:
         """Whether the user wrote into the mapping. For a shared one, everything written is in the file afterwards."""
         if self.is_private:
             return self._has_private_pages()
-        self._memory.flush()  # sync: msync, so that the file's time tells of every write
+        flush(self._memory, self.generation.file.path)  # so that the file's time tells of every write
         return self.generation.file.stat().st_mtime_ns != self._dated_ns
 
     def let_go(self, *, is_written: bool) -> None:

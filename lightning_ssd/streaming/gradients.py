@@ -1,5 +1,9 @@
 """The sink: takes gradients off the device as they arrive; keeps them visible, or hands on complete units.
 
+[Note: spilled] What waits in a mapped file passes the disk without the engine. So the system is asked whether it could
+write it back, before autograd adds to it and before it is read: it tells nobody else, and may read older bytes again
+afterwards. From the step to the update checksums are compared; before, a gradient is the user's, who may change it.
+
 [Note: gradients] Inside the optimizer's step, when nobody may look at gradients, a unit whose gradients are all there
 is handed on at once (`Mode.STREAMED`) and its memory is freed. Otherwise gradients wait as ``.grad``
 (`Mode.VISIBLE`), in memory or, past the budget, on a mapped file that the kernel may write back: no anonymous memory.
@@ -12,10 +16,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
 
@@ -23,11 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.errors import ConfigurationError, CorruptionError, as_io_error
 from lightning_ssd.io.engine import File
+from lightning_ssd.kernels.api import crc32c_each
 from lightning_ssd.memory.heap import HeapWatch
+from lightning_ssd.memory.mapped_file import map_file, wait_for_write_back
 from lightning_ssd.memory.views import Views, address_of
-from lightning_ssd.store.layout import MEMORY_ALIGNMENT
+from lightning_ssd.store.layout import CHECK_NBYTES, MEMORY_ALIGNMENT
 from lightning_ssd.streaming.landing import Landed, Landing
 from lightning_ssd.streaming.unit import Unit
 
@@ -51,6 +56,7 @@ class GradientSink:
         heap: Is told how much memory gradients took that came and went; None if that does not matter.
         is_gated: All gradients wait: their places in mapped files are made before backward begins. Made as they arrive,
             their small objects would keep the holes in the heap apart that gradients leave; see [Note: holes].
+        verify: Compare gradients that waited on disk with their checksums.
     """
 
     def __init__(
@@ -62,7 +68,9 @@ class GradientSink:
         landing: Landing | None = None,
         heap: HeapWatch | None = None,
         is_gated: bool = False,
+        verify: bool = False,
     ) -> None:
+        self._verify = verify
         self.mode = Mode.VISIBLE
         self._off_device = off_device
         self._landing = Landing() if landing is None else landing
@@ -145,6 +153,8 @@ class GradientSink:
     @contextmanager
     def backward(self, units: Iterable[Unit]) -> Iterator[None]:
         """Around a backward. Off the device, ``.grad`` is on the host and not where autograd could add to it."""
+        for spill in self._spills.values():
+            spill.require_written()
         if not self._off_device:
             self._prepare_spills(units)
             yield
@@ -163,6 +173,25 @@ class GradientSink:
                     grad = self._hidden.pop(param, None)
                     if grad is not None:
                         _set_host_grad(param, parked, grad)
+
+    def check(self, unit: Unit, grads: Mapping[int, Tensor], is_final: bool) -> None:
+        """Refuse gradients of ``unit``, by parameter index, that waited on disk and were damaged there.
+
+        Args:
+            unit: Whose.
+            grads: Those that are read next.
+            is_final: They must be what they were at the call before; else they may have been changed.
+
+        Raises:
+            IoError: The system could not write some of them.
+            CorruptionError: They are not what was written.
+        """
+        spill = self._spills.get(unit.name)
+        if spill is not None:
+            spill.require_written()
+            for index, grad in grads.items():
+                if self._verify and spill.holds(index, grad):
+                    spill.check(index, grad, is_final=is_final)
 
     def close(self) -> None:
         """Remove the hooks. Waiting gradients stay visible."""
@@ -257,13 +286,18 @@ class _Spill:
 
     def __init__(self, directory: str, number: int, unit: Unit, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self._unit = unit
+        self._checks: dict[int, list[int]] = {}  # of gradients at the step, by parameter index
         self._shapes = [shape.shape for shape in unit.shapes]
         sizes = (-(-shape.numel * dtype.itemsize // MEMORY_ALIGNMENT) * MEMORY_ALIGNMENT for shape in unit.shapes)
         self._offsets = list(itertools.accumulate(sizes, initial=0))
         path = os.path.join(directory, f"{number:08d}-grad.safetensors")
         self._file = File.create(path, max(self._offsets[-1], 1), direct=False)
-        os.unlink(path)
-        self._memory = mmap.mmap(self._file.tail_fd, self._file.nbytes)
+        with as_io_error(path, what="unlink"):
+            os.unlink(path)
+        self._memory = map_file(
+            self._file.tail_fd, self._file.nbytes, path, functools.partial(_gradient_at, unit.names, self._offsets)
+        )
         self._base = address_of(self._memory)
         self._views = [Views(self._memory) for _ in unit.shapes]
         self._ready: dict[int, Tensor] = {}  # nobody has seen them
@@ -290,9 +324,30 @@ class _Spill:
     def _tensor(self, index: int) -> Tensor:
         return self._views[index].tensor(self._offsets[index], self.dtype, self._shapes[index])
 
+    def require_written(self) -> None:
+        """Refuse to go on where the system could not write back what lies here; [Note: spilled]."""
+        with as_io_error(self._file.path, 0, self._file.nbytes, f"write of gradients of unit {self._unit.name!r}"):
+            wait_for_write_back(self._file.tail_fd)
+
+    def check(self, index: int, grad: Tensor, *, is_final: bool) -> None:
+        """Take the checksums of a gradient that lives here, or compare it with them."""
+        found = crc32c_each(self._base + self._offsets[index], grad.nbytes, CHECK_NBYTES)
+        if is_final and self._checks.get(index, found) != found:
+            raise CorruptionError(
+                f"the gradient of parameter {self._unit.names[index]!r}, which waited in {self._file.path!r}, is not "
+                "what it was at the step; the disk or its controller corrupts data: stop using it and resume from the "
+                "last checkpoint. (Or somebody wrote to the gradient after the step, by way of .data or numpy.)"
+            )
+        self._checks[index] = found
+
     def close(self) -> None:
         """Close the file; its bytes live as long as a gradient views them."""
         self._file.close()
+
+
+def _gradient_at(names: Sequence[str], offsets: Sequence[int], offset: int) -> str:
+    index = max(i for i, begin in enumerate(offsets[:-1]) if begin <= offset)
+    return f"the gradient of parameter {names[index]!r}"
 
 
 def _add_up(sums: list[tuple[Tensor, Landed]]) -> None:

@@ -8,7 +8,6 @@ when the values have moved into the store.
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import File
+from lightning_ssd.memory.mapped_file import map_file
 from lightning_ssd.memory.views import Views
 from lightning_ssd.sizes import MiB
 
@@ -98,7 +98,7 @@ class Nursery:
         path = os.path.join(self._directory, f"nursery-{next(self._numbers):08d}.safetensors")
         file = File.create(path, max(param.nbytes, 1), direct=False)
         os.unlink(path)
-        memory = mmap.mmap(file.tail_fd, file.nbytes)
+        memory = map_file(file.tail_fd, file.nbytes, path, lambda offset: "a parameter that is being created")
         file.close()
         tensor = Views(memory).tensor(0, param.dtype, tuple(param.shape))
         self._ours.add(tensor.data_ptr())

@@ -10,6 +10,7 @@
 #include <optional>
 #include <system_error>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 
 #include "io/bus_errors.hpp"
@@ -111,16 +112,37 @@ void bind_io(nb::module_& module) {
       "block_nbytes"_a, "depth"_a, "Raises OSError where io_uring is missing, forbidden or too old.");
 
   module.def(
-      "handle_bus_errors", [] { return handle_bus_errors([] { PyErr_SetInterruptEx(SIGBUS); }); },
-      "Where a watched mapping cannot be read it becomes NaN, and Python's handler of SIGBUS is called soon.");
-  module.def("watch_mapping", &watch_mapping, "address"_a, "nbytes"_a, "Returns what forget_mapping takes.");
-  module.def("forget_mapping", &forget_mapping, "watched"_a);
+      "handle_bus_errors",
+      [](const nb::object& prepare) {
+        return handle_bus_errors([] { PyErr_SetInterruptEx(SIGBUS); }, [&prepare] { prepare(); });
+      },
+      "prepare"_a,
+      "Where a watched mapping cannot be read it becomes NaN, and Python's handler of SIGBUS, which `prepare` sets, is "
+      "called soon.");
+  // What is known of each watched mapping; with the interpreter's lock. Never destroyed: it may outlive the
+  // interpreter.
+  static auto& known = *new std::unordered_map<uintptr_t, nb::object>;
+  module.def(
+      "watch_mapping",
+      [](uintptr_t address, size_t nbytes, nb::object about) {
+        const uintptr_t watched = watch_mapping(address, nbytes);
+        known[watched] = std::move(about);
+        return watched;
+      },
+      "address"_a, "nbytes"_a, "about"_a, "Returns what forget_mapping takes.");
+  module.def(
+      "forget_mapping",
+      [](uintptr_t watched) {
+        forget_mapping(watched);
+        known.erase(watched);
+      },
+      "watched"_a);
   module.def(
       "take_bus_error",
-      []() -> std::optional<std::tuple<uintptr_t, size_t>> {
+      []() -> std::optional<std::tuple<nb::object, size_t>> {
         const auto found = take_bus_error();
-        if (!found) return std::nullopt;
-        return std::make_tuple(found->watched, found->offset);
+        if (!found || !known.contains(found->watched)) return std::nullopt;
+        return std::make_tuple(known[found->watched], found->offset);
       },
-      "(what watch_mapping returned, offset in the mapping) of one that was not taken yet.");
+      "(about, offset in the mapping) of one that was not taken yet.");
 }

@@ -195,6 +195,8 @@ class FaultyEngine:
             if fault.flip_bit is not None:
                 flipped = ctypes.c_uint8.from_address(address + fault.flip_bit // 8)
                 flipped.value ^= 1 << fault.flip_bit % 8
+        except ValueError:  # held until its file was closed
+            transfer.failure = Failure(errno.EBADF, transfer.offset, transfer.nbytes)
         except IoError as error:
             transfer.failure = Failure(error.errno or errno.EIO, error.offset, error.nbytes)
         else:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lightning_ssd.io.faulty import Fault, FaultyEngine, When
 
 from lightning_ssd.errors import DeadlineError, IoError
 from lightning_ssd.io import deadline
 from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.engine import File, IOOptions
-from lightning_ssd.io.faulty import Fault, FaultyEngine, When
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.memory.pool import Pool
 
@@ -100,8 +100,10 @@ def test_what_hangs_keeps_its_memory_and_its_descriptors_and_the_engine_closes(t
     assert file.hangs
     descriptor = file.tail_fd
     file.close()
-    engine.close()  # releases what it holds
-    read.wait()
+    engine.close()  # releases what it holds; the file is closed by then
+    with pytest.raises(IoError, match="Bad file"):
+        read.wait()
+    del read
     assert pool.lingering == []
     assert not file.hangs
     os.close(descriptor)
