@@ -133,3 +133,15 @@ def test_a_file_damaged_between_two_steps_stops_the_run(tmp_path: Path, kind: st
     with pytest.raises(CorruptionError, match=rf"unit 'net\.blocks\.1', kind '{kind}'"):
         run(tmp_path, verify_reads=True, callbacks=[Damage()])
     finish_backward()
+
+
+def test_a_parameter_that_cannot_be_read_after_the_run_is_an_error_with_its_name(tmp_path: Path) -> None:
+    """It lies in a mapped file; one that was cut short does what a bad disk does."""
+    result = train(tmp_path, small_gpt, streamed(keep_store=True), max_steps=1)
+    param = dict(result.trainer.lightning_module.named_parameters())["net.blocks.1.up.weight"]
+    (path,) = tmp_path.glob(".ssd_offload/*/*net.blocks.1.param*")
+    os.truncate(path, 4096)
+    with pytest.raises(
+        IoError, match=r"param of unit 'net\.blocks\.1', parameter 'net\.blocks\.1\..*Input/output error"
+    ):
+        print(float(param.sum()))
