@@ -11,7 +11,7 @@ import resource
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 
 from torch import Tensor, nn
@@ -346,7 +346,7 @@ class Session:
 
     def close(self) -> None:
         """Remove the files (or keep them, if asked for). Parameters that map them keep their values."""
-        with Ending() as stack:
+        with ExitStack() as stack:
             stack.callback(self._remove_files)
             if self._is_at_rest:  # what failed then was told then
                 stack.enter_context(suppress(SSDOffloadError))

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lightning_ssd.io.faulty import Fault, FaultyEngine, When
 
 from lightning_ssd.errors import DeadlineError, IoError
 from lightning_ssd.io import deadline
@@ -17,6 +16,7 @@ from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.engine import File, IOOptions
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.memory.pool import Pool
+from tests.helpers.faulty import Fault, FaultyEngine, When
 
 
 class Clock:
