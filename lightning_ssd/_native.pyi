@@ -36,18 +36,15 @@ def make_posix_engine(block_nbytes: int, num_threads: int) -> IoEngine: ...
 def make_uring_engine(block_nbytes: int, depth: int) -> IoEngine:
     """Raises OSError where io_uring is missing, forbidden or too old."""
 
-def handle_bus_errors(prepare: object) -> bool:
+def handle_bus_errors(raise_: object) -> bool:
     """
-    Where a watched mapping cannot be read it becomes NaN, and Python's handler of SIGBUS, which `prepare` sets, is called soon.
+    Where a watched mapping cannot be read it becomes NaN, and the main thread soon calls `raise_` with what is known of the mapping and the offset in it.
     """
 
 def watch_mapping(address: int, nbytes: int, about: object) -> int:
     """Returns what forget_mapping takes."""
 
 def forget_mapping(watched: int) -> None: ...
-
-def take_bus_error() -> tuple[object, int] | None:
-    """(about, offset in the mapping) of one that was not taken yet."""
 
 class Dtype(enum.Enum):
     """Element type of an array."""

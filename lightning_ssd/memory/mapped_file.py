@@ -3,8 +3,10 @@
 [Note: bus errors] The kernel answers an access to such a page with SIGBUS. The native module's handler puts NaN bytes
 there instead, so that the access ends, and has the interpreter call `_raise`: the main thread raises the error before
 its next call, or after the one that runs. What is computed from the NaN meanwhile is never plausible. Nothing is read
-for this before it is used. Without the native module, or where no session was ever made in the main thread, the process
-ends by SIGBUS.
+for this before it is used. Without the native module the process ends by SIGBUS.
+
+Python knows nothing of the handler, so that nobody who saves and restores Python's handlers puts one in its place that
+returns without having done anything: the access would be repeated for ever.
 """
 
 from __future__ import annotations
@@ -13,11 +15,8 @@ import ctypes
 import errno
 import mmap
 import os
-import signal
-import threading
 import weakref
 from collections.abc import Callable
-from types import FrameType
 
 from lightning_ssd import _extension
 from lightning_ssd.errors import IoError, as_io_error
@@ -31,8 +30,8 @@ _WAIT_BEFORE = 1  # SYNC_FILE_RANGE_WAIT_BEFORE
 
 def handle_bus_errors() -> None:
     """From now on raise `IoError` where a page of a mapped file cannot be read; see [Note: bus errors]."""
-    if _extension._native is not None and threading.current_thread() is threading.main_thread():
-        _extension._native.handle_bus_errors(lambda: signal.signal(signal.SIGBUS, _raise))
+    if _extension._native is not None:
+        _extension._native.handle_bus_errors(_raise)
 
 
 def map_file(fd: int, nbytes: int, path: str, about: About, *, private: bool = False) -> mmap.mmap:
@@ -74,8 +73,6 @@ def wait_for_write_back(fd: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _raise(signum: int, frame: FrameType | None) -> None:
-    found = _extension._native.take_bus_error()
-    if found is not None:
-        (path, about), offset = found
-        raise IoError(errno.EIO, os.fspath(path), offset, mmap.PAGESIZE, f"read of {about(offset)}, mapped,")
+def _raise(known: tuple[str, About], offset: int) -> None:
+    path, about = known
+    raise IoError(errno.EIO, path, offset, mmap.PAGESIZE, f"read of {about(offset)}, mapped,")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from typing import Any
 
@@ -205,3 +206,13 @@ def is_async_checkpoint_plugin(plugin: Any) -> bool:
         f"the checkpoint plugin {type(plugin).__name__} cannot be used with strategy='ssd_offload', whose checkpoints "
         "are directories of hard links: remove it from plugins"
     )
+
+
+def keep_bus_errors_handled(trainer: Any) -> None:
+    """Have the Trainer, which puts back every signal's handler that Python knew, leave that of SIGBUS.
+
+    Parameters are mapped files after the run, too; see [Note: bus errors] in `lightning_ssd.memory.mapped_file`.
+    """
+    handlers = getattr(getattr(trainer, "_signal_connector", None), "_original_handlers", None)
+    if isinstance(handlers, dict) and handlers.get(signal.SIGBUS) is signal.SIG_DFL:
+        del handlers[signal.SIGBUS]

@@ -388,6 +388,7 @@ class StrategyMixin(CheckpointMixin):
         if self._session is not None:
             self._end_session(self._session)
         if self.lightning_module is not None:
+            guards.keep_bus_errors_handled(self.lightning_module._trainer)
             for module in self.lightning_module.modules():
                 for name, buffer in module._buffers.items():
                     if buffer is not None:

@@ -3,9 +3,9 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
-#include <signal.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <system_error>
@@ -71,6 +71,42 @@ auto stats(const OwnedEngine& engine) {
                          stats.write_busy_s);
 }
 
+// What is known of each watched mapping; with the interpreter's lock. Never destroyed: it may outlive the interpreter.
+struct KnownMappings {
+  std::unordered_map<uintptr_t, nb::object> about;
+  nb::object raise;
+};
+
+KnownMappings& known_mappings() {
+  static auto& known = *new KnownMappings;
+  return known;
+}
+
+std::atomic<bool> is_called = false;
+
+// Called by the main thread, with the interpreter's lock.
+int raise_bus_error(void*) {
+  is_called = false;
+  std::optional<std::pair<nb::object, size_t>> first;
+  while (const auto found = take_bus_error()) {
+    const auto known = known_mappings().about.find(found->watched);
+    if (!first && known != known_mappings().about.end()) first.emplace(known->second, found->offset);
+  }
+  if (!first) return 0;
+  try {
+    known_mappings().raise(first->first, first->second);
+  } catch (nb::python_error& error) {
+    error.restore();
+    return -1;
+  }
+  return 0;
+}
+
+// In a signal's handler. The signal comes from an access to mapped memory, so its thread holds no lock of Python's.
+void call_for_bus_errors() {
+  if (!is_called.exchange(true) && Py_AddPendingCall(raise_bus_error, nullptr) != 0) is_called = false;
+}
+
 void raise_os_error(const std::exception_ptr& pointer, void*) {
   try {
     std::rethrow_exception(pointer);
@@ -113,20 +149,19 @@ void bind_io(nb::module_& module) {
 
   module.def(
       "handle_bus_errors",
-      [](const nb::object& prepare) {
-        return handle_bus_errors([] { PyErr_SetInterruptEx(SIGBUS); }, [&prepare] { prepare(); });
+      [](nb::object raise) {
+        known_mappings().raise = std::move(raise);
+        return handle_bus_errors(call_for_bus_errors);
       },
-      "prepare"_a,
-      "Where a watched mapping cannot be read it becomes NaN, and Python's handler of SIGBUS, which `prepare` sets, is "
-      "called soon.");
-  // What is known of each watched mapping; with the interpreter's lock. Never destroyed: it may outlive the
-  // interpreter.
-  static auto& known = *new std::unordered_map<uintptr_t, nb::object>;
+      "raise_"_a,
+      "Where a watched mapping cannot be read it becomes NaN, and the main thread soon calls `raise_` with what is "
+      "known "
+      "of the mapping and the offset in it.");
   module.def(
       "watch_mapping",
       [](uintptr_t address, size_t nbytes, nb::object about) {
         const uintptr_t watched = watch_mapping(address, nbytes);
-        known[watched] = std::move(about);
+        known_mappings().about[watched] = std::move(about);
         return watched;
       },
       "address"_a, "nbytes"_a, "about"_a, "Returns what forget_mapping takes.");
@@ -134,15 +169,7 @@ void bind_io(nb::module_& module) {
       "forget_mapping",
       [](uintptr_t watched) {
         forget_mapping(watched);
-        known.erase(watched);
+        known_mappings().about.erase(watched);
       },
       "watched"_a);
-  module.def(
-      "take_bus_error",
-      []() -> std::optional<std::tuple<nb::object, size_t>> {
-        const auto found = take_bus_error();
-        if (!found || !known.contains(found->watched)) return std::nullopt;
-        return std::make_tuple(known[found->watched], found->offset);
-      },
-      "(about, offset in the mapping) of one that was not taken yet.");
 }

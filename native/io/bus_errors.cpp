@@ -75,17 +75,16 @@ Node* free_node() {
 
 }  // namespace
 
-bool handle_bus_errors(void (*notify)(), const std::function<void()>& prepare) {
-  struct sigaction before{};
-  if (sigaction(SIGBUS, nullptr, &before) != 0) return false;
-  prepare();
-  notify_owner.store(notify);
+bool handle_bus_errors(void (*notify)()) {
   struct sigaction action{};
   action.sa_sigaction = on_bus_error;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
   sigemptyset(&action.sa_mask);
+  struct sigaction before{};
+  notify_owner.store(notify);
+  if (sigaction(SIGBUS, &action, &before) != 0) return false;
   if (before.sa_sigaction != on_bus_error) action_before = before;
-  return sigaction(SIGBUS, &action, nullptr) == 0;
+  return true;
 }
 
 uintptr_t watch_mapping(uintptr_t begin, size_t nbytes) {

@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <optional>
 
 namespace lightning_ssd::io {
@@ -14,9 +13,9 @@ struct BusError {
 };
 
 // From now on, where a page of a watched mapping cannot be read, it and up to 2 MiB after it become private memory of
-// 0xFF bytes (NaN), and `notify` is called, in the signal's handler. What faults elsewhere gets the action that was
-// there before `prepare`, which is called here. Returns whether the handler is there.
-bool handle_bus_errors(void (*notify)(), const std::function<void()>& prepare);
+// 0xFF bytes (NaN), and `notify` is called, in the signal's handler, by the thread that read. What faults elsewhere
+// gets the action that was there before. Returns whether the handler is there.
+bool handle_bus_errors(void (*notify)());
 
 // Returns what `forget_mapping` takes. Thread-safe; not for handlers.
 uintptr_t watch_mapping(uintptr_t begin, size_t nbytes);

@@ -16,7 +16,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ssd.checkpoint.load import CheckpointReader
@@ -126,12 +125,6 @@ def test_a_fault_of_the_disk_is_one_error_of_ours_or_nothing(
     step = int(saved[-1].stem.removeprefix("step="))
     rest = run(disk.path, engine=engine, max_steps=5, ckpt_path=str(saved[-1]))
     assert rest.losses[: 4 - step] == whole.losses[step:]
-
-
-def _matches(pattern: str, text: str) -> bool:
-    import re
-
-    return re.search(pattern, text) is not None
 
 
 def test_gradients_that_could_not_be_written_back_are_not_trained_on(disk: Disk) -> None:
