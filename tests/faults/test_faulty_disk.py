@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,9 +115,7 @@ def test_a_fault_of_the_disk_is_one_error_of_ours_or_nothing(
     assert disk.set_rules() > 0, "the run did not get there"
     if says:
         damaged = rule.fault == "flip" and error is None  # found when it is read
-        assert damaged or (error is not None and torch.is_tensor(torch.ones(1)) and _matches(says, str(error))), str(
-            error
-        )
+        assert damaged or (error is not None and re.search(says, str(error))), str(error)
     else:
         assert result is not None
         assert result.losses == whole.losses
