@@ -14,17 +14,16 @@ from tests.helpers.training import Module
 class Causal(Module):
     """The way people wrap these models: labels in, loss out, generation's cache left on."""
 
-    def __init__(self, folder: Path, use_cache: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__(nn.Identity())
         self._folder: Path | None = folder
-        self._use_cache = use_cache
 
     def configure_model(self) -> None:
         from transformers import AutoModelForCausalLM
 
         if self._folder is not None:
             self.net, self._folder = AutoModelForCausalLM.from_pretrained(self._folder).train(), None
-            self.net.config.use_cache = self._use_cache
+            self.net.config.use_cache = True
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return self.net(input_ids=batch[0], labels=batch[0]).loss

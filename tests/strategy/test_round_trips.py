@@ -59,11 +59,6 @@ def from_pretrained(folder: Path) -> nn.Module:
     return model
 
 
-def causal(folder: Path, *, plain: bool = False) -> Causal:
-    # A block that is recomputed gets no cache, and filling one rounds attention otherwise; so neither run has one.
-    return Causal(folder, use_cache=not plain)
-
-
 def tensors_of(module: Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.net.state_dict().items()}
 
@@ -86,17 +81,17 @@ def pretrained(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_a_hugging_face_folder_is_trained_and_exported(tmp_path: Path, pretrained: Path) -> None:
-    module = causal(pretrained)
+    module = Causal(pretrained)
     trainer = fit(tmp_path, streamed(), module, 4)
     trainer.save_checkpoint(tmp_path / "trained.ckpt")
     export(tmp_path / "trained.ckpt", tmp_path / "out", pretrained)
-    plain = causal(pretrained, plain=True)
+    plain = Causal(pretrained)
     fit(tmp_path, "auto", plain, 4)
     assert module.losses == plain.losses
     trained = tensors_of(plain)
     assert_equal(tensors_of(module), trained)
     assert_equal(from_pretrained(tmp_path / "out").state_dict(), trained)
-    again = causal(tmp_path / "out")  # and the way may be gone once more
+    again = Causal(tmp_path / "out")  # and the way may be gone once more
     fit(tmp_path, streamed(), again, 1)
     before = load_file(pretrained / "model.safetensors")
     assert not torch.equal(trained[name := next(iter(before))], before[name])
@@ -105,7 +100,7 @@ def test_a_hugging_face_folder_is_trained_and_exported(tmp_path: Path, pretraine
 def test_a_hugging_face_folder_comes_out_as_it_went_in(tmp_path: Path, pretrained: Path) -> None:
     """Without a step, and through ``lightning-ssd import`` too."""
     trainer = make_trainer(tmp_path, streamed())
-    trainer.validate(module := causal(pretrained), DataLoader(Tokens(4), batch_size=4), verbose=False)
+    trainer.validate(module := Causal(pretrained), DataLoader(Tokens(4), batch_size=4), verbose=False)
     trainer.save_checkpoint(tmp_path / "opened.ckpt")
     export(tmp_path / "opened.ckpt", tmp_path / "opened", pretrained)
     lightning_ssd("import", pretrained, tmp_path / "imported.ckpt")
@@ -124,15 +119,15 @@ def test_a_hugging_face_folder_comes_out_as_it_went_in(tmp_path: Path, pretraine
 def test_a_hugging_face_folder_is_imported_and_trained(tmp_path: Path, pretrained: Path) -> None:
     """Into a model that began with other weights, whose own checkpoint says what it is."""
     other = make_folder(tmp_path / "other", pretrained.name, seed=1)
-    fit(tmp_path, streamed(), causal(other), 1).save_checkpoint(tmp_path / "like.ckpt")
+    fit(tmp_path, streamed(), Causal(other), 1).save_checkpoint(tmp_path / "like.ckpt")
     target = tmp_path / "imported.ckpt"
     lightning_ssd("import", pretrained, target, "--like", tmp_path / "like.ckpt")
     export(target, tmp_path / "untrained", pretrained)
     assert_equal(from_pretrained(tmp_path / "untrained").state_dict(), from_pretrained(pretrained).state_dict())
-    module = causal(other)
+    module = Causal(other)
     fit(tmp_path, streamed(), module, 4, target).save_checkpoint(tmp_path / "trained.ckpt")
     export(tmp_path / "trained.ckpt", tmp_path / "out", pretrained)
-    plain = causal(pretrained, plain=True)
+    plain = Causal(pretrained)
     fit(tmp_path, "auto", plain, 4)
     assert module.losses == plain.losses
     assert_equal(from_pretrained(tmp_path / "out").state_dict(), tensors_of(plain))
