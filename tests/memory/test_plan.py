@@ -213,7 +213,7 @@ def test_a_small_model_is_kept_in_less_than_it_would_stream_through() -> None:
     kept = make_plan(units, chains, budget_nbytes=9 * MiB, demand=Demand(recomputes=None))
     assert kept.fits
     assert not kept.recomputes
-    with pytest.raises(MemoryPlanError, match=r"with states, 48.00 KiB.*Set host_memory to at least 9MiB"):
+    with pytest.raises(MemoryPlanError, match=r"always stays 48.00 KiB.*Set host_memory to at least 9MiB"):
         make_plan(units, chains, budget_nbytes=8 * MiB, demand=Demand(recomputes=None))
 
 
