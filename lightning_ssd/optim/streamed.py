@@ -170,13 +170,13 @@ class StreamedOptimizer(OptimizerState):
 
         def run() -> None:
             try:
+                self.check_grads(unit, mine, True)  # before what lands is added to them
                 if land is not None:
                     land()
                     require_finite(unit, mine)
                     for part in parts.values():
                         part.version = part.grad._version  # what landed may have been added to it
                 residents.end_copy(unit)
-                self.check_grads(unit, mine, True)
                 loan = residents.lend(unit, reads=reads)
             finally:
                 end_borrow()
