@@ -126,7 +126,7 @@ def _remedy(code: int) -> str:
 class Ending:
     """Callbacks that are called on leaving, the last one first, each whatever became of the others.
 
-    Where several fail, the first error is raised, since it is the cause more often than not; of others there is a
+    Where several fail, the first error is raised, since it is the cause more often than not; of others there is one
     warning. (`contextlib.ExitStack` raises the last.)
     """
 
@@ -142,6 +142,7 @@ class Ending:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         first = error
+        later: list[str] = []
         for call in reversed(self._callbacks):
             try:
                 call()
@@ -149,7 +150,9 @@ class Ending:
                 if first is None:
                     first = failure
                 elif str(failure) != str(first):
-                    warnings.warn(f"after the first error, at the end of the run: {failure}", stacklevel=2)
+                    later.append(str(failure))
+        if later:
+            warnings.warn(f"after the first error, {len(later)} more at the end, the last: {later[-1]}", stacklevel=2)
         if first is not None and first is not error:
             raise first
 

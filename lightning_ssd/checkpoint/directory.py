@@ -25,6 +25,7 @@ from typing import IO
 
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE, UNITS, check_relative_path
 from lightning_ssd.errors import CheckpointError, IoError
+from lightning_ssd.io.deadline import in_time
 from lightning_ssd.io.folder import Folder
 
 INNER_NBYTES = 1 + 255 + 1 + 150
@@ -297,7 +298,7 @@ def _publish(parent: Folder, staged: Folder, name: str, old: Folder | None) -> s
 def _replace(parent: Folder, own: str, name: str) -> str:
     """Exchange a new checkpoint with the old one; return the name of the old one now."""
     inside = f"/proc/self/fd/{parent.fd}"
-    if _exchange(f"{inside}/{own}", f"{inside}/{name}"):
+    if in_time(lambda: _exchange(f"{inside}/{own}", f"{inside}/{name}"), inside, "rename"):
         return own
     old = sibling(name, "old")
     parent.rename(name, old)

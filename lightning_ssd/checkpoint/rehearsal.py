@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 
@@ -14,6 +15,7 @@ from lightning_ssd.checkpoint.save import save
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
 from lightning_ssd.checkpoint.writer import lay_out_tensors
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io.deadline import in_time
 
 _WAIT_S = 10.0
 
@@ -78,7 +80,7 @@ def _files(paths: Sequence[str]) -> Iterator[list[UnitFile]]:
     finally:
         for path in paths:
             with suppress(FileNotFoundError):
-                os.unlink(path)
+                in_time(partial(os.unlink, path), path, "unlink")
 
 
 @contextmanager
@@ -94,4 +96,4 @@ def _without_traces(folder: str) -> Iterator[None]:
     finally:
         for path in missing:
             with suppress(OSError):
-                os.rmdir(path)
+                in_time(partial(os.rmdir, path), path, "rmdir")

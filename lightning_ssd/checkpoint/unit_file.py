@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
 from lightning_ssd.checkpoint.writer import StreamWriter, as_bytes, new_file
+from lightning_ssd.io.deadline import in_time
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.store.header import TensorEntry, encode_header
 
@@ -57,7 +58,11 @@ class UnitFile:
         source, where = self.source, None
         if self.folder is not None:
             source, where = os.path.basename(source), self.folder.fd
-        os.link(source, name, src_dir_fd=where, dst_dir_fd=folder.fd, follow_symlinks=False)
+
+        def link() -> None:
+            os.link(source, name, src_dir_fd=where, dst_dir_fd=folder.fd, follow_symlinks=False)
+
+        in_time(link, self.source, "link")
 
 
 @dataclass(frozen=True)

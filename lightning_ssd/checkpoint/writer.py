@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import IO, Any, cast
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import Bytes, checksum
 from lightning_ssd.errors import CheckpointError, naming
-from lightning_ssd.io.deadline import sync
+from lightning_ssd.io.deadline import in_time, sync
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import name_of
@@ -71,7 +72,7 @@ class StreamWriter:
         if self._checksummed:
             self.checksum = checksum(piece, self.checksum)
         while piece.nbytes:
-            written = os.write(self._fd, piece.data)
+            written = in_time(partial(os.write, self._fd, piece.data), f"descriptor {self._fd}", "write")
             self.nbytes += written
             piece = piece[written:]
         if self.nbytes - self._flushed_nbytes >= FLUSH_NBYTES:
@@ -142,11 +143,13 @@ def write_pickle(writer: StreamWriter, content: Mapping[str, Any]) -> None:
         torch.save(content, cast(IO[bytes], writer))
     except (RuntimeError, pickle.PicklingError, AttributeError, TypeError) as error:
         # torch closes its archive when a write fails, fails at that as well, and shows only the second error.
-        # It also keeps the writer for ever, which must not keep the error: its frames hold the whole training.
-        failure, writer.error = writer.error, None
+        failure = writer.error
         if failure is not None:
             raise failure from error
         raise CheckpointError(f"part of the training state cannot be pickled: {error}") from error
+    finally:
+        # torch keeps the writer for ever, which must not keep the error: its frames hold the whole training.
+        writer.error = failure = None
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -234,10 +235,9 @@ class File:
         self.direct_fd = self.tail_fd = -1
         if self.hangs:
             return  # used again for another file, the numbers would lead what is still to be handed to the system there
-        if tail_fd >= 0:
-            os.close(tail_fd)
-        if direct_fd not in (-1, tail_fd):
-            os.close(direct_fd)
+        for fd in {tail_fd, direct_fd} - {-1}:
+            with suppress(OSError):  # of a disk that is gone; what must be durable is synced, and the number is free
+                os.close(fd)
 
     def __repr__(self) -> str:
         return f"File({self.path!r}, {self.nbytes} bytes, {'direct' if self.is_direct else 'buffered'})"

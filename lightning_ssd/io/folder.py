@@ -11,11 +11,14 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import TypeVar
 
-from lightning_ssd.io.deadline import sync
+from lightning_ssd.io.deadline import in_time, require_answering, sync
+
+T = TypeVar("T")
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -62,8 +65,7 @@ class Folder:
         Raises:
             OSError: It exists, cannot be made, or somebody else has put another one in its place.
         """
-        with self._naming(name):
-            os.mkdir(name, 0o700, dir_fd=self.fd)
+        self._change(name, lambda: os.mkdir(name, 0o700, dir_fd=self.fd), "making a directory")
         try:
             made = self.folder(name)
         except OSError:
@@ -79,23 +81,23 @@ class Folder:
         """Open what is called ``name``; neither a symlink nor a FIFO in its place is followed or waited for."""
         if self.fd < 0:
             raise FileNotFoundError(errno.ENOENT, "its directory was closed", os.path.join(self.path, name))
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        if flags & os.O_CREAT:
+            return self._change(name, lambda: os.open(name, flags, mode, dir_fd=self.fd), "create")
         with self._naming(name):
-            return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=self.fd)
+            return os.open(name, flags, mode, dir_fd=self.fd)
 
     def unlink(self, name: str) -> None:
         """Remove a file's name."""
-        with self._naming(name):
-            os.unlink(name, dir_fd=self.fd)
+        self._change(name, lambda: os.unlink(name, dir_fd=self.fd), "unlink")
 
     def rmdir(self, name: str) -> None:
         """Remove an empty directory."""
-        with self._naming(name):
-            os.rmdir(name, dir_fd=self.fd)
+        self._change(name, lambda: os.rmdir(name, dir_fd=self.fd), "rmdir")
 
     def rename(self, name: str, new_name: str) -> None:
         """Give what is called ``name`` another name in this directory."""
-        with self._naming(name):
-            os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        self._change(name, lambda: os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=self.fd), "rename")
 
     def stat(self, name: str) -> os.stat_result:
         """About what has the name, a symlink itself."""
@@ -148,9 +150,14 @@ class Folder:
             with suppress(FileNotFoundError):
                 self.unlink(name)
 
+    def _change(self, name: str, call: Callable[[], T], what: str) -> T:
+        with self._naming(name):
+            return in_time(call, os.path.join(self.path, name), what)
+
     @contextmanager
     def _naming(self, name: str) -> Iterator[None]:
         """Let an error show the whole path."""
+        require_answering(os.path.join(self.path, name), "access")
         try:
             yield
         except OSError as error:

@@ -130,7 +130,8 @@ class RunDirectory:
                 with suppress(OSError):  # the user removed it, or the disk is full: then it is as one of a dead run
                     _describe(self._lock_fd, keep=True, ended=True)
         finally:
-            os.close(self._lock_fd)
+            with suppress(OSError):  # of a disk that is gone
+                os.close(self._lock_fd)
             self._lock_fd = -1
             self.folder.close()
             self._root.close()

@@ -23,10 +23,11 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor
 
-from lightning_ssd.errors import IoError, StoreError, as_io_error, gone
+from lightning_ssd.errors import Ending, IoError, StoreError, as_io_error, gone
 from lightning_ssd.io.engine import Engine, File, Transfer
 from lightning_ssd.io.folder import Folder, is_own_file
 from lightning_ssd.kernels.api import crc32c_each, is_native
@@ -446,14 +447,14 @@ class StateStore:
     def suspend(self) -> None:
         """Close all files without forgetting them; recycled ones are removed. A second call does nothing."""
         self.stop_keeping()
-        for generation in self._current.values():
-            generation.file.close()
-        for files in self._free.values():
-            for file in files:
-                _unlink(file)
-                file.close()
-        self._free.clear()
-        self._is_suspended = True
+        with Ending() as ending:
+            for generation in self._current.values():
+                ending.callback(generation.file.close)
+            for file in itertools.chain.from_iterable(self._free.values()):
+                ending.callback(file.close)
+                ending.callback(partial(_unlink, file))
+            self._free.clear()
+            self._is_suspended = True
 
     def resume(self, engine: Engine) -> None:
         """Open the files again after `suspend`."""
@@ -474,8 +475,9 @@ class StateStore:
                 file.close()
         self._current.clear()
         self._free.clear()
-        for directory in self._directories:
-            directory.close(remove=remove)
+        with Ending() as ending:
+            for directory in self._directories:
+                ending.callback(partial(directory.close, remove=remove))
 
     def _file(self, name: str, nbytes: int, disk: int) -> File:
         directory = self._directories[disk].path
@@ -488,7 +490,7 @@ class StateStore:
             try:
                 file.rename(os.path.join(directory, name))
             except BaseException:
-                file.close()
+                file.close()  # nobody has it any more
                 raise
             return file
         try:

@@ -29,7 +29,7 @@ from lightning_ssd.checkpoint.state_dict import (
 )
 from lightning_ssd.codec import float32
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.io.deadline import syncing_with
+from lightning_ssd.io.deadline import within
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.strategy.session import Session
@@ -85,7 +85,7 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any, *, streams: bo
         files = [_unit_file(session.store.on_disk(g)) for g in _generations(session, kinds)]
         records = _records(session, weights.rest) if has_optimizers and streams else []
         dtypes = {n: u.layout.dtype for u in session.units if "param" in kinds[u.name] for n in u.names}
-        with syncing_with(session.engine.patience):
+        with within(session.engine.patience):
             done = saving.save(
                 os.fspath(path),
                 files,

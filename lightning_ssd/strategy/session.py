@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ssd.errors import ConfigurationError, Ending, IoError, SSDOffloadError
+from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
 from lightning_ssd.memory.device_plan import device_capacity, tensors_nbytes
@@ -316,7 +317,8 @@ class Session:
     def rest(self) -> None:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
         self._is_at_rest = True
-        with Ending() as stack:  # in reverse order, each whatever became of the one before
+        # In reverse order, each whatever became of the one before.
+        with within(self.engine.patience), Ending() as stack:
             stack.callback(trim_heap)  # here, not while training
             pools, self._pools = self._pools, []
             for pool in pools:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ssd.errors import SSDOffloadError
-from lightning_ssd.io.deadline import syncing_with
+from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.strategy import guards
@@ -265,7 +265,7 @@ class StrategyMixin(CheckpointMixin):
             self._succession.move_into(self.session, ())
         self.setup_precision_plugin()
         has_gate = trainer.accumulate_grad_batches > 1 or not all(map(self._may_stream_updates, self.optimizers))
-        with syncing_with(self.session.engine.patience):
+        with within(self.session.engine.patience):
             checkpoints = prepare_checkpoints(self.session, trainer) if trainer.state.fn == "fit" else []
         self.session.start(self.lightning_module, has_gate=has_gate)
         logging.getLogger(f"{self._namespace}.ssd_offload").info("\n".join([summary(self.session), *checkpoints]))

@@ -83,9 +83,10 @@ def test_a_failing_teardown_does_not_take_the_place_of_the_error(
     def broken(self: object, batch: object, batch_idx: int) -> None:
         raise ZeroDivisionError("the cause")
 
-    monkeypatch.setattr(Session, "rest", failing)
-    monkeypatch.setattr(Module, "training_step", broken)
-    with pytest.raises(ZeroDivisionError, match="the cause"):
-        train(tmp_path, small_gpt, streamed(), max_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "rest", failing)
+        patch.setattr(Module, "training_step", broken)
+        with pytest.raises(ZeroDivisionError, match="the cause"):
+            train(tmp_path, small_gpt, streamed(), max_steps=1)
     finish_backward()
     assert ended == [True]
