@@ -17,11 +17,23 @@ PROBE_NUMEL = 4096
 """Elements of the small parameter, so many that step counts do not matter."""
 
 
+UNKNOWN_SHARE = 5.0
+"""What AdamW with amsgrad allocates: three states and two temporaries."""
+
+
 def temporary_share(rule: Rule, options: Options, num_dims: int) -> float:
     """Most bytes that are allocated at once in an update of a parameter of ``num_dims`` dimensions, per byte of it.
 
-    The first update is one of them, in which the class makes its states.
+    The first update is one of them, in which the class makes its states. `UNKNOWN_SHARE` where the class cannot be
+    watched, such as a schedule-free one that is not in train mode yet.
     """
+    try:
+        return _watched_share(rule, options, num_dims)
+    except Exception:  # the user's class may fail in any way; its real steps tell of it
+        return UNKNOWN_SHARE
+
+
+def _watched_share(rule: Rule, options: Options, num_dims: int) -> float:
     side = round(PROBE_NUMEL ** (1 / max(num_dims, 1)))
     param = torch.zeros((side,) * max(num_dims, 1))
     grad, options = torch.full_like(param, 1e-3), dict(options)
