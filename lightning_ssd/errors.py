@@ -75,7 +75,7 @@ class IoError(SSDOffloadError, OSError):
     def __init__(self, errno: int, path: str, offset: int, nbytes: int, what: str = "transfer") -> None:
         where = f" of {nbytes} bytes at offset {offset}" if nbytes else ""
         reason = f"{os.strerror(errno)} (errno {errno})"
-        message = f"{what}{where} of {path!r} failed: {reason}; {_remedy(errno)}"
+        message = f"{what}{where} of {path!r} failed: {reason}; {remedy(errno)}"
         super().__init__(message)
         self.errno = errno
         self.path = path
@@ -119,8 +119,14 @@ _REMEDIES = {
 }
 
 
-def _remedy(code: int) -> str:
+def remedy(code: int) -> str:
+    """What somebody can do about an error of the system on a file."""
     return _REMEDIES.get(code, "see the kernel's log, or choose another place")
+
+
+def with_remedy(error: OSError) -> str:
+    """The message of an error of the system on a file, with what somebody can do about it."""
+    return str(error) if isinstance(error, SSDOffloadError) else f"{error}; {remedy(error.errno or 0)}"
 
 
 class Ending:

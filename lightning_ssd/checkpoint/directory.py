@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import IO
 
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE, UNITS, check_relative_path
-from lightning_ssd.errors import CheckpointError, IoError
+from lightning_ssd.errors import CheckpointError, IoError, with_remedy
 from lightning_ssd.io.deadline import in_time
 from lightning_ssd.io.folder import Folder
 
@@ -89,7 +89,8 @@ def remove(path: str | os.PathLike[str], recycle: Recycle | None = None) -> None
     try:
         _remove(target, recycle)
     except OSError as error:
-        raise CheckpointError(f"checkpoint {target!r} could not be removed: {error}; the others are whole") from error
+        why = with_remedy(error)
+        raise CheckpointError(f"checkpoint {target!r} could not be removed: {why}; the others are whole") from error
 
 
 def _remove(target: str, recycle: Recycle | None) -> None:

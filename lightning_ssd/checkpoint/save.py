@@ -55,7 +55,7 @@ from lightning_ssd.checkpoint.writer import (
     write_pickle,
     write_tensors,
 )
-from lightning_ssd.errors import CheckpointError, CorruptionError, naming
+from lightning_ssd.errors import CheckpointError, CorruptionError, naming, with_remedy
 from lightning_ssd.io.deadline import sync as sync_disk
 from lightning_ssd.io.folder import Folder, is_own_file
 from lightning_ssd.paths import too_long
@@ -159,7 +159,8 @@ def save(
             _make_durable(staged, (*small, MANIFEST))
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint {target!r} could not be saved: {error}; one of that name that was there is still whole"
+            f"checkpoint {target!r} could not be saved: {with_remedy(error)}; one of that name that was there is still "
+            "whole"
         ) from error
     return SaveReport(job.nbytes_linked, job.nbytes_written, time.monotonic() - begin_s, moved_aside)
 

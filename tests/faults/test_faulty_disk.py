@@ -2,6 +2,9 @@
 
 What the other tests do to our calls, the disk does here to the kernel's, so page cache, write-back, mapped memory and
 io_uring are in between. Needs root and ``/dev/fuse``.
+
+``LIGHTNING_SSD_FAULTS_TABLE=docs/results/faults.md python -m pytest -q -n 0 tests/faults/test_faulty_disk.py -m soak``
+writes what came of each into ``faulty_disk.md`` beside it.
 """
 
 from __future__ import annotations
@@ -36,6 +39,17 @@ pytestmark = [
 RUN, SAVED = "*ssd-run-*", "saved/*"
 CLIP = {"gradient_clip_val": 0.5}
 LIMIT_S = 60.0
+TABLE = os.environ.get("LIGHTNING_SSD_FAULTS_TABLE")
+HEAD = """# Faults of a disk
+
+What comes of faults that a file system below a run makes (FUSE, over a real one), from the third step on. Written by
+`tests/faults/test_faulty_disk.py` (its first lines say how), which also checks that the run ends within a minute, that
+what was saved before is whole, and that the run goes on from it to the same losses. Where the disk hangs, that the
+process ends; the disk had a second to answer.
+
+| what fails | engine | what comes of it |
+| --- | --- | --- |
+"""
 
 # What fails, from the end of the second step on, and what the error says if there is one.
 FAULTS: dict[str, tuple[DiskRule, str]] = {
@@ -56,6 +70,16 @@ FAULTS: dict[str, tuple[DiskRule, str]] = {
     "saving: takes its name, EIO": (DiskRule("rename", "saved/*", "EIO"), "could not be saved: .*Input/output error"),
     "saving: directory, EIO": (DiskRule("mkdir", "saved/*", "EIO"), "could not be saved: .*Input/output error"),
 }
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[list[tuple[str, str, str]]]:
+    """What fails, the engine, what comes of it."""
+    found: list[tuple[str, str, str]] = []
+    yield found
+    if TABLE:
+        lines = [f"| {name} | {engine} | {outcome} |" for name, engine, outcome in found]
+        Path(TABLE).with_name("faulty_disk.md").write_text(HEAD + "\n".join(lines) + "\n")
 
 
 @pytest.fixture
@@ -85,6 +109,14 @@ def run(folder: Path, *callbacks: pl.Callback, **kwargs: Any) -> Result:
     return train(folder, small_gpt, strategy, **(options | kwargs))
 
 
+def plain(text: str, folder: Path) -> str:
+    """Without what differs from run to run."""
+    text = re.sub(r"ssd-run-[\w-]+", "ssd-run", text.replace(str(folder), ""))
+    text = re.sub(r"\.(tmp|old|rehearsal)-[\w-]+", r".\1", text)
+    text = re.sub(r"\([\d.]+ [KMGT]iB free\)", "(... free)", re.sub(r"/\d{8}-", "/", text))
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
 def good(folder: Path) -> list[Path]:
     """Checkpoints that verify, by step."""
     found = []
@@ -101,7 +133,7 @@ def good(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("engine", ["uring", "posix"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_of_the_disk_is_one_error_of_ours_or_nothing(
-    tmp_path: Path, disk: Disk, name: str, engine: str
+    tmp_path: Path, disk: Disk, name: str, engine: str, rows: list[tuple[str, str, str]]
 ) -> None:
     rule, says = FAULTS[name]
     if engine == "posix" and rule.operation not in ("read", "write"):
@@ -122,6 +154,8 @@ def test_a_fault_of_the_disk_is_one_error_of_ours_or_nothing(
         assert result is not None
         assert rule.fault in ("short", "flip")  # what was written wrong last is found when it is read
         assert result.losses == whole.losses
+    outcome = "no effect, or found when it is read" if error is None else f"{type(error).__name__}: {error}"
+    rows.append((name, engine, plain(outcome, disk.path)))
     saved = good(disk.path / "saved")
     assert saved, "what was saved before is whole"
     step = int(saved[-1].stem.removeprefix("step="))
@@ -177,7 +211,9 @@ HANGS: dict[str, DiskRule] = {
 
 
 @pytest.mark.parametrize("name", HANGS)
-def test_a_disk_that_hangs_is_an_error_and_the_process_ends(disk: Disk, name: str) -> None:
+def test_a_disk_that_hangs_is_an_error_and_the_process_ends(
+    disk: Disk, name: str, rows: list[tuple[str, str, str]]
+) -> None:
     disk.set_rules(HANGS[name])
     command = [sys.executable, "-W", "ignore", "-m", "tests.faults.hanging", str(disk.path), "uring", "{}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT_S)
@@ -185,4 +221,6 @@ def test_a_disk_that_hangs_is_an_error_and_the_process_ends(disk: Disk, name: st
     assert done.returncode == 1
     assert "raised " in done.stdout
     assert "io.deadline_s" in done.stdout
+    said = done.stdout[done.stdout.index("raised ") + len("raised ") :].splitlines()[0]
+    rows.append((f"hangs: {name}", "uring", plain(said, disk.path)))
     assert "Error: " in done.stderr.splitlines()[-1]
