@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_ssd.optim.rules import Options, Rule
 
-PROBE_NUMEL = 4096
-"""Elements of the small parameter, so many that step counts do not matter."""
+PROBE_NUMEL = 256
+"""Elements of the small parameter: so few that a class that decomposes its outer product is quick."""
 
 
 UNKNOWN_SHARE = 5.0
@@ -68,7 +68,7 @@ class _Allocations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             storage = _storage(tensor)
-            if storage.cdata not in given:
+            if storage.cdata not in given and tensor.numel() > 1:  # a step count says nothing of a larger parameter
                 self._alive[storage.cdata] = (storage, tensor.untyped_storage().nbytes())
         self._alive = {key: found for key, found in self._alive.items() if not found[0].expired()}
         self.peak_nbytes = max(self.peak_nbytes, sum(nbytes for _, nbytes in self._alive.values()))
