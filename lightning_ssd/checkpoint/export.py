@@ -175,7 +175,10 @@ def optimizer_state(
     state: dict[int, dict[str, Any]] = {}
     for name, number in numbers.items():
         entry = {key: _as_torch_keeps_it(key, value) for key, value in record.state.get(name, {}).items()}
+        lacking = record.lacking.get(name, ())  # its unit's file of that kind has zeros for it
         for kind in record.kinds if name in record.state else ():
+            if kind in lacking:
+                continue
             try:
                 entry[kind.removesuffix(suffix_of(kind))] = full(name, kind)
             except KeyError:

@@ -53,7 +53,8 @@ def optimizers_for(
         state = {names[old]: dict(values) for old, values in record.state.items() if old in names}
         _count_steps(source, record, names, state, step)
         class_name = record.class_name if model is None or record.class_name != "unknown" else model.class_name
-        records.append(OptimizerRecord(class_name, groups, state, list(record.kinds)))
+        lacking = {names[old]: list(kinds) for old, kinds in record.lacking.items() if names.get(old) in state}
+        records.append(OptimizerRecord(class_name, groups, state, list(record.kinds), lacking))
     odd = [
         (index, names[old], key, value)
         for index, states in source.odd.items()

@@ -209,6 +209,15 @@ def test_a_whole_one_equals_with_the_default_settings_and_resumes(tmp_path: Path
     assert resumed.losses == plain.losses[STEPS // 2 :]
 
 
+@pytest.mark.parametrize("name", ["factored", "group key", "late state"])
+def test_a_streamed_one_resumes_with_each_parameters_own_states(tmp_path: Path, name: str) -> None:
+    plain = train(tmp_path, "auto", STREAMS[name])
+    half = train(tmp_path, streamed(), STREAMS[name], max_steps=6)
+    half.trainer.save_checkpoint(tmp_path / "half")
+    resumed = train(tmp_path, streamed(), STREAMS[name], ckpt_path=str(tmp_path / "half"))
+    assert resumed.losses == plain.losses[6:]
+
+
 def test_one_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     class Idle(PerParameter):
         def update(self, p: Tensor, group: dict[str, Any]) -> None: ...
