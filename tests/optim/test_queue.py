@@ -43,8 +43,8 @@ def test_gradients_without_room_are_waited_for_unless_memory_in_use_would_change
         queue.notify()
     queue.wait(unit)
     assert ran == ["unit"]
+    queue.close()  # until then the thread may be between the two
     assert queue.held_nbytes == 0
-    queue.close()
 
 
 class Hesitant(threading.Condition):

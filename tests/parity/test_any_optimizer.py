@@ -102,6 +102,27 @@ class CountsInAttribute(PerParameter):
         p.add_(p.grad, alpha=-group["lr"] / self.num_steps)
 
 
+class Early(PerParameter):
+    """Makes its state in ``__init__``, as torch's Adagrad did; with ``rows`` one of another shape too."""
+
+    def __init__(self, params: Any, rows: bool = False) -> None:
+        super().__init__(params)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"step": torch.tensor(0.0), "sum": torch.full_like(p, 0.1)}
+                if rows:
+                    self.state[p]["rows"] = torch.ones(p.shape[0])
+
+    def update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        state["step"] += 1
+        state["sum"].addcmul_(p.grad, p.grad)
+        if "rows" in state:
+            state["rows"].mul_(0.9).add_(p.grad.reshape(p.shape[0], -1).sum(1).abs())  # type: ignore[union-attr]
+            p.mul_(1 - 1e-3 / (1 + state["rows"]).reshape(-1, *[1] * (p.dim() - 1)))
+        p.addcdiv_(p.grad, state["sum"].sqrt() + state["step"], value=-group["lr"])
+
+
 class Late(PerParameter):
     """Makes a full state in its fifth step, and drops it in its seventh."""
 
@@ -177,6 +198,8 @@ class Sharp(SGD):
 STREAMS: dict[str, Callable[[Any], Any]] = {
     "group key": lambda m: CountsInGroup(m.parameters()),
     "attribute": lambda m: CountsInAttribute([{"params": [p]} for p in m.parameters()]),
+    "early state": lambda m: Early(m.parameters()),
+    "early state of another shape": lambda m: Early(m.parameters(), rows=True),
     "late state": lambda m: Late(m.parameters()),
     "state that no trial shows": lambda m: VeryLate(m.parameters()),
     "factored": lambda m: Adafactor(m.parameters(), lr=1e-2),
