@@ -57,6 +57,11 @@ def fenced_class(fence: Fence) -> type[nn.Parameter]:
             fence.wake([self])
             return Tensor.as_subclass(self, cls)
 
+        def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
+            # Through __torch_function__ torch (up to 2.10) loses a reference to the class, and with it to the session.
+            with torch._C.DisableTorchFunctionSubclass():
+                return super().is_contiguous(*args, **kwargs)
+
         def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
             # Not through __torch_function__: nn.Parameter looks at type(self) before it touches a value.
             if id(self) in memo:
