@@ -178,7 +178,7 @@ class OptimizerState:
         for name, param, old in zip(unit.names, unit.params, before, strict=True):
             # One parameter's state of this name may have another shape, and be kept beside the files.
             is_full_here = kind in self._initialised.get(param, ())
-            tensor = (loaded[param][kind] if is_full_here else None) if param in mine else old
+            tensor = (loaded.get(param, {}).get(kind) if is_full_here else None) if param in mine else old
             if tensor is not None and tensor.dtype != wanted and tensor.dtype.itemsize > wanted.itemsize:
                 raise CheckpointError(f"state {kind!r} of {name!r} is {tensor.dtype}, the run keeps {wanted}")
             tensors.append(tensor)
