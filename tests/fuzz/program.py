@@ -151,9 +151,9 @@ OFF = {
     "counting": "a key that an optimizer makes in its groups in a step is not known",
     "adafactor": "after a resume, states that a parameter has not are there",
     "Empty": "a unit without elements cannot be updated",
-    "OddNames": "two units may have one name",
-    "ActNorm & validation='sanity'": "what a forward in eval writes by .data in code that it calls is lost (limits.md)",
-    "same_parameters & resume_at": "two optimizers over the same parameters share their state in a checkpoint",
+    "OddNames": "two units may have one name (from the issue, not seen here)",
+    "ActNorm & validation='sanity'": "what a method that a forward in eval calls writes by .data is lost",
+    "same_parameters & resume_at": "other numbers after a resume; the cause is not known yet",
     "'Checkpointed' & tie='blocks'": "a checkpoint inside a recomputed block whose weight is another block's fails",
 }
 
