@@ -1,4 +1,4 @@
-"""What a forward reads from its thread: states of generators and of autocast."""
+"""What a forward reads from its thread: states of generators and of autocast, and the default dtype."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ class Ambient:
         self._device = device
         self._generators = _generator_states(device)
         self._autocast = _autocast_states(device)
+        self._default_dtype = torch.get_default_dtype()  # that of the parameters, in a step under bf16-true
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Inside, the states are as they were."""
         with ExitStack() as stack:
             stack.enter_context(_generators_at(self._generators, self._device))
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(self._default_dtype)
             for device_type, (enabled, dtype, cache) in self._autocast.items():
                 stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache))
             yield

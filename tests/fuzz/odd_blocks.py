@@ -259,6 +259,13 @@ class Complex(Block):
         return super().mix(torch.view_as_real(y).sum(-1) + x * self.turn.conj().imag)
 
 
+class Noise(Block):
+    """Draws, and makes constants, in the default dtype, which is not float32 in a step under bf16-true."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        return super().mix(x) * torch.rand(x.shape[-1]) + torch.linspace(0, 0.1, x.shape[-1])
+
+
 class ForeignRandomness(Block):
     """Draws from Python and NumPy."""
 

@@ -36,12 +36,15 @@ class Counting(SignDescent):
     """Counts its steps in its groups, as much research code does."""
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             for param in group["params"]:
                 if param.grad is not None:
                     param.data.mul_(1 - 1e-3 / group["step"])
-        return super().step(closure)
+        super().step()
+        return loss
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

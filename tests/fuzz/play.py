@@ -51,6 +51,8 @@ def play(program: Program, memory: str | None, folder: Path) -> Played:
             resume_at = program.resume_at if memory is not None and program.resume_at < program.steps else 0
             stops = [resume_at, program.steps] if resume_at else [program.steps]
             checkpoint = None
+            if memory is not None and memory.startswith("+"):  # before the seeds: this too trains, as far as its setup
+                memory = str(smallest(program, folder) + int(memory[1:]) * KiB)
             for i, stop in enumerate(stops):
                 pl.seed_everything(program.seed if i == 0 else 999, verbose=False)
                 if module is not None:
@@ -115,22 +117,16 @@ def _trainer(program: Program, memory: str | None, folder: Path, stop: int, hook
 
 
 def strategy(program: Program, memory: str, folder: Path) -> SSDOffloadStrategy:
-    """The program's strategy."""
-
-    def made(host_memory: Any) -> SSDOffloadStrategy:
-        return SSDOffloadStrategy(
-            nvme_path=str(folder),
-            host_memory=host_memory,
-            activations=program.activations,
-            overlap=program.overlap,
-            min_unit_numel=program.min_unit_numel,
-            window=program.window,
-            update="torch",
-        )
-
-    if not memory.startswith("+"):
-        return made(memory)
-    return made(smallest(program, folder) + int(memory[1:]) * KiB)
+    """The program's strategy, with ``memory`` as its budget."""
+    return SSDOffloadStrategy(
+        nvme_path=str(folder),
+        host_memory=int(memory) if memory.isdigit() else memory,
+        activations=program.activations,
+        overlap=program.overlap,
+        min_unit_numel=program.min_unit_numel,
+        window=program.window,
+        update="torch",
+    )
 
 
 def smallest(program: Program, folder: Path) -> int:

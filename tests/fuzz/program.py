@@ -136,24 +136,9 @@ class Program:
 
 # Words of programs that are not drawn now, and why. Remove a line when what it waits for is mended.
 OFF = {
-    "OwnGenerator": "a second forward that is not the first is not noticed",
-    "Counter": "the same",
-    "RunningBuffer": "the same",
-    "RunningAttribute": "the same",
-    "Memory": "the same",
-    "Cache": "the same: what a block was given is changed by it",
-    "Push": "the same",
-    "Pop": "the same",
-    "FunctionalCall": "the same, with values from outside",
-    "functional_call": "the same, with values from outside",
-    "CheckpointedCall": "a block whose __call__ is a checkpoint is recomputed twice",
-    "_in_configure": "parameters cannot be touched in configure_optimizers",
-    "counting": "a key that an optimizer makes in its groups in a step is not known",
     "adafactor": "after a resume, states that a parameter has not are there",
     "Empty": "a unit without elements cannot be updated",
-    "OddNames": "two units may have one name (from the issue, not seen here)",
     "ActNorm & validation='sanity'": "what a method that a forward in eval calls writes by .data is lost",
-    "same_parameters & resume_at": "other numbers after a resume; the cause is not known yet",
     "'Checkpointed' & tie='blocks'": "a checkpoint inside a recomputed block whose weight is another block's fails",
 }
 
@@ -267,7 +252,7 @@ def possible(program: Program) -> Program:
     if program.resume_at:
         instead("Block", *STATEFUL)
         features -= {"memory_bank", "log_weights"}  # an epoch's mean begins again
-        changes |= {"validation": "none", "setup": program.setup if program.setup == "read_in_configure" else "none"}
+        changes |= {"validation": "none", "setup": "none"}
         if program.schedule in ("plateau", "epoch"):
             changes["schedule"] = "step"
         if program.manual in ("no_zero_grad", "alternate"):  # gradients that wait are in no checkpoint
