@@ -176,7 +176,13 @@ class Streamer:
         if self._activations is not None and not is_rerun:
             self._activations.settle()  # by now the caller has dropped the inputs of the block before
         visit = self._acquire(module, units)
-        if torch.is_grad_enabled() and not is_rerun and not any(outer.frame for outer in self._visits):
+        around = next((outer.frame for outer in reversed(self._visits) if outer.frame is not None), None)
+        if torch.is_grad_enabled() and not is_rerun and around is not None:
+            # Under a checkpoint of the user's own inside the frame: backward runs that again outside of it, where
+            # our hooks are set, and the checkpoint counts what reaches it.
+            if not transforms.is_on_top(around.pack):
+                visit.enter(self._backward.hooks())
+        elif torch.is_grad_enabled() and not is_rerun:
             for unit in units:
                 self._sink.used(unit, module)
             frame = visit.frame = self._frame(module, units, args, kwargs)

@@ -100,3 +100,9 @@ def _may_set() -> bool:
 def _top() -> tuple[Callable[..., object], Callable[..., object]] | None:
     """The hooks that are set now."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def is_on_top(pack: Callable[..., object]) -> bool:
+    """Whether tensors that are saved now go to ``pack``, and not to hooks that were set after it."""
+    top = _top()
+    return top is not None and top[0] == pack

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
@@ -260,17 +261,35 @@ def _kept(params: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> list[Tensor
 def may_write(module: nn.Module) -> bool:
     """Whether a forward of ``module`` or its children, or a hook on it, mentions ``.data``: it may write to parameters.
 
-    torch's own forwards do so by operations on the parameter itself only.
+    Or a method or property that it uses. torch's own forwards do so by operations on the parameter itself only.
     """
     for inner in module.modules():
         hooks = (*inner._forward_pre_hooks.values(), *inner._forward_hooks.values())
-        own = () if type(inner).__module__.startswith("torch.") else (type(inner).forward,)
-        if any("data" in _names(function) for function in (*own, *hooks)):
+        if any("data" in _names(function) for function in (*_used_by_forward(type(inner)), *hooks)):
             return True
     return False
 
 
-def _names(function: object) -> Iterator[str]:
-    """Names of attributes that a Python function uses; none of anything else."""
-    code = getattr(function, "__code__", None)
-    return iter(()) if code is None else iter(code.co_names)
+def _used_by_forward(kind: type[nn.Module]) -> Iterator[object]:
+    """Functions of the user's classes that a forward of ``kind`` may call, itself among them."""
+    own = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
+    pending, seen = ["forward"], set[str]()
+    while pending:
+        name = pending.pop()
+        for found in (vars(base).get(name) for base in own if name not in seen):
+            function = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+            pending += _names(function)
+            yield function
+        seen.add(name)
+
+
+def _names(function: object) -> list[str]:
+    """Names that a Python function uses, and those inside it do; none of anything else."""
+    names: list[str] = []
+    codes = [getattr(function, "__code__", function)]
+    while codes:
+        code = codes.pop()
+        if isinstance(code, CodeType):
+            names += code.co_names
+            codes += code.co_consts
+    return names
