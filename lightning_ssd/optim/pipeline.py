@@ -281,9 +281,8 @@ class Pipeline:
         files.is_touched = True
         with self._trace.span(Lane.UPDATE, "rule", unit.name):
             late: dict[str, dict[int, Tensor]] = {}
-            for index, shape in enumerate(unit.shapes):
-                if shape.numel:
-                    self._update_whole(rule, parts.get(index), files, slot, index, late)
+            for index in range(len(unit.shapes)):  # those without elements too: they have states, and counts
+                self._update_whole(rule, parts.get(index), files, slot, index, late)
         self._add_kinds(unit, parts, late, suffix)
         files.write(slot, 0, numel)
 

@@ -24,6 +24,11 @@ FOUND = {
     ),
     "two operands in memory for two": Program(162, blocks=("Unused", "Unused"), features=("pair_penalty",)),
     "a teacher and its student there": Program(162, blocks=("Norm",) * 3, teacher="mul_add_data"),
+    "the default dtype of a second forward": Program(391, blocks=("Noise", "Noise"), precision="bf16-true"),
+    "states of parameters without elements": Program(3, blocks=("Empty",)),
+    "states that a parameter has not, resumed": Program(129, optimizer="adafactor", resume_at=2),
+    "a write by a method that a forward in eval calls": Program(429, blocks=("ActNorm",), validation="sanity"),
+    "a tied weight in a checkpoint in a block": Program(516, blocks=("Checkpointed", "Checkpointed"), tie="blocks"),
 }
 
 
