@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from lightning_ssd.streaming.fence import by_fence
+from lightning_ssd.streaming.fence import Fence, by_fence
+from lightning_ssd.streaming.streamer import residents_of
 
 
 @contextmanager
@@ -25,7 +26,10 @@ def gathered(module: nn.Module) -> Iterator[None]:
     Raises:
         ResidencyError: Inside a step, if the parameters do not fit into the memory plan at once.
     """
+    params = list(module.parameters())
+    # Parameters that are awake do not tell whose they are; hooks on modules do.
+    fences: dict[Fence, None] = dict.fromkeys((*(fence for fence, _ in by_fence(params)), *residents_of(module)))
     with ExitStack() as stack:
-        for fence, params in by_fence(list(module.parameters())):
+        for fence in fences:
             stack.enter_context(fence.gather(params))
         yield

@@ -527,6 +527,7 @@ class Residents:
     @contextmanager
     def gather(self, params: Sequence[nn.Parameter]) -> Iterator[None]:
         """See `Fence.gather`; inside a step their units are held."""
+        params = [param for param in params if param in self._owners]
         with ExitStack() as stack:
             if self.is_in_step():
                 stack.enter_context(self.unwatched())

@@ -300,31 +300,33 @@ class _Visit:
 
 def is_streamed(root: nn.Module) -> bool:
     """Whether a streamer has hooks on a module of ``root`` now."""
+    return bool(residents_of(root))
+
+
+def residents_of(root: nn.Module) -> list[Residents]:
+    """Those of the streamers that have hooks on a module of ``root`` now."""
     hooks = [hook for module in root.modules() for hook in module._forward_pre_hooks.values()]
     owners = [getattr(hook, "__self__", None) for hook in hooks]
-    return any(isinstance(owner, _ModuleHooks) and owner.is_attached for owner in owners)
+    streamers = [owner.streamer for owner in owners if isinstance(owner, _ModuleHooks) and owner.streamer is not None]
+    return list({streamer: streamer.residents for streamer in streamers}.values())
 
 
 class _ModuleHooks:
     """Forward hooks of one module. On a copy of the module, whose parameters are plain, they do nothing."""
 
     def __init__(self, streamer: Streamer | None, units: list[Unit]) -> None:
-        self._streamer = streamer
+        self.streamer = streamer
         self._units = units
-
-    @property
-    def is_attached(self) -> bool:
-        return self._streamer is not None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._streamer is not None:
-            self._streamer.before_forward(module, self._units, args, kwargs)
+        if self.streamer is not None:
+            self.streamer.before_forward(module, self._units, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._streamer is not None:
-            self._streamer.after_forward(module, failed=output is None)
+        if self.streamer is not None:
+            self.streamer.after_forward(module, failed=output is None)
 
     def __reduce__(self) -> Any:
         return _ModuleHooks, (None, [])  # `copy` and `pickle` both ask here

@@ -223,6 +223,11 @@ def possible(program: Program) -> Program:
     }:  # torch puts back the wrong values of a module with two names
         instead("Block", "Shared")
         changes["tie"] = program.tie.replace("norms", "none")
+    writes_shared = program.tie == "blocks" and {"ClampsData", "MaskedByHook"} & set(blocks)
+    if writes_shared or program.writes_between:
+        # A checkpoint of the user's own recomputes with the new weights in plain Lightning, a gradient of no function.
+        # Under ours it may have kept what it computed with the old ones.
+        instead("Block", "Checkpointed", "CheckpointedReentrant", "CheckpointedCall")
     if "autograd_grad" in features:
         instead("Checkpointed", "CheckpointedReentrant")
     if "inference_eval" in features:  # state of an inference is none for training

@@ -28,6 +28,9 @@ FOUND = {
     "states of parameters without elements": Program(3, blocks=("Empty",)),
     "states that a parameter has not, resumed": Program(129, optimizer="adafactor", resume_at=2),
     "a write by a method that a forward in eval calls": Program(429, blocks=("ActNorm",), validation="sanity"),
+    "gathered after all parameters were touched": Program(
+        522, features=("func_grad_gathered", "read_weights"), memory="auto"
+    ),
     "a tied weight in a checkpoint in a block": Program(516, blocks=("Checkpointed", "Checkpointed"), tie="blocks"),
 }
 
