@@ -110,7 +110,9 @@ class Backward:
     def _require_unwritten(self, used: _Used) -> None:
         unit = used.unit
         is_written = used.generation is not self._residents.current(unit) or used.num_writes != unit.num_writes
-        if is_written or (unit.kept is not None and used.content not in (None, content(unit.kept))):
+        if not is_written and used.content is not None and unit.kept is not None:
+            is_written = used.content != content(unit.kept)
+        if is_written:
             raise RuntimeError(
                 f"unit {unit.name!r} cannot be recomputed: its parameters were written to between its forward and its "
                 "backward, and a second forward would compute with the new values; write to them before the forward or "

@@ -59,6 +59,7 @@ class PythonState:
         self._holders: list[tuple[Holder, Any]] = []
         self._tensors: list[tuple[Tensor, int]] = []
         self._seen: dict[int, object] = {}
+        self._has_detached: bool = False
         waiting: list[object] = [*roots]
         for holder in around:
             self._note(holder, waiting)
@@ -73,8 +74,11 @@ class PythonState:
         def replace(held: Tensor | _Detached) -> object:
             tensor = held.tensor() if isinstance(held, _Detached) else held
             new = change(tensor)
-            return held if new is tensor else new
+            found = held if new is tensor else new
+            self._has_detached = self._has_detached or isinstance(found, _Detached)
+            return found
 
+        self._has_detached = False
         self._holders = [(h, mapped(old, (Tensor, _Detached), replace)) for h, old in self._holders]
 
     @property
@@ -83,14 +87,14 @@ class PythonState:
         return any(t._version != version for t, version in self._tensors)
 
     @contextmanager
-    def put_back(self, load: Callable[[object], object] = lambda value: value) -> Iterator[None]:
+    def put_back(self, load: Callable[[object], object] | None = None) -> Iterator[None]:
         """Inside, everything holds what it held, as made by ``load``; afterwards what it held before."""
         before = [(holder, holder.read()) for holder, _ in self._holders]
         with ExitStack() as stack:
             for (holder, now), (_, old) in zip(before, self._holders, strict=True):
                 stack.callback(_write, holder, now)
-                value = mapped(old, _Detached, lambda held: held.tensor())
-                _write(holder, mapped(value, object, load))
+                value = mapped(old, _Detached, _Detached.tensor) if self._has_detached else old
+                _write(holder, value if load is None else mapped(value, object, load))
             yield
 
     # -- looking -------------------------------------------------------------------------------------------------
