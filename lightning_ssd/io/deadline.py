@@ -18,9 +18,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Generic, TypeVar
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 from lightning_ssd.errors import DeadlineError, as_io_error
 
@@ -43,6 +44,8 @@ class Patience:
     def __init__(self, deadline_s: float) -> None:
         self.deadline_s = deadline_s
         self._hangs: Callable[[], bool] = lambda: False
+        self._idle: list[_Caller] = []
+        self._is_closed = False
 
     @property
     def is_spent(self) -> bool:
@@ -88,12 +91,28 @@ class Patience:
         """The same; what it fails with is raised as it is."""
         self.require_answering(path, what)
         try:
-            running = _Call(call)
+            caller = self._idle_caller()
         except RuntimeError:  # the interpreter ends and starts no more threads
             return call()
+        running = caller.start(call)
         if not self.wait(running.over.wait, running.over.is_set):
             raise DeadlineError(errno.ETIMEDOUT, path, 0, 0, what)
+        if not self._is_closed:
+            self._idle.append(caller)
         return running.result()
+
+    def close(self) -> None:
+        """Threads that wait for calls end; from now on each call has its own."""
+        self._is_closed = True
+        self._idle.clear()
+
+    def _idle_caller(self) -> _Caller:
+        """One that makes no call now: to start a thread for each would take longer than most calls."""
+        with suppress(IndexError):
+            caller = self._idle.pop()
+            if caller.pid == os.getpid():
+                return caller
+        return _Caller()
 
     def require_answering(self, path: str, what: str) -> None:
         """Refuse to ask a disk that was seen to hang, and has not answered yet."""
@@ -115,7 +134,7 @@ def within(patience: Patience) -> Iterator[None]:
 
 
 def in_time(call: Callable[[], T], path: str, what: str) -> T:
-    """What ``call``, which changes a name or a file, returns; inside `within` it ends in time. Costs 0.1 ms there.
+    """What ``call``, which changes a name or a file, returns; inside `within` it ends in time.
 
     Raises:
         OSError: As ``call`` does.
@@ -163,14 +182,13 @@ def leave_behind(thing: object) -> None:
 
 
 class _Call(Generic[T]):
-    """A call that runs in a thread of its own."""
+    """A call that a caller makes."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self.over = threading.Event()
         self._call: Callable[[], T] | None = call
         self._result: list[T] = []
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="lightning-ssd-call", daemon=True).start()
 
     def result(self) -> T:
         error, self._error = self._error, None
@@ -178,7 +196,7 @@ class _Call(Generic[T]):
             raise error
         return self._result.pop()
 
-    def _run(self) -> None:
+    def run(self) -> None:
         assert self._call is not None
         try:
             self._result.append(self._call())
@@ -187,3 +205,26 @@ class _Call(Generic[T]):
         finally:
             self._call = None
             self.over.set()
+
+
+class _Caller:
+    """A thread that makes one call after another. It ends with this object, unless a call hangs."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[_Call[Any] | None] = SimpleQueue()
+        self.pid = os.getpid()
+        threading.Thread(target=_make_calls, args=(self._calls,), name="lightning-ssd-call", daemon=True).start()
+
+    def start(self, call: Callable[[], T]) -> _Call[T]:
+        started = _Call(call)
+        self._calls.put(started)
+        return started
+
+    def __del__(self) -> None:
+        self._calls.put(None)
+
+
+def _make_calls(calls: SimpleQueue[_Call[Any] | None]) -> None:
+    while (call := calls.get()) is not None:
+        call.run()
+        del call  # what it holds is not held until the next one

@@ -68,6 +68,7 @@ class NativeEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
+        self.patience.close()
         if os.getpid() == self._pid and not all([transfer.is_over_in_time() for transfer in self._in_flight]):
             leave_behind(self)  # with the memory that its transfers own
             return

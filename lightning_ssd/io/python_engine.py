@@ -67,6 +67,7 @@ class PythonEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
+        self.patience.close()
         if os.getpid() != self._pid:
             return  # a forked child has none of the threads, and the lock may have been held at the fork
         with self._lock:

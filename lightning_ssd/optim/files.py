@@ -171,7 +171,7 @@ class Files:
             if column.current is None and column.kept is not None:
                 for tensor in column.kept:
                     tensor.zero_()
-            self._new.append(self._store.begin(column.layout))
+        self._new = self._store.begin([column.layout for column in self.columns.values()])
 
     def staged(self, slot: Slot, numel: int) -> dict[str, Tensor]:
         """The streamed kinds' tensors of a chunk."""

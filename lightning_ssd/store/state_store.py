@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from torch import Tensor
@@ -115,35 +115,49 @@ class StateStore:
         with self._lock:
             return [kind for name, kind in self._current if name == unit]
 
-    def begin(self, layout: UnitLayout) -> Generation:
-        """A new generation whose data section is still to be written; its space is reserved.
+    def begin(self, layouts: Sequence[UnitLayout]) -> list[Generation]:
+        """New generations, one per layout, whose data sections are still to be written; their space is reserved.
 
         Of a kind that is kept it is the same memory once more, to be changed in place.
 
         Raises:
-            StoreError: The disk is full.
+            StoreError: The disk is full. None of them is left behind, as after the others.
             IoError: The disk failed.
+            DeadlineError: The disk did not answer.
         """
-        kept = self._kept.get((layout.unit, layout.kind))
-        return self._begin_file(layout) if kept is None else Generation(layout, None, kept)
+        kept = [self._kept.get((layout.unit, layout.kind)) for layout in layouts]
+        new = self._begin_files([layout for layout, tensors in zip(layouts, kept, strict=True) if tensors is None])
+        made = iter(new)
+        return [
+            next(made) if tensors is None else Generation(layout, None, tensors)
+            for layout, tensors in zip(layouts, kept, strict=True)
+        ]
 
-    def _begin_file(self, layout: UnitLayout) -> Generation:
+    def _begin_files(self, layouts: Sequence[UnitLayout]) -> list[Generation]:
+        """The same, of files: made in one call in time, since each waits for another thread."""
+        if not layouts:
+            return []
+        paths = [self._new_path(layout) for layout in layouts]
+
+        def begin() -> list[Generation]:
+            with ExitStack() as undo:
+                begun = []
+                for layout, (disk, path) in zip(layouts, paths, strict=True):
+                    file = self._file(path, layout.file_nbytes, disk)
+                    begun.append(Generation(layout, file, checks=[None] * -(-layout.data_nbytes // CHECK_NBYTES)))
+                    undo.callback(self.abandon, begun[-1])
+                    _write_all(file, layout.header)
+                undo.pop_all()
+            return begun
+
+        return self.engine.patience.call(begin, paths[0][1], "making a file")
+
+    def _new_path(self, layout: UnitLayout) -> tuple[int, str]:
+        """The disk of a new generation, and its path there."""
         number = next(self._numbers)
-        slug = re.sub(r"[^A-Za-z0-9._-]", "_", f"{layout.unit[-80:]}.{layout.kind[:80]}")
-        name = f"{number:08d}-{slug}.safetensors"
         disk = number % len(self._directories)
-
-        def begin() -> Generation:
-            file = self._file(name, layout.file_nbytes, disk)
-            generation = Generation(layout, file, checks=[None] * -(-layout.data_nbytes // CHECK_NBYTES))
-            try:
-                _write_all(file, layout.header)
-            except BaseException:
-                self.abandon(generation)
-                raise
-            return generation
-
-        return self.engine.patience.call(begin, os.path.join(self._directories[disk].path, name), "making a file")
+        slug = re.sub(r"[^A-Za-z0-9._-]", "_", f"{layout.unit[-80:]}.{layout.kind[:80]}")
+        return disk, os.path.join(self._directories[disk].path, f"{number:08d}-{slug}.safetensors")
 
     def commit(self, *generations: Generation) -> None:
         """Make completely written generations the current ones, all or none; those they replace are recycled."""
@@ -291,7 +305,7 @@ class StateStore:
             return self._write_staged(layout, source)
 
     def _write_staged(self, layout: UnitLayout, source: Callable[[int], Tensor | None]) -> Generation:
-        generation = self._begin_file(layout)
+        (generation,) = self._begin_files([layout])
         dtype = dtype_of(layout.dtype)
         buffer = self._staging.lend(STAGING_NBYTES, f"staging of {layout.unit}")
         try:
@@ -479,7 +493,7 @@ class StateStore:
             for directory in self._directories:
                 ending.callback(partial(directory.close, remove=remove))
 
-    def _file(self, name: str, nbytes: int, disk: int) -> File:
+    def _file(self, path: str, nbytes: int, disk: int) -> File:
         directory = self._directories[disk].path
         folder = self._directories[disk].folder
         with self._lock:  # not while the disk is asked: it may hang, and others want the lock
@@ -488,13 +502,13 @@ class StateStore:
             file = None if found is None else spare.pop(found)
         if file is not None:
             try:
-                file.rename(os.path.join(directory, name))
+                file.rename(path)
             except BaseException:
                 file.close()  # nobody has it any more
                 raise
             return file
         try:
-            return File.create(os.path.join(directory, name), nbytes, direct=self._direct[disk], folder=folder)
+            return File.create(path, nbytes, direct=self._direct[disk], folder=folder)
         except IoError as error:
             raise StoreError(
                 f"cannot reserve {fmt(nbytes)} in {directory!r} ({_free_there(directory)}): {error}; "

@@ -141,6 +141,7 @@ class FaultyEngine:
 
     def close(self) -> None:
         """Release what is held, cut delays short, wait for everything, and close the inner engine."""
+        self.patience.close()
         with self._lock:
             self._closed = True
         self._closing.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,3 +108,16 @@ def test_what_hangs_keeps_its_memory_and_its_descriptors_and_the_engine_closes(t
     assert pool.lingering == []
     assert not file.hangs
     os.close(descriptor)
+
+
+def test_calls_use_one_thread_again_unless_it_hangs() -> None:
+    patience, gate = Patience(0.05), threading.Event()
+    first, second = (patience.run(threading.get_ident, "a file", "sync") for _ in range(2))
+    assert first == second != threading.get_ident()
+    with pytest.raises(DeadlineError):
+        patience.run(gate.wait, "a file", "sync")
+    gate.set()
+    while patience.is_spent:
+        time.sleep(0.01)
+    assert patience.run(lambda: 3, "a file", "sync") == 3
+    patience.close()

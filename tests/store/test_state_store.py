@@ -146,7 +146,7 @@ def test_files_of_a_removed_checkpoint_come_back_unless_somebody_reads_them(stor
 
 def test_an_abandoned_generation_changes_nothing(store: StateStore) -> None:
     first = put(store, 1)
-    begun = store.begin(layout())
+    (begun,) = store.begin([layout()])
     store.abandon(begun)
 
     def fails(index: int) -> Tensor:
