@@ -13,8 +13,9 @@ import sys
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -60,13 +61,16 @@ class PythonState:
         self._tensors: list[tuple[Tensor, int]] = []
         self._seen: dict[int, object] = {}
         self._has_detached: bool = False
+        self._reached: list[Tensor] = []
         waiting: list[object] = [*roots]
         for holder in around:
             self._note(holder, waiting)
         while waiting:
             self._look_at(waiting.pop(), waiting)
         self._seen.clear()
-        self.map(_detached)
+        if self.opaque or any(not tensor.is_leaf for tensor in self._reached):
+            self.map(_detached)
+        self._reached.clear()
 
     def map(self, change: Change) -> None:
         """Replace tensors that are held by what ``change`` makes of them."""
@@ -90,12 +94,14 @@ class PythonState:
     def put_back(self, load: Callable[[object], object] | None = None) -> Iterator[None]:
         """Inside, everything holds what it held, as made by ``load``; afterwards what it held before."""
         before = [(holder, holder.read()) for holder, _ in self._holders]
-        with ExitStack() as stack:
+        try:
             for (holder, now), (_, old) in zip(before, self._holders, strict=True):
-                stack.callback(_write, holder, now)
                 value = mapped(old, _Detached, _Detached.tensor) if self._has_detached else old
-                _write(holder, value if load is None else mapped(value, object, load))
+                _change(holder, now, value if load is None else mapped(value, object, load))
             yield
+        finally:
+            for holder, old in reversed(before):
+                _change(holder, holder.read(), old)
 
     # -- looking -------------------------------------------------------------------------------------------------
 
@@ -107,6 +113,7 @@ class PythonState:
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
+            self._reached.append(value)
             if not value.is_inference():
                 self._tensors.append((_watch(value), value._version))
         elif isinstance(value, nn.Module):
@@ -219,20 +226,23 @@ class _Dict(Holder):
         self._type: Any = OrderedDict if isinstance(held, OrderedDict) else dict  # subclasses may do more
 
     def read(self) -> Any:
-        if self._names is not None:
-            return tuple((name, self._held[name]) for name in self._names if name in self._held)
-        return tuple(self._type.items(self._held))
+        if self._names is None:
+            return tuple(self._type.keys(self._held)), tuple(self._type.values(self._held))
+        names = tuple(name for name in self._names if name in self._held)
+        return names, tuple(self._held[name] for name in names)
 
     def write(self, contents: Any) -> None:
-        old = self.read()
-        if [key for key, _ in old] != [key for key, _ in contents]:  # in this order too
-            for key, _ in old:
-                self._type.__delitem__(self._held, key)
-        for key, value in contents:
-            self._type.__setitem__(self._held, key, value)
+        old, _ = self.read()
+        names, values = contents
+        if old != names:  # in this order too
+            for name in old:
+                self._type.__delitem__(self._held, name)
+        for name, value in zip(names, values, strict=True):
+            self._type.__setitem__(self._held, name, value)
 
     def values(self, contents: Any) -> Iterable[object]:
-        return [value for _, value in contents]
+        values: tuple[object, ...] = contents[1]
+        return values
 
 
 class _Class(Holder):
@@ -329,8 +339,8 @@ def _refill(held: Any, contents: tuple[Any, ...]) -> None:
     (held.update if isinstance(held, set) else held.extend)(contents)
 
 
-def _write(holder: Holder, contents: Any) -> None:
-    now = holder.read()
+def _change(holder: Holder, now: Any, contents: Any) -> None:
+    """Make ``contents`` of what has ``now``."""
     if not _is_same(now, contents):
         holder.write(contents)
 
@@ -340,7 +350,7 @@ def _is_same(a: Any, b: Any) -> bool:
         return True
     if type(a) is not tuple or type(b) is not tuple or len(a) != len(b):
         return False
-    return all(map(_is_same, a, b))
+    return all(map(is_, a, b)) or all(map(_is_same, a, b))  # the first is fast
 
 
 # -- parts of things ---------------------------------------------------------------------------------------------
