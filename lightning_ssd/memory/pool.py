@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.errors import ResidencyError
+from lightning_ssd.memory import forked
 from lightning_ssd.memory.views import Views, address_of
 from lightning_ssd.sizes import BLOCK_NBYTES, MiB, fmt, round_up
 
@@ -52,22 +53,29 @@ class Buffer:
         """Whether a tensor on this buffer, or a view of one, still exists."""
         return self._views.in_use
 
+    @property
+    def is_viewed(self) -> bool:
+        """Whether a tensor is on this buffer; a transfer that holds it does not count."""
+        return self._views.are_seen
+
     def fill(self, byte: int, offset: int = 0, nbytes: int | None = None) -> None:
         """Overwrite ``nbytes`` at ``offset``, by default every byte."""
         ctypes.memset(self.address + offset, byte, self.nbytes if nbytes is None else nbytes)
 
 
 def map_anonymous(nbytes: int) -> mmap.mmap:
-    """Anonymous memory, page-aligned, private to this process; in huge pages where there is more than one.
+    """Anonymous memory, page-aligned, of this process alone ([Note: forks]); in huge pages where there is more than one.
 
     A transfer from scattered small pages is cut into many requests: huge pages read and wrote 2 to 3 times faster on a
     virtio disk (tests/benchmarks/bench_io.py measures them beside fio's).
     """
-    if nbytes < HUGE_PAGE_NBYTES:
-        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory = mmap.mmap(-1, round_up(nbytes, HUGE_PAGE_NBYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    is_large = nbytes >= HUGE_PAGE_NBYTES
+    nbytes = round_up(nbytes, HUGE_PAGE_NBYTES) if is_large else nbytes
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    forked.withhold(memory)
+    if is_large:
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
@@ -142,6 +150,21 @@ class Pool:
             pieces += [(begin, buffer.offset - begin), (rest, begin + room - rest)]
         rooms = [room for _, room in pieces]
         return max(rooms) < round_up(nbytes) <= sum(rooms)
+
+    def pass_on(self) -> list[tuple[int, int]]:
+        """Let a process that is forked next have the buffers that tensors view; where they are, ``(offset, nbytes)``."""
+        viewed = [b for b in (*self._lent.values(), *self._lingering) if b.is_viewed]
+        for buffer in viewed:
+            forked.pass_on(self._memory, buffer.offset, buffer.nbytes)
+        return [(buffer.offset, buffer.nbytes) for buffer in viewed]
+
+    def withhold(self) -> None:
+        """Undo `pass_on`."""
+        forked.withhold(self._memory, self._end - self.nbytes, self.nbytes)
+
+    def forbid(self, passed_on: list[tuple[int, int]]) -> None:
+        """In a forked process: nothing may be read here but what was passed on; of an arena nothing else at all."""
+        forked.forbid(self._memory, passed_on)
 
     @property
     def num_lent(self) -> int:

@@ -23,6 +23,7 @@ class Views:
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory = memory
         self._refs: list[weakref.ref[Any]] = []
+        self._holds: list[weakref.ref[Any]] = []
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         """A tensor of ``shape`` whose storage starts at byte ``offset`` of the memory and ends where it ends."""
@@ -40,12 +41,18 @@ class Views:
     def hold(self, offset: int) -> object:
         """Something that counts as a tensor as long as it lives."""
         exported = ctypes.c_char.from_buffer(self._memory, offset)
-        self._refs.append(weakref.ref(exported))
+        self._holds.append(weakref.ref(exported))
         return exported
 
     @property
     def in_use(self) -> bool:
         """Whether a tensor made here, or a view of one, still exists."""
+        self._holds = [ref for ref in self._holds if ref() is not None]
+        return self.are_seen or bool(self._holds)
+
+    @property
+    def are_seen(self) -> bool:
+        """The same, but for what only `hold` made."""
         self._refs = [ref for ref in self._refs if ref() is not None]
         return bool(self._refs)
 

@@ -68,6 +68,7 @@ class Session:
         streamer: Moves units, once `start` was called.
         sink: Takes gradients.
         optimizers: The adopted optimizers, in Lightning's order.
+        kept_params: Memory for parameters that are kept, None where there are none or it is a part of the arena.
         is_started: Whether steps could run, now or before `rest`.
     """
 
@@ -90,6 +91,7 @@ class Session:
         self.is_started = False
         self._is_at_rest = False
         self._pools: list[Pool] = []
+        self.kept_params: Pool | None = None
         self._arena: mmap.mmap | None = None
         self._pinned: Pinned | None = None
         self._pipeline: Pipeline | None = None
@@ -177,10 +179,10 @@ class Session:
             unbound_heap()
         self._require_room(plan)
         route = self._make_route(module)
-        params, updates, kept, spill = self._make_pools(plan)
+        params, updates, kept_states, spill = self._make_pools(plan)
         assert self._arena is not None
         headroom.watch(self._arena)
-        self._keep(plan, kept)
+        self._keep(plan, kept_states)
         self.sink = GradientSink(
             None if plan.keep_grads or plan.fits else self.store.spill_directory,
             self._on_complete,
@@ -280,14 +282,14 @@ class Session:
             if self.sink is not None:
                 adopted.check_grads = self.sink.check
 
-    def _keep(self, plan: MemoryPlan, pool: Pool) -> None:
+    def _keep(self, plan: MemoryPlan, states: Pool) -> None:
         """Move what the plan keeps into memory."""
         assert self.streamer is not None
         for unit in self.units:
-            layouts = [unit.layout] if unit.name in plan.kept_params else []
+            layouts = [(unit.layout, self.kept_params or states)] if unit.name in plan.kept_params else []
             if unit.name in plan.kept_states:
-                layouts += self.sizing.state_layouts(unit)
-            for layout in layouts:
+                layouts += [(layout, states) for layout in self.sizing.state_layouts(unit)]
+            for layout, pool in layouts:
                 buffer, dtype = pool.lend(layout.buffer_nbytes, f"unit {unit.name!r}"), dtype_of(layout.dtype)
                 places = zip(layout.entries, layout.places, strict=True)
                 self.store.keep(layout, [buffer.tensor(place, dtype, entry.shape) for entry, place in places])
@@ -320,7 +322,7 @@ class Session:
         # In reverse order, each whatever became of the one before.
         with within(self.engine.patience), Ending() as stack:
             stack.callback(trim_heap)  # here, not while training
-            pools, self._pools = self._pools, []
+            pools, self._pools, self.kept_params = self._pools, [], None
             for pool in pools:
                 stack.callback(pool.close)
             stack.callback(self._let_go_of_arena)
@@ -446,11 +448,17 @@ class Session:
         return self.engine.stats()
 
     def _make_pools(self, plan: MemoryPlan) -> tuple[Pool, Pool, Pool, Pool]:
-        """Pools for parameters, updates, what is kept and inputs on their way, cut from one arena."""
+        """Pools for parameters, updates, what is kept and inputs on their way, cut from one arena.
+
+        On the CPU parameters that are kept have memory of their own, which no engine pins: forked processes see it.
+        """
+        kept_nbytes = sum(pool_nbytes(u.layout.buffer_nbytes) for u in self.units if u.name in plan.kept_params)
+        if kept_nbytes and not self._is_off_host:
+            self.kept_params = Pool(kept_nbytes, "kept parameter")
         sizes = {
             "parameter": plan.param_nbytes,
             "update": plan.update_nbytes,
-            "kept": plan.kept_nbytes,
+            "kept": plan.kept_nbytes - (kept_nbytes if self.kept_params is not None else 0),
             "activation": plan.spill_nbytes,
         }
         if self._is_off_host:
@@ -465,6 +473,8 @@ class Session:
             self._pools.append(Pool(nbytes, name, arena=arena, begin=begin))
             begin += pool_nbytes(nbytes)
         params, updates, kept, spill = self._pools[:4]
+        if self.kept_params is not None:
+            self._pools.append(self.kept_params)
         return params, updates, kept, spill
 
     # -- a device with memory of its own -------------------------------------------------------------------------
