@@ -1,9 +1,9 @@
 """What a forked process gets of our memory. Bytes; addresses and lengths are rounded out to whole pages.
 
 [Note: forks] `fork` shares private memory until somebody writes, then there are two copies; pages that are pinned for
-transfers it copies at once. So each worker of a DataLoader would take as much as ``host_memory``. Our memory is therefore
-withheld: a child finds other pages there, and nothing is copied. What the user can reach, parameters kept in memory and
-buffers that a tensor views, is passed on for one fork.
+transfers it copies at once. So each worker of a DataLoader would take as much as ``host_memory``. Our memory is
+therefore withheld: a child finds other pages there, and nothing is copied. What the user can reach, parameters kept in
+memory and buffers that a tensor views, is passed on for one fork.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def forbid(memory: mmap.mmap, passed_on: list[tuple[int, int]]) -> None:
 
 
 def make_private(memory: mmap.mmap, fd: int) -> None:
-    """From now on what is written to a shared mapping of ``fd`` stays in this process; what was written before is there.
+    """From now on what is written to a shared mapping of ``fd`` stays in this process.
 
     Raises:
         OSError: It cannot be mapped again.

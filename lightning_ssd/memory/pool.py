@@ -64,8 +64,9 @@ class Buffer:
 
 
 def map_anonymous(nbytes: int) -> mmap.mmap:
-    """Anonymous memory, page-aligned, of this process alone ([Note: forks]); in huge pages where there is more than one.
+    """Anonymous memory, page-aligned, in huge pages where there is more than one; forked processes have none of it.
 
+    See [Note: forks] for the latter.
     A transfer from scattered small pages is cut into many requests: huge pages read and wrote 2 to 3 times faster on a
     virtio disk (tests/benchmarks/bench_io.py measures them beside fio's).
     """
@@ -152,7 +153,7 @@ class Pool:
         return max(rooms) < round_up(nbytes) <= sum(rooms)
 
     def pass_on(self) -> list[tuple[int, int]]:
-        """Let a process that is forked next have the buffers that tensors view; where they are, ``(offset, nbytes)``."""
+        """Let a process that is forked next have the buffers that tensors view: ``(offset, nbytes)`` of each."""
         viewed = [b for b in (*self._lent.values(), *self._lingering) if b.is_viewed]
         for buffer in viewed:
             forked.pass_on(self._memory, buffer.offset, buffer.nbytes)

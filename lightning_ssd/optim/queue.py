@@ -128,6 +128,27 @@ class UpdateQueue:
         if self._owed or self._failure is not None:
             self._wait("all updates", lambda: not self._owed, insists=True)
 
+    def settle(self) -> None:
+        """Run what can be run now, whatever the caller does next; not from the thread that runs it."""
+        if not self._owed or self._thread is threading.current_thread():
+            return
+        with self._changed:
+            waited = list(self._owed.values())
+            self._changed.wait_for(lambda: not any(map(self._will_end, waited)))  # sync: updates
+
+    def _will_end(self, owed: Owed) -> bool:
+        is_owed = self._owed.get(owed.unit.name) is owed
+        return is_owed and (owed.has_run or self._is_working or self._may_run(owed))
+
+    def before_fork(self) -> list[str]:
+        """Let nothing be owed or complete until `after_fork`; returns the units of which an update is owed."""
+        self._changed.acquire()
+        return list(self._owed)
+
+    def after_fork(self) -> None:
+        """Undo `before_fork`, in both processes."""
+        self._changed.release()
+
     @property
     def is_broken(self) -> bool:
         """Whether an update failed: the step that it belongs to is half made."""

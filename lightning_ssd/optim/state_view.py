@@ -65,6 +65,11 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
         self._as_shown.clear()
         self._maps.clear()
 
+    def inherit(self, store: StateStore) -> None:
+        """This is a forked process, which reads from ``store``."""
+        self.clear_shown()
+        self._store = store
+
     def __getitem__(self, param: nn.Parameter) -> dict[str, Any]:
         if param not in self._shown:
             state = self._load(param)

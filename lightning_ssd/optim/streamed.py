@@ -23,6 +23,7 @@ from lightning_ssd.optim.shared import SharedOptions
 from lightning_ssd.optim.state_io import OptimizerState
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.gradients import params_with_grad
+from lightning_ssd.streaming.inherited import Refused
 from lightning_ssd.streaming.residency import Residents
 from lightning_ssd.streaming.unit import Unit
 
@@ -94,6 +95,14 @@ class StreamedOptimizer(OptimizerState):
         self._pipeline = self._residents = self._queue = None
         for name in ("step", "zero_grad", "add_param_group"):
             self.optimizer.__dict__.pop(name, None)
+
+    def inherit(self) -> None:
+        """This is a forked process: nothing can be updated, and states cannot be read."""
+        name = type(self.optimizer).__name__
+        refused: Any = Refused(f"optimizer {name} cannot make steps, nor show or load its state,")
+        self._pipeline = self._residents = self._queue = refused
+        self._store = refused
+        self._view.inherit(refused)
 
     def dismiss(self, others: Iterable[StreamedOptimizer]) -> None:
         """Another one takes its place: it has its state itself from now on, mapped, should it ever come back."""

@@ -23,6 +23,7 @@ class Generation:
         is_mapped: Somebody may hold a view that writes to the file: never link it.
         damage: Why the values are unusable: an update of kept memory failed midway. Empty if they are whole.
         lineage: The same for generations between which there was no update, only writes of the user.
+        is_inherited: A forked process may read the file: never write to it again.
         fingerprint: Checksums of the tensors as the user wrote them; None if an update wrote them.
     """
 
@@ -33,6 +34,7 @@ class Generation:
     is_mapped: bool = False
     damage: str = ""
     lineage: object = field(default_factory=object)
+    is_inherited: bool = False
     fingerprint: tuple[int, ...] | None = None
 
     @property

@@ -27,7 +27,7 @@ from functools import partial
 
 from torch import Tensor
 
-from lightning_ssd.errors import Ending, IoError, StoreError, as_io_error, gone
+from lightning_ssd.errors import Ending, IoError, ResidencyError, StoreError, as_io_error, gone
 from lightning_ssd.io.engine import Engine, File, Transfer
 from lightning_ssd.io.folder import Folder, is_own_file
 from lightning_ssd.kernels.api import crc32c_each, is_native
@@ -57,6 +57,7 @@ class StateStore:
         verify: Whether every read is checked.
         unsynced: Paths of files that could not be made durable once. They are not linked any more.
         saved: Path of each checkpoint that was saved -> device and inode of its directory.
+        is_inherited: This is a forked process: the files are the parent's, and only what it had may be mapped.
     """
 
     def __init__(
@@ -83,9 +84,10 @@ class StateStore:
         self.unsynced: set[str] = set()
         self.saved: dict[str, tuple[int, int]] = {}
         self._is_suspended = False
+        self.is_inherited = False
         # Without the native kernel a checksum takes ten times as long as the transfer.
         self._makes_checks = verify or is_native()
-        self._maps: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int]] = weakref.WeakKeyDictionary()  # disk, inode
+        self._maps: weakref.WeakKeyDictionary[mmap.mmap, Generation] = weakref.WeakKeyDictionary()  # by mapping
 
     @property
     def spill_directory(self) -> str:
@@ -137,6 +139,8 @@ class StateStore:
         """The same, of files: made in one call in time, since each waits for another thread."""
         if not layouts:
             return []
+        for layout in layouts:
+            self._require_own(layout)
         paths = [self._new_path(layout) for layout in layouts]
 
         def begin() -> list[Generation]:
@@ -236,6 +240,7 @@ class StateStore:
         self._kept.clear()
 
     def _read_into(self, generation: Generation, tensors: Sequence[Tensor]) -> None:
+        self._require_own(generation.layout)
         with self._staging_lock:
             self._read_staged(generation, tensors)
 
@@ -350,13 +355,18 @@ class StateStore:
             generation.checks = [None] * len(generation.checks)  # whoever maps it may write
         path = generation.file.path
         with self._telling_missing(generation):
-            fd = generation.file.open_again(os.O_RDWR)
+            fd = self._open_to_map(generation.file)
         try:
             memory = map_file(fd, generation.file.nbytes, path, generation.layout.about, private=private)
-            self._maps[memory] = _identity(os.fstat(fd))
+            self._maps[memory] = generation
         finally:
             os.close(fd)
         return memory
+
+    def _open_to_map(self, file: File) -> int:
+        if self.is_inherited and not file.closed:  # the name may be gone, or another file's
+            return os.dup(file.tail_fd)
+        return file.open_again(os.O_RDWR)
 
     def stat(self, generation: Generation) -> os.stat_result:
         """What the file system says of a generation's file; works while files are closed (`suspend`) too.
@@ -515,12 +525,40 @@ class StateStore:
                 "choose another nvme_path; the last checkpoint is whole"
             ) from error
 
+    # -- forked processes ----------------------------------------------------------------------------------------
+
+    def pass_on(self, kind: str) -> None:
+        """A process that is about to be forked may read all of ``kind``, and what is mapped, as long as it likes."""
+        with self._lock:
+            of_kind = [generation for (_, other), generation in self._current.items() if other == kind]
+            for generation in (*of_kind, *self._maps.values()):
+                generation.is_inherited = True
+
+    def inherit(self, kind: str) -> None:
+        """This is a forked process: only generations of ``kind`` are of use, and nothing keeps the run alive."""
+        self.is_inherited = True
+        if self._is_suspended:
+            return
+        unused = [g.file for (_, other), g in self._current.items() if other != kind and g.has_file]
+        for file in itertools.chain(unused, *self._free.values()):
+            file.close()
+        self._free.clear()
+        for directory in self._directories:
+            directory.close(remove=False)
+
+    def _require_own(self, layout: UnitLayout) -> None:
+        if self.is_inherited:
+            raise ResidencyError(
+                f"the {layout.kind} of unit {layout.unit!r} cannot be read or written in a forked process: its files "
+                "and memory are those of the process that trains; do it there"
+            )
+
     def _disk_of(self, file: File) -> int:
         folder = os.path.dirname(file.path)
         return next(i for i, directory in enumerate(self._directories) if directory.path == folder)
 
     def _retire(self, generation: Generation) -> None:
-        if not generation.has_file:
+        if not generation.has_file or self.is_inherited:
             return
         file = generation.file
         found = os.fstat(file.tail_fd)
@@ -529,7 +567,7 @@ class StateStore:
             file.close()
             return
         # A tensor on a mapping must keep its values; a private mapping too shows what is written to its file later.
-        if found.st_nlink > 1 or _identity(found) in self._maps.values():
+        if found.st_nlink > 1 or generation.is_inherited or generation in self._maps.values():
             _unlink(file)
             file.close()
         else:
@@ -566,10 +604,6 @@ def _is_open(file: File) -> bool:
     finally:
         os.close(fd)
     return False
-
-
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
 
 
 def free_nbytes(path: str) -> int:

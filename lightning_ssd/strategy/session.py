@@ -17,7 +17,7 @@ from itertools import count
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.errors import ConfigurationError, Ending, IoError, SSDOffloadError
+from lightning_ssd.errors import ConfigurationError, Ending, IoError, ResidencyError, SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
@@ -37,6 +37,7 @@ from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.strategy.forking import Forking
 from lightning_ssd.strategy.handles import handles, require_handles
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing, chains
@@ -44,6 +45,7 @@ from lightning_ssd.streaming.activation_store import ActivationStore
 from lightning_ssd.streaming.at_rest import AtRest
 from lightning_ssd.streaming.fetch import Route, make_route
 from lightning_ssd.streaming.gradients import GradientSink, Mode
+from lightning_ssd.streaming.inherited import Inherited
 from lightning_ssd.streaming.landing import Landing
 from lightning_ssd.streaming.nursery import Nursery
 from lightning_ssd.streaming.partition import partition
@@ -69,7 +71,10 @@ class Session:
         sink: Takes gradients.
         optimizers: The adopted optimizers, in Lightning's order.
         kept_params: Memory for parameters that are kept, None where there are none or it is a part of the arena.
+        queue: Updates that are owed, once `start` was called.
         is_started: Whether steps could run, now or before `rest`.
+        is_updating: A backward updates units that it is done with, or has done so in the step that runs.
+        is_inherited: This is a forked process, and all of it is the parent's.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -95,13 +100,16 @@ class Session:
         self._arena: mmap.mmap | None = None
         self._pinned: Pinned | None = None
         self._pipeline: Pipeline | None = None
-        self._queue: UpdateQueue | None = None
+        self.queue: UpdateQueue | None = None
+        self.is_inherited = False
+        self.is_updating = False
         self._activations: ActivationStore | None = None
         self._headroom: Headroom | None = None  # until the first step is over
         self._streaming_for: StreamedOptimizer | None = None
         self.nursery = Nursery(self.store.spill_directory)
         # Runs when nobody holds the session any more, at the latest when the process ends.
         self._remove_files = weakref.finalize(self, _end_files, self.store, remove=not settings.keep_store)
+        Forking(self)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -200,7 +208,7 @@ class Session:
             keep_master=self.settings.keep_master,
             trace=self.trace,
         )
-        self._queue = UpdateQueue(
+        self.queue = UpdateQueue(
             capacity=lambda: plan.queue_nbytes + self._left_by_inputs(plan),
             is_async=self.settings.overlap,
             finish=self._pipeline.finish,
@@ -212,7 +220,7 @@ class Session:
         self.streamer.residents.start(
             pool=params,
             route=route,
-            owing=self._queue,
+            owing=self.queue,
             keep_cache=plan.keep_cache,
             num_ahead=(None if plan.keep_cache else 1) if window is None else window - 1,
             quantum=self.settings.quantum,
@@ -265,7 +273,7 @@ class Session:
 
     def _lent_to_gradients(self, plan: MemoryPlan) -> int:
         """What they have of it; it comes back while the next forward runs."""
-        return 0 if self._queue is None else max(self._queue.held_nbytes - plan.queue_nbytes, 0)
+        return 0 if self.queue is None else max(self.queue.held_nbytes - plan.queue_nbytes, 0)
 
     def drain(self) -> None:
         """Return when every update that is owed has run.
@@ -273,12 +281,12 @@ class Session:
         Raises:
             SSDOffloadError: One of them failed.
         """
-        if self._queue is not None:
-            self._queue.drain()
+        if self.queue is not None:
+            self.queue.drain()
 
     def _connect(self, adopted: StreamedOptimizer) -> None:
-        if self._pipeline is not None and self._queue is not None and self.streamer is not None:
-            adopted.connect(self._pipeline, self.streamer.residents, self._queue)
+        if self._pipeline is not None and self.queue is not None and self.streamer is not None:
+            adopted.connect(self._pipeline, self.streamer.residents, self.queue)
             if self.sink is not None:
                 adopted.check_grads = self.sink.check
 
@@ -318,6 +326,8 @@ class Session:
 
     def rest(self) -> None:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
+        if self.is_inherited:
+            return
         self._is_at_rest = True
         # In reverse order, each whatever became of the one before.
         with within(self.engine.patience), Ending() as stack:
@@ -336,10 +346,10 @@ class Session:
                 stack.callback(self.sink.close)
             if self.streamer is not None:
                 stack.callback(self.streamer.stop)
-            if self._queue is not None:
-                stack.callback(self._queue.close)
-                if not self._queue.is_broken:  # else it was reported
-                    stack.callback(self._queue.drain)
+            if self.queue is not None:
+                stack.callback(self.queue.close)
+                if not self.queue.is_broken:  # else it was reported
+                    stack.callback(self.queue.drain)
 
     def _let_go_of_arena(self) -> None:
         if self._pinned is not None:
@@ -350,6 +360,8 @@ class Session:
 
     def close(self) -> None:
         """Remove the files (or keep them, if asked for). Parameters that map them keep their values."""
+        if self.is_inherited:
+            return
         with ExitStack() as stack:
             stack.callback(self._remove_files)
             if self._is_at_rest:  # what failed then was told then
@@ -360,6 +372,7 @@ class Session:
     def settled(self) -> Iterator[None]:
         """Inside, the files hold every value, also those that the user changed at rest; works after `rest` too."""
         assert self.streamer is not None
+        self._require_own("a checkpoint cannot be saved, nor the model read from the store,")
         resting = not self._pools
         if not resting:
             self.drain()
@@ -408,6 +421,7 @@ class Session:
     def stream_updates_for(self, optimizer: Optimizer | None) -> None:
         """In `backward`, from now on, complete units go to the update of ``optimizer`` at once; None: no more."""
         self._streaming_for = next((a for a in self.optimizers if a.optimizer is optimizer), None)
+        self.is_updating = False
 
     def runs_whole(self, optimizer: Optimizer) -> bool:
         """Whether ``optimizer`` is run on all its parameters at once, after all gradients are there."""
@@ -418,9 +432,11 @@ class Session:
         """Around the backward of a step; not around one that the user runs, after which gradients must be there."""
         assert self.sink is not None
         assert self.streamer is not None
+        self._require_own("a step cannot be made")
         self.drain()  # autograd may add to gradients that an update still reads
         if self._streaming_for is not None:
             self.sink.mode = Mode.STREAMED
+            self.is_updating = True
         headroom, self._headroom = self._headroom, None
         if headroom is not None and self.plan is not None:
             headroom.begin_backward(max(self.sink.repeated_nbytes - self.plan.shared_grad_nbytes, 0))
@@ -435,6 +451,48 @@ class Session:
     def _on_complete(self, unit: Unit, grads: dict[int, Tensor], land: Callable[[], None] | None) -> None:
         assert self._streaming_for is not None
         self._streaming_for.update(unit, grads, is_last=True, land=land)
+
+    # -- forked processes ----------------------------------------------------------------------------------------
+
+    @property
+    def param_pool(self) -> Pool | None:
+        """Memory for parameters that stream."""
+        return self._pools[0] if self._pools else None
+
+    def inherit(self, refusals: Mapping[str, str], passed_on: list[tuple[int, int]], *, has_kept: bool) -> None:
+        """This is a forked process; [Note: inherited].
+
+        Args:
+            refusals: Why parameters cannot be read here, by unit.
+            passed_on: What there is of the arena, ``(offset, nbytes)``.
+            has_kept: Whether parameters that are kept in memory are here.
+        """
+        self.is_inherited = True
+        self._remove_files.detach()
+        self.trace.stop()
+        self.store.inherit("param")
+        if not self.units or self._is_at_rest or self.streamer is None:
+            return
+        self.queue = None
+        for adopted in self.optimizers:
+            adopted.inherit()
+        if self.sink is not None:
+            self.sink.inherit()
+        self.streamer.inherit(
+            Inherited(self.store, refusals),
+            lambda unit: self._is_off_host or (unit.kept is not None and not has_kept),
+        )
+        if self.param_pool is not None:
+            self.param_pool.forbid(passed_on)
+        if self.kept_params is not None and not has_kept:
+            self.kept_params.forbid([])
+
+    def _require_own(self, what: str) -> None:
+        if self.is_inherited:
+            raise ResidencyError(
+                f"{what} in a forked process: the model is that of the process that trains; do it there, or train a "
+                "copy.deepcopy of the module here"
+            )
 
     # -- numbers -------------------------------------------------------------------------------------------------
 

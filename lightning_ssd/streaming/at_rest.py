@@ -2,22 +2,25 @@
 
 [Note: at rest, written] A file that no checkpoint names is mapped shared: what the user writes lands in it. Its
 modification time is set back by two to four seconds when it is mapped, to one that no write to come can have; so
-another one found later, after `msync`, means a write. A file
-that a checkpoint names is mapped private: what the user writes stays in memory, on pages that no longer belong to the
-file, which bit 61 of ``/proc/self/pagemap`` tells. Assigning ``p.data`` is seen by the address. Optimizer state is
-always mapped private: it is shown, and a checkpoint must still be able to link its file. Parameters that are kept in
-memory are shown as they are: what the user writes is their value. Only a 16-bit one, which has a master beside it,
-needs to know: its content is summed up before and after.
+another one found later, after `msync`, means a write. A file that a checkpoint names, or that a forked process may
+read, is mapped private: what the user writes stays in memory, on pages that no longer belong to the file, which bit 61
+of ``/proc/self/pagemap`` tells. Assigning ``p.data`` is seen by the address. Optimizer state is always mapped private:
+it is shown, and a checkpoint must still be able to link its file. Parameters that are kept in memory are shown as they
+are: what the user writes is their value. Only a 16-bit one, which has a master beside it, needs to know: its content is
+summed up before and after.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.errors import as_io_error
+from lightning_ssd.memory.forked import make_private
 from lightning_ssd.memory.mapped_file import flush
 from lightning_ssd.memory.views import Views, address_of
 from lightning_ssd.store.dtypes import dtype_of
@@ -49,7 +52,8 @@ class AtRest:
         self.generation = store.on_disk(generation)
         file = generation.file  # by its name, not its descriptor: after a run the store has closed its files
         found = store.stat(generation)
-        self.is_private = generation.layout.kind != "param" or found.st_nlink > 1
+        self.is_private = generation.layout.kind != "param" or found.st_nlink > 1 or generation.is_inherited
+        self._was_written = False  # while it was shared
         self._checks = list(generation.checks)
         self._memory = store.map(generation, private=self.is_private)
         if not self.is_private:
@@ -66,9 +70,30 @@ class AtRest:
     def was_written(self) -> bool:
         """Whether the user wrote into the mapping. For a shared one, everything written is in the file afterwards."""
         if self.is_private:
-            return self._has_private_pages()
+            return self._was_written or self._has_private_pages()
         flush(self._memory, self.generation.file.path)  # so that the file's time tells of every write
         return self.generation.file.stat().st_mtime_ns != self._dated_ns
+
+    def make_private(self) -> None:
+        """A process is about to be forked: from now on neither sees what the other writes, as with any memory.
+
+        Raises:
+            IoError: The file cannot be mapped again.
+        """
+        if self.is_private:
+            return
+        file = self.generation.file
+        self._was_written = self.was_written()
+        with as_io_error(file.path, 0, file.nbytes, "mapping"):
+            fd = file.open_again(os.O_RDWR) if file.closed else os.dup(file.tail_fd)
+            try:
+                make_private(self._memory, fd)
+            finally:
+                os.close(fd)
+        self.is_private = True
+        if not self._was_written:
+            self.generation.is_mapped = False
+            self.generation.checks = self._checks
 
     def let_go(self, *, is_written: bool) -> None:
         """The parameters view something else now. A file that was only read, and that nobody views, is as before."""

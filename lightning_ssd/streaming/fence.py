@@ -45,7 +45,7 @@ def fenced_class(fence: Fence) -> type[nn.Parameter]:
             kwargs = kwargs or {}
             if func in (torch.autograd.grad, torch.autograd.backward):
                 return _differentiate(func, *args, **kwargs)
-            if func not in _METADATA:
+            if func not in METADATA:
                 tensors = list(_tensors((args, kwargs)))
                 asleep = [p for p in tensors if type(p) is ParameterAtRest]
                 fence.wake(asleep, [p for p in tensors if type(p) is not ParameterAtRest])
@@ -165,4 +165,4 @@ def _functions() -> Iterator[Any]:
     yield from (getattr(torch, name) for name in functions.split() if hasattr(torch, name))
 
 
-_METADATA = frozenset([*_accessors(), *_functions()])
+METADATA = frozenset([*_accessors(), *_functions()])

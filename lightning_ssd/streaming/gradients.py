@@ -33,6 +33,7 @@ from lightning_ssd.memory.heap import HeapWatch
 from lightning_ssd.memory.mapped_file import map_file, wait_for_write_back
 from lightning_ssd.memory.views import Views, address_of
 from lightning_ssd.store.layout import CHECK_NBYTES, MEMORY_ALIGNMENT
+from lightning_ssd.streaming.inherited import refused_gradient
 from lightning_ssd.streaming.landing import Landed, Landing
 from lightning_ssd.streaming.unit import Unit
 
@@ -202,6 +203,12 @@ class GradientSink:
             spill.close()
         self._spills.clear()
 
+    def inherit(self) -> None:
+        """This is a forked process: gradients are the user's alone, and those on mapped files cannot be read."""
+        for spill in self._spills.values():
+            spill.refuse()
+        self.close()
+
     def _is_complete(self, unit: Unit, num_arrived: int) -> bool:
         """Whether nothing more can come for ``unit`` in this backward, nor be asked of it."""
         is_all = num_arrived == sum(p.requires_grad for p in unit.params)
@@ -339,6 +346,12 @@ class _Spill:
                 "last checkpoint. (Or somebody wrote to the gradient after the step, by way of .data or numpy.)"
             )
         self._checks[index] = found
+
+    def refuse(self) -> None:
+        """In a forked process: let gradients that live here not be read, since the parent goes on to write them."""
+        for index, param in enumerate(self._unit.params):
+            if param.grad is not None and self.holds(index, param.grad):
+                param.grad = refused_gradient(param.grad, self._unit.names[index])
 
     def close(self) -> None:
         """Close the file; its bytes live as long as a gradient views them."""

@@ -20,6 +20,7 @@ from lightning_ssd.streaming.at_rest import AtRest, KeptAtRest
 from lightning_ssd.streaming.device import Placed
 from lightning_ssd.streaming.fence import fenced_class
 from lightning_ssd.streaming.fetch import HostRoute, Route
+from lightning_ssd.streaming.inherited import Inherited
 from lightning_ssd.streaming.loan import Loan
 from lightning_ssd.streaming.outlook import Outlook
 from lightning_ssd.streaming.schedule import Schedule
@@ -76,6 +77,7 @@ class Residents:
         on_touch: Called with each unit of which a parameter at rest was used in a step. Set by the owner.
         on_wake: The same outside a step. Set by the owner.
         unwatched: Inside what it returns, saved tensors are not watched. Set by the owner.
+        inherited: In a forked process, where values are; None in the one that trains.
     """
 
     def __init__(self, units: list[Unit], *, store: StateStore, trace: Trace) -> None:
@@ -99,6 +101,7 @@ class Residents:
         self._places: dict[int, tuple[Unit, int]] = {}  # of resident parameters, by address of their storage
         self._writes = Writes(store, units, self.is_current)
         self._loose: list[dict[str, Unit]] = [{}]  # resident without a hold, by the visit that touched them
+        self.inherited: Inherited | None = None
 
     def start(
         self, *, pool: Pool, route: Route, owing: Owing, keep_cache: bool, num_ahead: int | None, quantum: int
@@ -507,6 +510,9 @@ class Residents:
     def wake(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
         """See `Fence.wake`."""
         units = list({self._owners[p].name: self._owners[p] for p in params}.values())
+        if self.inherited is not None:
+            self.wake_inherited(units)
+            return
         with transforms.suspended(), ExitStack() as stack:
             if not self.is_in_step():
                 for unit in units:
@@ -592,6 +598,43 @@ class Residents:
         assert unit.at_rest is not None
         for param, tensor in zip(unit.params, unit.at_rest.tensors, strict=True):
             _give(param, tensor, nn.Parameter)
+
+    # -- forked processes: [Note: inherited] ---------------------------------------------------------------------
+
+    def before_fork(self) -> None:
+        """Let nothing change until `after_fork`, and let what is mapped now be mapped for each process alone."""
+        self._lock.acquire()
+        for unit in self.units:
+            if isinstance(unit.at_rest, AtRest):
+                with suppress(SSDOffloadError):  # its file is gone: only this process and its children see it
+                    unit.at_rest.make_private()
+
+    def after_fork(self) -> None:
+        """Undo `before_fork`, in both processes."""
+        self._lock.release()
+
+    def inherit(self, inherited: Inherited, lost: Callable[[Unit], bool]) -> None:
+        """This is a forked process: parameters that are awake stay so, but where their memory is ``lost``."""
+        self.inherited = self._owing = inherited
+        self.is_in_step = lambda: False
+        self._places = {}
+        self._loose = [{}]
+        for unit in self.units:
+            unit.num_holds = 0
+            if lost(unit) and (unit.state is Residency.RESIDENT or unit.kept is not None):
+                self.park(unit)
+            if unit.state is not Residency.ON_DISK:
+                unit.move(Residency.ON_DISK)  # nothing releases it any more
+
+    def wake_inherited(self, units: Sequence[Unit]) -> None:
+        """In a forked process: let parameters of ``units`` that are at rest have the values of the fork."""
+        assert self.inherited is not None
+        with transforms.suspended():
+            for unit in units:
+                if self._parked_class in map(type, unit.params):
+                    for param, tensor in zip(unit.params, self.inherited.values(unit), strict=True):
+                        if type(param) is self._parked_class:
+                            _give(param, tensor, nn.Parameter)
 
     def _loosen(self, unit: Unit) -> None:
         """Undo a hold; the unit stays resident until the module that runs now is over, or its memory is needed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_ssd.streaming.backward import Backward
 from lightning_ssd.streaming.fast_path import Removable, hook, hook_encoders
 from lightning_ssd.streaming.fence import require_awake
 from lightning_ssd.streaming.gradients import GradientSink
+from lightning_ssd.streaming.inherited import Inherited
 from lightning_ssd.streaming.residency import Residents
 from lightning_ssd.streaming.transforms import require_no_transform
 from lightning_ssd.streaming.trial import Verdicts
@@ -101,6 +102,13 @@ class Streamer:
         self._handles.clear()
         self.residents.stop()
 
+    def inherit(self, inherited: Inherited, lost: Callable[[Unit], bool]) -> None:
+        """This is a forked process: modules run with what parameters were at the fork, and nothing else is done."""
+        self._visits = []
+        self._activations = None
+        self._num_steps = 0
+        self.residents.inherit(inherited, lost)
+
     # -- steps ---------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -166,6 +174,9 @@ class Streamer:
 
     def before_forward(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> None:
         """A module that needs ``units`` is about to run."""
+        if self.residents.inherited is not None:
+            self.residents.wake_inherited(units)
+            return
         if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
             _require_exportable(module, units)
             return

@@ -1,0 +1,113 @@
+"""What a session does when its process is forked; [Note: inherited] says what the child has of it.
+
+Just before the fork what is owed is updated, so that a child sees the values that plain Lightning has then. That cannot
+be waited for while a backward updates what it is done with, or from the thread that updates: then the child is told so
+when it looks. A fork costs this, and a little for each unit; a step costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import TYPE_CHECKING
+
+from lightning_ssd.memory.limits import available_nbytes
+from lightning_ssd.sizes import fmt
+
+if TYPE_CHECKING:
+    from lightning_ssd.strategy.session import Session
+
+_IS_UPDATING = (
+    "this process was forked inside the backward of a step, which updates parameters as it is done with them; fork "
+    "before or after the step, or set overlap='off' in the strategy"
+)
+_IS_OWED = "its update was still to be made when this process was forked; fork before or after the step"
+_IS_BROKEN = "an update had failed when this process was forked, and the model was of no step"
+_OFF_HOST = (
+    "it is kept in memory that is registered with the device, of which a forked process has nothing; read it before "
+    "the fork, or start the process another way (multiprocessing_context='spawn')"
+)
+
+
+class Forking:
+    """Watches for forks as long as its session lives.
+
+    Args:
+        session: What the fork finds.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = weakref.ref(session)
+        self._is_held = False  # locks
+        self._passed_on: list[tuple[int, int]] = []
+        self._refusals: dict[str, str] = {}
+        self._lacks_kept = ""  # why parameters that are kept were not passed on
+        # Cannot be undone: afterwards it costs a look whether the session lives.
+        os.register_at_fork(before=self._before, after_in_parent=self._in_parent, after_in_child=self._in_child)
+
+    def _before(self) -> None:
+        session = self._session()
+        if session is None or session.is_inherited:
+            return
+        if session.queue is not None and not session.is_updating:
+            session.queue.settle()
+        if session.streamer is not None:
+            session.streamer.residents.before_fork()
+        owed = session.queue.before_fork() if session.queue is not None else []
+        self._is_held = True
+        self._refusals = dict.fromkeys((unit.name for unit in session.units), _IS_OWED)  # should the rest fail
+        self._lacks_kept = _OFF_HOST
+        session.store.pass_on("param")
+        self._refusals = self._find_refusals(session, owed)
+        self._lacks_kept = self._pass_on_memory(session)
+
+    def _find_refusals(self, session: Session, owed: list[str]) -> dict[str, str]:
+        names = [unit.name for unit in session.units]
+        if session.queue is not None and session.queue.is_broken:
+            return dict.fromkeys(names, _IS_BROKEN)
+        if session.is_updating:
+            return dict.fromkeys(names, _IS_UPDATING)
+        return dict.fromkeys(owed, _IS_OWED)
+
+    def _pass_on_memory(self, session: Session) -> str:
+        """Let the child have parameters that are in memory; returns why it cannot have those that are kept."""
+        self._passed_on = session.param_pool.pass_on() if session.param_pool is not None else []
+        kept = session.kept_params
+        if kept is None:
+            return _OFF_HOST
+        # What the next update changes exists twice then, as long as the child lives. Its memory is not in the plan.
+        available = available_nbytes()
+        if available < kept.nbytes:
+            return (
+                f"parameters that are kept in memory take {fmt(kept.nbytes)} once more when they change while a forked "
+                f"process has them, and {fmt(available)} were left at the fork; lower host_memory"
+            )
+        kept.pass_on()
+        return ""
+
+    def _in_parent(self) -> None:
+        session = self._session()
+        if session is None or not self._is_held:
+            return
+        for pool in (session.param_pool, session.kept_params):
+            if pool is not None:
+                pool.withhold()
+        self._let_go(session)
+
+    def _in_child(self) -> None:
+        session = self._session()
+        if session is None or not self._is_held:
+            return
+        self._let_go(session)
+        refusals = self._refusals
+        if self._lacks_kept:
+            kept = [unit.name for unit in session.units if unit.kept is not None]
+            refusals = {**dict.fromkeys(kept, self._lacks_kept), **refusals}
+        session.inherit(refusals, self._passed_on, has_kept=not self._lacks_kept)
+
+    def _let_go(self, session: Session) -> None:
+        self._is_held = False
+        if session.queue is not None:
+            session.queue.after_fork()
+        if session.streamer is not None:
+            session.streamer.residents.after_fork()
