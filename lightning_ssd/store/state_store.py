@@ -56,6 +56,7 @@ class StateStore:
         engine: Moves the bytes.
         verify: Whether every read is checked.
         unsynced: Paths of files that could not be made durable once. They are not linked any more.
+        is_suspended: All files are closed; see `suspend`.
         saved: Path of each checkpoint that was saved -> device and inode of its directory.
         is_inherited: This is a forked process: the files are the parent's, and only what it had may be mapped.
     """
@@ -83,7 +84,7 @@ class StateStore:
         self._staging_lock = threading.Lock()  # an update writes states that came late through it too
         self.unsynced: set[str] = set()
         self.saved: dict[str, tuple[int, int]] = {}
-        self._is_suspended = False
+        self.is_suspended = False
         self.is_inherited = False
         # Without the native kernel a checksum takes ten times as long as the transfer.
         self._makes_checks = verify or is_native()
@@ -413,7 +414,7 @@ class StateStore:
         found = file.stat()
         alike = sum(g.has_file and g.file.nbytes == found.st_size for g in list(self._current.values()))
         disk = next((i for i, d in enumerate(self._directories) if d.device == found.st_dev), None)
-        if self._is_suspended or disk is None or len(self._free[found.st_size]) >= alike:
+        if self.is_suspended or disk is None or len(self._free[found.st_size]) >= alike:
             return False
         directory = self._directories[disk]
         if not is_own_file(found, directory.folder) or _is_open(file):
@@ -478,12 +479,12 @@ class StateStore:
                 ending.callback(file.close)
                 ending.callback(partial(_unlink, file))
             self._free.clear()
-            self._is_suspended = True
+            self.is_suspended = True
 
     def resume(self, engine: Engine) -> None:
         """Open the files again after `suspend`."""
         self.engine = engine
-        self._is_suspended = False
+        self.is_suspended = False
         for generation in self._current.values():
             path, disk = generation.file.path, self._disk_of(generation.file)
             folder = generation.file.folder
@@ -537,7 +538,7 @@ class StateStore:
     def inherit(self, kind: str) -> None:
         """This is a forked process: only generations of ``kind`` are of use, and nothing keeps the run alive."""
         self.is_inherited = True
-        if self._is_suspended:
+        if self.is_suspended:
             return
         unused = [g.file for (_, other), g in self._current.items() if other != kind and g.has_file]
         for file in itertools.chain(unused, *self._free.values()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lightning_ssd.memory.limits import available_nbytes
@@ -38,7 +39,7 @@ class Forking:
 
     def __init__(self, session: Session) -> None:
         self._session = weakref.ref(session)
-        self._is_held = False  # locks
+        self._releases: list[Callable[[], None]] = []  # of locks that the fork waited for
         self._passed_on: list[tuple[int, int]] = []
         self._refusals: dict[str, str] = {}
         self._lacks_kept = ""  # why parameters that are kept were not passed on
@@ -51,15 +52,25 @@ class Forking:
             return
         if session.queue is not None and not session.is_updating:
             session.queue.settle()
-        if session.streamer is not None:
-            session.streamer.residents.before_fork()
-        owed = session.queue.before_fork() if session.queue is not None else []
-        self._is_held = True
-        self._refusals = dict.fromkeys((unit.name for unit in session.units), _IS_OWED)  # should the rest fail
+        self._refusals = dict.fromkeys((unit.name for unit in session.units), _IS_OWED)  # should something fail
         self._lacks_kept = _OFF_HOST
+        owed = self._hold_still(session)
         session.store.pass_on("param")
         self._refusals = self._find_refusals(session, owed)
         self._lacks_kept = self._pass_on_memory(session)
+
+    def _hold_still(self, session: Session) -> list[str]:
+        """Let no other thread change what the child will see; returns the units of which an update is owed."""
+        owed: list[str] = []
+        if session.streamer is not None:
+            residents = session.streamer.residents
+            residents.before_fork()
+            self._releases.append(residents.after_fork)
+        queue = session.queue
+        if queue is not None:
+            owed = queue.before_fork()
+            self._releases.append(queue.after_fork)
+        return owed
 
     def _find_refusals(self, session: Session, owed: list[str]) -> dict[str, str]:
         names = [unit.name for unit in session.units]
@@ -87,27 +98,23 @@ class Forking:
 
     def _in_parent(self) -> None:
         session = self._session()
-        if session is None or not self._is_held:
-            return
-        for pool in (session.param_pool, session.kept_params):
-            if pool is not None:
-                pool.withhold()
-        self._let_go(session)
+        if session is not None and not session.is_inherited:
+            for pool in (session.param_pool, session.kept_params):
+                if pool is not None:
+                    pool.withhold()
+        self._let_go()
 
     def _in_child(self) -> None:
+        self._let_go()
         session = self._session()
-        if session is None or not self._is_held:
+        if session is None or session.is_inherited:
             return
-        self._let_go(session)
         refusals = self._refusals
         if self._lacks_kept:
             kept = [unit.name for unit in session.units if unit.kept is not None]
             refusals = {**dict.fromkeys(kept, self._lacks_kept), **refusals}
         session.inherit(refusals, self._passed_on, has_kept=not self._lacks_kept)
 
-    def _let_go(self, session: Session) -> None:
-        self._is_held = False
-        if session.queue is not None:
-            session.queue.after_fork()
-        if session.streamer is not None:
-            session.streamer.residents.after_fork()
+    def _let_go(self) -> None:
+        while self._releases:
+            self._releases.pop()()

@@ -65,6 +65,7 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any, *, streams: bo
     Raises:
         CheckpointError: If it could not be saved; what was there before is untouched.
     """
+    session.require_own("a checkpoint cannot be saved")
     if any(adopted.is_mid_step for adopted in session.optimizers):
         raise CheckpointError(
             "the optimizer step that failed had updated a part of the model already, so its state is of no step and is "

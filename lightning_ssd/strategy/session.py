@@ -372,7 +372,7 @@ class Session:
     def settled(self) -> Iterator[None]:
         """Inside, the files hold every value, also those that the user changed at rest; works after `rest` too."""
         assert self.streamer is not None
-        self._require_own("a checkpoint cannot be saved, nor the model read from the store,")
+        self.require_own("the model cannot be written to its files")
         resting = not self._pools
         if not resting:
             self.drain()
@@ -432,7 +432,7 @@ class Session:
         """Around the backward of a step; not around one that the user runs, after which gradients must be there."""
         assert self.sink is not None
         assert self.streamer is not None
-        self._require_own("a step cannot be made")
+        self.require_own("a step cannot be made")
         self.drain()  # autograd may add to gradients that an update still reads
         if self._streaming_for is not None:
             self.sink.mode = Mode.STREAMED
@@ -471,7 +471,7 @@ class Session:
         self._remove_files.detach()
         self.trace.stop()
         self.store.inherit("param")
-        if not self.units or self._is_at_rest or self.streamer is None:
+        if self.store.is_suspended or self.streamer is None:  # parameters are plain, or not placed yet
             return
         self.queue = None
         for adopted in self.optimizers:
@@ -487,7 +487,12 @@ class Session:
         if self.kept_params is not None and not has_kept:
             self.kept_params.forbid([])
 
-    def _require_own(self, what: str) -> None:
+    def require_own(self, what: str) -> None:
+        """Refuse ``what`` in a forked process.
+
+        Raises:
+            ResidencyError: This is one.
+        """
         if self.is_inherited:
             raise ResidencyError(
                 f"{what} in a forked process: the model is that of the process that trains; do it there, or train a "

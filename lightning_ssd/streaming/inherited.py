@@ -46,7 +46,8 @@ class Inherited:
         if unit.kept is not None:
             return unit.kept
         generation = self._store.current(unit.name, "param")
-        assert generation is not None, unit.name
+        if generation is None:
+            raise ResidencyError(f"parameter {unit.names[0]!r} was being placed when this process was forked")
         return snapshot(self._store, generation)
 
     def wait(self, unit: Unit) -> None:
