@@ -307,6 +307,7 @@ class StateStore:
 
     def _written(self, layout: UnitLayout, source: Callable[[int], Tensor | None]) -> Generation:
         """A file of tensors, not committed."""
+        self._require_own(layout)  # before the lock, which a thread may have held at the fork
         with self._staging_lock:
             return self._write_staged(layout, source)
 

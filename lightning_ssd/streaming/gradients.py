@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ssd.errors import ConfigurationError, CorruptionError, as_io_error
 from lightning_ssd.io.engine import File
 from lightning_ssd.kernels.api import crc32c_each
+from lightning_ssd.memory.forked import make_private
 from lightning_ssd.memory.heap import HeapWatch
 from lightning_ssd.memory.mapped_file import map_file, wait_for_write_back
 from lightning_ssd.memory.views import Views, address_of
@@ -348,7 +349,9 @@ class _Spill:
         self._checks[index] = found
 
     def refuse(self) -> None:
-        """In a forked process: let gradients that live here not be read, since the parent goes on to write them."""
+        """In a forked process: gradients that live here are the parent's, which goes on to write them."""
+        with as_io_error(self._file.path, 0, self._file.nbytes, "mapping"):
+            make_private(self._memory, self._file.tail_fd)
         for index, param in enumerate(self._unit.params):
             if param.grad is not None and self.holds(index, param.grad):
                 param.grad = refused_gradient(param.grad, self._unit.names[index])

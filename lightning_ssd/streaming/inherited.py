@@ -97,4 +97,5 @@ def refused_gradient(like: Tensor, name: str) -> Tensor:
                 "the process that trains goes on to write; fork after the step, or raise host_memory"
             )
 
-    return like.detach().as_subclass(GradientOfParent)
+    # One element for all: autograd cannot add to it either.
+    return torch.full((), torch.nan, dtype=like.dtype).expand(like.shape).as_subclass(GradientOfParent)
