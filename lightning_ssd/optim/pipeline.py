@@ -191,9 +191,14 @@ class Pipeline:
             return
         # Many chunks: nothing is computed while the first is read.
         most = unit.layout.numel // CHUNKS_PER_UNIT // CHUNK_STEP_NUMEL * CHUNK_STEP_NUMEL
-        chunk_numel = max(min(self._chunk_numel, most), CHUNK_STEP_NUMEL)
+        chunk_numel = min(max(min(self._chunk_numel, most), CHUNK_STEP_NUMEL), max(unit.layout.numel, 1))
         sizes = [(column.kind, column.layout.itemsize * chunk_numel) for column in files.streamed]
         depth = min(self._depth, -(-unit.layout.numel // chunk_numel))
+        pool, slot_nbytes = self._pool, self._slot_nbytes
+        nbytes = sum(round_up(nbytes) for _, nbytes in sizes)
+        if nbytes > slot_nbytes:  # planned for another rule: of an optimizer beside this one, or before it
+            depth, slot_nbytes = max(min(depth, pool.nbytes // nbytes), 1), nbytes
+            pool = self._pool_for(nbytes)
         pending: deque[tuple[Slot, int, int]] = deque()
         # One slot is left free of reads, so that its writes run while the next chunk is computed.
         most_pending = max(depth - 1, 1)
@@ -208,7 +213,7 @@ class Pipeline:
 
         for i, (begin, end) in enumerate(chunks(unit.layout.numel, chunk_numel)):
             if i < depth:
-                slot = Slot(self._pool, sizes, unit.name, nbytes=self._slot_nbytes, make_room=self._make_room)
+                slot = Slot(pool, sizes, unit.name, nbytes=slot_nbytes, make_room=self._make_room)
                 writes.slots.append(slot)
             else:
                 writes.slots.rotate(-1)  # the oldest at the front
@@ -287,11 +292,13 @@ class Pipeline:
         files.write(slot, 0, numel)
 
     def _pool_for(self, nbytes: int) -> Pool:
-        """The pool for updates, or a larger one: the class makes states that it did not make when it was tried."""
+        """The pool for updates, or a larger one: a class makes states that it did not make when it was tried, or one
+        that nobody knew at setup took another one's place.
+        """
         if nbytes <= self._pool.nbytes:
             return self._pool
         if self._larger is None or self._larger.nbytes < nbytes:
-            self._larger = Pool(nbytes, "late states of an optimizer")
+            self._larger = Pool(nbytes, "update, beside the plan")
         return self._larger
 
     def _add_kinds(

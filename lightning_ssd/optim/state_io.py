@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -95,6 +96,23 @@ class OptimizerState:
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with state tensors mapped from the store."""
+        for hook in self._hooks("state_dict_pre"):
+            hook(self.optimizer)
+        state_dict = self._dump()
+        for hook in self._hooks("state_dict_post"):
+            found = hook(self.optimizer, state_dict)
+            state_dict = state_dict if found is None else found
+        return state_dict
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether hooks of the user may change what `state_dict` returns."""
+        return bool(self._hooks("state_dict_post"))
+
+    def _hooks(self, kind: str) -> list[Callable[..., Any]]:
+        return list(getattr(self.optimizer, f"_optimizer_{kind}_hooks").values())
+
+    def _dump(self) -> dict[str, Any]:
         self._settle()
         state: dict[int, dict[str, Any]] = {}
         maps: dict[tuple[str, str], tuple[Tensor, ...]] = {}
@@ -121,9 +139,13 @@ class OptimizerState:
             CheckpointError: If the state does not fit the optimizer.
         """
         self.drain()
+        state_dict = dict(state_dict)
+        for hook in self._hooks("load_state_dict_pre"):
+            found = hook(self.optimizer, state_dict)
+            state_dict = state_dict if found is None else found
         self._view.clear_shown()
         self.optimizer.state = self._view  # type: ignore[assignment]
-        saved_groups = state_dict["param_groups"]
+        saved_groups = deepcopy(state_dict["param_groups"])  # a scheduler may write to tensors in it
         groups = self.optimizer.param_groups
         sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
         if sizes != saved_sizes:
@@ -133,13 +155,22 @@ class OptimizerState:
             )
         loaded: dict[nn.Parameter, dict[str, Any]] = {}
         for group, saved in zip(groups, saved_groups, strict=True):
+            # What the class itself put there stays, as its `__setstate__` would put it there for an older file.
+            for key in group.keys() - saved.keys() - self.optimizer.defaults.keys() - {"params", "param_names"}:
+                del group[key]
             group.update({key: value for key, value in saved.items() if key != "params"})
             for param, number in zip(group["params"], saved["params"], strict=True):
                 if number in state_dict["state"]:
                     loaded[param] = state_dict["state"][number]
         self._take(loaded)
+        for hook in self._hooks("load_state_dict_post"):
+            hook(self.optimizer)
 
     def _take(self, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        with self._store.writable():
+            self._replace(loaded)
+
+    def _replace(self, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
         self._initialised.clear()
         self._scalars.clear()
         kinds_of = [self.rule.kinds(group) for group in self.optimizer.param_groups]
@@ -184,10 +215,10 @@ class OptimizerState:
             tensors.append(tensor)
         self._store.put(layout, tensors.__getitem__)
 
-    def _with_state(self) -> set[nn.Parameter]:
-        """Parameters that have any."""
+    def _with_state(self) -> list[nn.Parameter]:
+        """Parameters that have any, in the order of the groups."""
         self.drain()
-        return set(filter(self._has_state, self.params()))
+        return list(filter(self._has_state, self.params()))
 
     def _has_state(self, param: nn.Parameter) -> bool:
         return bool(self._scalars.get(param) or self._initialised.get(param))
@@ -228,8 +259,9 @@ class OptimizerState:
                 written |= {(unit.name, kind + self.suffix) for kind in full}
             shown = {param: self._view[param] for param in self._with_state()}
             units = {unit.name: unit for unit in self._units()}
-            for name, kind in sorted(written):
-                self._take_kind(units[name], kind.removesuffix(self.suffix), shown)
+            with self._store.writable():
+                for name, kind in sorted(written):
+                    self._take_kind(units[name], kind.removesuffix(self.suffix), shown)
         self._view.clear_shown()
 
     def _snapshot(self, unit: str, kind: str) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
     """The state of each parameter, as `torch.optim.Optimizer.state` has it.
 
     Args:
-        stored: Parameters that have state in the store.
+        stored: Parameters that have state in the store, in order.
         has_state: Whether one has.
         load: The state of a parameter from the store, by name; full-shaped tensors through `map`.
         store: Where it is.
@@ -28,7 +28,7 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
 
     def __init__(
         self,
-        stored: Callable[[], set[nn.Parameter]],
+        stored: Callable[[], list[nn.Parameter]],
         has_state: Callable[[nn.Parameter], bool],
         load: Callable[[nn.Parameter], dict[str, Any]],
         store: StateStore,
@@ -91,8 +91,8 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
         return bool(self._shown[param]) if param in self._shown else self._has_state(param)
 
     def __iter__(self) -> Iterator[nn.Parameter]:
-        left = self._stored() - self._shown.keys()
-        return iter([*left, *(param for param, state in self._shown.items() if state)])
+        found = dict.fromkeys(param for param in self._stored() if self._shown.get(param, True))
+        return iter(found | dict.fromkeys(param for param, state in self._shown.items() if state))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

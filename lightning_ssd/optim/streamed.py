@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.optim.pipeline import ParameterUpdate, Pipeline, require_finite
 from lightning_ssd.optim.queue import Owed, UpdateQueue
 from lightning_ssd.optim.rules import Rule, TorchRule
@@ -63,6 +64,7 @@ class StreamedOptimizer(OptimizerState):
         self._residents: Residents | None = None
         self._queue: UpdateQueue | None = None
         self._is_half_made = False  # when the run ended
+        self._has_used_grads = False  # of the last backward, that a step in plain torch would leave
         self.check_grads: Callable[[Unit, Mapping[int, Tensor], bool], None] = lambda unit, grads, is_final: None
         for group in optimizer.param_groups:
             self._require_known(group["params"])
@@ -122,8 +124,9 @@ class StreamedOptimizer(OptimizerState):
 
         def add_known(group: dict[str, Any]) -> None:
             params = group["params"]
-            self._require_known([params] if isinstance(params, Tensor) else list(params))
-            add({**group, "params": list(params) if not isinstance(params, Tensor) else params})
+            group = {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+            self._require_known(group["params"])
+            add(group)
 
         return add_known
 
@@ -195,6 +198,7 @@ class StreamedOptimizer(OptimizerState):
             queue.complete(unit)
             residents.updated(unit)
 
+        self._has_used_grads |= is_last
         nbytes = sum(part.grad.nbytes for part in parts.values()) if is_last else 0
         position = residents.schedule.position(unit.name, "train")
         is_kept = unit.kept is not None
@@ -228,11 +232,13 @@ class StreamedOptimizer(OptimizerState):
                 hook(optimizer, (closure, *args), kwargs)
             self._clear_step()  # of one that failed, if the user went on after it
             self._take_edits()
-            loss = None
+            loss, were_used = None, self._has_used_grads
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
                 self._take_edits()
+            if were_used:
+                self._require_new_grads()
             self._finish_step()
             after = chain(optimizer._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values())
             for hook in after:
@@ -246,11 +252,26 @@ class StreamedOptimizer(OptimizerState):
         zero_grad = self.optimizer.zero_grad
 
         def zero(set_to_none: bool = True) -> None:
+            self._has_used_grads = False
             if not set_to_none:
                 self.drain()  # an update that is owed reads what this overwrites
             zero_grad(set_to_none)
 
         return zero
+
+    def _require_new_grads(self) -> None:
+        """Refuse a step on the gradients of the step before, which are gone.
+
+        Raises:
+            ConfigurationError: It would change nothing, where plain torch changes every parameter again.
+        """
+        is_new = self._options.is_used or not self._has_used_grads
+        if not is_new and not any(True for _ in params_with_grad(self._units())):
+            raise ConfigurationError(
+                f"{type(self.optimizer).__name__}.step() was called again on the gradients of the step before, which "
+                "went into that step's update as they came and are gone; keep them with overlap='off', or override "
+                "on_before_optimizer_step of the LightningModule (an empty one will do)"
+            )
 
     def _finish_step(self) -> None:
         assert self._residents is not None

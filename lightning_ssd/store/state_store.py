@@ -51,6 +51,7 @@ class StateStore:
         direct: Open files with O_DIRECT, one flag per directory.
         verify: Check every read against the checksums of what was written.
         trace: Gets spans of reads and writes.
+        new_engine: Makes the engine of `writable` after `suspend`; the same one if None.
 
     Attributes:
         engine: Moves the bytes.
@@ -69,12 +70,14 @@ class StateStore:
         direct: list[bool],
         verify: bool,
         trace: Trace | None = None,
+        new_engine: Callable[[], Engine] | None = None,
     ) -> None:
         self._directories = directories
         self._direct = direct
         self.engine = engine
         self.verify = verify
         self._trace = trace or Trace()
+        self._new_engine = new_engine or (lambda: engine)
         self._lock = threading.RLock()
         self._current: dict[tuple[str, str], Generation] = {}
         self._kept: dict[tuple[str, str], tuple[Tensor, ...]] = {}
@@ -490,6 +493,19 @@ class StateStore:
             path, disk = generation.file.path, self._disk_of(generation.file)
             folder = generation.file.folder
             generation.file = File.open(path, direct=self._direct[disk], writable=True, folder=folder)
+
+    @contextmanager
+    def writable(self) -> Iterator[None]:
+        """Inside, generations can be written, also after `suspend`: with an engine of its own, and all files open."""
+        if not self._is_suspended:
+            yield
+            return
+        self.resume(self._new_engine())
+        try:
+            yield
+        finally:
+            self.suspend()
+            self.engine.close()
 
     def close(self, *, remove: bool) -> None:
         """Close all files; with ``remove`` delete the run directories. The engine is not closed."""

@@ -52,7 +52,9 @@ class CheckpointMixin(StrategyBase):
         """The optimizer's state, with tensors mapped from the store."""
         inner = getattr(optimizer, "_optimizer", optimizer)
         state = cast(dict[str, Any], inner.state_dict())
-        self._dumped[inner] = Dumped(state)
+        # What a hook on it has changed is not what the store has.
+        if not any(adopted.optimizer is inner and adopted.is_hooked for adopted in self.session.optimizers):
+            self._dumped[inner] = Dumped(state)
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:

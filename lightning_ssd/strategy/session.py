@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import count
 
 from torch import Tensor, nn
@@ -378,17 +379,14 @@ class Session:
             self.drain()
             self.streamer.end_step()  # what the last step wrote is kept
         awake = [unit for unit in self.units if unit.at_rest is not None]
-        if resting:
-            self.store.resume(make_engine(self.settings.io))
-        try:
-            for unit in awake:
-                self.streamer.residents.settle(unit)
-            yield
-        finally:
-            if resting:
-                self.streamer.stop()
-                self.store.suspend()
-                self.store.engine.close()
+        with self.store.writable():
+            try:
+                for unit in awake:
+                    self.streamer.residents.settle(unit)
+                yield
+            finally:
+                if resting:
+                    self.streamer.stop()
 
     def masters(self) -> dict[nn.Parameter, Tensor]:
         """Float32 masters of 16-bit parameters, mapped; works after `rest` too."""
@@ -574,7 +572,14 @@ class Session:
             for directory in directories:
                 directory.close(remove=True)
             raise
-        return StateStore(directories, self.engine, direct=direct, verify=self.settings.verify, trace=self.trace)
+        return StateStore(
+            directories,
+            self.engine,
+            direct=direct,
+            verify=self.settings.verify,
+            trace=self.trace,
+            new_engine=partial(make_engine, self.settings.io),
+        )
 
 
 def _end_files(store: StateStore, *, remove: bool) -> None:

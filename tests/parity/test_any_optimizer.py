@@ -30,6 +30,7 @@ class Net(pl.LightningModule):
         self.head = nn.Linear(WIDTH, 1)
         self._make = make
         self.losses: list[float] = []
+        self.states: dict[int, Any] = {}
 
     def training_step(self, x: Tensor) -> Tensor:
         loss = self.head(self.net(x)).square().mean()
