@@ -75,7 +75,9 @@ class Nursery:
             for key, param in module._parameters.items():
                 if param is not None and param.is_meta:
                     names.setdefault(param, []).append((module, key))
-        root.load_state_dict(weights, strict=strict, assign=bool(names))
+        # A module's own `load_state_dict` may take what Lightning gives it, and nothing more.
+        options = {"assign": True} if names else {}
+        root.load_state_dict(weights, strict=strict, **options)
         for places in names.values():  # assigning gave each name a parameter of its own: tie them again
             module, key = places[0]
             for other, other_key in places[1:]:

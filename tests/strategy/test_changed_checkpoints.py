@@ -162,6 +162,30 @@ def test_what_hooks_leave_is_saved(tmp_path: Path, change: str) -> None:
     assert_same(ours, run(tmp_path / "plain", lambda: "auto", CHANGES[change]))
 
 
+class Renaming(Net):
+    """Has methods of its own for its state, that take what Lightning gives them and nothing more."""
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        return {f"own.{name}": value for name, value in super().state_dict().items()}
+
+    def load_state_dict(self, state: Any, strict: bool = True) -> Any:  # type: ignore[override]
+        return super().load_state_dict({name.removeprefix("own."): v for name, v in state.items()}, strict=strict)
+
+
+def test_a_module_whose_state_dict_is_its_own(tmp_path: Path) -> None:
+    def run(strategy: Callable[[], Any], name: str) -> list[Any]:
+        pl.seed_everything(2, verbose=False)
+        first, data = Renaming(), DataLoader(DATA, 4)
+        trainer = make_trainer(tmp_path, strategy(), max_steps=4)
+        trainer.fit(first, data)
+        trainer.save_checkpoint(tmp_path / name)
+        second = Renaming()
+        make_trainer(tmp_path, strategy(), max_steps=8).fit(second, data, ckpt_path=str(tmp_path / name))
+        return [first.losses, second.losses, second.keys, second.state_dict()]
+
+    assert_same(run(streamed, "ours"), run(lambda: "auto", "plain"))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_averaged_weights_are_saved_beside_the_state_of_training(tmp_path: Path) -> None:
     def averaging() -> list[pl.Callback]:
