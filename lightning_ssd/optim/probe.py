@@ -3,7 +3,8 @@
 [Note: probe] Two small copies of the optimizer, on a few small parameters whose shapes are like those of the real ones,
 make the same steps: one its own, one parameter by parameter as an update of a unit would. If parameters, state, groups
 and attributes are equal to the bit after each step, the class treats each parameter by itself. That takes some
-milliseconds a class; real parameters are not looked at.
+tenths of a second a class; real parameters are not looked at. A class that is not torch's own may begin late to look at
+several parameters, or do so with large ones: it is tried for many steps on few of them, and on larger ones.
 """
 
 from __future__ import annotations
@@ -25,10 +26,30 @@ from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.optim.rules import TorchRule, is_full
 from lightning_ssd.optim.shared import SharedOptions, same
 
-NUM_STEPS = 12
-"""A class may make a state only every few steps."""
 
-_SIZE = 8  # of the smallest dimension that is not 1
+@dataclass(frozen=True)
+class _Trial:
+    """How a class is tried.
+
+    Attributes:
+        num_steps: A class may make a state only every few steps.
+        size: Of the smallest dimension that is not 1.
+        num_params: At most so many, the largest.
+        dtype: None for each parameter's own.
+    """
+
+    num_steps: int = 12
+    size: int = 8
+    num_params: int | None = None
+    dtype: torch.dtype | None = None
+
+
+_FIRST = _Trial()
+# What one parameter's update takes from the others may be too little to show in float32 in a few steps.
+_FINE = _Trial(dtype=torch.float64)
+_LONG = _Trial(num_steps=100, num_params=4)
+_LARGE = _Trial(num_steps=3, size=64, num_params=6)
+
 _MAX_GROUPS = 2  # that are alike
 _MAX_ALIKE = 2  # parameters of one shape in a group
 _MAX_COPY_NUMEL = 1 << 16  # of a tensor that is no state
@@ -62,27 +83,32 @@ def probe(optimizer: Optimizer, *, keep_master: bool = False) -> Findings:
         keep_master: 16-bit parameters have a float32 master, which is what is updated.
     """
     with _own_random_numbers(), torch.random.fork_rng(devices=()), torch.inference_mode(False):
-        found = _try(optimizer, keep_master, None)
-        if found.why_whole or not found.moves:
-            return found
-        # What one parameter's update takes from the others may be too little to show in float32 in a few steps.
-        fine = _try(optimizer, keep_master, torch.float64)
-        return found if fine.moves is None or not fine.why_whole else replace(found, why_whole=fine.why_whole)
+        found = _try(optimizer, keep_master, _FIRST)
+        is_known = type(optimizer).__module__.startswith("torch.optim.")
+        for trial in (_FINE,) if is_known else (_FINE, _LONG, _LARGE):
+            if found.why_whole or not found.moves:
+                break
+            try:
+                further = _try(optimizer, keep_master, trial)
+            except Exception:  # a schedule of the class's own may be at its end after so many steps
+                continue
+            found = found if further.moves is None else replace(found, why_whole=further.why_whole)
+        return found
 
 
-def _try(optimizer: Optimizer, keep_master: bool, dtype: torch.dtype | None) -> Findings:
+def _try(optimizer: Optimizer, keep_master: bool, trial: _Trial) -> Findings:
     try:
-        whole, apart = (_Small(optimizer, keep_master, dtype) for _ in range(2))
+        whole, apart = (_Small(optimizer, keep_master, trial) for _ in range(2))
     except Exception as error:  # the user's class may refuse to be copied in any way
         return Findings((), f"it cannot be copied for a trial ({_text(error)})", None, _UNKNOWN_NBYTES)
-    return _compare(whole, apart)
+    return _compare(whole, apart, trial.num_steps)
 
 
-def _compare(whole: _Small, apart: _Small) -> Findings:
+def _compare(whole: _Small, apart: _Small, num_steps: int) -> Findings:
     moves, why = False, "it holds another optimizer" if whole.holds_another else ""
     by_parts = None if why else _ByParts(apart)
     try:
-        for step in range(NUM_STEPS):
+        for step in range(num_steps):
             before = whole.values()
             draws = whole.step(step)
             moves = moves or not same(before, whole.values())
@@ -104,13 +130,13 @@ def _compare(whole: _Small, apart: _Small) -> Findings:
 class _Small:
     """A copy of an optimizer on small parameters."""
 
-    def __init__(self, optimizer: Optimizer, keep_master: bool, dtype: torch.dtype | None) -> None:
-        small = _choose(optimizer, keep_master, dtype)
+    def __init__(self, optimizer: Optimizer, keep_master: bool, trial: _Trial) -> None:
+        small = _choose(optimizer, keep_master, trial)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         spare = nn.Parameter(torch.zeros(1))  # stands for those that are left out
         memo: dict[int, Any] = {id(p): small.get(p, spare) for p in params}
         self._copies: list[Optimizer] = []
-        with _SmallCopies({tuple(p.shape): small_shape(tuple(p.shape)) for p in params}):
+        with _SmallCopies({tuple(p.shape): small_shape(tuple(p.shape), trial.size) for p in params}):
             self.optimizer = self._copy(optimizer, memo)
         self.params = list(small.values())
         self.holds_another = len(self._copies) > 1
@@ -257,14 +283,14 @@ class _SmallCopies(TorchFunctionMode):
         return copied
 
 
-def small_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def small_shape(shape: tuple[int, ...], at_least: int = _FIRST.size) -> tuple[int, ...]:
     """A small shape whose dimensions compare as those of ``shape`` do; a dimension of 1 stays one."""
     sizes = sorted({size for size in shape if size > 1})
-    small = {size: min(size, _SIZE * (rank + 1)) for rank, size in enumerate(sizes)}
+    small = {size: min(size, at_least * (rank + 1)) for rank, size in enumerate(sizes)}
     return tuple(small.get(size, size) for size in shape)
 
 
-def _choose(optimizer: Optimizer, keep_master: bool, dtype: torch.dtype | None) -> dict[nn.Parameter, nn.Parameter]:
+def _choose(optimizer: Optimizer, keep_master: bool, trial: _Trial) -> dict[nn.Parameter, nn.Parameter]:
     """Some of the parameters, each with a small one: of every shape and every kind of group."""
     generator = torch.Generator().manual_seed(0)
     chosen: dict[nn.Parameter, nn.Parameter] = {}
@@ -275,15 +301,16 @@ def _choose(optimizer: Optimizer, keep_master: bool, dtype: torch.dtype | None) 
         num_groups[options] += 1
         num_here: Counter[tuple[int, ...]] = Counter()
         for param in group["params"]:
-            shape = small_shape(tuple(param.shape))
+            shape = small_shape(tuple(param.shape), trial.size)
             num_here[shape] += 1
             shapes_seen[options, shape] += 1
             is_new = shapes_seen[options, shape] == 1
             if param.numel() and (is_new or (num_groups[options] <= _MAX_GROUPS and num_here[shape] <= _MAX_ALIKE)):
                 values = torch.randn(shape, generator=generator)
                 is_widened = keep_master and param.dtype in (torch.bfloat16, torch.float16)
-                chosen[param] = nn.Parameter(values.to(dtype or (values.dtype if is_widened else param.dtype)))
-    return chosen
+                chosen[param] = nn.Parameter(values.to(trial.dtype or (values.dtype if is_widened else param.dtype)))
+    largest_first = sorted(chosen.items(), key=lambda pair: -pair[1].numel())
+    return chosen if trial.num_params is None else dict(largest_first[: trial.num_params])
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -163,6 +163,22 @@ class Noisy(PerParameter):
         p.add_(p.grad + 1e-2 * torch.randn_like(p), alpha=-group["lr"])
 
 
+class MeanOfAll(PerParameter):
+    """Pulls parameters to the mean of all, after some steps, or of the large ones alone."""
+
+    def __init__(self, params: Any, after: int = 0, numel: int = 0) -> None:
+        super().__init__(params)
+        self.after, self.numel = after, numel
+
+    def begin(self) -> None:
+        self.num_steps += 1
+        params = [p for group in self.param_groups for p in group["params"] if p.numel() > self.numel]
+        if self.num_steps > self.after and params:
+            mean = torch.stack([p.mean() for p in params]).mean()
+            torch._foreach_mul_(params, [0.9] * len(params))
+            torch._foreach_add_(params, [mean * 0.1] * len(params))
+
+
 class Wrapper(Optimizer):
     def __init__(self, base: Optimizer) -> None:
         self.base = base
@@ -270,6 +286,12 @@ def reads(model: Net) -> Optimizer:
 def test_configure_optimizers_may_read_and_write_values(tmp_path: Path, settings: dict[str, Any]) -> None:
     plain = train(tmp_path, "auto", reads)
     assert_equal(plain, train(tmp_path, streamed(**settings | {"update": "torch"}), reads))
+
+
+@pytest.mark.parametrize("options", [{"after": 60}, {"numel": 4000}, {"after": 2, "numel": 4000}], ids=str)
+def test_one_that_mixes_late_or_only_large_parameters_is_found(options: dict[str, int]) -> None:
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((128, 128), (128, 128), (128,), (4, 4))]
+    assert probe(MeanOfAll(params, **options)).why_whole == "one parameter's update depends on the others"
 
 
 class Midway(Callback):
