@@ -497,7 +497,7 @@ class StateStore:
     @contextmanager
     def writable(self) -> Iterator[None]:
         """Inside, generations can be written, also after `suspend`: with an engine of its own, and all files open."""
-        if not self._is_suspended:
+        if not self.is_suspended:
             yield
             return
         self.resume(self._new_engine())
