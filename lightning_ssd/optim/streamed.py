@@ -104,6 +104,7 @@ class StreamedOptimizer(OptimizerState):
         refused: Any = Refused(f"optimizer {name} cannot make steps, nor show or load its state,")
         self._pipeline = self._residents = self._queue = refused
         self._store = refused
+        self._has_used_grads = False  # else that would be the reason why
         self._view.inherit(refused)
 
     def dismiss(self, others: Iterable[StreamedOptimizer]) -> None:
