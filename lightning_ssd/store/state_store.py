@@ -30,6 +30,7 @@ from torch import Tensor
 from lightning_ssd.errors import Ending, IoError, ResidencyError, StoreError, as_io_error, gone
 from lightning_ssd.io.engine import Engine, File, Transfer
 from lightning_ssd.io.folder import Folder, is_own_file
+from lightning_ssd.io.scratch import Scratch, write_all
 from lightning_ssd.kernels.api import crc32c_each, is_native
 from lightning_ssd.memory.mapped_file import map_file
 from lightning_ssd.memory.plan import STAGING_NBYTES
@@ -99,6 +100,12 @@ class StateStore:
         return self._directories[0].path
 
     @property
+    def scratches(self) -> list[Scratch]:
+        """What makes files that are no generations, on each disk."""
+        pairs = zip(self._directories, self._direct, strict=True)
+        return [Scratch(directory.folder, direct, self.engine.patience) for directory, direct in pairs]
+
+    @property
     def disks(self) -> list[tuple[str, bool]]:
         """Directory of each disk, and whether files in it take O_DIRECT."""
         return [(d.path, direct) for d, direct in zip(self._directories, self._direct, strict=True)]
@@ -154,7 +161,7 @@ class StateStore:
                     file = self._file(path, layout.file_nbytes, disk)
                     begun.append(Generation(layout, file, checks=[None] * -(-layout.data_nbytes // CHECK_NBYTES)))
                     undo.callback(self.abandon, begun[-1])
-                    _write_all(file, layout.header)
+                    write_all(file, layout.header)
                 undo.pop_all()
             return begun
 
@@ -579,7 +586,8 @@ class StateStore:
         if not generation.has_file or self.is_inherited:
             return
         file = generation.file
-        found = os.fstat(file.tail_fd)
+        with as_io_error(file.path, what="stat"):
+            found = os.fstat(file.tail_fd)
         if file.hangs:  # what is still in flight would be written over what comes next
             _unlink(file)
             file.close()
@@ -591,16 +599,6 @@ class StateStore:
         else:
             with self._lock:
                 self._free[file.nbytes].append(file)
-
-
-def _write_all(file: File, data: bytes) -> None:
-    """Write ``data`` at the start of ``file``, and tell a failure as an engine does."""
-    try:
-        done = os.pwrite(file.tail_fd, data, 0)
-    except OSError as error:
-        raise IoError(error.errno or errno.EIO, file.path, 0, len(data), "write") from error
-    if done != len(data):  # its space is reserved, so a regular file takes all of it or fails
-        raise IoError(errno.EIO, file.path, done, len(data) - done, "write")
 
 
 def _unlink(file: File) -> None:

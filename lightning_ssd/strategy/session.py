@@ -52,7 +52,7 @@ from lightning_ssd.streaming.nursery import Nursery
 from lightning_ssd.streaming.partition import partition
 from lightning_ssd.streaming.placeholder import placeholders
 from lightning_ssd.streaming.residency import Residents
-from lightning_ssd.streaming.spill import Disk, SpillFiles
+from lightning_ssd.streaming.spill import SpillFiles
 from lightning_ssd.streaming.streamer import Streamer
 from lightning_ssd.streaming.unit import Unit
 from lightning_ssd.trace import Trace
@@ -107,7 +107,7 @@ class Session:
         self._activations: ActivationStore | None = None
         self._headroom: Headroom | None = None  # until the first step is over
         self._streaming_for: StreamedOptimizer | None = None
-        self.nursery = Nursery(self.store.spill_directory)
+        self.nursery = Nursery(self.store.scratches[0])
         # Runs when nobody holds the session any more, at the latest when the process ends.
         self._remove_files = weakref.finalize(self, _end_files, self.store, remove=not settings.keep_store)
         Forking(self)
@@ -125,7 +125,7 @@ class Session:
         require_handles(handles(len(self.units), 0, 0, direct=is_direct), f"{len(self.units)} units of parameters")
         residents = Residents(self.units, store=self.store, trace=self.trace)
         self.streamer = Streamer(residents, device=self.settings.device, trace=self.trace)
-        parked = placeholders(self.units, self.store.spill_directory)
+        parked = placeholders(self.units, self.store.scratches[0])
         for unit in self.units:
             self._place_unit(unit)
             unit.parked = parked[unit.name]
@@ -193,7 +193,7 @@ class Session:
         headroom.watch(self._arena)
         self._keep(plan, kept_states)
         self.sink = GradientSink(
-            None if plan.keep_grads or plan.fits else self.store.spill_directory,
+            None if plan.keep_grads or plan.fits else self.store.scratches[0],
             self._on_complete,
             off_device=self._is_off_host,
             landing=self._make_landing(),
@@ -308,7 +308,7 @@ class Session:
     def _make_activations(self, plan: MemoryPlan, pool: Pool) -> ActivationStore:
         return ActivationStore(
             self.engine,
-            SpillFiles([Disk(*disk) for disk in self.store.disks], "activations"),
+            SpillFiles(self.store.scratches, "activations"),
             pool,
             device=self.settings.device,
             budget_nbytes=plan.activation_nbytes,
@@ -569,9 +569,10 @@ class Session:
                 directories.append(RunDirectory(root, keep=self.settings.keep_store))
             direct = [use_direct(self.settings.io, directory.path) for directory in directories]
         except BaseException:
-            for directory in directories:
-                directory.close(remove=True)
-            raise
+            with Ending() as ending:
+                for directory in directories:
+                    ending.callback(partial(directory.close, remove=True))
+                raise
         return StateStore(
             directories,
             self.engine,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ssd.errors import ConfigurationError, CorruptionError, as_io_error
-from lightning_ssd.io.engine import File
+from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.kernels.api import crc32c_each
 from lightning_ssd.memory.forked import make_private
 from lightning_ssd.memory.heap import HeapWatch
@@ -50,7 +49,7 @@ class GradientSink:
     """Where the gradients of all units go.
 
     Args:
-        spill_directory: Where waiting gradients are mapped; None keeps them in memory.
+        scratch: Makes files on which waiting gradients are mapped; None keeps them in memory.
         on_complete: Called in `Mode.STREAMED` with a unit, its gradients by parameter index, and what to call before
             they are read, from any thread; None where they are there.
         off_device: Compute runs elsewhere than on the host: gradients are copied to the host as they arrive.
@@ -63,7 +62,7 @@ class GradientSink:
 
     def __init__(
         self,
-        spill_directory: str | None,
+        scratch: Scratch | None,
         on_complete: Callable[[Unit, dict[int, Tensor], Callable[[], None] | None], None],
         *,
         off_device: bool = False,
@@ -83,7 +82,7 @@ class GradientSink:
             False
         )  # values still to be read by backward; set by the owner
         self._hidden: dict[nn.Parameter, Tensor] = {}  # off the device, gradients while backward runs
-        self._spill_directory = spill_directory
+        self._scratch = scratch
         self._on_complete = on_complete
         self._handles: dict[nn.Parameter, RemovableHandle] = {}
         self._arrived: dict[str, set[int]] = {}  # parameters whose gradient this backward has brought, by unit
@@ -249,7 +248,7 @@ class GradientSink:
                     self._hidden[param] = kept
 
     def _prepare_spills(self, units: Iterable[Unit]) -> None:
-        if not self._is_gated or self._spill_directory is None:
+        if not self._is_gated or self._scratch is None:
             return
         for unit in units:
             if unit.name in self._uses:
@@ -257,7 +256,7 @@ class GradientSink:
 
     def _kept(self, unit: Unit, index: int, grad: Tensor) -> Tensor:
         """``grad`` where it can wait: itself, or past the budget a copy in a mapped file."""
-        if self._spill_directory is None or grad.numel() == 0:
+        if self._scratch is None or grad.numel() == 0:
             return grad
         spill = self._spill_of(unit, grad.dtype)
         if spill.holds(index, grad):
@@ -270,8 +269,8 @@ class GradientSink:
     def _spill_of(self, unit: Unit, dtype: torch.dtype) -> _Spill:
         """The spill that ``unit`` has, else a new one for gradients of ``dtype``."""
         if unit.name not in self._spills:
-            assert self._spill_directory is not None
-            self._spills[unit.name] = _Spill(self._spill_directory, next(self._numbers), unit, dtype)
+            assert self._scratch is not None
+            self._spills[unit.name] = _Spill(self._scratch, next(self._numbers), unit, dtype)
         return self._spills[unit.name]
 
 
@@ -292,20 +291,20 @@ class _Arrival:
 class _Spill:
     """A mapped, unlinked file as large as the gradients of one unit."""
 
-    def __init__(self, directory: str, number: int, unit: Unit, dtype: torch.dtype) -> None:
+    def __init__(self, scratch: Scratch, number: int, unit: Unit, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._unit = unit
         self._checks: dict[int, list[int]] = {}  # of gradients at the step, by parameter index
         self._shapes = [shape.shape for shape in unit.shapes]
         sizes = (-(-shape.numel * dtype.itemsize // MEMORY_ALIGNMENT) * MEMORY_ALIGNMENT for shape in unit.shapes)
         self._offsets = list(itertools.accumulate(sizes, initial=0))
-        path = os.path.join(directory, f"{number:08d}-grad.safetensors")
-        self._file = File.create(path, max(self._offsets[-1], 1), direct=False)
-        with as_io_error(path, what="unlink"):
-            os.unlink(path)
-        self._memory = map_file(
-            self._file.tail_fd, self._file.nbytes, path, functools.partial(_gradient_at, unit.names, self._offsets)
-        )
+        self._file = file = scratch.make(f"{number:08d}-grad.safetensors", max(self._offsets[-1], 1))
+        try:
+            about = functools.partial(_gradient_at, unit.names, self._offsets)
+            self._memory = map_file(file.tail_fd, file.nbytes, file.path, about)
+        except BaseException:
+            file.close()
+            raise
         self._base = address_of(self._memory)
         self._views = [Views(self._memory) for _ in unit.shapes]
         self._ready: dict[int, Tensor] = {}  # nobody has seen them

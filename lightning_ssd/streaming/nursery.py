@@ -8,7 +8,6 @@ when the values have moved into the store.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.io.engine import File
+from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.mapped_file import map_file
 from lightning_ssd.memory.views import Views
 from lightning_ssd.sizes import MiB
@@ -28,10 +27,10 @@ MIN_NBYTES = MiB // 4
 
 
 class Nursery:
-    """Makes mapped parameters in ``directory``."""
+    """Makes mapped parameters in files of ``scratch``."""
 
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
         self._numbers = itertools.count()
         self._ours: set[int] = set()  # addresses of the mappings made here
 
@@ -97,11 +96,11 @@ class Nursery:
 
     def _map(self, param: nn.Parameter) -> Tensor:
         """A tensor of the parameter's form in a file of its own, not initialised."""
-        path = os.path.join(self._directory, f"nursery-{next(self._numbers):08d}.safetensors")
-        file = File.create(path, max(param.nbytes, 1), direct=False)
-        os.unlink(path)
-        memory = map_file(file.tail_fd, file.nbytes, path, lambda offset: "a parameter that is being created")
-        file.close()
+        file = self._scratch.make(f"nursery-{next(self._numbers):08d}.safetensors", max(param.nbytes, 1))
+        try:
+            memory = map_file(file.tail_fd, file.nbytes, file.path, lambda offset: "a parameter that is being created")
+        finally:
+            file.close()
         tensor = Views(memory).tensor(0, param.dtype, tuple(param.shape))
         self._ours.add(tensor.data_ptr())
         return tensor

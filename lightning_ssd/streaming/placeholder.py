@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
 from lightning_ssd.io.engine import File
+from lightning_ssd.io.scratch import Scratch, write_all
+from lightning_ssd.memory.mapped_file import map_file
 from lightning_ssd.memory.views import Views
 from lightning_ssd.sizes import MiB
 from lightning_ssd.streaming.unit import Unit
 
 
-def placeholders(units: Sequence[Unit], directory: str) -> dict[str, tuple[Tensor, ...]]:
+def placeholders(units: Sequence[Unit], scratch: Scratch) -> dict[str, tuple[Tensor, ...]]:
     """Tensors of the parameters' shapes for every unit, by unit name; they cost no memory unless something reads them.
 
     Every byte is 0xFF, NaN in each floating dtype: an operation that got past the fence would not go unnoticed.
     """
     nbytes = max([unit.layout.buffer_nbytes for unit in units], default=1)
-    path = os.path.join(directory, "placeholder.safetensors")
-    file = File.create(path, nbytes, direct=False)
-    os.unlink(path)
-    ones = b"\xff" * MiB
-    for begin in range(0, nbytes, MiB):
-        os.pwrite(file.tail_fd, ones[: nbytes - begin], begin)
-    os.posix_fadvise(file.tail_fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    memory = mmap.mmap(file.tail_fd, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    file.close()
+    file = scratch.make("placeholder.safetensors", nbytes)
+    try:
+        scratch.patience.call(lambda: _fill(file), file.path, "write")
+        memory = map_file(file.tail_fd, nbytes, file.path, lambda offset: "what stands for parameters", private=True)
+    finally:
+        file.close()
     views = Views(memory)
     return {
         unit.name: tuple(
@@ -37,3 +36,11 @@ def placeholders(units: Sequence[Unit], directory: str) -> dict[str, tuple[Tenso
         )
         for unit in units
     }
+
+
+def _fill(file: File) -> None:
+    ones = b"\xff" * MiB
+    for begin in range(0, file.nbytes, MiB):
+        write_all(file, ones[: file.nbytes - begin], begin)
+    with suppress(OSError):  # advice
+        os.posix_fadvise(file.tail_fd, 0, 0, os.POSIX_FADV_DONTNEED)

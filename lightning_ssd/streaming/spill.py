@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_ssd.errors import IoError
 from lightning_ssd.io.engine import File
+from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.pool import with_span
 from lightning_ssd.sizes import GiB, MiB, round_up
 
 MIN_FILE_NBYTES = 64 * MiB
 MAX_FILE_NBYTES = GiB
 """A disk's files double from the first to the second, unless one extent needs more."""
-
-
-@dataclass(frozen=True)
-class Disk:
-    """A directory on a disk, and whether files in it take O_DIRECT."""
-
-    directory: str
-    direct: bool
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,7 @@ class SpillFiles:
         name: What the files are called; they have no directory entry while they are used.
     """
 
-    def __init__(self, disks: Sequence[Disk], name: str) -> None:
+    def __init__(self, disks: Sequence[Scratch], name: str) -> None:
         self._disks = list(disks)
         self._name = name
         self._files: list[_SpillFile] = []
@@ -99,15 +91,13 @@ class SpillFiles:
         self._files = []
 
     def _create(self, disk: int, nbytes: int, needed: int) -> _SpillFile:
-        directory, direct = self._disks[disk].directory, self._disks[disk].direct
-        path = os.path.join(directory, f"{self._name}-{next(self._numbers):04d}.spill")
+        name = f"{self._name}-{next(self._numbers):04d}.spill"
         try:
-            file = File.create(path, nbytes, direct=direct)
+            file = self._disks[disk].make(name, nbytes, direct=True)
         except IoError as error:
             if error.errno != errno.ENOSPC or nbytes == needed:
                 raise
-            file = File.create(path, needed, direct=direct)
-        os.unlink(path)  # so that a process that is killed leaves nothing
+            file = self._disks[disk].make(name, needed, direct=True)
         spill = _SpillFile(disk, file)
         self._files.append(spill)
         return spill

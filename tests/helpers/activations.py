@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.io.engine import Engine, IOOptions
+from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.python_engine import PythonEngine
+from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import KiB
 from lightning_ssd.streaming import kept
 from lightning_ssd.streaming.activation_store import ActivationStore, Kept
-from lightning_ssd.streaming.spill import Disk, SpillFiles
+from lightning_ssd.streaming.spill import SpillFiles
 from lightning_ssd.streaming.streamer import Streamer
 from lightning_ssd.trace import Trace
 from tests.helpers.faulty import FaultyEngine, When
@@ -47,7 +49,8 @@ class Bench:
         self.engine = engine
         self.trace = trace or Trace()
         self.num_spilled = 0
-        self.files = SpillFiles([Disk(str(directory), direct=True)], "activations")
+        self.folder = Folder.open(str(directory))
+        self.files = SpillFiles([Scratch(self.folder, True, engine.patience)], "activations")
         self.pool = Pool(num_buffers * buffer_nbytes, "activation", poison=True)
         self.images = None if images is None else Pool(images, "image", poison=True)
         self.store = ActivationStore(
@@ -101,6 +104,7 @@ def bench(directory: Path, engine: Engine | None = None, **options: Any) -> Iter
         yield made
     finally:
         made.store.close()
+        made.folder.close()
         engine.close()
 
 
@@ -169,6 +173,7 @@ def spill_inputs(monkeypatch: pytest.MonkeyPatch, *, min_nbytes: int = 1, **opti
         stop(self)
         for ours in made:
             ours.store.close()
+            ours.folder.close()
 
     monkeypatch.setattr(Streamer, "start", start_with_ours)
     monkeypatch.setattr(Streamer, "stop", stop_ours)

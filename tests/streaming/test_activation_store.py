@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_ssd.io.deadline import Patience
+from lightning_ssd.io.folder import Folder
+from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.streaming import spill
 from lightning_ssd.streaming.activation_store import Kept
 from lightning_ssd.streaming.device_copies import DeviceCopies
 from lightning_ssd.streaming.kept import MIN_NBYTES, can_keep
-from lightning_ssd.streaming.spill import Disk, SpillFiles
+from lightning_ssd.streaming.spill import SpillFiles
 from tests.helpers.activations import (
     BUFFER_NBYTES,
     NBYTES,
@@ -316,7 +319,8 @@ def test_whatever_the_order_values_are_right(tmp_store: Path, monkeypatch: pytes
 def test_spill_files_join_what_is_free_and_use_disks_in_turn(tmp_store: Path) -> None:
     for name in ("a", "b"):
         (tmp_store / name).mkdir()
-    files = SpillFiles([Disk(str(tmp_store / name), direct=False) for name in ("a", "b")], "x")
+    folders = [Folder.open(str(tmp_store / name)) for name in ("a", "b")]
+    files = SpillFiles([Scratch(folder, False, Patience(60)) for folder in folders], "x")
     try:
         taken = [files.take(BUFFER_NBYTES) for _ in range(8)]
         assert {extent.file.path.split("/")[-2] for extent in taken} == {"a", "b"}
@@ -330,3 +334,5 @@ def test_spill_files_join_what_is_free_and_use_disks_in_turn(tmp_store: Path) ->
         assert files.nbytes == 3 * spill.MIN_FILE_NBYTES
     finally:
         files.close()
+        for folder in folders:
+            folder.close()
