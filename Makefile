@@ -87,6 +87,7 @@ bench: $(VENV)/.test
 	$(if $(DEEPSPEED_PYTHON),$(BENCH)peers $(BENCH_DIR) --out docs/results/peers.jsonl,@echo 'no peers: DEEPSPEED_PYTHON is not set')
 	$(BENCH)memory $(BENCH_DIR) --out docs/results/memory.jsonl
 	$(BENCH)memory $(BENCH_DIR) $(PAST_MEMORY) --out docs/results/memory.jsonl
+	$(BENCH)python_state --out docs/results/python_state.jsonl
 	$(BENCH)cgroup $(BENCH_DIR) --out docs/results/memory_cgroup.jsonl
 	$(BENCH)checkpoint $(BENCH_DIR) --out docs/results/checkpoint.jsonl
 

@@ -20,7 +20,7 @@ from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import MANIFEST, UNITS, FileRecord, decode_manifest
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
-from lightning_ssd.io.folder import Folder
+from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.sizes import fmt
 
 _WAIT_S = 1.0
@@ -232,10 +232,10 @@ def _open_for_writing(directory_fd: int, path: str) -> int:
     try:
         fd = os.open(name, flags, 0o600, dir_fd=inner)
     finally:
-        os.close(inner)
+        close_fd(inner)
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-        os.close(fd)
+        close_fd(fd)
         raise CheckpointError(f"{path!r} of the unfinished copy is no plain file of its own")
     return fd
 
@@ -271,4 +271,4 @@ def _closing(fd: int) -> Iterator[int]:
     try:
         yield fd
     finally:
-        os.close(fd)
+        close_fd(fd)

@@ -23,6 +23,7 @@ from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.sources import Held, Source, add_state, state_kinds
 from lightning_ssd.checkpoint.torch_file import check_pickle
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io.folder import close_fd
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of, name_of
 from lightning_ssd.store.header import is_count
@@ -143,7 +144,7 @@ class _Folder:
             raise
 
     def close(self) -> None:
-        os.close(self._fd)
+        close_fd(self._fd)
 
     def held(self, key: str) -> Held:
         dtype, shape, _ = self.tensors[key]
@@ -162,7 +163,7 @@ class _Folder:
         try:
             return load_pickle(f"/proc/self/fd/{fd}", os.path.join(self.where, META), self._weights_only)
         finally:
-            os.close(fd)
+            close_fd(fd)
 
     def value(self, key: str) -> Any:
         """A tensor, or whatever else was saved."""
@@ -197,7 +198,7 @@ class _Folder:
         if len(there) < sum(bool(nbytes) for _, nbytes in places) or any(p[1][1] < n for p, n in places):
             raise CheckpointError(f"{self.where}: the pieces of {key!r} do not lie one by one in its files")
         for (path, (begin, length)), _ in places:
-            os.close(self._open_place(key, path, begin + length))
+            close_fd(self._open_place(key, path, begin + length))
 
     def _metadata(self) -> dict[str, Any]:
         fd = open_inside(self._fd, METADATA, self.where)
@@ -283,7 +284,7 @@ class _Folder:
         """A file that has at least ``end`` bytes, open."""
         fd = open_inside(self._fd, path, self.where)
         if end > os.fstat(fd).st_size:
-            os.close(fd)
+            close_fd(fd)
             raise CheckpointError(f"{self.where}: {path!r} is too short for {key!r}")
         return fd
 
@@ -316,7 +317,7 @@ class _Slice(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            os.close(self._fd)
+            close_fd(self._fd)
         super().close()
 
 

@@ -18,7 +18,7 @@ from lightning_ssd.checkpoint.load import load_any
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.sources import Held, Source, held_tensor, state_kinds
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.io.folder import Folder
+from lightning_ssd.io.folder import Folder, close_fd
 
 _ZERO = "zero"
 _VALUE = "fp32"
@@ -91,7 +91,7 @@ class _Files:
         try:
             return load_any(f"/proc/self/fd/{fd}", where, self._weights_only), where
         finally:
-            os.close(fd)
+            close_fd(fd)
 
 
 def _held(files: _Files, name: str, kind: str) -> Held:

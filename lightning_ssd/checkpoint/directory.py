@@ -24,9 +24,9 @@ from contextlib import contextmanager, suppress
 from typing import IO
 
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE, UNITS, check_relative_path
-from lightning_ssd.errors import CheckpointError, IoError, with_remedy
+from lightning_ssd.errors import CheckpointError, IoError, as_io_error, with_remedy
 from lightning_ssd.io.deadline import in_time
-from lightning_ssd.io.folder import Folder
+from lightning_ssd.io.folder import Folder, close_fd
 
 INNER_NBYTES = 1 + 255 + 1 + 150
 """Longest that the name of a checkpoint and that of a file in it add to the path of their folder, with slashes."""
@@ -52,7 +52,8 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     except OSError as error:
         if error.errno in _NOT_THERE and not isinstance(error, IoError):
             return False
-        raise
+        with as_io_error(os.fspath(path), what="open"):
+            raise
 
 
 def _is_checkpoint(folder: Folder) -> bool:
@@ -70,7 +71,7 @@ def _is_checkpoint(folder: Folder) -> bool:
         where = os.path.join(folder.path, MANIFEST)
         raise IoError(error.errno or errno.EIO, where, 0, 256, "read") from error
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 def remove(path: str | os.PathLike[str], recycle: Recycle | None = None) -> None:
@@ -119,7 +120,7 @@ def open_inside(directory_fd: int, path: str, where: str) -> int:
     try:
         for part in parts[:-1]:
             inner = os.open(part, flags | os.O_DIRECTORY, dir_fd=fd)
-            os.close(fd)
+            close_fd(fd)
             fd = inner
         # Without O_NONBLOCK a FIFO put in the file's place would hold us for ever.
         opened = os.open(parts[-1], flags | os.O_NONBLOCK, dir_fd=fd)
@@ -127,9 +128,9 @@ def open_inside(directory_fd: int, path: str, where: str) -> int:
         what = "is a symlink or leads through one" if error.errno in (errno.ELOOP, errno.ENOTDIR) else error.strerror
         raise CheckpointError(f"{where}: cannot open {path!r}: {what}") from error
     finally:
-        os.close(fd)
+        close_fd(fd)
     if not stat.S_ISREG(os.fstat(opened).st_mode):
-        os.close(opened)
+        close_fd(opened)
         raise CheckpointError(f"{where}: {path!r} is not a regular file")
     return opened
 
@@ -144,7 +145,7 @@ def open_regular(path: str, where: str) -> Iterator[IO[bytes]]:
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+        close_fd(fd)
         raise CheckpointError(f"{where} is not a regular file")
     with os.fdopen(fd, "rb") as file:
         yield file
@@ -210,7 +211,7 @@ def check_replaceable(target: str) -> None:
     """
     if os.path.islink(target) or not os.path.isdir(target) or is_checkpoint(target):
         return
-    with os.scandir(target) as found:
+    with as_io_error(target, what="listing"), os.scandir(target) as found:
         first = next(found, None)
     if first is not None:
         raise CheckpointError(

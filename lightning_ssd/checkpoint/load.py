@@ -32,7 +32,7 @@ from lightning_ssd.checkpoint.torch_file import check_tensors, check_torch_file
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
-from lightning_ssd.io.folder import Folder
+from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.header import TensorEntry
@@ -89,7 +89,7 @@ class CheckpointReader:
     def close(self) -> None:
         """Close the directory; tensors that were handed out stay valid."""
         if self._fd >= 0:
-            os.close(self._fd)
+            close_fd(self._fd)
             self._fd = -1
         for mapped in self._mapped.values():
             mapped.close()
@@ -214,7 +214,7 @@ class CheckpointReader:
         require_whole(self.manifest, self.rest(), self.directory)
         done, unchecked = 0, []
         for name in self.manifest.small_files:
-            os.close(self._open_small(name))
+            close_fd(self._open_small(name))
             done += self.manifest.small_files[name].nbytes
         for record in self.manifest.files:
             self._map(record)
@@ -254,9 +254,9 @@ class CheckpointReader:
 
     def _check_sizes(self) -> None:
         for record in self.manifest.files:
-            os.close(self._open(record))
+            close_fd(self._open(record))
         for name in self.manifest.small_files:
-            os.close(self._open_small(name, compare=False))
+            close_fd(self._open_small(name, compare=False))
 
     def _places(self, name: str) -> Mapping[str, tuple[FileRecord, TensorEntry]]:
         places = self.manifest.parameters.get(self.manifest.aliases.get(name, name))
@@ -293,7 +293,7 @@ class CheckpointReader:
         fd = open_inside(self._open_directory_fd(), record.path, where)
         nbytes = os.fstat(fd).st_size
         if nbytes != record.nbytes:
-            os.close(fd)
+            close_fd(fd)
             raise CheckpointError(f"{where}: {record.path!r} has {nbytes} bytes, not {record.nbytes}")
         return fd
 
@@ -302,7 +302,7 @@ class CheckpointReader:
         small = self.manifest.small_files[name]
         fd = open_inside(self._open_directory_fd(), name, self.directory)
         with ExitStack() as on_error:
-            on_error.callback(os.close, fd)
+            on_error.callback(close_fd, fd)
             nbytes = os.fstat(fd).st_size
             if nbytes != small.nbytes:
                 raise CheckpointError(f"{self._where(name)} has {nbytes} bytes, not {small.nbytes}")
@@ -393,7 +393,7 @@ class _Closing:
         return self._fd
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        close_fd(self._fd)
 
 
 def _order(entry: Any) -> tuple[int, int, str]:

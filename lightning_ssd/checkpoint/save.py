@@ -57,7 +57,7 @@ from lightning_ssd.checkpoint.writer import (
 )
 from lightning_ssd.errors import CheckpointError, CorruptionError, naming, with_remedy
 from lightning_ssd.io.deadline import sync as sync_disk
-from lightning_ssd.io.folder import Folder, is_own_file
+from lightning_ssd.io.folder import Folder, close_fd, is_own_file
 from lightning_ssd.paths import too_long
 from lightning_ssd.store.dtypes import TORCH_DTYPE
 
@@ -223,7 +223,7 @@ def _sync_sources(files: Sequence[UnitFile], device: int, unsynced: set[str]) ->
                     error.filename = path
                     raise
         finally:
-            os.close(fd)
+            close_fd(fd)
 
     # Side by side: the disk answers one flush for many, where one after the other each waits for its own.
     with ThreadPoolExecutor(_NUM_SYNCS, thread_name_prefix="checkpoint-sync") as pool:
@@ -256,7 +256,7 @@ def _place(file: UnitFile, units: Folder, to: str, job: _Job) -> tuple[int, ...]
             return file.checksums
         return _copy(fd, file, units, to, job)
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 def _link(file: UnitFile, units: Folder, to: str, found: os.stat_result) -> bool:
@@ -382,7 +382,7 @@ def _make_durable(staged: Folder, names: Iterable[str]) -> None:
             with naming(os.path.join(staged.path, name)):
                 sync_disk(fd, os.fsync)
         finally:
-            os.close(fd)
+            close_fd(fd)
     with staged.folder(UNITS) as units:
         sync_directory(units)
     sync_directory(staged)

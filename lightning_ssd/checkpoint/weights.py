@@ -20,7 +20,7 @@ from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.mapped import MappedFile, drop_pages
 from lightning_ssd.checkpoint.state_dict import StateDictView
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.io.folder import Folder
+from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.store.header import MAX_HEADER_NBYTES, parse_json_object
 
 Shape = tuple[int, ...]
@@ -233,7 +233,7 @@ class _SafetensorsWeights:
             for shard, names in shards.items():
                 self._add(directory_fd, folder, shard, names, follow_last)
         finally:
-            os.close(directory_fd)
+            close_fd(directory_fd)
         self.shapes: Mapping[str, Shape] = {name: file.header.entries[name].shape for name, file in self._files.items()}
 
     def tensor(self, name: str) -> Tensor:
@@ -252,7 +252,7 @@ class _SafetensorsWeights:
         try:
             file = MappedFile(fd, where)
         finally:
-            os.close(fd)
+            close_fd(fd)
         for name in sorted(names or file.header.entries):
             if name not in file.header.entries:
                 raise CheckpointError(f"{folder}: the index puts {name!r} into {shard!r}, which does not hold it")

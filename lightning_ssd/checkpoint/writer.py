@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_ssd.checkpoint.checksum import Bytes, checksum
 from lightning_ssd.errors import CheckpointError, naming
 from lightning_ssd.io.deadline import in_time, sync
-from lightning_ssd.io.folder import Folder
+from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import name_of
 from lightning_ssd.store.header import ITEMSIZE, TensorEntry, encode_header
@@ -98,7 +98,7 @@ def new_file(path: str, folder: Folder | None = None) -> Iterator[int]:
         with naming(path):
             yield fd
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 def lay_out(items: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorEntry, ...]:

@@ -6,13 +6,12 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from lightning_ssd.errors import ConfigurationError, as_io_error
 from lightning_ssd.io.deadline import Patience
-from lightning_ssd.io.folder import Folder
+from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes
 
 
@@ -132,7 +131,7 @@ class File:
                 _reserve(tail_fd, nbytes)
                 direct_fd = _open_direct(path, os.O_RDWR, direct, tail_fd, folder)
             except BaseException:
-                os.close(tail_fd)
+                close_fd(tail_fd)
                 _unlink(path, folder)
                 raise
         return cls(path, nbytes, direct_fd=direct_fd, tail_fd=tail_fd, writable=True, folder=folder)
@@ -158,7 +157,7 @@ class File:
                 nbytes = os.fstat(tail_fd).st_size
                 direct_fd = _open_direct(path, mode, direct, tail_fd, folder)
             except BaseException:
-                os.close(tail_fd)
+                close_fd(tail_fd)
                 raise
         return cls(path, nbytes, direct_fd=direct_fd, tail_fd=tail_fd, writable=writable, folder=folder)
 
@@ -236,8 +235,7 @@ class File:
         if self.hangs:
             return  # used again for another file, the numbers would lead what is still to be handed to the system there
         for fd in {tail_fd, direct_fd} - {-1}:
-            with suppress(OSError):  # of a disk that is gone; what must be durable is synced, and the number is free
-                os.close(fd)
+            close_fd(fd)
 
     def __repr__(self) -> str:
         return f"File({self.path!r}, {self.nbytes} bytes, {'direct' if self.is_direct else 'buffered'})"

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TypeVar
 
+from lightning_ssd.errors import as_io_error
 from lightning_ssd.io.deadline import in_time, require_answering, sync
 
 T = TypeVar("T")
@@ -53,7 +54,7 @@ class Folder:
         """Close the descriptor, and with it give up the lock; a second call does nothing."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            close_fd(fd)
 
     def folder(self, name: str) -> Folder:
         """Open a directory in this one; a symlink is none."""
@@ -68,11 +69,16 @@ class Folder:
         self._change(name, lambda: os.mkdir(name, 0o700, dir_fd=self.fd), "making a directory")
         try:
             made = self.folder(name)
+            try:
+                is_new = made.is_new()
+            except BaseException:
+                made.close()
+                raise
         except OSError:
             with suppress(OSError):
                 os.rmdir(name, dir_fd=self.fd)
             raise
-        if not made.is_new():
+        if not is_new:
             made.close()
             raise OSError(errno.EPERM, "another user put a directory in its place", os.path.join(self.path, name))
         return made
@@ -146,7 +152,7 @@ class Folder:
         try:
             return os.fstat(fd).st_uid == os.fstat(self.fd).st_uid
         finally:
-            os.close(fd)
+            close_fd(fd)
             with suppress(FileNotFoundError):
                 self.unlink(name)
 
@@ -163,6 +169,22 @@ class Folder:
         except OSError as error:
             error.filename = os.path.join(self.path, name)
             raise
+
+
+def device_of(path: str) -> int:
+    """Number of the file system of ``path``, which exists.
+
+    Raises:
+        IoError: The disk does not say.
+    """
+    with as_io_error(path, what="stat"):
+        return os.stat(path).st_dev
+
+
+def close_fd(fd: int) -> None:
+    """Close a descriptor; of a disk that is gone too, whatever it says. What must be durable is synced before."""
+    with suppress(OSError):
+        os.close(fd)
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool | None:

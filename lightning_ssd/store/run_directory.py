@@ -23,8 +23,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ssd.errors import StoreError, gone
-from lightning_ssd.io.folder import Folder, is_regular
+from lightning_ssd.errors import IoError, StoreError, gone
+from lightning_ssd.io.folder import Folder, close_fd, device_of, is_regular
 from lightning_ssd.sizes import fmt
 
 _PREFIX = "ssd-run-"
@@ -110,8 +110,10 @@ class RunDirectory:
             StoreError: Somebody has removed it.
         """
         try:
-            return os.stat(self.path).st_dev
-        except FileNotFoundError as error:
+            return device_of(self.path)
+        except IoError as error:
+            if error.errno != errno.ENOENT:
+                raise
             raise gone(self.path) from error
 
     def close(self, *, remove: bool) -> None:
@@ -130,8 +132,7 @@ class RunDirectory:
                 with suppress(OSError):  # the user removed it, or the disk is full: then it is as one of a dead run
                     _describe(self._lock_fd, keep=True, ended=True)
         finally:
-            with suppress(OSError):  # of a disk that is gone
-                os.close(self._lock_fd)
+            close_fd(self._lock_fd)
             self._lock_fd = -1
             self.folder.close()
             self._root.close()
@@ -224,10 +225,11 @@ def _make(root: Folder, name: str, *, keep: bool) -> tuple[Folder, int]:
     except BaseException:
         with suppress(OSError):
             folder.unlink(_LOCK)
-        with suppress(OSError):
-            root.rmdir(hidden)
+        for left in (hidden, name):
+            with suppress(OSError):
+                root.rmdir(left)
         if lock_fd >= 0:
-            os.close(lock_fd)
+            close_fd(lock_fd)
         folder.close()
         raise
     folder.path = os.path.join(root.path, name)
@@ -258,7 +260,7 @@ def _lock(folder: Folder, flags: int, *, shared: bool) -> int:
         if not os.fstat(fd).st_nlink:
             raise FileNotFoundError(errno.ENOENT, "the lock was removed by its owner", folder.path)
     except OSError:
-        os.close(fd)
+        close_fd(fd)
         raise
     return fd
 
@@ -273,7 +275,7 @@ def _held(path: str, *, shared: bool) -> Iterator[tuple[Folder, int] | None]:
             folder = stack.enter_context(root.folder(os.path.basename(path)))
             if is_run_directory(os.path.basename(path)) and _may_be_dead(path, os.fstat(folder.fd)):
                 lock_fd = _lock(folder, 0, shared=shared)
-                stack.callback(os.close, lock_fd)
+                stack.callback(close_fd, lock_fd)
                 held = folder, lock_fd
         yield held
 

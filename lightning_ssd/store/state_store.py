@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lightning_ssd.errors import Ending, IoError, ResidencyError, StoreError, as_io_error, gone
 from lightning_ssd.io.engine import Engine, File, Transfer
-from lightning_ssd.io.folder import Folder, is_own_file
+from lightning_ssd.io.folder import Folder, close_fd, device_of, is_own_file
 from lightning_ssd.io.scratch import Scratch, write_all
 from lightning_ssd.kernels.api import crc32c_each, is_native
 from lightning_ssd.memory.mapped_file import map_file
@@ -372,7 +372,7 @@ class StateStore:
             memory = map_file(fd, generation.file.nbytes, path, generation.layout.about, private=private)
             self._maps[memory] = generation
         finally:
-            os.close(fd)
+            close_fd(fd)
         return memory
 
     def _open_to_map(self, file: File) -> int:
@@ -470,7 +470,7 @@ class StateStore:
 
     def share_on(self, path: str) -> float:
         """The share of the generations that lies on the file system of ``path``, which exists."""
-        device = os.stat(path).st_dev
+        device = device_of(path)
         return sum(d.device == device for d in self._directories) / len(self._directories)
 
     @property
@@ -618,7 +618,7 @@ def _is_open(file: File) -> bool:
     except OSError:
         return True
     finally:
-        os.close(fd)
+        close_fd(fd)
     return False
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from lightning_ssd.checkpoint.directory import INNER_NBYTES, is_checkpoint
 from lightning_ssd.checkpoint.rehearsal import rehearse
 from lightning_ssd.errors import ConfigurationError, StoreError
+from lightning_ssd.io.folder import device_of
 from lightning_ssd.paths import home_path, too_long
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.state_store import free_nbytes
@@ -91,7 +92,7 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
     needs = [_need(session, keeper, shares[keeper.folder]) for keeper in keepers]
     disks: dict[int, list[Need]] = {}
     for need in needs:
-        disks.setdefault(os.stat(_existing(need.keeper.folder)).st_dev, []).append(need)
+        disks.setdefault(device_of(_existing(need.keeper.folder)), []).append(need)
     for on_disk in disks.values():
         path = _existing(on_disk[0].keeper.folder)
         own = int(session.store.share_on(path) * session.sizing.disk_nbytes)

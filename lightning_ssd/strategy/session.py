@@ -122,7 +122,9 @@ class Session:
         num_bytes = sum(unit.layout.file_nbytes for unit in self.units)
         self.store.require_free(num_bytes, "placing the parameters", num_files=len(self.units))
         is_direct = any(direct for _, direct in self.store.disks)
-        require_handles(handles(len(self.units), 0, 0, direct=is_direct), f"{len(self.units)} units of parameters")
+        adam = handles(3 * len(self.units), len(self.units), 0, direct=is_direct).num_files
+        what = f"{len(self.units)} units of parameters (with the state of an Adam about {adam} open files)"
+        require_handles(handles(len(self.units), 0, 0, direct=is_direct), what)
         residents = Residents(self.units, store=self.store, trace=self.trace)
         self.streamer = Streamer(residents, device=self.settings.device, trace=self.trace)
         parked = placeholders(self.units, self.store.scratches[0])
