@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 KiB = 1024
 MiB = 1024 * KiB
@@ -43,14 +44,14 @@ def parse_nbytes(text: int | str) -> int:
     Raises:
         ValueError: If the text is not a non-negative size.
     """
-    if isinstance(text, int):
+    if isinstance(text, int) and not isinstance(text, bool):
         if text < 0:
             raise ValueError(f"a size cannot be negative, got {text}")
         return text
     match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"cannot read {text!r} as a size; write bytes as an int, or e.g. '16GiB' or '500MB'")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(Fraction(match[1]) * _UNITS[match[2].lower()])
 
 
 def fmt(nbytes: int) -> str:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from typing import Any
 
 from lightning_ssd.errors import TraceError
+from lightning_ssd.sizes import GiB, fmt
 from lightning_ssd.trace import Lane, Recording, Span
 
 _WRITER = "lightning-ssd trace 1"
 """What we write and read; the number changes when older files cannot be read any more."""
+
+_MAX_NBYTES = GiB // 2
+"""Larger files are not read: parsed, each byte takes several."""
 
 _LANES = {lane.name.lower(): lane for lane in Lane}
 
@@ -44,19 +49,26 @@ def read_trace(path: str | os.PathLike[str]) -> Recording:
     """
     path = os.fspath(path)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", opener=_without_waiting) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_NBYTES:
+                raise TraceError(f"{path!r} is no trace: it is not a plain file of at most {fmt(_MAX_NBYTES)}")
             content = json.load(file)
     except OSError as error:
         raise TraceError(f"the trace {path!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not JSON, or not text
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
         raise TraceError(f"{path!r} is no trace, or only a part of one: {error}") from None
     about = content.get("otherData") if isinstance(content, dict) else None
     if not isinstance(about, dict) or about.get("writer") != _WRITER:
         raise TraceError(f"{path!r} was not written by this version of lightning-ssd: it does not say {_WRITER!r}")
     try:
         return _recording(about, content["traceEvents"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TraceError(f"the trace {path!r} is damaged: {error!r}") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _lines(recording: Recording) -> Iterator[str]:

@@ -108,6 +108,8 @@ def _own(parent: Folder, name: str, target: str) -> Folder:
         try:
             made = parent.folder(name)
         except FileNotFoundError:
+            if time.monotonic() > end_s:
+                raise
             continue  # ``lightning-ssd clean`` took it for dead, as it was not locked yet
         if os.fstat(made.fd).st_uid != os.geteuid():
             made.close()
@@ -124,7 +126,7 @@ def _own(parent: Folder, name: str, target: str) -> Folder:
 def _make(parent: Folder, name: str) -> None:
     try:
         parent.make(name).close()
-    except FileNotFoundError:
+    except FileNotFoundError:  # removed before it was opened
         if not os.fstat(parent.fd).st_nlink:
             raise
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import IO
 
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE, UNITS, check_relative_path
-from lightning_ssd.errors import CheckpointError, IoError, as_io_error, with_remedy
+from lightning_ssd.errors import CheckpointError, IoError, as_io_error, remedy, with_remedy
 from lightning_ssd.io.deadline import in_time
 from lightning_ssd.io.folder import Folder, close_fd
 
@@ -39,6 +39,9 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
+_TRIES = 100
+"""New directories that others may take for stale before we give up. In some places, as /proc, none can be made at all."""
+
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 _OLD = re.compile(r"\.old-\d+-[0-9a-f]{8,}$")
 UNIT_FILE = re.compile(r"\d{5,}-[^/]*\.safetensors")
@@ -140,10 +143,15 @@ def open_regular(path: str, where: str) -> Iterator[IO[bytes]]:
     """A plain file by the path that the user gave, which may lead through symlinks; a FIFO is not waited for.
 
     Raises:
-        CheckpointError: If it is something else.
-        OSError: If it cannot be opened.
+        CheckpointError: If it is something else, or cannot be opened.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        way_out = (
+            "name a file that is there" if error.errno in (errno.ENOENT, errno.ELOOP) else remedy(error.errno or 0)
+        )
+        raise CheckpointError(f"{where} cannot be opened: {error.strerror}; {way_out}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         close_fd(fd)
         raise CheckpointError(f"{where} is not a regular file")
@@ -352,12 +360,12 @@ def _make_staging(parent: Folder, name: str) -> Folder:
 
 def make_locked(parent: Folder, new_name: Callable[[], str]) -> Folder:
     """A new directory, open and locked."""
-    while True:
+    for tries_left in reversed(range(_TRIES)):
         name = new_name()
         try:
             made = parent.make(name)
         except FileNotFoundError:
-            if not os.fstat(parent.fd).st_nlink:
+            if not tries_left or not os.fstat(parent.fd).st_nlink:
                 raise
             continue  # taken for stale between mkdir and open
         # Another process may take the directory for stale between mkdir and flock, and remove it: then try again.
@@ -367,6 +375,7 @@ def make_locked(parent: Folder, new_name: Callable[[], str]) -> Folder:
         with suppress(OSError):  # whoever has the lock may be faster
             _rmdir(parent, name, made)
         made.close()
+    raise CheckpointError(f"others remove each directory that is made in {parent.path!r}; choose another place")
 
 
 def _make_folders(path: str) -> None:

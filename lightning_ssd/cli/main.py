@@ -14,7 +14,7 @@ from types import ModuleType
 import lightning_ssd
 from lightning_ssd.cli import clean, copy, export, import_, inspect, trace, verify
 from lightning_ssd.cli.output import error_line
-from lightning_ssd.errors import SSDOffloadError
+from lightning_ssd.errors import SSDOffloadError, with_remedy
 
 COMMANDS: tuple[ModuleType, ...] = (clean, copy, export, import_, inspect, trace, verify)
 """Each has NAME, HELP, ``configure(parser)`` and ``run(arguments) -> exit code``."""
@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
     except SSDOffloadError as error:
         error_line(f"error: {error}")
+        return 1
+    except OSError as error:  # of standard output, or of what was given
+        error_line(f"error: {with_remedy(error)}")
         return 1
     except KeyboardInterrupt:
         error_line("interrupted")
