@@ -40,7 +40,7 @@ _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
 _TRIES = 100
-"""New directories that others may take for stale before we give up. In some places, as /proc, none can be made at all."""
+"""New directories that others may take for stale before we give up: in some places, as /proc, none can be made."""
 
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 _OLD = re.compile(r"\.old-\d+-[0-9a-f]{8,}$")
