@@ -20,7 +20,7 @@ import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE, UNITS, check_relative_path
@@ -369,12 +369,14 @@ def make_locked(parent: Folder, new_name: Callable[[], str]) -> Folder:
                 raise
             continue  # taken for stale between mkdir and open
         # Another process may take the directory for stale between mkdir and flock, and remove it: then try again.
-        is_locked = made.try_lock()
-        if is_locked is None or (is_locked and parent.is_at(name, made)):
-            return made
-        with suppress(OSError):  # whoever has the lock may be faster
-            _rmdir(parent, name, made)
-        made.close()
+        with ExitStack() as undo:
+            undo.callback(made.close)
+            is_locked = made.try_lock()
+            if is_locked is None or (is_locked and parent.is_at(name, made)):
+                undo.pop_all()
+                return made
+            with suppress(OSError):  # whoever has the lock may be faster
+                _rmdir(parent, name, made)
     raise CheckpointError(f"others remove each directory that is made in {parent.path!r}; choose another place")
 
 
