@@ -586,8 +586,12 @@ class StateStore:
         if not generation.has_file or self.is_inherited:
             return
         file = generation.file
-        with as_io_error(file.path, what="stat"):
-            found = os.fstat(file.tail_fd)
+        try:
+            with as_io_error(file.path, what="stat"):
+                found = os.fstat(file.tail_fd)
+        except IoError:
+            file.close()  # nobody has it any more
+            raise
         if file.hangs:  # what is still in flight would be written over what comes next
             _unlink(file)
             file.close()
