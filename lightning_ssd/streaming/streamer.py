@@ -238,6 +238,8 @@ class Streamer:
         require_awake(module)
         with transforms.suspended():
             self._visits.append(self._acquire(module, units))
+            for unit in units:
+                unit.is_touched = True  # it stays while a graph holds its parameters
             self.residents.begin_visit()
 
     def after_forward(self, module: nn.Module, *, failed: bool) -> None:

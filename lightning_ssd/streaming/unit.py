@@ -13,6 +13,7 @@ from lightning_ssd.memory.pool import Buffer
 from lightning_ssd.store.dtypes import dtype_of, name_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Shape, UnitLayout, file_order, lay_out
+from lightning_ssd.streaming import transforms
 from lightning_ssd.streaming.at_rest import AtRest, KeptAtRest
 from lightning_ssd.streaming.device import Placed
 from lightning_ssd.streaming.partition import UnitSpec
@@ -101,10 +102,10 @@ class Unit:
 
     @property
     def is_viewed(self) -> bool:
-        """Whether the user holds a view of the unit, which is resident, through which he may write."""
+        """Whether the unit, which is resident, must stay: the user may write through a view, or a graph will read it."""
         if not self.is_touched or self.placed is None:
             return False
-        return any(map(is_held, self.params, self.placed.tensors))
+        return any(map(is_held, self.params, self.placed.tensors)) or any(map(_is_saved, self.params))
 
     def current_versions(self) -> tuple[int, ...]:
         """``_version`` of each parameter; an operation in place on the parameter itself raises it."""
@@ -131,6 +132,18 @@ class Unit:
 
     def __repr__(self) -> str:
         return f"Unit({self.name!r}, {self.layout.numel} x {self.layout.dtype}, {self.state.name})"
+
+
+def _is_saved(param: nn.Parameter) -> bool:
+    """Whether a graph holds ``param`` itself, whose values then may not go: no hooks were set when it was saved.
+
+    So it is under torch.func, which allows none, and under ``gathered()``.
+    """
+    if param.is_leaf and param.requires_grad:
+        with torch._C.DisableTorchFunctionSubclass(), transforms.suspended():
+            accumulator = torch.autograd.graph.get_gradient_edge(param)  # holds it too
+        return param._use_count() > 1 + (accumulator is not None)
+    return param._use_count() > 1
 
 
 def is_held(param: nn.Parameter, tensor: Tensor) -> bool:

@@ -65,13 +65,13 @@ class Writes:
 
     def touch(self, unit: Unit) -> None:
         """From now on the user's code can write to ``unit``, which is resident."""
+        unit.is_touched = True
         if not self._is_in_place(unit):
-            unit.is_touched = True
             unit.seen = content(unit.params) if unit.seen is None else unit.seen
 
     def end(self, unit: Unit) -> None:
         """``unit`` goes to rest."""
-        if unit.is_touched and unit.placed is not None:
+        if unit.is_touched and unit.placed is not None and not self._is_in_place(unit):
             self.leave(unit, unit.placed.tensors)
         unit.is_touched = False
         unit.seen = None

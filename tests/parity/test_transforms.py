@@ -23,7 +23,9 @@ WIDTH, STEPS = 8, 3
 class Net(pl.LightningModule):
     def __init__(self, extra: Callable[[Net, Tensor], Tensor]) -> None:
         super().__init__()
-        self.net = nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)])
+        # A norm's weight is saved as it is, a matrix as a view of it.
+        made = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Tanh()) for _ in range(3))
+        self.net = nn.Sequential(*made)
         self.head = nn.Linear(WIDTH, WIDTH)
         self._extra = extra
         self.losses: list[float] = []
