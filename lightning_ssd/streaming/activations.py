@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.utils.checkpoint
@@ -139,6 +139,8 @@ class Frame:
         trial, self._trial = self._trial, None
         if trial is None:
             self._require_same_inputs("its own forward changed a tensor in place, and did not in its first one")
+            if self._units.has_written():
+                self._refuse("its own forward wrote to its parameters, and did not in its first one")
         elif self._saved:
             reason = self._reason_to_keep(trial)
             if reason is None:
@@ -317,7 +319,10 @@ class Frame:
 
     def _require_same_inputs(self, what: str) -> None:
         if not self._has_same_inputs:
-            raise RecomputeError(f"unit {self.name!r} cannot be recomputed: {what}; {REMEDY}")
+            self._refuse(what)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise RecomputeError(f"unit {self.name!r} cannot be recomputed: {what}; {REMEDY}")
 
     def _require_same_saved(self, found: list[tuple[torch.Size, torch.dtype, torch.device]]) -> None:
         if found != self._saved:

@@ -96,7 +96,8 @@ class Backward:
         self.note()
         if unit.name not in self._unpacked:
             self._end_idle_holds(going_to=unit)
-            self._residents.acquire(unit)
+            with transforms.suspended():
+                self._residents.acquire(unit)
             self._unpacked[unit.name] = unit
         return packed.tensor()
 
@@ -121,9 +122,9 @@ class Backward:
 
     # -- recompute -----------------------------------------------------------------------------------------------
 
-    def units(self, units: list[Unit], *, is_tried: bool) -> FrameUnits:
-        """What a frame of a module that needs ``units``, which are resident, calls; see [Note: trial]."""
-        return _FrameUnits(self, self._residents, units, is_tried=is_tried)
+    def units(self, units: list[Unit]) -> FrameUnits:
+        """What a frame of a module that needs ``units``, which are resident, calls."""
+        return _FrameUnits(self, self._residents, units)
 
     def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
         """See `FrameUnits.rerun`."""
@@ -275,19 +276,17 @@ class _Hold:
 class _FrameUnits:
     """See `FrameUnits`."""
 
-    def __init__(self, backward: Backward, residents: Residents, units: list[Unit], *, is_tried: bool) -> None:
+    def __init__(self, backward: Backward, residents: Residents, units: list[Unit]) -> None:
         self._backward = backward
         self._residents = residents
         self._units = units
-        self._before = self._written() if is_tried else None
+        self._versions = self._current_versions()
 
     def has_written(self) -> bool:
-        return self._before != self._written()
+        return self._versions != self._current_versions()
 
-    def _written(self) -> object:
-        # A write to ``p.data`` leaves no other trace than the values.
-        values = [content(unit.params) if unit.writes_itself else () for unit in self._units]
-        return values, [param._version for unit in self._units for param in unit.params]
+    def _current_versions(self) -> list[tuple[int, ...]]:
+        return [unit.current_versions() for unit in self._units]
 
     def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
         self._backward.rerun(frame, call)

@@ -84,8 +84,9 @@ class Streamer:
         self.residents.on_wake = self._backward.touched
         self.residents.unwatched = self._backward.step_hooks.suspended
         users: dict[nn.Module, list[Unit]] = {}
+        writing: dict[type[nn.Module], bool] = {}
         for unit in self.residents.units:
-            unit.writes_itself = any(map(may_write, unit.modules))
+            unit.writes_itself = any(may_write(user, writing) for user in unit.modules)
             for user in unit.modules:
                 users.setdefault(user, []).append(unit)
         self._handles += hook_encoders(module)
@@ -186,7 +187,8 @@ class Streamer:
         is_rerun = self._backward.rerunning is not None
         if self._activations is not None and not is_rerun:
             self._activations.settle()  # by now the caller has dropped the inputs of the block before
-        visit = self._acquire(module, units)
+        with transforms.suspended():
+            visit = self._acquire(module, units)
         around = next((outer.frame for outer in reversed(self._visits) if outer.frame is not None), None)
         if torch.is_grad_enabled() and not is_rerun and around is not None:
             # Under a checkpoint of the user's own inside the frame: backward runs that again outside of it, where
@@ -205,7 +207,10 @@ class Streamer:
 
     def _frame(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Frame | None:
         """The frame of a module that is about to run and will be recomputed; None for any other."""
-        if module not in self._recompute or self._verdicts.keeps(module):
+        if module not in self._recompute or self._verdicts.keeps(module) or transforms.are_duals_made():
+            return None
+        if any(unit.writes_itself for unit in units):  # it may not do so in its first forward
+            self._verdicts.keep(module, units[0].name, "it writes to parameters by .data, or may")
             return None
         frame = Frame(
             units[0].name,
@@ -213,7 +218,7 @@ class Streamer:
             args,
             kwargs,
             device=self._device,
-            units=self._backward.units(units, is_tried=not self._verdicts.is_equal(module)),
+            units=self._backward.units(units),
             verdicts=self._verdicts,
         )
         if frame.opaque is None:

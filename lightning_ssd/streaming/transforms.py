@@ -1,13 +1,14 @@
-"""Transforms of torch.func, and the saved-tensor hooks that they do not run under.
+"""Transforms of torch.func, modes that see each operation, and the saved-tensor hooks that the former do not run under.
 
 Under a transform (``grad``, ``vmap``, ``jvp`` and those made of them) every tensor that is made is wrapped, and dies
-with the transform: what lives longer, such as the data of a parameter, is made outside (`suspended`).
+with the transform: what lives longer, such as the data of a parameter, is made outside (`suspended`). So is what no
+mode may see: a selective checkpoint counts the operations of a forward, and the second need not fetch what the first did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,9 +23,22 @@ def are_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def are_duals_made() -> bool:
+    """Whether tensors may carry tangents (torch.autograd.forward_ad), which are gone when backward comes."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def suspended() -> AbstractContextManager[object]:
-    """Inside, no transform is active."""
-    return temporarily_clear_interpreter_stack() if are_active() else nullcontext()
+    """Inside, no transform is active, and no mode sees an operation."""
+    is_watched = torch._C._len_torch_dispatch_stack() > 0
+    if not (is_watched or are_active()):
+        return nullcontext()
+    stack = ExitStack()
+    if is_watched:
+        stack.enter_context(torch._C._DisableTorchDispatch())
+    if are_active():
+        stack.enter_context(temporarily_clear_interpreter_stack())
+    return stack
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from lightning_ssd.streaming.content import content
 from lightning_ssd.streaming.unit import Residency, Unit, is_held
 
 _NUM_WATCHED = 2
-"""Uses of a unit in training after which it is known whether its modules write to it: a forward, and a second one."""
+"""Uses of a unit, in training and not, after which it is known whether its modules write to it: a forward, and another."""
 
 
 class Writes:
@@ -42,7 +42,7 @@ class Writes:
         self._store = store
         self._units = units
         self._is_current = is_current
-        self._num_watched: dict[str, int] = {}
+        self._num_watched: dict[tuple[str, bool], int] = {}
         self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
         self._left: dict[int, tuple[str, Any]] = {}  # memory that was a parameter's, while somebody else views it
         self._told: set[str] = set()
@@ -57,9 +57,9 @@ class Writes:
         unit.is_touched = unit.sticky  # it stays to the end of the step, where everybody finds it awake
         unit.seen = None
         unit.versions = unit.current_versions()
-        num_watched = self._num_watched.setdefault(unit.name, 0)
-        is_watched = num_watched < _NUM_WATCHED and any(module.training for module in unit.modules)
-        self._num_watched[unit.name] = num_watched + is_watched
+        use = unit.name, any(module.training for module in unit.modules)
+        is_watched = self._num_watched.get(use, 0) < _NUM_WATCHED
+        self._num_watched[use] = self._num_watched.get(use, 0) + is_watched
         if is_watched or unit.writes_itself or unit.is_touched:
             unit.seen = content(unit.params)
 
@@ -258,29 +258,52 @@ def _kept(params: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> list[Tensor
     return [place(param, tensor) for param, tensor in zip(params, kept, strict=True)]
 
 
-def may_write(module: nn.Module) -> bool:
+def may_write(module: nn.Module, known: dict[type[nn.Module], bool]) -> bool:
     """Whether a forward of ``module`` or its children, or a hook on it, mentions ``.data``: it may write to parameters.
 
-    Or a method or property that it uses. torch's own forwards do so by operations on the parameter itself only.
+    Or code of the user's that it uses. torch's own forwards do so by operations on the parameter itself only.
+
+    Args:
+        module: What runs.
+        known: Answers for classes; added to.
     """
     for inner in module.modules():
+        kind = type(inner)
+        if kind not in known:
+            known[kind] = any("data" in _names(function) for function in _used_by_forward(kind))
         hooks = (*inner._forward_pre_hooks.values(), *inner._forward_hooks.values())
-        if any("data" in _names(function) for function in (*_used_by_forward(type(inner)), *hooks)):
+        if known[kind] or any("data" in _names(function) for function in hooks):
             return True
     return False
 
 
 def _used_by_forward(kind: type[nn.Module]) -> Iterator[object]:
-    """Functions of the user's classes that a forward of ``kind`` may call, itself among them."""
-    own = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
-    pending, seen = ["forward"], set[str]()
-    while pending:
-        name = pending.pop()
-        for found in (vars(base).get(name) for base in own if name not in seen):
-            function = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
-            pending += _names(function)
-            yield function
-        seen.add(name)
+    """Functions of the user's that a forward of ``kind`` may call, itself among them; found by their names."""
+    own = [base for base in kind.__mro__ if _is_users(base)]
+    waiting, seen = list(_functions_of(own, "forward")), set[int]()
+    while waiting:
+        function = waiting.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        yield function
+        names = _names(function)
+        around = getattr(function, "__globals__", {})
+        outside = [value for value in map(around.get, names) if isinstance(value, (FunctionType, type))]
+        theirs = [value for value in outside if _is_users(value)]
+        kinds = [*own, *(value for value in theirs if isinstance(value, type))]
+        waiting += [value for value in theirs if not isinstance(value, type)]
+        waiting += [found for name in names for found in _functions_of(kinds, name)]
+
+
+def _is_users(value: FunctionType | type) -> bool:
+    return not (value.__module__ or "").startswith(("torch.", "builtins"))
+
+
+def _functions_of(kinds: list[type], name: str) -> Iterator[object]:
+    """What ``kinds`` themselves have by this name, without what makes it a method."""
+    for found in (vars(kind)[name] for kind in kinds if name in vars(kind)):
+        yield found.fget if isinstance(found, property) else getattr(found, "__func__", found)
 
 
 def _names(function: object) -> list[str]:
