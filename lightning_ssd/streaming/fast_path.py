@@ -26,7 +26,7 @@ class ForwardHooks(Protocol):
         ...
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """As a forward hook with keyword arguments; with None after a failure."""
+        """As a forward hook with keyword arguments; while the exception is handled after a failure."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -247,16 +248,14 @@ class Streamer:
                 unit.is_touched = True  # it stays while a graph holds its parameters
             self.residents.begin_visit()
 
-    def after_forward(self, module: nn.Module, *, failed: bool) -> None:
+    def after_forward(self, module: nn.Module) -> None:
         """The module has run, or failed."""
         if not self._visits or self._visits[-1].module is not module:
             return  # its forward was given up before our hook ran, or with the whole step
-        frame = self._backward.rerunning
+        frame, visit = self._backward.rerunning, self._visits.pop()
         try:
             with transforms.suspended():
-                self._end_visit(
-                    self._visits.pop(), frame, failed=failed and not (frame is not None and frame.is_stopped)
-                )
+                self._end_visit(visit, frame, failed=visit.failed and not (frame is not None and frame.is_stopped))
         except BaseException as error:
             if frame is not None:
                 frame.error = error
@@ -307,7 +306,13 @@ class _Visit:
         self.units = units
         self.num_acquired = 0
         self.frame: Frame | None = None
+        self._handled = sys.exc_info()[1]
         self._stack = ExitStack()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the forward, whose end is being told of, ends by an exception; what it returns may be None."""
+        return sys.exc_info()[1] is not self._handled
 
     def enter(self, context: AbstractContextManager[object]) -> None:
         self._stack.enter_context(context)
@@ -344,7 +349,7 @@ class _ModuleHooks:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.streamer is not None:
-            self.streamer.after_forward(module, failed=output is None)
+            self.streamer.after_forward(module)
 
     def __reduce__(self) -> Any:
         return _ModuleHooks, (None, [])  # `copy` and `pickle` both ask here

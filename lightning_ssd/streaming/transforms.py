@@ -2,7 +2,8 @@
 
 Under a transform (``grad``, ``vmap``, ``jvp`` and those made of them) every tensor that is made is wrapped, and dies
 with the transform: what lives longer, such as the data of a parameter, is made outside (`suspended`). So is what no
-mode may see: a selective checkpoint counts the operations of a forward, and the second need not fetch what the first did.
+mode may see: a selective checkpoint counts the operations of a forward, and its second run may fetch what its first did
+not.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Unit:
 
     @property
     def is_viewed(self) -> bool:
-        """Whether the unit, which is resident, must stay: the user may write through a view, or a graph will read it."""
+        """Whether the unit, which is resident, must stay: the user can write through a view, or a graph holds it."""
         if not self.is_touched or self.placed is None:
             return False
         return any(map(is_held, self.params, self.placed.tensors)) or any(map(_is_saved, self.params))

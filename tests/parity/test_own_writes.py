@@ -93,6 +93,24 @@ class Hidden(nn.Linear):
         return F.linear(x, self.weight, self.bias).tanh()
 
 
+def halve(param: nn.Parameter) -> None:
+    param.data.mul_(0.5)
+
+
+class HalvesLater(nn.Linear):
+    """By a function of its own file, in a training forward that is neither the first nor the second."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.num_calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        if self.num_calls == 3:
+            halve(self.weight)
+        return F.linear(x, self.weight, self.bias).tanh()
+
+
 def pruned() -> nn.Module:
     """A mask in a hook."""
 
@@ -144,7 +162,7 @@ def assert_as_plain(tmp_path: Path, make: Callable[[], Net], settings: list[dict
         assert [name for name in weights if not torch.equal(weights[name], our_weights[name])] == [], setting
 
 
-KINDS = [BoundedEmbedding, ActNorm, Masked, Bounded, Assigned, Hidden, pruned]
+KINDS = [BoundedEmbedding, ActNorm, Masked, Bounded, Assigned, Hidden, HalvesLater, pruned]
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -152,6 +170,24 @@ def test_what_a_module_writes_to_itself_counts(tmp_path: Path, make: Callable[[]
     keeps = {"activations": "keep"}
     assert_as_plain(tmp_path, lambda: Net(make), [{}, keeps, {"host_memory": "256MiB"}])
     assert_as_plain(tmp_path, lambda: Net(make), [{}, keeps], gradient_clip_val=0.5)
+
+
+class Unseen(nn.Linear):
+    """Scaled by its first input, in a way that no code shows."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.is_new = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_new:
+            setattr(self.bias, "da" + "ta", x.detach().mean(0))
+            self.is_new = False
+        return F.linear(x, self.weight, self.bias).tanh()
+
+
+def test_what_is_written_in_a_first_forward_counts_in_evaluation_too(tmp_path: Path) -> None:
+    assert_as_plain(tmp_path, lambda: Net(Unseen), [{}, {"activations": "keep"}], num_sanity_val_steps=1)
 
 
 class Swap(Callback):

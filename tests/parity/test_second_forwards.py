@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lightning_ssd.errors import RecomputeError
 from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
@@ -214,7 +214,35 @@ class StartsLater(Block):
         return self.compute(x * self.scale)
 
 
+class WritesTheThirdTime(Block):
+    """To a parameter, in another way than before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
+    def forward(self, x: Any) -> Any:
+        self.num_calls += 1
+        if self.num_calls == 3:
+            self.inner.weight.detach().mul_(0.5)
+        return self.compute(x)
+
+
 # -- how it is called ----------------------------------------------------------------------------------------------
+
+
+class ReturnsNothing(OnObject):
+    def forward(self, x: Any) -> Any:
+        super().forward(x)
+
+
+class SelectsInside(Block):
+    """A mode sees each operation of a part: in backward it must not see those that fetch the block."""
+
+    def forward(self, x: Any) -> Any:
+        saved = [torch.ops.aten.addmm.default]
+        contexts = partial(create_selective_checkpoint_contexts, saved)
+        return checkpoint(self.compute, x, use_reentrant=False, context_fn=contexts)
 
 
 class Checkpointed(Block):
@@ -253,7 +281,9 @@ class Net(nn.Module):
         kind: Any = type(self.blocks[0])
         given = kind.make(self.tok(ids)) if hasattr(kind, "make") else self.tok(ids)
         for block in self.blocks:
-            if kind is ChangedByItsCaller:
+            if kind is ReturnsNothing:
+                block(given)
+            elif kind is ChangedByItsCaller:
                 given.x = block(given)
             else:
                 given = block(given)
@@ -264,9 +294,9 @@ def min_strategy() -> SSDOffloadStrategy:
     return SSDOffloadStrategy(host_memory="min", min_unit_numel=0, update="torch")
 
 
-GIVEN = [OnDict, OnNestedList, OnObject, OnSlots, OnNamedTuple, ChangedByItsCaller]
+GIVEN = [OnDict, OnNestedList, OnObject, OnSlots, OnNamedTuple, ChangedByItsCaller, ReturnsNothing]
 HAVING = [OwnGenerators, Anneals, RunningValues, StartsLater]
-CALLED = [Checkpointed, ChecksPart, FromOutside]
+CALLED = [Checkpointed, ChecksPart, SelectsInside, FromOutside]
 KEEPING = [InPlaceMemory, InPlaceRunningValue, OwnIterator]
 
 
@@ -304,6 +334,11 @@ def test_an_error_in_a_second_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(RecomputeError, match=r"blocks\.2'.*second time.*nothing left.*activations='keep'") as caught:
         train(tmp_path, lambda: Net(FailsLater), min_strategy(), max_steps=2)
     assert isinstance(caught.value.__cause__, LookupError)
+
+
+def test_a_write_to_parameters_after_the_first_forward_is_told_of(tmp_path: Path) -> None:
+    with pytest.raises(RecomputeError, match=r"blocks\.0'.*wrote to its parameters.*activations='keep'"):
+        train(tmp_path, lambda: Net(WritesTheThirdTime), min_strategy(), max_steps=4)
 
 
 class Shares(Block):

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.data import DataLoader
 
 from lightning_ssd import gathered
@@ -50,6 +51,12 @@ def run(tmp_path: Path, strategy: Any, extra: Callable[[Net, Tensor], Tensor]) -
 def forward_mode(module: Net, x: Tensor) -> Tensor:
     out, tangent = torch.func.jvp(module.net, (x,), (torch.ones_like(x),))
     return tangent.square().mean() + out.square().mean()
+
+
+def duals(module: Net, x: Tensor) -> Tensor:
+    """Forward mode without torch.func; the tangents are gone when backward comes."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(module.net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent.square().mean()
 
 
 def reverse_mode(module: Net, x: Tensor) -> Tensor:
@@ -103,7 +110,7 @@ def assert_equal_to_plain(tmp_path: Path, extra: Callable[[Net, Tensor], Tensor]
 SOME, ALL = {"host_memory": "17MiB"}, {"host_memory": "256MiB"}
 
 
-@pytest.mark.parametrize("extra", [forward_mode, vectorised, per_sample])
+@pytest.mark.parametrize("extra", [forward_mode, duals, vectorised, per_sample])
 def test_it_equals_plain_lightning(tmp_path: Path, extra: Callable[[Net, Tensor], Tensor]) -> None:
     assert_equal_to_plain(tmp_path, extra, SOME, SOME | {"activations": "keep"}, ALL)
 
