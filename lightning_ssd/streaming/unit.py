@@ -139,11 +139,12 @@ def _is_saved(param: nn.Parameter) -> bool:
 
     So it is under torch.func, which allows none, and under ``gathered()``.
     """
-    if param.is_leaf and param.requires_grad:
+    accumulator = None  # of gradients; it holds the parameter too
+    if param.requires_grad:
         with torch._C.DisableTorchFunctionSubclass(), transforms.suspended():
-            accumulator = torch.autograd.graph.get_gradient_edge(param)  # holds it too
-        return param._use_count() > 1 + (accumulator is not None)
-    return param._use_count() > 1
+            accumulator = torch.autograd.graph.get_gradient_edge(param)
+    num_holders: int = param._use_count()  # type: ignore[attr-defined]
+    return num_holders > (1 if accumulator is None else 2)
 
 
 def is_held(param: nn.Parameter, tensor: Tensor) -> bool:

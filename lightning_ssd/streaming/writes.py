@@ -5,8 +5,8 @@ in ``training_step``, a mask that is multiplied in, `nn.Embedding(max_norm=)`) w
 operation in place on a parameter raises its ``_version``, which is compared at every release. ``p.data`` and what is
 made from it have versions of their own, so where they may be used the bytes are compared: of units that code outside
 their own modules can reach (`Unit.is_touched`), and of units whose own modules use ``.data`` in their forward, which
-`may_write` or their first forwards, in training and in evaluation, tell. A unit of which the user holds a view stays in memory to the end of the step,
-so that what is written through the view counts.
+`may_write` or their first forwards, in training and in evaluation, tell. A unit of which the user holds a view stays in
+memory to the end of the step, so that what is written through the view counts.
 """
 
 from __future__ import annotations
