@@ -227,6 +227,7 @@ class GradientSink:
             if grad is not None:
                 grads[index] = grad
         self._on_complete(unit, grads, functools.partial(_add_up, sums) if sums else None)
+        unit.is_handed_on = True  # what was written to it until now is in the store
 
     def _take_off(self, unit: Unit, index: int, grad: Tensor) -> None:
         param = unit.params[index]

@@ -216,6 +216,7 @@ class Residents:
             for unit in self.units:
                 if unit.num_holds == 0:
                     self._release_memory(unit)
+                unit.is_handed_on = False
             self._loose = [{}]
 
     @contextmanager

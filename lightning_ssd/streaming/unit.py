@@ -68,6 +68,8 @@ class Unit:
         seen: Checksums of its values when it became resident or touched; None if only ``versions`` are compared.
         versions: ``_version`` of each parameter when it became resident.
         num_writes: How often the user's writes to it at rest were found; its generation may be the same.
+        is_handed_on: Its gradients of this step were handed to its optimizer in backward.
+        is_ahead: It became resident after that, with the values of after the step.
         writes_itself: Its own modules write to it by ``.data`` in their forward, which no version tells.
     """
 
@@ -99,6 +101,8 @@ class Unit:
         self.versions: tuple[int, ...] = ()
         self.num_writes = 0
         self.writes_itself = False
+        self.is_handed_on = False
+        self.is_ahead = False
 
     @property
     def is_viewed(self) -> bool:

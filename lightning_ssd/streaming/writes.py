@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -52,7 +52,8 @@ class Writes:
 
     def begin(self, unit: Unit) -> None:
         """``unit`` has become resident."""
-        if self._is_in_place(unit):
+        unit.is_ahead = unit.is_handed_on
+        if self._is_in_place(unit) and not unit.is_ahead:
             return
         unit.is_touched = unit.sticky  # it stays to the end of the step, where everybody finds it awake
         unit.seen = None
@@ -60,7 +61,7 @@ class Writes:
         use = unit.name, any(module.training for module in unit.modules)
         is_watched = self._num_watched.get(use, 0) < _NUM_WATCHED
         self._num_watched[use] = self._num_watched.get(use, 0) + is_watched
-        if is_watched or unit.writes_itself or unit.is_touched:
+        if is_watched or unit.writes_itself or unit.is_touched or unit.is_ahead:
             unit.seen = content(unit.params)
 
     def touch(self, unit: Unit) -> None:
@@ -78,6 +79,7 @@ class Writes:
 
     def forget(self, unit: Unit) -> None:
         """What was written to ``unit`` so far does not count: its step failed."""
+        unit.is_ahead = False
         if unit.state is Residency.RESIDENT and not self._is_in_place(unit):
             unit.versions = unit.current_versions()
             unit.seen = None
@@ -91,6 +93,10 @@ class Writes:
         """
         if unit.state is not Residency.RESIDENT:
             return
+        # What is in place is updated when it is at rest, so after what is written now.
+        is_late = unit.is_ahead or (unit.is_handed_on and not self._is_in_place(unit))
+        if is_late and self._is_written(unit):
+            self._refuse_late(unit)
         if self._is_in_place(unit):
             assert unit.kept is not None
             if is_assigned(unit.params, unit.kept):
@@ -98,13 +104,18 @@ class Writes:
             self._drop_file(unit)
         elif self._is_written(unit):
             if not self._is_current(unit):
-                raise ResidencyError(
-                    f"parameters of unit {unit.name!r} were written to in a step while their optimizer updated them: "
-                    "write to them before the step's forward, or after optimizer.step()"
-                )
+                self._refuse_late(unit)
             assert unit.placed is not None
             self._put(unit, unit.placed.tensors)
             self._store.forget(unit.name, "master")
+
+    @staticmethod
+    def _refuse_late(unit: Unit) -> NoReturn:
+        unit.is_ahead = unit.is_handed_on = False  # said once
+        raise ResidencyError(
+            f"parameters of unit {unit.name!r} were written to in a step while their optimizer updated them: write to "
+            "them before the step's forward, or after optimizer.step(), or set overlap='off' in the strategy"
+        )
 
     def _is_written(self, unit: Unit) -> bool:
         versions = unit.current_versions()

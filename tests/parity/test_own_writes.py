@@ -172,6 +172,27 @@ def test_what_a_module_writes_to_itself_counts(tmp_path: Path, make: Callable[[]
     assert_as_plain(tmp_path, lambda: Net(make), [{}, keeps], gradient_clip_val=0.5)
 
 
+class WritesInBackward(nn.Linear):
+    """In a hook, when its gradients are there."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.register_full_backward_hook(self.shift)
+
+    @torch.no_grad()
+    def shift(self, module: nn.Module, into: Any, out: Any) -> None:
+        self.bias.add_(0.01)
+
+
+def test_a_write_that_an_update_in_backward_overtakes_is_told_of(tmp_path: Path) -> None:
+    keeps = {"activations": "keep"}
+    settings = [keeps | {"overlap": "off"}, {"host_memory": "256MiB"}]
+    assert_as_plain(tmp_path, lambda: Net(WritesInBackward), settings)
+    with pytest.raises(ResidencyError, match=r"net\.\d.*while their optimizer updated them.*overlap='off'"):
+        run(tmp_path, streamed(**keeps), lambda: Net(WritesInBackward))
+    finish_backward()
+
+
 class Unseen(nn.Linear):
     """Scaled by its first input, in a way that no code shows."""
 
