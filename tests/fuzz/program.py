@@ -242,6 +242,8 @@ def possible(program: Program) -> Program:
         changes |= {"validation": "none", "setup": "none"}
         if program.schedule in ("plateau", "epoch"):
             changes["schedule"] = "step"
+        if program.teacher_when == "epoch_end":  # Lightning does not run it again for an epoch that was saved before it
+            changes["teacher_when"] = "batch_end"
         if program.manual in ("no_zero_grad", "alternate"):  # gradients that wait are in no checkpoint
             changes["manual"] = "one"
     if "Complex" in blocks:
