@@ -88,6 +88,9 @@ class GradientSink:
         self._arrived: dict[str, set[int]] = {}  # parameters whose gradient this backward has brought, by unit
         self._uses: dict[str, int] = {}  # forwards of each unit whose backward has not ended
         self._users: Counter[tuple[Unit, nn.Module | None]] = Counter()  # the same, by who runs it
+        self._uses_without_grad: Counter[str] = Counter()  # forwards of each unit in this step
+        self._late: set[str] = set()  # units with a forward inside backward: of a reentrant checkpoint
+        self._is_in_backward = False
         self._units: dict[str, Unit] = {}
         self._spills: dict[str, _Spill] = {}
         self._numbers = itertools.count()
@@ -104,6 +107,17 @@ class GradientSink:
         """``unit`` runs a forward with grad, in ``module`` or by itself: one more backward will come."""
         self._uses[unit.name] = self._uses.get(unit.name, 0) + 1
         self._users[unit, module] += 1
+        if self._is_in_backward:
+            self._late.add(unit.name)
+
+    def used_without_grad(self, unit: Unit) -> None:
+        """``unit`` runs a forward without grad: a reentrant checkpoint may run it again, with grad, in backward."""
+        self._uses_without_grad[unit.name] += 1
+
+    def begin_step(self) -> None:
+        """What ran without grad before has no part in what comes."""
+        self._uses_without_grad.clear()
+        self._is_in_backward = False
 
     @property
     def repeated_nbytes(self) -> int:
@@ -150,10 +164,13 @@ class GradientSink:
         self._arrived.clear()
         self._uses.clear()
         self._users.clear()
+        self._late.clear()
+        self._is_in_backward = False
 
     @contextmanager
     def backward(self, units: Iterable[Unit]) -> Iterator[None]:
         """Around a backward. Off the device, ``.grad`` is on the host and not where autograd could add to it."""
+        self._is_in_backward = True
         for spill in self._spills.values():
             spill.require_written()
         if not self._off_device:
@@ -212,6 +229,8 @@ class GradientSink:
     def _is_complete(self, unit: Unit, num_arrived: int) -> bool:
         """Whether nothing more can come for ``unit`` in this backward, nor be asked of it."""
         is_all = num_arrived == sum(p.requires_grad for p in unit.params)
+        if unit.name in self._late and self._uses_without_grad[unit.name] > 1:
+            return False  # autograd runs a backward of its own for each of these
         return is_all and self._uses.get(unit.name, 0) == 1 and not self.is_needed(unit)
 
     def _hand_on(self, unit: Unit) -> None:

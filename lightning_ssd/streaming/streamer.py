@@ -122,6 +122,7 @@ class Streamer:
         """
         if kind and not self._is_in_step():
             self._backward.abort()  # one that failed outside our sight
+            self._sink.begin_step()
             self.residents.schedule.begin(kind)
         self._num_steps += 1
         if not self._is_in_memory:
@@ -171,6 +172,8 @@ class Streamer:
             self._sink.used(unit)
             if self._num_steps > 0:
                 self._backward.step_hooks.begin()
+        elif self._backward.rerunning is None:
+            self._sink.used_without_grad(unit)
 
     # -- forward, the first and the second -----------------------------------------------------------------------
 
@@ -202,6 +205,9 @@ class Streamer:
             frame = visit.frame = self._frame(module, units, args, kwargs)
             hooks = torch.autograd.graph.saved_tensors_hooks
             visit.enter(self._backward.hooks() if frame is None else hooks(frame.pack, frame.unpack))
+        elif not is_rerun and not torch.is_grad_enabled():
+            for unit in units:
+                self._sink.used_without_grad(unit)
         self._visits.append(visit)
         visit.enter(self._computing("recompute" if is_rerun else "forward", units[0].name))
         self.residents.begin_visit()

@@ -31,6 +31,7 @@ FOUND = {
     "gathered after all parameters were touched": Program(
         522, features=("func_grad_gathered", "read_weights"), memory="auto"
     ),
+    "a reentrant checkpoint in blocks that run twice": Program(1147, blocks=("CheckpointedReentrant",) * 2, loops=2),
     "a tied weight in a checkpoint in a block": Program(516, blocks=("Checkpointed", "Checkpointed"), tie="blocks"),
 }
 
