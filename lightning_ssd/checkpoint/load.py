@@ -117,7 +117,7 @@ class CheckpointReader:
         if kind not in places:
             raise CheckpointError(f"{self.directory}: parameter {name!r} has {', '.join(places)}, no {kind!r}")
         record, entry = places[kind]
-        return self._map(record).tensor(record.renamed.get(entry.name, entry.name))
+        return self._mapped_file(record).tensor(record.renamed.get(entry.name, entry.name))
 
     def value(self, name: str) -> Tensor:
         """A parameter in the dtype it had at rest: in place if a file holds it so, else converted from the master."""
@@ -217,25 +217,25 @@ class CheckpointReader:
             close_fd(self._open_small(name))
             done += self.manifest.small_files[name].nbytes
         for record in self.manifest.files:
-            self._map(record)
-            if record.checksums is None:
-                unchecked.append(record.path)
-                continue
-            self._verify_file(record, done, progress)
+            with _Closing(self._open(record)) as fd:
+                self._map(record, fd)  # so that what `tensor` gives from now on are the bytes that are compared
+                if record.checksums is None:
+                    unchecked.append(record.path)
+                    continue
+                self._verify_file(fd, record, done, progress)
             done += record.nbytes
         return VerifyReport(done, tuple(unchecked))
 
-    def _verify_file(self, record: FileRecord, done: int, progress: Progress | None) -> None:
+    def _verify_file(self, fd: int, record: FileRecord, done: int, progress: Progress | None) -> None:
         assert record.checksums is not None
-        with _Closing(self._open(record)) as fd:
-            for index, expected in enumerate(record.checksums):
-                offset = record.data_begin + index * PIECE_NBYTES
-                piece = read_exactly(fd, min(PIECE_NBYTES, record.nbytes - offset), offset, self._where(record.path))
-                if checksum(piece) != expected:
-                    raise CorruptionError(self._damage(record, index * PIECE_NBYTES))
-                os.posix_fadvise(fd, offset, PIECE_NBYTES, os.POSIX_FADV_DONTNEED)
-                if progress is not None:
-                    progress(done + offset + len(piece), self.manifest.nbytes)
+        for index, expected in enumerate(record.checksums):
+            offset = record.data_begin + index * PIECE_NBYTES
+            piece = read_exactly(fd, min(PIECE_NBYTES, record.nbytes - offset), offset, self._where(record.path))
+            if checksum(piece) != expected:
+                raise CorruptionError(self._damage(record, index * PIECE_NBYTES))
+            os.posix_fadvise(fd, offset, PIECE_NBYTES, os.POSIX_FADV_DONTNEED)
+            if progress is not None:
+                progress(done + offset + len(piece), self.manifest.nbytes)
 
     def _damage(self, record: FileRecord, begin: int) -> str:
         hit = [e for e in record.entries if e.begin < begin + PIECE_NBYTES and e.end > begin]
@@ -273,11 +273,17 @@ class CheckpointReader:
         exact = next((kind for kind in forms if places[kind][1].dtype == dtype), None)
         return (forms[0], False) if exact is None else (exact, True)
 
-    def _map(self, record: FileRecord) -> MappedFile:
+    def _mapped_file(self, record: FileRecord) -> MappedFile:
+        if record.path in self._mapped:
+            return self._mapped[record.path]
+        with _Closing(self._open(record)) as fd:
+            return self._map(record, fd)
+
+    def _map(self, record: FileRecord, fd: int) -> MappedFile:
+        """A unit file mapped, through ``fd`` if it is not yet."""
         mapped = self._mapped.get(record.path)
         if mapped is None:
-            with _Closing(self._open(record)) as fd:
-                mapped = MappedFile(fd, self._where(record.path))
+            mapped = MappedFile(fd, self._where(record.path))
             expected = [replace(e, name=record.renamed.get(e.name, e.name)) for e in record.entries]
             same = sorted(mapped.header.entries.values(), key=_order) == sorted(expected, key=_order)
             if not same or mapped.header.data_begin != record.data_begin:
@@ -288,13 +294,17 @@ class CheckpointReader:
         return mapped
 
     def _open(self, record: FileRecord) -> int:
-        """A unit file of the right size, open."""
+        """A unit file of the right size, open; the very one that is mapped, if it is mapped already."""
         where = f"{self.directory}: {record.kind} of {record.parameters}"
         fd = open_inside(self._open_directory_fd(), record.path, where)
-        nbytes = os.fstat(fd).st_size
-        if nbytes != record.nbytes:
-            close_fd(fd)
-            raise CheckpointError(f"{where}: {record.path!r} has {nbytes} bytes, not {record.nbytes}")
+        with ExitStack() as on_error:
+            on_error.callback(close_fd, fd)
+            found, mapped = os.fstat(fd), self._mapped.get(record.path)
+            if found.st_size != record.nbytes:
+                raise CheckpointError(f"{where}: {record.path!r} has {found.st_size} bytes, not {record.nbytes}")
+            if mapped is not None and not mapped.is_of(found):
+                raise CheckpointError(f"{where}: {record.path!r} was replaced while the checkpoint was read")
+            on_error.pop_all()
         return fd
 
     def _open_small(self, name: str, *, compare: bool = True) -> int:

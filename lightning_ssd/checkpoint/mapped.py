@@ -72,6 +72,7 @@ class MappedFile:
             CheckpointError: If it is no well-formed safetensors file.
         """
         self.where = where
+        self._file = os.fstat(fd)  # no other file can get its number while it is mapped
         self.header = read_header(fd, where)
         self._bytes: npt.NDArray[np.uint8] | None = map_bytes(fd, self.header.data_begin + self.header.data_nbytes)
 
@@ -86,6 +87,10 @@ class MappedFile:
         if entry is None:
             raise CheckpointError(f"{self.where} holds no parameter {name!r}")
         return _view(self._bytes, self.header.data_begin, entry)
+
+    def is_of(self, file: os.stat_result) -> bool:
+        """Whether this very file is what is mapped, not one that has its name now."""
+        return os.path.samestat(self._file, file)
 
     def drop(self, name: str | None = None) -> None:
         """Give back the memory of pages that were looked at; values written through a tensor are lost with them."""
