@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any, cast
@@ -26,6 +27,7 @@ from lightning_ssd.strategy.succession import Succession
 class CheckpointMixin(StrategyBase):
     """Saves, loads and removes checkpoints of the session."""
 
+    _namespace: str
     _session: Session | None
     _resume: Resume
     _succession: Succession
@@ -82,9 +84,11 @@ class CheckpointMixin(StrategyBase):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load weights before they are placed; what is on the meta device takes the mapped tensors as they are."""
         assert self.lightning_module is not None
-        weights = checkpoint["state_dict"]
-        if self.session.settings.param_dtype not in (torch.bfloat16, torch.float16):
-            weights = with_masters(self.lightning_module, weights, checkpoint.get(MASTERS, {}))
+        if self.session.settings.param_dtype == torch.float64:
+            # Lightning converts a module after its weights are loaded, which rounds them to the 32 bits it came with.
+            self.session.nursery.widen(self.lightning_module, torch.float64)
+            self.precision_plugin.convert_module(self.lightning_module)
+        weights = with_masters(self.lightning_module, checkpoint["state_dict"], checkpoint.get(MASTERS, {}))
         self.session.nursery.load(self.lightning_module, weights, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -105,7 +109,13 @@ class CheckpointMixin(StrategyBase):
         params = {
             name: param for unit in self.session.units for name, param in zip(unit.names, unit.params, strict=True)
         }
-        self.session.take_masters({params[name]: value for name, value in masters.items() if name in params})
+        changed = self.session.take_masters({params[n]: value for n, value in masters.items() if n in params})
+        if changed:
+            names = ", ".join(map(repr, changed[:4])) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+            logging.getLogger(f"{self._namespace}.ssd_offload").info(
+                f"the values of {names} are not what the checkpoint's float32 masters round to: a hook, callback or "
+                "conversion has changed them, and where they differ training goes on from them"
+            )
 
     def _by_name(self, optimizer: Optimizer, state: dict[str, Any], saved: list[list[str]]) -> dict[str, Any]:
         """The state for the optimizer's groups as they are now; as it is where names cannot tell."""

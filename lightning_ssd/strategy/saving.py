@@ -10,7 +10,6 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ssd.checkpoint import save as saving
@@ -33,6 +32,7 @@ from lightning_ssd.io.deadline import within
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.strategy.session import Session
+from lightning_ssd.streaming.masters import master_of
 
 MASTERS = "ssd_offload_masters"
 """Key under which an opened checkpoint carries float32 masters of 16-bit parameters, by parameter name."""
@@ -206,24 +206,21 @@ def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
 def with_masters(module: nn.Module, weights: Mapping[str, Any], masters: Mapping[str, Tensor]) -> Mapping[str, Any]:
     """``weights`` with masters in place of the 16-bit values made from them, where ``module`` has float32.
 
-    A value that somebody has changed since, or that is the master of nothing here, stays.
+    Where somebody has changed a value since, it stays; [Note: masters and values].
     """
     found: dict[str, Tensor] = {}
     params = dict(module.named_parameters())
     for name, master in masters.items():
         value, param = weights.get(name), params.get(name)
-        is_narrow = isinstance(value, Tensor) and value.dtype != torch.float32
-        if is_narrow and param is not None and param.dtype == torch.float32 and _is_rounded(value, master):
-            found[name] = master
+        if not isinstance(value, Tensor) or param is None:
+            continue
+        if value.dtype.itemsize < 4 <= param.dtype.itemsize and value.shape == master.shape:
+            found[name] = master_of(value, master)
     if not found:
         return weights
     joined = copy(weights)  # with its versions
     joined.update(found)  # type: ignore[attr-defined]
     return joined
-
-
-def _is_rounded(value: Any, master: Tensor) -> bool:
-    return torch.equal(master.to(value.dtype), value)
 
 
 def _kinds(session: Session, weights: _Weights, *, with_state: bool, with_masters: bool) -> dict[str, list[str]]:

@@ -48,6 +48,7 @@ from lightning_ssd.streaming.fetch import Route, make_route
 from lightning_ssd.streaming.gradients import GradientSink, Mode
 from lightning_ssd.streaming.inherited import Inherited
 from lightning_ssd.streaming.landing import Landing
+from lightning_ssd.streaming.masters import master_of
 from lightning_ssd.streaming.nursery import Nursery
 from lightning_ssd.streaming.partition import partition
 from lightning_ssd.streaming.placeholder import placeholders
@@ -399,22 +400,32 @@ class Session:
                 found.update(zip(unit.params, AtRest(self.store, generation).tensors, strict=True))
         return found
 
-    def unchanged(self) -> set[nn.Parameter]:
-        """Parameters that the user has not changed at rest; works after `rest` too."""
-        found: set[nn.Parameter] = set()
-        for unit in self.units:
-            seen = unit.at_rest
-            if seen is None or not (seen.is_assigned(unit.params) or seen.was_written()):
-                found.update(unit.params)
-        return found
+    def take_masters(self, masters: Mapping[nn.Parameter, Tensor]) -> list[str]:
+        """Stream float32 masters of 16-bit parameters into the store.
 
-    def take_masters(self, masters: Mapping[nn.Parameter, Tensor]) -> None:
-        """Stream float32 masters of 16-bit parameters into the store."""
+        Returns:
+            Names of parameters whose values are others than their masters', and that have new ones therefore; see
+            [Note: masters and values].
+        """
+        assert self.streamer is not None
+        changed: list[str] = []
         for unit in self.units:
             dtype = master_dtype(unit, keep_master=self.settings.keep_master)
             if dtype != unit.layout.dtype and any(param in masters for param in unit.params):
-                values = [masters.get(param, param) for param in unit.params]
-                self.store.put(unit.layout_of("master", dtype), values.__getitem__)
+                self.streamer.residents.settle(unit)  # masters would follow what was written to it a second time
+                found = partial(self._master, unit, masters, changed)
+                self.store.put(unit.layout_of("master", dtype), found)
+        return changed
+
+    @staticmethod
+    def _master(unit: Unit, masters: Mapping[nn.Parameter, Tensor], changed: list[str], index: int) -> Tensor:
+        param = unit.params[index]
+        if param not in masters:
+            return param
+        found = master_of(param, masters[param])
+        if found is not masters[param]:
+            changed.append(unit.names[index])
+        return found
 
     # -- the step ------------------------------------------------------------------------------------------------
 

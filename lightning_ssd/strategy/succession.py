@@ -36,13 +36,10 @@ class Succession:
             self._masters = last.masters()
 
     def before_placing(self) -> None:
-        """Parameters are about to move into the new session: keep masters of those that are as they were left."""
-        if self._last is not None:
-            unchanged = self._last.unchanged()
-            self._masters = {param: master for param, master in self._masters.items() if param in unchanged}
-            if self._last is not self._fitted:
-                self._last.close()
-            self._last = None
+        """Parameters are about to move into the new session."""
+        if self._last is not None and self._last is not self._fitted:
+            self._last.close()
+        self._last = None
 
     def move_into(self, session: Session, optimizers: Iterable[Optimizer]) -> None:
         """Adopt ``optimizers``, with the state they have; what was left is in ``session`` now.
@@ -50,10 +47,9 @@ class Succession:
         Raises:
             ConfigurationError: If they have parameters of another module.
         """
-        unchanged = session.unchanged()
         for optimizer in optimizers:
             session.adopt(optimizer)
-        session.take_masters({param: m for param, m in self._masters.items() if param in unchanged})
+        session.take_masters(self._masters)
         self._masters = {}
         self._close_fitted()
 

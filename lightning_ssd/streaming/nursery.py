@@ -67,6 +67,14 @@ class Nursery:
             if fresh:
                 module.reset_parameters()
 
+    def widen(self, root: nn.Module, dtype: torch.dtype) -> None:
+        """Convert floating parameters that have fewer bits; values that are not in memory stay out of it."""
+        for param in root.parameters():
+            if param.is_floating_point() and param.dtype.itemsize < dtype.itemsize and not param.is_meta:
+                is_mapped = param.nbytes >= MIN_NBYTES and param.device.type == "cpu"
+                with torch.no_grad(), torch.inference_mode(False):
+                    param.data = self._map(param, dtype).copy_(param) if is_mapped else param.to(dtype)
+
     def load(self, root: nn.Module, weights: Mapping[str, Any], *, strict: bool) -> None:
         """`Module.load_state_dict`; into a model on the meta device, mapped tensors go as they are, without a copy."""
         names: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
@@ -94,14 +102,16 @@ class Nursery:
             param.data = values
         return None
 
-    def _map(self, param: nn.Parameter) -> Tensor:
+    def _map(self, param: nn.Parameter, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the parameter's form in a file of its own, not initialised."""
-        file = self._scratch.make(f"nursery-{next(self._numbers):08d}.safetensors", max(param.nbytes, 1))
+        dtype = dtype or param.dtype
+        nbytes = max(param.numel() * dtype.itemsize, 1)
+        file = self._scratch.make(f"nursery-{next(self._numbers):08d}.safetensors", nbytes)
         try:
             memory = map_file(file.tail_fd, file.nbytes, file.path, lambda offset: "a parameter that is being created")
         finally:
             file.close()
-        tensor = Views(memory).tensor(0, param.dtype, tuple(param.shape))
+        tensor = Views(memory).tensor(0, dtype, tuple(param.shape))
         self._ours.add(tensor.data_ptr())
         return tensor
 

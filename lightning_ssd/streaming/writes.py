@@ -23,6 +23,7 @@ from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.streaming.at_rest import AtRest, KeptAtRest, is_assigned
 from lightning_ssd.streaming.content import content
+from lightning_ssd.streaming.masters import follow_values
 from lightning_ssd.streaming.unit import Residency, Unit, is_held
 
 _NUM_WATCHED = 2
@@ -107,7 +108,7 @@ class Writes:
                 self._refuse_late(unit)
             assert unit.placed is not None
             self._put(unit, unit.placed.tensors)
-            self._store.forget(unit.name, "master")
+            follow_values(self._store, unit)
 
     @staticmethod
     def _refuse_late(unit: Unit) -> NoReturn:
@@ -146,7 +147,7 @@ class Writes:
         self.leave(unit, at_rest.tensors)
         if was_assigned or was_written:
             unit.num_writes += 1
-            self._store.forget(unit.name, "master")  # the user's value is the truth now
+            follow_values(self._store, unit)
         self._drop_file(unit)
         return was_assigned or was_written
 

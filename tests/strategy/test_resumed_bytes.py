@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lightning_ssd.checkpoint import load
 from lightning_ssd.errors import CheckpointError, CorruptionError
