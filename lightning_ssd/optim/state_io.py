@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -143,8 +144,6 @@ class OptimizerState:
         for hook in self._hooks("load_state_dict_pre"):
             found = hook(self.optimizer, state_dict)
             state_dict = state_dict if found is None else found
-        self._view.clear_shown()
-        self.optimizer.state = self._view  # type: ignore[assignment]
         saved_groups = deepcopy(state_dict["param_groups"])  # a scheduler may write to tensors in it
         groups = self.optimizer.param_groups
         sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
@@ -155,16 +154,42 @@ class OptimizerState:
             )
         loaded: dict[nn.Parameter, dict[str, Any]] = {}
         for group, saved in zip(groups, saved_groups, strict=True):
-            # What the class itself put there stays, as its `__setstate__` would put it there for an older file.
-            for key in group.keys() - saved.keys() - self.optimizer.defaults.keys() - {"params", "param_names"}:
-                del group[key]
-            group.update({key: value for key, value in saved.items() if key != "params"})
             for param, number in zip(group["params"], saved["params"], strict=True):
                 if number in state_dict["state"]:
-                    loaded[param] = state_dict["state"][number]
+                    loaded[param] = dict(state_dict["state"][number])
+        loaded = self._complete(loaded, saved_groups)
+        self._view.clear_shown()
+        self.optimizer.state = self._view  # type: ignore[assignment]
         self._take(loaded)
         for hook in self._hooks("load_state_dict_post"):
             hook(self.optimizer)
+
+    def _complete(
+        self, loaded: dict[nn.Parameter, dict[str, Any]], saved_groups: Iterable[dict[str, Any]]
+    ) -> dict[nn.Parameter, dict[str, Any]]:
+        """Put what was saved in the groups' place, and let the class add what older versions of it did not save."""
+        optimizer = self.optimizer
+        wanted = [[key for key in optimizer.defaults if key in group] for group in optimizer.param_groups]
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+            own = {key: group[key] for key in group if key in ("params", "param_names")}
+            group.clear()
+            group.update({**own, **saved, "params": own["params"]})
+        try:
+            optimizer.__setstate__({"state": defaultdict(dict, loaded), "param_groups": optimizer.param_groups})
+        except KeyError as error:
+            raise self._is_of_another_class(error.args[0]) from error
+        for keys, group in zip(wanted, optimizer.param_groups, strict=True):
+            for key in keys:
+                if key not in group:
+                    raise self._is_of_another_class(key)
+        return {param: optimizer.state[param] for param in loaded}
+
+    def _is_of_another_class(self, key: object) -> CheckpointError:
+        return CheckpointError(
+            f"the optimizer state is of another class than {type(self.optimizer).__name__}, or of another version of "
+            f"it: it has no {key!r}. Let configure_optimizers make what the checkpoint was saved with, or begin with "
+            "the weights alone (save_weights_only, or lightning-ssd import --weights-only)"
+        )
 
     def _take(self, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
         with self._store.writable():
