@@ -26,7 +26,7 @@ from lightning_ssd.checkpoint.manifest import (
     OptimizerRecord,
     decode_manifest,
 )
-from lightning_ssd.checkpoint.mapped import MappedFile, read_exactly
+from lightning_ssd.checkpoint.mapped import MappedFile, SeenFiles, read_exactly
 from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.torch_file import check_tensors, check_torch_file
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
@@ -192,6 +192,10 @@ class CheckpointReader:
         if any(map(needs_pickled, self.manifest.optimizers)):
             pickled = self._load_part("hyper", weights_only, ())
         return [decode_optimizer(record, pickled) for record in self.manifest.optimizers]
+
+    def seen(self) -> SeenFiles:
+        """The files that are mapped now, to tell later whether somebody has written to one."""
+        return SeenFiles({mapped.where: mapped.file for mapped in self._mapped.values()})
 
     def drop(self) -> None:
         """Give back the memory of all pages that were looked at."""

@@ -10,6 +10,10 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.errors import CheckpointError, IoError
+from lightning_ssd.memory.mapped_file import watch_mapping
 from lightning_ssd.sizes import round_down, round_up
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.header import PREFIX_NBYTES, Header, TensorEntry, decode_data_begin, decode_header
@@ -63,6 +68,7 @@ class MappedFile:
     Attributes:
         header: What the file holds.
         where: What messages call it.
+        file: About the file, when it was mapped.
     """
 
     def __init__(self, fd: int, where: str) -> None:
@@ -72,9 +78,11 @@ class MappedFile:
             CheckpointError: If it is no well-formed safetensors file.
         """
         self.where = where
-        self._file = os.fstat(fd)  # no other file can get its number while it is mapped
+        self.file = os.fstat(fd)  # no other file can get its number while it is mapped
         self.header = read_header(fd, where)
         self._bytes: npt.NDArray[np.uint8] | None = map_bytes(fd, self.header.data_begin + self.header.data_nbytes)
+        about = partial(_name_at, self.header)
+        watch_mapping(self._bytes, self._bytes.ctypes.data, self._bytes.nbytes, where, about)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, in place, with a storage of its own; see [Note: private mapping].
@@ -90,7 +98,7 @@ class MappedFile:
 
     def is_of(self, file: os.stat_result) -> bool:
         """Whether this very file is what is mapped, not one that has its name now."""
-        return os.path.samestat(self._file, file)
+        return os.path.samestat(self.file, file)
 
     def drop(self, name: str | None = None) -> None:
         """Give back the memory of pages that were looked at; values written through a tensor are lost with them."""
@@ -105,6 +113,33 @@ class MappedFile:
     def close(self) -> None:
         """Let go of the mapping; it ends with the last tensor that lies in it."""
         self._bytes = None
+
+
+@dataclass(frozen=True)
+class SeenFiles:
+    """Mapped files as they were before their bytes were compared with their checksums.
+
+    Attributes:
+        files: About each, by path.
+    """
+
+    files: Mapping[str, os.stat_result]
+
+    def require_unchanged(self) -> None:
+        """Refuse what was read from a file that somebody wrote to since; one that was removed or replaced is as it was.
+
+        Raises:
+            CheckpointError: Names the file.
+        """
+        for path, before in self.files.items():
+            with suppress(OSError):
+                now = os.stat(path, follow_symlinks=False)
+                times = (before.st_mtime_ns, before.st_size), (now.st_mtime_ns, now.st_size)
+                if os.path.samestat(before, now) and times[0] != times[1]:
+                    raise CheckpointError(
+                        f"{path!r} was written to while a run resumed from it, so other values than those that were "
+                        "compared with its checksums may be in use; see lightning-ssd verify, and resume again"
+                    )
 
 
 def map_bytes(fd: int, nbytes: int) -> npt.NDArray[np.uint8]:
@@ -124,6 +159,14 @@ def drop_pages(address: int, nbytes: int) -> None:
     end = round_down(address + nbytes, mmap.PAGESIZE)
     if end > begin:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _name_at(header: Header, offset: int) -> str:
+    """What lies at an offset of the file."""
+    at = offset - header.data_begin
+    # The page begins before the tensor that was looked at.
+    hit = [e.name for e in header.entries.values() if e.begin < at + mmap.PAGESIZE and e.end > at]
+    return ", ".join(map(repr, hit[:4])) or "a header"
 
 
 def _view(data: npt.NDArray[np.uint8], data_begin: int, entry: TensorEntry) -> Tensor:

@@ -43,10 +43,15 @@ def map_file(fd: int, nbytes: int, path: str, about: About, *, private: bool = F
     flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
     with as_io_error(path, 0, nbytes, "mapping"):
         memory = mmap.mmap(fd, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    if _extension._native is not None:
-        watched = _extension._native.watch_mapping(address_of(memory), nbytes, (path, about))
-        weakref.finalize(memory, _extension._native.forget_mapping, watched).atexit = False
+    watch_mapping(memory, address_of(memory), nbytes, path, about)
     return memory
+
+
+def watch_mapping(owner: object, address: int, nbytes: int, path: str, about: About) -> None:
+    """As long as ``owner`` lives, let an error of the disk under the mapping at ``address`` name what lies there."""
+    if _extension._native is not None:
+        watched = _extension._native.watch_mapping(address, nbytes, (path, about))
+        weakref.finalize(owner, _extension._native.forget_mapping, watched).atexit = False
 
 
 def flush(memory: mmap.mmap, path: str) -> None:

@@ -236,7 +236,10 @@ class OptimizerState:
             is_full_here = kind in self._initialised.get(param, ())
             tensor = (loaded.get(param, {}).get(kind) if is_full_here else None) if param in mine else old
             if tensor is not None and tensor.dtype != wanted and tensor.dtype.itemsize > wanted.itemsize:
-                raise CheckpointError(f"state {kind!r} of {name!r} is {tensor.dtype}, the run keeps {wanted}")
+                raise CheckpointError(
+                    f"state {kind!r} of {name!r} is {tensor.dtype}, the run keeps {wanted} and would round it: resume "
+                    "with the precision and master_dtype it was saved with, or begin with the weights alone"
+                )
             tensors.append(tensor)
         self._store.put(layout, tensors.__getitem__)
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_ssd.checkpoint.attribution import in_order_of
 from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.mapped import SeenFiles
 from lightning_ssd.errors import CheckpointError, ConfigurationError
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
@@ -32,6 +33,7 @@ class CheckpointMixin(StrategyBase):
     _resume: Resume
     _succession: Succession
     _dumped: dict[Optimizer, Dumped]
+    _opened: SeenFiles
 
     @property
     def session(self) -> Session:
@@ -76,7 +78,7 @@ class CheckpointMixin(StrategyBase):
         """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors stay mapped until they are placed."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        checkpoint = load(home_path(checkpoint_path, "ckpt_path"), weights_only)
+        checkpoint, self._opened = load(home_path(checkpoint_path, "ckpt_path"), weights_only)
         # What is loaded after the model was placed is a Tuner's own.
         self._resume.take(checkpoint, is_resumed=trainer.state.fn == "fit" and not self.session.units)
         return checkpoint
@@ -89,7 +91,11 @@ class CheckpointMixin(StrategyBase):
             self.session.nursery.widen(self.lightning_module, torch.float64)
             self.precision_plugin.convert_module(self.lightning_module)
         weights = with_masters(self.lightning_module, checkpoint["state_dict"], checkpoint.get(MASTERS, {}))
-        self.session.nursery.load(self.lightning_module, weights, strict=strict)
+        try:
+            self.session.nursery.load(self.lightning_module, weights, strict=strict)
+        except RuntimeError:  # torch makes one error of all that went wrong
+            self._opened.require_unchanged()
+            raise
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Stream optimizer state, and float32 masters, into the store."""
@@ -110,6 +116,7 @@ class CheckpointMixin(StrategyBase):
             name: param for unit in self.session.units for name, param in zip(unit.names, unit.params, strict=True)
         }
         changed = self.session.take_masters({params[n]: value for n, value in masters.items() if n in params})
+        self._opened.require_unchanged()
         if changed:
             names = ", ".join(map(repr, changed[:4])) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
             logging.getLogger(f"{self._namespace}.ssd_offload").info(

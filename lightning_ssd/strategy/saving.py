@@ -18,6 +18,7 @@ from lightning_ssd.checkpoint.directory import remove as remove
 from lightning_ssd.checkpoint.export import WHOLE_STATES, optimizer_states
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
+from lightning_ssd.checkpoint.mapped import SeenFiles
 from lightning_ssd.checkpoint.state_dict import (
     OPTIMIZER_PREFIX,
     STATE_DICT_EXTRA,
@@ -170,10 +171,11 @@ def _sort(session: Session, small: dict[str, Any]) -> _Weights:
     return found
 
 
-def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
+def load(path: Any, weights_only: bool | None) -> tuple[dict[str, Any], SeenFiles]:
     """Open a checkpoint directory, or a plain ``.ckpt``, as Lightning's dictionary with mapped tensors.
 
-    A directory is read once to compare its checksums before anything is used.
+    A directory is read once to compare its checksums before anything is used; what is returned beside the dictionary
+    tells whether its files are unchanged once everything was.
 
     Raises:
         CheckpointError: If it is incomplete or malformed.
@@ -186,7 +188,7 @@ def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
                 f"{name!r} is a directory without a manifest: no checkpoint of strategy='ssd_offload', or one whose "
                 "saving was interrupted"
             )
-        return load_pickle(name, name, weights_only is not False)
+        return load_pickle(name, name, weights_only is not False), SeenFiles({})
     with CheckpointReader(name) as reader:  # mapped tensors outlive it
         reader.verify()
         checkpoint = reader.state(weights_only)
@@ -200,7 +202,7 @@ def load(path: Any, weights_only: bool | None) -> dict[str, Any]:
             checkpoint[NAMES] = [[list(group["params"]) for group in record.param_groups] for record in records]
         names = [n for n in reader.parameter_names if "master" in reader.kinds(n)]
         checkpoint[MASTERS] = {n: reader.tensor(n, "master") for n in names}
-    return checkpoint
+        return checkpoint, reader.seen()
 
 
 def with_masters(module: nn.Module, weights: Mapping[str, Any], masters: Mapping[str, Tensor]) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_ssd.checkpoint.mapped import SeenFiles
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import IOOptions, IOStats
@@ -125,6 +126,7 @@ class StrategyMixin(CheckpointMixin):
         self._resume = Resume()
         self._succession = Succession()
         self._dumped = {}
+        self._opened = SeenFiles({})
 
     # -- one process -------------------------------------------------------------------------------------------
 
@@ -197,6 +199,7 @@ class StrategyMixin(CheckpointMixin):
         assert self.lightning_module is not None
         guards.require_not_streamed(self.lightning_module)
         self._resume.begin()
+        self._opened = SeenFiles({})
         previous, self._session = self._session, Session(self._checked_settings())
         self._succession.begin(previous)
 
@@ -259,6 +262,7 @@ class StrategyMixin(CheckpointMixin):
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self._succession.before_placing()
         self.session.place(self.lightning_module)
+        self._opened.require_unchanged()
         self.model_to_device()
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)

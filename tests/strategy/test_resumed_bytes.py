@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lightning_ssd.checkpoint import load
-from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.errors import CheckpointError, CorruptionError, IoError
 from tests.helpers.models import GPT
 from tests.helpers.training import Result, assert_equal, streamed, train
 
@@ -80,3 +80,27 @@ def test_files_that_take_the_place_of_those_compared_are_not_used(
         assert_equal(expected, found)
         num_used += 1
     assert is_bad_first or num_used
+
+
+@pytest.mark.parametrize("what", ["shortened", "written"])
+@pytest.mark.parametrize("kind", ["param", "master", "exp_avg"])
+def test_a_file_that_is_changed_after_it_was_compared_is_refused(
+    tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, what: str, kind: str
+) -> None:
+    good = tmp_path / "good.ckpt"
+    shutil.copytree(saved / "good.ckpt", good)
+    verify = load.CheckpointReader.verify
+
+    def then_change(reader: load.CheckpointReader) -> object:
+        report = verify(reader)
+        for file in good.glob(f"units/*.{kind}.safetensors"):
+            with open(file, "r+b") as opened:
+                opened.seek(-8, os.SEEK_END)
+                opened.write(b"changed.")
+                if what == "shortened":
+                    opened.truncate(100)
+        return report
+
+    monkeypatch.setattr(load.CheckpointReader, "verify", then_change)
+    with pytest.raises((CheckpointError, IoError), match=r"was written to while a run resumed|read of"):
+        run(tmp_path, 4, good)
