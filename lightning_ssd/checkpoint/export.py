@@ -25,7 +25,7 @@ from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.mapped import drop_pages, map_bytes
 from lightning_ssd.checkpoint.shards import HF_INDEX, Shard, cut_shards, index_text, strip_prefix
-from lightning_ssd.checkpoint.state_dict import StateDictView, join_state_dict, split_rest
+from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, join_state_dict, split_rest
 from lightning_ssd.checkpoint.writer import (
     Progress,
     StreamWriter,
@@ -82,6 +82,7 @@ def consolidate(
     if os.path.isdir(target) or (os.path.lexists(target) and not overwrite):
         raise CheckpointError(f"{target!r} exists; choose another name, or have a file replaced with overwrite=True")
     with CheckpointReader(directory) as reader, ExitStack() as stack, os_errors(target):
+        reader.verify_files()  # what is exported has no checksums by which damage would be found later
         content = dict(reader.state(weights_only))
         drop_empty_loader_states(content)
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -132,6 +133,7 @@ def to_safetensors(
     if is_checkpoint(target) or (os.path.lexists(target) and not os.path.isdir(target)):
         raise CheckpointError(f"{target!r} exists; name a folder that does not exist or is empty")
     with CheckpointReader(directory) as reader, os_errors(target), folder_beside(target) as folder:
+        reader.verify_files(kinds=VALUE_KINDS)
         view = StateDictView(reader)
         names, left_out = strip_prefix(view, prefix_to_strip)
         if not names:

@@ -60,6 +60,7 @@ def to_dcp(
         raise CheckpointError(f"{target!r} exists; name a folder that does not exist or is empty")
     with ExitStack() as stack:
         reader = stack.enter_context(CheckpointReader(directory))
+        reader.verify_files()
         stack.enter_context(os_errors(target))
         folder = stack.enter_context(folder_beside(target))
         inside = f"/proc/self/fd/{folder.fd}"  # the folder that was made, whatever has its path by now

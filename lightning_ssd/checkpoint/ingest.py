@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -132,6 +132,9 @@ def import_checkpoint(
         if options.dry_run:
             return report
         files = job.files(with_state=bool(records))
+        if any(isinstance(file, ComposedFile) for file in files):  # which have checksums of their own
+            _verify(found, None if records else VALUE_KINDS)
+            _verify(like, VALUE_KINDS)
         rest = {name: held.load() for name, held in job.buffers.items()}
         for index, name, key, value in odd:
             rest[f"{OPTIMIZER_PREFIX}{index}.{name}.{key}"] = value
@@ -167,6 +170,11 @@ class _Place:
 
     source: Source
     name: str
+
+
+def _verify(source: Source | None, kinds: Collection[str] | None) -> None:
+    if source is not None and source.reader is not None:
+        source.reader.verify_files(kinds=kinds)
 
 
 def _leave_weights(source: Source) -> None:

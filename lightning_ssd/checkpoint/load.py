@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -216,11 +216,30 @@ class CheckpointReader:
             CheckpointError: If a header is not what the manifest says, or something that it lists is nowhere.
         """
         require_whole(self.manifest, self.rest(), self.directory)
-        done, unchecked = 0, []
+        done = 0
         for name in self.manifest.small_files:
             close_fd(self._open_small(name))
             done += self.manifest.small_files[name].nbytes
+        return self.verify_files(progress, done=done)
+
+    def verify_files(
+        self, progress: Progress | None = None, *, kinds: Collection[str] | None = None, done: int = 0
+    ) -> VerifyReport:
+        """As `verify`, unit files alone, or those of some kinds; what is not there is not missed.
+
+        Args:
+            progress: Called with bytes done and bytes in all.
+            kinds: Which; None for all.
+            done: Bytes that were done before.
+
+        Raises:
+            CorruptionError: If a byte differs; names file, parameter and offset.
+            CheckpointError: If a header is not what the manifest says.
+        """
+        unchecked = []
         for record in self.manifest.files:
+            if kinds is not None and record.kind not in kinds:
+                continue
             with _Closing(self._open(record)) as fd:
                 self._map(record, fd)  # so that what `tensor` gives from now on are the bytes that are compared
                 if record.checksums is None:

@@ -172,6 +172,8 @@ class OptimizerState:
         wanted = [[key for key in optimizer.defaults if key in group] for group in optimizer.param_groups]
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             own = {key: group[key] for key in group if key in ("params", "param_names")}
+            if saved.keys() == {"params"}:  # an import that begins with fresh state: options are the user's
+                continue
             group.clear()
             group.update({**own, **saved, "params": own["params"]})
         try:

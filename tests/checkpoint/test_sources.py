@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import nn
 
 from lightning_ssd.checkpoint.attribution import in_order_of, optimizer_from_torch
 from lightning_ssd.checkpoint.dcp import open_dcp
+from lightning_ssd.checkpoint.export import consolidate, to_safetensors
+from lightning_ssd.checkpoint.export_dcp import to_dcp
 from lightning_ssd.checkpoint.ingest import Options, import_checkpoint, open_source
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import seal
 from lightning_ssd.checkpoint.rename import Renaming
-from lightning_ssd.errors import CheckpointError
+from lightning_ssd.errors import CheckpointError, CorruptionError
 from tests.checkpoint.support import Training
 from tests.checkpoint.test_export import AnonymousMemory
 
@@ -264,6 +267,28 @@ def test_a_checkpoint_of_ours_under_other_names(training: Training, tmp_store: P
     assert again.renamed == {"x.weight": "z.weight"}
     with CheckpointReader(tmp_store / "e") as reader:
         assert torch.equal(reader.tensor("z.weight", "master"), training.tensors("a", "master", 1)["a.weight"])
+
+
+@pytest.mark.parametrize("kind", ["master", "exp_avg"])
+def test_damage_is_found_before_its_bytes_get_other_checksums_or_none(
+    training: Training, tmp_store: Path, kind: str
+) -> None:
+    training.save(tmp_store / "c")
+    for file in (tmp_store / "c" / "units").glob(f"*b.{kind}*"):
+        file.write_bytes(file.read_bytes()[:-4] + b"****")
+    ways: list[Callable[[Path], object]] = [
+        lambda to: import_checkpoint(tmp_store / "c", to, Options(renaming=Renaming({"b.bias": None}))),
+        lambda to: consolidate(tmp_store / "c", to),
+        lambda to: to_dcp(tmp_store / "c", to),
+    ]
+    if kind == "master":
+        ways.append(lambda to: to_safetensors(tmp_store / "c", to))
+    else:
+        to_safetensors(tmp_store / "c", tmp_store / "weights are whole")
+    for number, way in enumerate(ways):
+        with pytest.raises(CorruptionError, match=f"it holds {kind} of 'b"):
+            way(tmp_store / f"to-{number}")
+        assert not (tmp_store / f"to-{number}").exists()
 
 
 def test_no_memory_in_proportion_to_the_source(tmp_store: Path) -> None:
