@@ -97,14 +97,17 @@ class Patience:
         running = caller.start(call)
         if not self.wait(running.over.wait, running.over.is_set):
             raise DeadlineError(errno.ETIMEDOUT, path, 0, 0, what)
-        if not self._is_closed:
+        if self._is_closed:
+            caller.end()
+        else:
             self._idle.append(caller)
         return running.result()
 
     def close(self) -> None:
         """Threads that wait for calls end; from now on each call has its own."""
         self._is_closed = True
-        self._idle.clear()
+        while self._idle:
+            self._idle.pop().end()
 
     def _idle_caller(self) -> _Caller:
         """One that makes no call now: to start a thread for each would take longer than most calls."""
@@ -213,12 +216,19 @@ class _Caller:
     def __init__(self) -> None:
         self._calls: SimpleQueue[_Call[Any] | None] = SimpleQueue()
         self.pid = os.getpid()
-        threading.Thread(target=_make_calls, args=(self._calls,), name="lightning-ssd-call", daemon=True).start()
+        self._thread = threading.Thread(target=_make_calls, args=(self._calls,), name="lightning-ssd-call", daemon=True)
+        self._thread.start()
 
     def start(self, call: Callable[[], T]) -> _Call[T]:
         started = _Call(call)
         self._calls.put(started)
         return started
+
+    def end(self) -> None:
+        """Return when the thread, which makes no call now, is gone."""
+        self._calls.put(None)
+        if self.pid == os.getpid():
+            self._thread.join()
 
     def __del__(self) -> None:
         self._calls.put(None)

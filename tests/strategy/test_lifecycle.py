@@ -119,13 +119,13 @@ def test_a_checkpoint_saved_after_test_has_the_optimizer(tmp_path: Path, precisi
 
 
 def test_float32_masters_go_on_in_the_next_fit(tmp_path: Path) -> None:
-    def twice(trainer: pl.Trainer, module: Whole, *, touch: bool) -> list[float]:
+    def twice(trainer: pl.Trainer, module: Whole, *, scale: float | None) -> list[float]:
         trainer.fit(module, loader(shuffle=False))
         trainer.test(module, loader(shuffle=False), verbose=False)
-        if touch:
+        if scale is not None:
             with torch.no_grad():
                 for p in module.parameters():
-                    p.mul_(1.0)  # written, though with the same values: masters are the user's 16 bits from now on
+                    p.mul_(scale)  # masters follow where the 16-bit values are others
         trainer.fit_loop.max_epochs = 2
         trainer.fit(module, loader(shuffle=False))
         return module.losses
@@ -134,11 +134,14 @@ def test_float32_masters_go_on_in_the_next_fit(tmp_path: Path) -> None:
         trainer.fit(module, loader(shuffle=False))
         return module.losses
 
-    kept = run(tmp_path, streamed(), lambda t, m: twice(t, m, touch=False), True, precision="bf16-true")[1]
-    touched = run(tmp_path, streamed(), lambda t, m: twice(t, m, touch=True), True, precision="bf16-true")[1]
+    kept, rewritten, changed = (
+        run(tmp_path, streamed(), lambda t, m, scale=scale: twice(t, m, scale=scale), True, precision="bf16-true")[1]
+        for scale in (None, 1.0, 1.5)
+    )
     whole = run(tmp_path, streamed(), once, True, precision="bf16-true", max_epochs=2)[1]
     assert_same(kept, whole)
-    assert any(not torch.equal(kept[name], touched[name]) for name in kept)
+    assert_same(rewritten, whole)
+    assert all(not torch.equal(kept[name], changed[name]) for name in kept)
 
 
 def test_after_fit_parameters_are_plain(tmp_path: Path) -> None:
