@@ -6,7 +6,7 @@ Lightning is imported before one of the names below is used.
 `SSDOffloadStrategy`, `SSDOffloadPrecision` and `SSDOffloadTrace` are classes of the Lightning in use: of
 `pytorch_lightning` when that is imported and `lightning.pytorch` is not, else of `lightning.pytorch` (if only the
 former is installed, of that). So with `pytorch_lightning`, import it first. A program that uses both names the class by
-its module: `lightning_ssd.strategy.lightning_face` or `lightning_ssd.strategy.pytorch_lightning_face`.
+its module: `lightning_ssd.strategy.for_lightning` or `lightning_ssd.strategy.for_pytorch_lightning`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lightning_ssd import _autoload
 
 if TYPE_CHECKING:
     from lightning_ssd.io.engine import IOOptions
-    from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision, SSDOffloadStrategy, SSDOffloadTrace
-    from lightning_ssd.streaming.gathered import gathered
+    from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision, SSDOffloadStrategy, SSDOffloadTrace
+    from lightning_ssd.units.gathered import gathered
 
     __version__: str
 
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> object:
     if name == "IOOptions":
         return importlib.import_module("lightning_ssd.io.engine").IOOptions
     if name == "gathered":
-        return importlib.import_module("lightning_ssd.streaming.gathered").gathered
+        return importlib.import_module("lightning_ssd.units.gathered").gathered
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -49,8 +49,8 @@ def _face() -> str:
     if "lightning.pytorch" not in sys.modules and (
         "pytorch_lightning" in sys.modules or importlib.util.find_spec("lightning") is None
     ):
-        return "lightning_ssd.strategy.pytorch_lightning_face"
-    return "lightning_ssd.strategy.lightning_face"
+        return "lightning_ssd.strategy.for_pytorch_lightning"
+    return "lightning_ssd.strategy.for_lightning"
 
 
 def _version() -> str:

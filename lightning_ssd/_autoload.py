@@ -44,13 +44,13 @@ _REGISTRIES = (
     _Registry(
         "lightning.pytorch.strategies",
         "StrategyRegistry",
-        "lightning_ssd.strategy.lightning_face",
+        "lightning_ssd.strategy.for_lightning",
         "lightning.pytorch.cli",
     ),
     _Registry(
         "pytorch_lightning.strategies",
         "StrategyRegistry",
-        "lightning_ssd.strategy.pytorch_lightning_face",
+        "lightning_ssd.strategy.for_pytorch_lightning",
         "pytorch_lightning.cli",
     ),
     _Registry("lightning.fabric.strategies", "STRATEGY_REGISTRY"),

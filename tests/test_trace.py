@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lightning_ssd.trace import Event, Lane, OpenSpan, Span, Trace
+from lightning_ssd.trace.recorder import Event, Lane, OpenSpan, Span, Trace
 
 
 class Transfer:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_ssd.trace import Lane, Recording, Span
-from lightning_ssd.trace_summary import RESOURCES, summarize
+from lightning_ssd.trace.recorder import Lane, Recording, Span
+from lightning_ssd.trace.summary import RESOURCES, summarize
 
 WALL = 40
 MAIN, WORKER = "MainThread 1", "update 2"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.leftovers import could_be_left_over, leftover, remove_leftover
+from lightning_ssd.checkpoint.stale_files import could_be_left_over, leftover, remove_leftover
 from lightning_ssd.cli import arguments as types
 from lightning_ssd.cli.output import error_line, fmt_age, line, table
 from lightning_ssd.paths import local_path

@@ -7,9 +7,9 @@ import json
 
 from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import line, table
-from lightning_ssd.trace import Lane
-from lightning_ssd.trace_file import read_trace
-from lightning_ssd.trace_summary import LaneSummary, Summary, summarize
+from lightning_ssd.trace.recorder import Lane
+from lightning_ssd.trace.chrome import read_trace
+from lightning_ssd.trace.summary import LaneSummary, Summary, summarize
 
 NAME = "trace"
 HELP = "Sum up a trace that the callback SSDOffloadTrace has written: busy times, waits, the limiting resource."

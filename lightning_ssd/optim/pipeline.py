@@ -4,7 +4,7 @@ An elementwise rule sees the unit in chunks: while chunk c is computed, c+1 is b
 memory is depth x chunk whatever the unit's size. Any other rule sees whole parameters, with the unit's state in memory.
 
 [Note: trailing] The last chunks of a unit are written while the first ones of the next unit are read: without that the
-disk idles between units. So `Pipeline.update` returns when all is computed, and the new generations become current in
+disk idles between units. So `UpdatePipeline.update` returns when all is computed, and the new generations become current in
 the next call of `update` or in `finish`.
 
 [Note: suffix] Kinds are named as the optimizer's class names its states. Where a second optimizer updates parameters
@@ -27,15 +27,15 @@ from lightning_ssd.errors import NonFiniteGradientError, ResidencyError
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.plan import CHUNK_STEP_NUMEL
 from lightning_ssd.memory.pool import Pool
-from lightning_ssd.optim.files import Files, Slot
+from lightning_ssd.optim.state_tensors import UpdateTensors, Slot
 from lightning_ssd.optim.rules import Options, Rule
 from lightning_ssd.sizes import round_up
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import Segment, chunks, suffix_of
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.streaming.loan import Loan
-from lightning_ssd.streaming.unit import Unit
-from lightning_ssd.trace import Lane, Trace
+from lightning_ssd.units.update_target import UpdateTarget
+from lightning_ssd.units.unit import Unit
+from lightning_ssd.trace.recorder import Lane, Trace
 
 CHUNKS_PER_UNIT = 16
 """Into at least so many a unit is cut, if they are not too small then."""
@@ -70,7 +70,7 @@ def master_dtype(unit: Unit, *, keep_master: bool) -> str:
     return float32.state_dtype(unit.layout.dtype, keep_master=keep_master)
 
 
-class Pipeline:
+class UpdatePipeline:
     """Runs updates.
 
     Args:
@@ -100,7 +100,7 @@ class Pipeline:
         unit: Unit,
         rule: Rule,
         parts: Mapping[int, ParameterUpdate],
-        loan: Loan | None = None,
+        loan: UpdateTarget | None = None,
         *,
         suffix: str = "",
         done: Callable[[], None] = lambda: None,
@@ -236,7 +236,7 @@ class Pipeline:
         rule: Rule,
         parts: Mapping[int, ParameterUpdate],
         flats: Mapping[int, Tensor],
-        files: Files,
+        files: UpdateTensors,
         slot: Slot | None,
         begin: int,
         end: int,
@@ -319,7 +319,7 @@ class Pipeline:
     def _update_whole(
         rule: Rule,
         part: ParameterUpdate | None,
-        files: Files,
+        files: UpdateTensors,
         slot: Slot,
         index: int,
         late: dict[str, dict[int, Tensor]],
@@ -349,8 +349,8 @@ class Pipeline:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def _files(
-        self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], loan: Loan | None, suffix: str
-    ) -> Files:
+        self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], loan: UpdateTarget | None, suffix: str
+    ) -> UpdateTensors:
         kinds = [kind for kind in state_kinds(self._store, unit) if suffix_of(kind) == suffix]
         for part in parts.values():
             kinds += [kind + suffix for kind in rule.kinds(part.options) if kind + suffix not in kinds]
@@ -359,7 +359,7 @@ class Pipeline:
         if dtype != unit.layout.dtype:
             layouts["master"] = unit.layout_of("master", dtype)
         layouts |= {kind: unit.layout_of(kind, dtype) for kind in kinds}
-        return Files(self._store, layouts, loan, suffix=suffix)
+        return UpdateTensors(self._store, layouts, loan, suffix=suffix)
 
 
 class _Writes:
@@ -369,16 +369,16 @@ class _Writes:
         unit: What is updated.
         parts: Its parts; a step count goes with the files: where they stay as they were, so does it.
         files: Its kinds.
-        done: See `Pipeline.update`.
+        done: See `UpdatePipeline.update`.
 
     Attributes:
         unit: What is updated.
         files: Its kinds.
         slots: Lent for it; the one whose writes began first at the front.
-        done: See `Pipeline.update`.
+        done: See `UpdatePipeline.update`.
     """
 
-    def __init__(self, unit: Unit, parts: Iterable[ParameterUpdate], files: Files, done: Callable[[], None]) -> None:
+    def __init__(self, unit: Unit, parts: Iterable[ParameterUpdate], files: UpdateTensors, done: Callable[[], None]) -> None:
         self.unit = unit
         self.files = files
         self.slots: deque[Slot] = deque()

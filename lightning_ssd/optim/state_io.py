@@ -18,12 +18,12 @@ from lightning_ssd.optim.state_view import StateView
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import suffix_of
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.streaming.at_rest import snapshot
-from lightning_ssd.streaming.unit import Unit
+from lightning_ssd.units.mapped import snapshot
+from lightning_ssd.units.unit import Unit
 
 
 class OptimizerState:
-    """What one optimizer keeps of its parameters. Arguments as of `StreamedOptimizer`.
+    """What one optimizer keeps of its parameters. Arguments as of `OptimizerAdapter`.
 
     Attributes:
         optimizer: The user's.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.streaming.at_rest import AtRest
+from lightning_ssd.units.mapped import MappedParams
 
 
 class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
@@ -39,14 +39,14 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
         self._store = store
         self._shown: dict[nn.Parameter, dict[str, Any]] = {}
         self._as_shown: dict[nn.Parameter, dict[str, Any]] = {}
-        self._maps: dict[tuple[str, str], AtRest] = {}
+        self._maps: dict[tuple[str, str], MappedParams] = {}
 
     def map(self, unit: str, kind: str) -> tuple[Tensor, ...]:
         """The tensors of a kind of a unit; what is written to them is found by `changes`."""
         if (unit, kind) not in self._maps:
             generation = self._store.current(unit, kind)
             assert generation is not None, (unit, kind)
-            self._maps[unit, kind] = AtRest(self._store, generation)
+            self._maps[unit, kind] = MappedParams(self._store, generation)
         return self._maps[unit, kind].tensors
 
     @property

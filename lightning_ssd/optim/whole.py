@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_ssd.optim.rules import Options
-from lightning_ssd.optim.streamed import StreamedOptimizer
-from lightning_ssd.streaming.gradients import params_with_grad
+from lightning_ssd.optim.adapter import OptimizerAdapter
+from lightning_ssd.step.gradients import params_with_grad
 
 
 class WholeRule:
@@ -53,7 +53,7 @@ class WholeRule:
         raise AssertionError("an optimizer that runs whole was asked for a part")
 
 
-class WholeOptimizer(StreamedOptimizer):
+class WholeOptimizer(OptimizerAdapter):
     """Runs the step of such an optimizer."""
 
     _is_stepping = False
@@ -71,7 +71,7 @@ class WholeOptimizer(StreamedOptimizer):
         self._pipeline = self._residents = self._queue = None
         self.optimizer.__dict__.pop("step", None)
 
-    def dismiss(self, others: Iterable[StreamedOptimizer]) -> None:
+    def dismiss(self, others: Iterable[OptimizerAdapter]) -> None:
         """Another one takes its place; its state is its own already."""
         self.release()
 

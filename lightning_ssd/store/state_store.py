@@ -40,7 +40,7 @@ from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import CheckedRead, Generation
 from lightning_ssd.store.layout import CHECK_NBYTES, UnitLayout, chunks
 from lightning_ssd.store.run_directory import RunDirectory
-from lightning_ssd.trace import Lane, Trace
+from lightning_ssd.trace.recorder import Lane, Trace
 
 
 class StateStore:

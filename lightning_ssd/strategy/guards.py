@@ -17,7 +17,7 @@ from lightning_ssd.memory.limits import AUTO_SHARE, available_nbytes
 from lightning_ssd.paths import local_path, require_no_url, too_long
 from lightning_ssd.sizes import parse_nbytes
 from lightning_ssd.store.run_directory import INNER_NBYTES
-from lightning_ssd.streaming.streamer import is_streamed
+from lightning_ssd.step.module_hooks import is_streamed
 
 PATH_VARIABLE = "LIGHTNING_SSD_PATH"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.strategy.bases import PrecisionBase
+from lightning_ssd.strategy.lightning_classes import PrecisionBase
 
 _TRUE_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _SUPPORTED = ("32-true", "bf16-mixed", "16-mixed", *_TRUE_DTYPES)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_ssd.checkpoint import save as saving
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.directory import remove as remove
-from lightning_ssd.checkpoint.export import WHOLE_STATES, optimizer_states
+from lightning_ssd.convert.export import WHOLE_STATES, optimizer_states
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
 from lightning_ssd.checkpoint.mapped import SeenFiles
@@ -33,7 +33,7 @@ from lightning_ssd.io.deadline import within
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.strategy.session import Session
-from lightning_ssd.streaming.masters import master_of
+from lightning_ssd.units.masters import master_of
 
 MASTERS = "ssd_offload_masters"
 """Key under which an opened checkpoint carries float32 masters of 16-bit parameters, by parameter name."""

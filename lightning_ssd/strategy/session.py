@@ -31,9 +31,9 @@ from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
 from lightning_ssd.memory.views import address_of
 from lightning_ssd.optim.choice import choose_rule
-from lightning_ssd.optim.pipeline import Pipeline, master_dtype
-from lightning_ssd.optim.queue import UpdateQueue
-from lightning_ssd.optim.streamed import StreamedOptimizer
+from lightning_ssd.optim.pipeline import UpdatePipeline, master_dtype
+from lightning_ssd.optim.updater import Updater
+from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
@@ -42,21 +42,21 @@ from lightning_ssd.strategy.forking import Forking
 from lightning_ssd.strategy.handles import handles, require_handles
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing, chains
-from lightning_ssd.streaming.activation_store import ActivationStore
-from lightning_ssd.streaming.at_rest import AtRest
-from lightning_ssd.streaming.fetch import Route, make_route
-from lightning_ssd.streaming.gradients import GradientSink, Mode
-from lightning_ssd.streaming.inherited import Inherited
-from lightning_ssd.streaming.landing import Landing
-from lightning_ssd.streaming.masters import master_of
-from lightning_ssd.streaming.nursery import Nursery
-from lightning_ssd.streaming.partition import partition
-from lightning_ssd.streaming.placeholder import placeholders
-from lightning_ssd.streaming.residency import Residents
-from lightning_ssd.streaming.spill import SpillFiles
-from lightning_ssd.streaming.streamer import Streamer
-from lightning_ssd.streaming.unit import Unit
-from lightning_ssd.trace import Trace
+from lightning_ssd.activations.store import ActivationStore
+from lightning_ssd.units.mapped import MappedParams
+from lightning_ssd.units.placement import Placement, make_route
+from lightning_ssd.step.gradients import GradientStore, Mode
+from lightning_ssd.units.inherited import Inherited
+from lightning_ssd.step.grad_offload import GradOffloader
+from lightning_ssd.units.masters import master_of
+from lightning_ssd.units.materialize import ParamMaterializer
+from lightning_ssd.units.partition import partition
+from lightning_ssd.units.placeholder import placeholders
+from lightning_ssd.units.param_cache import ParamCache
+from lightning_ssd.activations.spill_files import SpillFiles
+from lightning_ssd.step.module_hooks import ModuleHooks
+from lightning_ssd.units.unit import Unit
+from lightning_ssd.trace.recorder import Trace
 
 
 class Session:
@@ -92,23 +92,23 @@ class Session:
             raise
         self.units: list[Unit] = []
         self.plan: MemoryPlan | None = None
-        self.streamer: Streamer | None = None
-        self.sink: GradientSink | None = None
-        self.optimizers: list[StreamedOptimizer] = []
+        self.streamer: ModuleHooks | None = None
+        self.sink: GradientStore | None = None
+        self.optimizers: list[OptimizerAdapter] = []
         self.is_started = False
         self._is_at_rest = False
         self._pools: list[Pool] = []
         self.kept_params: Pool | None = None
         self._arena: mmap.mmap | None = None
         self._pinned: Pinned | None = None
-        self._pipeline: Pipeline | None = None
-        self.queue: UpdateQueue | None = None
+        self._pipeline: UpdatePipeline | None = None
+        self.queue: Updater | None = None
         self.is_inherited = False
         self.is_updating = False
         self._activations: ActivationStore | None = None
         self._headroom: Headroom | None = None  # until the first step is over
-        self._streaming_for: StreamedOptimizer | None = None
-        self.nursery = Nursery(self.store.scratches[0])
+        self._streaming_for: OptimizerAdapter | None = None
+        self.nursery = ParamMaterializer(self.store.scratches[0])
         # Runs when nobody holds the session any more, at the latest when the process ends.
         self._remove_files = weakref.finalize(self, _end_files, self.store, remove=not settings.keep_store)
         Forking(self)
@@ -126,8 +126,8 @@ class Session:
         adam = handles(3 * len(self.units), len(self.units), 0, direct=is_direct).num_files
         what = f"{len(self.units)} units of parameters (with the state of an Adam about {adam} open files)"
         require_handles(handles(len(self.units), 0, 0, direct=is_direct), what)
-        residents = Residents(self.units, store=self.store, trace=self.trace)
-        self.streamer = Streamer(residents, device=self.settings.device, trace=self.trace)
+        residents = ParamCache(self.units, store=self.store, trace=self.trace)
+        self.streamer = ModuleHooks(residents, device=self.settings.device, trace=self.trace)
         parked = placeholders(self.units, self.store.scratches[0])
         for unit in self.units:
             self._place_unit(unit)
@@ -140,7 +140,7 @@ class Session:
                 param.data = param.data.cpu()
         self.store.put(unit.layout, lambda i: unit.params[i].data)
 
-    def adopt(self, optimizer: Optimizer) -> StreamedOptimizer:
+    def adopt(self, optimizer: Optimizer) -> OptimizerAdapter:
         """Take over an optimizer; if the session is running its steps work at once."""
         for adopted in self.optimizers:
             if adopted.optimizer is optimizer:
@@ -151,7 +151,7 @@ class Session:
                 f"optimizer {type(optimizer).__name__} can only be run whole ({rule.why}), which takes memory that is "
                 "planned at setup; return it from configure_optimizers"
             )
-        kind = WholeOptimizer if isinstance(rule, WholeRule) else StreamedOptimizer
+        kind = WholeOptimizer if isinstance(rule, WholeRule) else OptimizerAdapter
         params = {param for group in optimizer.param_groups for param in group["params"]}
         taken = {other.suffix for other in self.optimizers if not params.isdisjoint(other.params())}
         suffix = next(s for s in (f"@{n}" if n else "" for n in count()) if s not in taken)
@@ -195,7 +195,7 @@ class Session:
         assert self._arena is not None
         headroom.watch(self._arena)
         self._keep(plan, kept_states)
-        self.sink = GradientSink(
+        self.sink = GradientStore(
             None if plan.keep_grads or plan.fits else self.store.scratches[0],
             self._on_complete,
             off_device=self._is_off_host,
@@ -204,7 +204,7 @@ class Session:
             is_gated=has_gate,
             verify=self.settings.verify,
         )
-        self._pipeline = Pipeline(
+        self._pipeline = UpdatePipeline(
             self.store,
             updates,
             chunk_numel=plan.chunk_numel,
@@ -212,7 +212,7 @@ class Session:
             keep_master=self.settings.keep_master,
             trace=self.trace,
         )
-        self.queue = UpdateQueue(
+        self.queue = Updater(
             capacity=lambda: plan.queue_nbytes + self._left_by_inputs(plan),
             is_async=self.settings.overlap,
             finish=self._pipeline.finish,
@@ -242,7 +242,7 @@ class Session:
         self._look_at_each_fetch(self.streamer.residents, headroom)
         self.is_started = True
 
-    def _look_at_each_fetch(self, residents: Residents, headroom: Headroom) -> None:
+    def _look_at_each_fetch(self, residents: ParamCache, headroom: Headroom) -> None:
         on_fetch = residents.on_fetch
 
         def look_too(unit: Unit) -> None:
@@ -288,7 +288,7 @@ class Session:
         if self.queue is not None:
             self.queue.drain()
 
-    def _connect(self, adopted: StreamedOptimizer) -> None:
+    def _connect(self, adopted: OptimizerAdapter) -> None:
         if self._pipeline is not None and self.queue is not None and self.streamer is not None:
             adopted.connect(self._pipeline, self.streamer.residents, self.queue)
             if self.sink is not None:
@@ -397,7 +397,7 @@ class Session:
         for unit in self.units:
             generation = self.store.current(unit.name, "master")
             if generation is not None:
-                found.update(zip(unit.params, AtRest(self.store, generation).tensors, strict=True))
+                found.update(zip(unit.params, MappedParams(self.store, generation).tensors, strict=True))
         return found
 
     def take_masters(self, masters: Mapping[nn.Parameter, Tensor]) -> list[str]:
@@ -557,13 +557,13 @@ class Session:
     def _is_off_host(self) -> bool:
         return self.settings.device.type != "cpu"
 
-    def _make_landing(self) -> Landing | None:
+    def _make_landing(self) -> GradOffloader | None:
         if not self._is_off_host:
             return None
         gradients = next(pool for pool in self._pools if pool.name == "gradient")
-        return Landing(gradients, most_nbytes=max(unit.layout.data_nbytes for unit in self.units))
+        return GradOffloader(gradients, most_nbytes=max(unit.layout.data_nbytes for unit in self.units))
 
-    def _make_route(self, module: nn.Module) -> Route:
+    def _make_route(self, module: nn.Module) -> Placement:
         if not self._is_off_host:
             return make_route(self.settings.device)
         units = {unit.name: tensors_nbytes(entry.nbytes for entry in unit.layout.entries) for unit in self.units}

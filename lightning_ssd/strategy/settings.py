@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_ssd.io.engine import IOOptions
-from lightning_ssd.streaming.partition import UnitPolicy
+from lightning_ssd.units.partition import UnitPolicy
 
 
 @dataclass(frozen=True)

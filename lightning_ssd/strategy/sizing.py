@@ -10,14 +10,14 @@ from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import pool_nbytes
 from lightning_ssd.optim.pipeline import master_dtype, state_nbytes_per_numel
-from lightning_ssd.optim.streamed import StreamedOptimizer
+from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.temporaries import temporary_share
 from lightning_ssd.optim.whole import WholeRule
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.streaming.activations import keeps_activations
-from lightning_ssd.streaming.unit import Unit
+from lightning_ssd.step.recompute import keeps_activations
+from lightning_ssd.units.unit import Unit
 
 
 class Sizing:
@@ -29,7 +29,7 @@ class Sizing:
         optimizers: The adopted optimizers.
     """
 
-    def __init__(self, settings: Settings, units: list[Unit], optimizers: list[StreamedOptimizer]) -> None:
+    def __init__(self, settings: Settings, units: list[Unit], optimizers: list[OptimizerAdapter]) -> None:
         self._settings = settings
         self._units = units
         self._optimizers = optimizers
@@ -201,7 +201,7 @@ def shared_parameters(module: nn.Module) -> set[nn.Parameter]:
     return {param for param, count in counts.items() if count > 1}
 
 
-def _whole_nbytes(adopted: StreamedOptimizer) -> int:
+def _whole_nbytes(adopted: OptimizerAdapter) -> int:
     assert isinstance(adopted.rule, WholeRule)
     params = (p for group in adopted.optimizer.param_groups for p in group["params"])
     return int(adopted.rule.state_ratio * sum(param.nbytes for param in params))

@@ -14,7 +14,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from lightning_ssd.streaming.python_state import PythonState, surroundings
+from lightning_ssd.step.python_state import PythonState, surroundings
 from tests.benchmarks.support import emit, facts
 from tests.helpers.models import GPT
 

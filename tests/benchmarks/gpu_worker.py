@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import lightning_ssd
 from lightning_ssd.io.engine import IOStats
-from lightning_ssd.trace_summary import Summary, summarize
+from lightning_ssd.trace.summary import Summary, summarize
 from tests.benchmarks.bench_memory import sampled
 from tests.benchmarks.gpt import SIZES, VOCAB, Module, batches
 from tests.benchmarks.support import median, plan_of

@@ -21,9 +21,9 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lightning_ssd.trace import Lane, Recording, Span
-from lightning_ssd.trace_file import read_trace
-from lightning_ssd.trace_summary import Summary, running, summarize
+from lightning_ssd.trace.recorder import Lane, Recording, Span
+from lightning_ssd.trace.chrome import read_trace
+from lightning_ssd.trace.summary import Summary, running, summarize
 
 MOST_ROWS = 4  # of a lane; what runs beside so many others is drawn over them
 LANE_HEIGHT, GAP = 1.0, 0.25

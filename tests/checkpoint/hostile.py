@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.weights import open_weights
+from lightning_ssd.convert.weights import open_weights
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.sizes import MiB
 from tests.checkpoint.mutations import (

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lightning_ssd.checkpoint import directory
-from lightning_ssd.checkpoint.leftovers import leftover, remove_leftover
+from lightning_ssd.checkpoint.stale_files import leftover, remove_leftover
 from lightning_ssd.cli.main import main
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.store.run_directory import RunDirectory, dead_runs, remove_dead_run
@@ -184,9 +184,9 @@ def test_a_run_that_is_being_made_is_left_alone(tmp_path: Path) -> None:
 
 
 EXPORTS = {
-    "out.ckpt": ("lightning_ssd.checkpoint.export", "consolidate", {}),
-    "hf": ("lightning_ssd.checkpoint.export", "to_safetensors", {"max_shard": "1MB"}),
-    "dcp": ("lightning_ssd.checkpoint.export_dcp", "to_dcp", {}),
+    "out.ckpt": ("lightning_ssd.convert.export", "consolidate", {}),
+    "hf": ("lightning_ssd.convert.export", "to_safetensors", {"max_shard": "1MB"}),
+    "dcp": ("lightning_ssd.convert.export_dcp", "to_dcp", {}),
 }
 EXPORT = """
 import importlib, sys

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lightning_ssd.checkpoint.export_dcp import to_dcp
-from lightning_ssd.checkpoint.ingest import import_checkpoint
+from lightning_ssd.convert.export_dcp import to_dcp
+from lightning_ssd.convert.importing import import_checkpoint
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.save import save
 from lightning_ssd.cli.main import main

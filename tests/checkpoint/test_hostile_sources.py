@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_ssd.checkpoint.ingest import open_source
+from lightning_ssd.convert.importing import open_source
 from lightning_ssd.checkpoint.torch_file import check_pickle
 from lightning_ssd.errors import CheckpointError
 

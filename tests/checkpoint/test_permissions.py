@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lightning_ssd.checkpoint.copy import copy_checkpoint
-from lightning_ssd.checkpoint.export import consolidate, to_safetensors
-from lightning_ssd.checkpoint.export_dcp import to_dcp
-from lightning_ssd.checkpoint.ingest import import_checkpoint
+from lightning_ssd.convert.export import consolidate, to_safetensors
+from lightning_ssd.convert.export_dcp import to_dcp
+from lightning_ssd.convert.importing import import_checkpoint
 from lightning_ssd.io.engine import File
 from lightning_ssd.store.run_directory import RunDirectory
 from tests.checkpoint.support import Training

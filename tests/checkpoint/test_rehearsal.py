@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lightning_ssd.checkpoint.leftovers import leftover
-from lightning_ssd.checkpoint.rehearsal import rehearse
+from lightning_ssd.checkpoint.stale_files import leftover
+from lightning_ssd.checkpoint.probe_save import rehearse
 from lightning_ssd.errors import CheckpointError
 
 

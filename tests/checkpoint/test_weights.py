@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_ssd.checkpoint.weights import match, open_weights, stream
+from lightning_ssd.convert.weights import match, open_weights, stream
 from lightning_ssd.errors import CheckpointError
 from tests.checkpoint.support import Training
 

@@ -13,7 +13,7 @@ from lightning_ssd.cli.main import main
 from lightning_ssd.errors import TraceError
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import parse_nbytes
-from lightning_ssd.trace_file import read_trace
+from lightning_ssd.trace.chrome import read_trace
 
 
 @pytest.mark.parametrize("what", ["dangling", "loop", "fifo", "deep", "sparse", "/dev/zero"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.models import GPT
 from tests.helpers.training import Result, train
 

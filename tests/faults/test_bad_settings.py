@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_ssd.errors import ConfigurationError, MemoryPlanError, StoreError
 from lightning_ssd.io.engine import IOOptions
-from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision, SSDOffloadStrategy
+from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision, SSDOffloadStrategy
 from tests.faults.support import refused, run_directories, small_gpt, streamed
 from tests.helpers.training import Module, Tokens, adamw, make_trainer, train
 

@@ -12,8 +12,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from lightning_ssd.errors import CheckpointError, IoError, NonFiniteGradientError
-from lightning_ssd.optim.pipeline import Pipeline
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.optim.pipeline import UpdatePipeline
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.faults.support import finish_backward
 from tests.helpers.models import GPT
 from tests.helpers.training import Module, Tokens, make_trainer
@@ -36,14 +36,14 @@ def test_a_failed_update_is_not_saved(tmp_path: Path, overlap: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5}], ids=["in backward", "after a gate"])
 def test_nor_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     """After a gate the update fails under the next forward, when the step itself seemed to be over."""
-    calls, update = itertools.count(), Pipeline.update
+    calls, update = itertools.count(), UpdatePipeline.update
 
-    def fails(self: Pipeline, *args: Any, **kwargs: Any) -> None:
+    def fails(self: UpdatePipeline, *args: Any, **kwargs: Any) -> None:
         if next(calls) == 10:
             raise IoError(errno.EIO, "a file", 0, 4096)
         update(self, *args, **kwargs)
 
-    monkeypatch.setattr(Pipeline, "update", fails)
+    monkeypatch.setattr(UpdatePipeline, "update", fails)
     strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0)
     trainer = make_trainer(tmp_path, strategy, max_steps=5, **options)
     with pytest.raises(IoError, match="a file"):

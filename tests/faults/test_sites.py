@@ -20,12 +20,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.export import consolidate
+from lightning_ssd.convert.export import consolidate
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.errors import CheckpointError, CorruptionError, SSDOffloadError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.memory.pool import Pool
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.faults.sites import SITES, Injector, Site
 from tests.faults.support import finish_backward, small_gpt
 from tests.helpers.activations import Spilling, spilling  # noqa: F401

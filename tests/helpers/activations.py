@@ -19,11 +19,11 @@ from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import KiB
-from lightning_ssd.streaming import kept
-from lightning_ssd.streaming.activation_store import ActivationStore, Kept
-from lightning_ssd.streaming.spill import SpillFiles
-from lightning_ssd.streaming.streamer import Streamer
-from lightning_ssd.trace import Trace
+from lightning_ssd.activations import saved_input as kept
+from lightning_ssd.activations.store import ActivationStore, FrameInputs
+from lightning_ssd.activations.spill_files import SpillFiles
+from lightning_ssd.step.module_hooks import ModuleHooks
+from lightning_ssd.trace.recorder import Trace
 from tests.helpers.faulty import FaultyEngine, When
 
 BUFFER_NBYTES = 8 * KiB
@@ -112,7 +112,7 @@ def values(seed: int, numel: int = NUMEL) -> Tensor:
     return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
 
 
-def keep(b: Bench, *seeds: int) -> list[Kept]:
+def keep(b: Bench, *seeds: int) -> list[FrameInputs]:
     """Frames as in a forward: each input is dropped by its caller before the next block runs."""
     frames = []
     for seed in seeds:
@@ -122,17 +122,17 @@ def keep(b: Bench, *seeds: int) -> list[Kept]:
     return frames
 
 
-def load_in_reverse(frames: list[Kept], *seeds: int) -> None:
+def load_in_reverse(frames: list[FrameInputs], *seeds: int) -> None:
     for seed in reversed(seeds):
         assert torch.equal(frames.pop().load()[0], values(seed))
 
 
-def load_all(frames: list[Kept]) -> None:
+def load_all(frames: list[FrameInputs]) -> None:
     while frames:
         frames.pop().load()
 
 
-def keep_and_load(b: Bench, num_frames: int, frames: list[Kept]) -> None:
+def keep_and_load(b: Bench, num_frames: int, frames: list[FrameInputs]) -> None:
     for seed in range(num_frames):
         frames += keep(b, seed)
     load_all(frames)
@@ -160,21 +160,21 @@ def spill_inputs(monkeypatch: pytest.MonkeyPatch, *, min_nbytes: int = 1, **opti
     Everything is large enough to be kept, unless a test says otherwise.
     """
     monkeypatch.setattr(kept, "MIN_NBYTES", min_nbytes)
-    start, stop = Streamer.start, Streamer.stop
+    start, stop = ModuleHooks.start, ModuleHooks.stop
     made: list[Bench] = []
 
-    def start_with_ours(self: Streamer, *args: Any, **kwargs: Any) -> None:
+    def start_with_ours(self: ModuleHooks, *args: Any, **kwargs: Any) -> None:
         store = self.residents._store
         ours = Bench(Path(store.spill_directory), store.engine, trace=self._trace, **options)
         made.append(ours)
         start(self, *args, **(kwargs | {"activations": ours.store}))
 
-    def stop_ours(self: Streamer) -> None:
+    def stop_ours(self: ModuleHooks) -> None:
         stop(self)
         for ours in made:
             ours.store.close()
             ours.folder.close()
 
-    monkeypatch.setattr(Streamer, "start", start_with_ours)
-    monkeypatch.setattr(Streamer, "stop", stop_ours)
+    monkeypatch.setattr(ModuleHooks, "start", start_with_ours)
+    monkeypatch.setattr(ModuleHooks, "stop", stop_ours)
     return made

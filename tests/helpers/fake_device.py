@@ -22,8 +22,8 @@ from torch import Tensor
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.strategy import session as session_module
 from lightning_ssd.strategy.session import Session
-from lightning_ssd.streaming.device import DeviceRoute
-from lightning_ssd.streaming.landing import Landing
+from lightning_ssd.units.device import CopyToDevice
+from lightning_ssd.step.grad_offload import GradOffloader
 
 
 class SimulatedDevice:
@@ -189,16 +189,16 @@ class _NotPinned:
         pass
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> list[DeviceRoute]:
+def pretend(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> list[CopyToDevice]:
     """From now on sessions take the CPU for a device with memory of its own; returns their routes as they are made."""
-    routes: list[DeviceRoute] = []
+    routes: list[CopyToDevice] = []
 
-    def make_route(device: torch.device, **options: Any) -> DeviceRoute:
-        routes.append(DeviceRoute(LateStreams(rng), **options))
+    def make_route(device: torch.device, **options: Any) -> CopyToDevice:
+        routes.append(CopyToDevice(LateStreams(rng), **options))
         return routes[-1]
 
     monkeypatch.setattr(session_module, "make_route", make_route)
     monkeypatch.setattr(session_module, "Pinned", _NotPinned)
-    monkeypatch.setattr(session_module, "Landing", functools.partial(Landing, copies=LateCopies(rng)))
+    monkeypatch.setattr(session_module, "GradOffloader", functools.partial(GradOffloader, copies=LateCopies(rng)))
     monkeypatch.setattr(Session, "_is_off_host", property(lambda session: True))
     return routes

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.models import GPT
 from tests.helpers.training import Module, Tokens, make_trainer
 

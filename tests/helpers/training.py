@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 
 
 class Tokens(Dataset[tuple[Tensor, Tensor]]):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lightning_ssd.errors import DeadlineError, IoError
 from lightning_ssd.io.engine import File, IOOptions, IOStats, Transfer
 from lightning_ssd.sizes import BLOCK_NBYTES, KiB, MiB, round_up
-from tests.helpers.io_engines import ENGINES, MakeEngine, Memory, engine_or_skip, running
+from tests.helpers.io_engines import ENGINES, MakeEngine, HostBuffer, engine_or_skip, running
 
 PIECE_NBYTES = 16 * KiB
 
@@ -60,7 +60,7 @@ def test_what_is_written_is_read(
     ranges = [(start, end - start) for start, end in itertools.pairwise(bounds)]
     options = IOOptions(block_nbytes=block_nbytes, depth=3, num_threads=3, deadline_s=60)
     with created(tmp_store / "file", nbytes, direct=direct) as file, running(make, options) as engine:
-        sources = [Memory.of(data[start : start + length]) for start, length in ranges]
+        sources = [HostBuffer.of(data[start : start + length]) for start, length in ranges]
         writes = [
             engine.write(file, start, source.address, length, keep=source)
             for (start, length), source in zip(ranges, sources, strict=True)
@@ -68,8 +68,8 @@ def test_what_is_written_is_read(
         for write in writes:
             write.wait()
         assert Path(file.path).read_bytes() == data  # the exact length, through the page cache
-        whole = Memory(nbytes)
-        parts = [Memory(length) for _, length in ranges]
+        whole = HostBuffer(nbytes)
+        parts = [HostBuffer(length) for _, length in ranges]
         reads = [engine.read(file, 0, whole.address, nbytes)] + [
             engine.read(file, start, part.address, length) for (start, length), part in zip(ranges, parts, strict=True)
         ]
@@ -89,7 +89,7 @@ def test_threads_share_an_engine(make: MakeEngine, tmp_store: Path) -> None:
             length = nbytes - 1000 if mine == num_threads - 1 else nbytes
             for turn in range(num_rounds):
                 data = content(length, seed=mine * 1000 + turn)
-                source, target = Memory.of(data), Memory(length)
+                source, target = HostBuffer.of(data), HostBuffer(length)
                 engine.write(file, mine * nbytes, source.address, length, keep=source).wait()
                 engine.read(file, mine * nbytes, target.address, length, keep=target).wait()
                 if target.bytes(length) != data:
@@ -108,7 +108,7 @@ def test_end_of_file_inside_the_extent_is_an_error_that_stays(make: MakeEngine, 
     for length_left in (0, 100, BLOCK_NBYTES, PIECE_NBYTES, 3 * PIECE_NBYTES - 1):
         with created(tmp_store / "file", 3 * PIECE_NBYTES) as file, running(make) as engine:
             os.truncate(file.path, length_left)
-            read = engine.read(file, 0, (memory := Memory(file.nbytes)).address, file.nbytes, keep=memory)
+            read = engine.read(file, 0, (memory := HostBuffer(file.nbytes)).address, file.nbytes, keep=memory)
             for _ in range(2):
                 with pytest.raises(IoError) as caught:
                     read.wait()
@@ -125,7 +125,7 @@ def test_errors_of_the_system_arrive(make: MakeEngine, tmp_store: Path) -> None:
     refusing = os.open("/dev/null", os.O_RDONLY)
     try:
         with running(make) as engine, created(tmp_store / "file", PIECE_NBYTES) as good:
-            memory = Memory(4 * PIECE_NBYTES)
+            memory = HostBuffer(4 * PIECE_NBYTES)
             for fd, path, code in ((full, "/dev/full", errno.ENOSPC), (refusing, "/dev/null", errno.EBADF)):
                 file = File(path, 4 * PIECE_NBYTES, direct_fd=fd, tail_fd=fd, writable=True)
                 with pytest.raises(IoError, match=path) as caught:
@@ -143,7 +143,7 @@ def test_a_deadline_leaves_the_transfer_in_flight(make: MakeEngine, tmp_store: P
     options = IOOptions(block_nbytes=BLOCK_NBYTES, depth=1, num_threads=1, deadline_s=60)
     nbytes = 16 * MiB
     with created(tmp_store / "file", nbytes) as file, running(make, options) as engine:
-        memory = Memory.of(content(nbytes))
+        memory = HostBuffer.of(content(nbytes))
         write = engine.write(file, 0, memory.address, nbytes, keep=memory)
         with pytest.raises(DeadlineError, match="file") as caught:
             write.wait(deadline_s=0)
@@ -159,7 +159,7 @@ def test_close_completes_what_nobody_waited_for(make: MakeEngine, tmp_store: Pat
     num_writes, nbytes = 20, 5 * PIECE_NBYTES + 5
     with created(tmp_store / "file", num_writes * round_up(nbytes)) as file, running(make) as engine:
         for i in range(num_writes):
-            memory = Memory.of(content(nbytes, seed=i))
+            memory = HostBuffer.of(content(nbytes, seed=i))
             engine.write(file, i * round_up(nbytes), memory.address, nbytes, keep=memory)
             del memory
         engine.close()
@@ -169,14 +169,14 @@ def test_close_completes_what_nobody_waited_for(make: MakeEngine, tmp_store: Pat
         for i in range(num_writes):
             assert written[i * round_up(nbytes) :][:nbytes] == content(nbytes, seed=i)
         with pytest.raises(ValueError, match="closed"):
-            engine.read(file, 0, Memory(nbytes).address, nbytes)
+            engine.read(file, 0, HostBuffer(nbytes).address, nbytes)
 
 
 def test_memory_is_kept_until_the_end_and_not_longer(make: MakeEngine, tmp_store: Path) -> None:
     options = IOOptions(block_nbytes=BLOCK_NBYTES, depth=1, num_threads=1, deadline_s=60)
     nbytes = 16 * MiB
     with created(tmp_store / "file", nbytes) as file, running(make, options) as engine:
-        memory = Memory(nbytes)
+        memory = HostBuffer(nbytes)
         kept = weakref.ref(memory)
         write = engine.write(file, 0, memory.address, nbytes, keep=memory)
         del memory
@@ -184,7 +184,7 @@ def test_memory_is_kept_until_the_end_and_not_longer(make: MakeEngine, tmp_store
         write.wait()
         assert kept() is None
 
-        memory = Memory(nbytes)
+        memory = HostBuffer(nbytes)
         kept = weakref.ref(memory)
         engine.write(file, 0, memory.address, nbytes, keep=memory)
         del memory
@@ -196,7 +196,7 @@ def test_memory_is_kept_until_the_end_and_not_longer(make: MakeEngine, tmp_store
 def test_statistics_count_what_succeeded(make: MakeEngine, tmp_store: Path) -> None:
     with created(tmp_store / "file", 5 * PIECE_NBYTES - 7) as file, running(make) as engine:
         assert engine.stats() == IOStats()
-        memory = Memory(file.nbytes)
+        memory = HostBuffer(file.nbytes)
         transfers: list[Transfer] = [
             engine.write(file, 0, memory.address, file.nbytes),
             engine.write(file, 0, memory.address, BLOCK_NBYTES),
@@ -217,7 +217,7 @@ def test_times_are_those_of_the_disk(make: MakeEngine, tmp_store: Path) -> None:
     options = IOOptions(block_nbytes=BLOCK_NBYTES, depth=1, num_threads=1, deadline_s=60)
     nbytes = 16 * MiB
     with created(tmp_store / "file", nbytes) as file, running(make, options) as engine:
-        memory = Memory(nbytes)
+        memory = HostBuffer(nbytes)
         before_s = time.perf_counter()
         transfers = [engine.write(file, 0, memory.address, nbytes), engine.write(file, 0, memory.address, 1)]
         assert transfers[1].times() is None
@@ -234,7 +234,7 @@ def test_times_are_those_of_the_disk(make: MakeEngine, tmp_store: Path) -> None:
 def test_a_transfer_that_fails_has_times(make: MakeEngine, tmp_store: Path) -> None:
     with created(tmp_store / "file", 3 * PIECE_NBYTES) as file, running(make) as engine:
         os.truncate(file.path, PIECE_NBYTES)
-        memory = Memory(file.nbytes)
+        memory = HostBuffer(file.nbytes)
         for _ in range(3):  # one of three is delayed by the engine that is faulty
             before_s = time.perf_counter()
             read = engine.read(file, 0, memory.address, file.nbytes, keep=memory)
@@ -245,7 +245,7 @@ def test_a_transfer_that_fails_has_times(make: MakeEngine, tmp_store: Path) -> N
 
 
 def test_misuse_is_refused_at_once(make: MakeEngine, tmp_store: Path) -> None:
-    memory = Memory(4 * BLOCK_NBYTES)
+    memory = HostBuffer(4 * BLOCK_NBYTES)
     with created(tmp_store / "file", 2 * BLOCK_NBYTES) as file, running(make) as engine:
         for offset, address, nbytes in (
             (1, memory.address, 1),
@@ -270,7 +270,7 @@ def test_misuse_is_refused_at_once(make: MakeEngine, tmp_store: Path) -> None:
 
 def test_a_forked_child_is_told(make: MakeEngine, tmp_store: Path) -> None:
     """Data loader workers are forks: using the parent's engine there must not hang, and must not disturb the parent."""
-    memory = Memory(BLOCK_NBYTES)
+    memory = HostBuffer(BLOCK_NBYTES)
     with created(tmp_store / "file", BLOCK_NBYTES) as file, running(make) as engine:
         child = os.fork()
         if child == 0:
@@ -288,11 +288,11 @@ def test_a_forked_child_is_told(make: MakeEngine, tmp_store: Path) -> None:
 
 
 def test_registered_memory_changes_nothing(make: MakeEngine, tmp_store: Path) -> None:
-    memory, other = Memory(8 * PIECE_NBYTES), Memory(8 * PIECE_NBYTES)
+    memory, other = HostBuffer(8 * PIECE_NBYTES), HostBuffer(8 * PIECE_NBYTES)
     data = content(8 * PIECE_NBYTES - 9)
     with created(tmp_store / "file", len(data)) as file, running(make) as engine:
         assert engine.register_memory(memory.address, 8 * PIECE_NBYTES) in (True, False)
-        source = Memory.of(data)
+        source = HostBuffer.of(data)
         engine.write(file, 0, source.address, len(data)).wait()
         for target in (memory, other):
             engine.read(file, 0, target.address, len(data)).wait()

@@ -14,7 +14,7 @@ from lightning_ssd.io.engine import File, IOOptions
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.sizes import BLOCK_NBYTES
 from tests.helpers.faulty import Fault, FaultyEngine, Rule, When
-from tests.helpers.io_engines import Memory
+from tests.helpers.io_engines import HostBuffer
 
 MakeFaulty = Callable[[Rule | list[When]], FaultyEngine]
 NBYTES = 2 * BLOCK_NBYTES
@@ -45,7 +45,7 @@ def faulty() -> Iterator[MakeFaulty]:
 def test_a_script_matches_by_path_direction_and_count(file: File, faulty: MakeFaulty) -> None:
     fail = Fault(error=errno.ENOSPC)
     engine = faulty([When(fail, path="*.exp_avg", is_write=True, nth=1), When(fail, path="*.master")])
-    new, target = Memory.of(NEW), Memory(NBYTES)
+    new, target = HostBuffer.of(NEW), HostBuffer(NBYTES)
     engine.write(file, 0, new.address, NBYTES).wait()
     engine.read(file, 0, target.address, NBYTES).wait()
     with pytest.raises(IoError) as caught:
@@ -58,11 +58,11 @@ def test_a_script_matches_by_path_direction_and_count(file: File, faulty: MakeFa
 def test_torn_writes_and_flipped_bits(file: File, faulty: MakeFaulty) -> None:
     torn = Fault(error=errno.EIO, moved_nbytes=BLOCK_NBYTES)
     engine = faulty([When(torn, is_write=True), When(Fault(flip_bit=8 * 5000 + 1), is_write=False, nth=0)])
-    new = Memory.of(NEW)
+    new = HostBuffer.of(NEW)
     with pytest.raises(IoError):
         engine.write(file, 0, new.address, NBYTES).wait()
     assert Path(file.path).read_bytes() == NEW[:BLOCK_NBYTES] + OLD[BLOCK_NBYTES:]
-    target = Memory(NBYTES)
+    target = HostBuffer(NBYTES)
     engine.read(file, 0, target.address, NBYTES).wait()
     wrong = target.bytes(NBYTES)
     engine.read(file, 0, target.address, NBYTES).wait()
@@ -72,7 +72,7 @@ def test_torn_writes_and_flipped_bits(file: File, faulty: MakeFaulty) -> None:
 
 def test_held_operations_start_when_and_in_what_order_they_are_released(file: File, faulty: MakeFaulty) -> None:
     engine = faulty(lambda operation: Fault(hold=True) if operation.index < 2 else None)
-    target, new = Memory(NBYTES), Memory.of(NEW)
+    target, new = HostBuffer(NBYTES), HostBuffer.of(NEW)
     read = engine.read(file, 0, target.address, NBYTES, keep=target)
     write = engine.write(file, 0, new.address, NBYTES, keep=new)
     with pytest.raises(DeadlineError):
@@ -89,7 +89,7 @@ def test_held_operations_start_when_and_in_what_order_they_are_released(file: Fi
 
 def test_close_ends_what_hangs(file: File, faulty: MakeFaulty) -> None:
     engine = faulty(lambda operation: Fault(hold=operation.index == 0, delay_s=3600))
-    target = Memory(NBYTES)
+    target = HostBuffer(NBYTES)
     reads = [engine.read(file, 0, target.address, NBYTES, keep=target) for _ in range(3)]
     engine.close()
     assert all(read.done() for read in reads)

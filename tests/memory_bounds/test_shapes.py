@@ -56,14 +56,14 @@ def test_memory_goes_back_when_a_run_ends_and_the_next_does_not_take_it_twice(tm
     deep = shape(lambda: Mlp(864, 12), rows(864))
     module, kept = Trained(deep), []
 
-    class Keeper(pl.Callback):
+    class SavingCallback(pl.Callback):
         def on_train_end(self, trainer: Any, module: Any) -> None:
             kept.append(next(module.parameters()).detach())  # of a unit that is kept in memory
 
     before = anonymous_nbytes()
     for num in (1, 2):
         strategy = streamed(host_memory="96MiB")
-        trainer = make_trainer(tmp_path, strategy, max_epochs=1, max_steps=-1, callbacks=[Keeper()])
+        trainer = make_trainer(tmp_path, strategy, max_epochs=1, max_steps=-1, callbacks=[SavingCallback()])
         trainer.fit(module, DataLoader([deep.batch() for _ in range(2)], batch_size=None))
         assert strategy.session.plan.kept_nbytes > 48 * MiB
         module.zero_grad()

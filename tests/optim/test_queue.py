@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ssd.optim.queue import Owed, UpdateQueue
-from lightning_ssd.streaming.partition import UnitSpec
-from lightning_ssd.streaming.unit import Unit
-from lightning_ssd.trace import Trace
+from lightning_ssd.optim.updater import PendingUpdate, Updater
+from lightning_ssd.units.partition import UnitSpec
+from lightning_ssd.units.unit import Unit
+from lightning_ssd.trace.recorder import Trace
 
 
 def make_unit(name: str) -> Unit:
@@ -27,14 +27,14 @@ def test_gradients_without_room_are_waited_for_unless_memory_in_use_would_change
     """``capacity`` is below or above what is owed by a unit that compute still uses."""
     ran: list[str] = []
     is_free = False
-    queue = UpdateQueue(capacity=lambda: capacity, is_async=True, finish=lambda: None, trace=Trace())
+    queue = Updater(capacity=lambda: capacity, is_async=True, finish=lambda: None, trace=Trace())
     unit = make_unit("unit")
 
     def run() -> None:
         ran.append(unit.name)
         queue.complete(unit)
 
-    queue.add(Owed(unit, 16, 0, is_kept, lambda: is_free, run, lambda: None))
+    queue.add(PendingUpdate(unit, 16, 0, is_kept, lambda: is_free, run, lambda: None))
     if not is_kept and capacity == 0:
         assert ran == ["unit"]  # `add` returned when it had run: the gradients of two units have no room
     else:
@@ -58,7 +58,7 @@ class Hesitant(threading.Condition):
 
 def test_who_waits_for_room_learns_that_nothing_can_run() -> None:
     """One update ends while another, of memory in use, waits: what waits for room has to go on, or both sleep."""
-    queue = UpdateQueue(capacity=lambda: 0, is_async=True, finish=lambda: None, trace=Trace())
+    queue = Updater(capacity=lambda: 0, is_async=True, finish=lambda: None, trace=Trace())
     queue._changed = Hesitant()
     free, used = make_unit("free"), make_unit("used")
     is_free = False
@@ -70,9 +70,9 @@ def test_who_waits_for_room_learns_that_nothing_can_run() -> None:
 
     def add_used() -> None:
         may_end.set()
-        queue.add(Owed(used, 16, 0, True, lambda: is_free, lambda: queue.complete(used), lambda: None))
+        queue.add(PendingUpdate(used, 16, 0, True, lambda: is_free, lambda: queue.complete(used), lambda: None))
 
-    queue.add(Owed(free, 0, 1, True, lambda: True, run_free, lambda: None))
+    queue.add(PendingUpdate(free, 0, 1, True, lambda: True, run_free, lambda: None))
     trainer = threading.Thread(target=add_used, daemon=True)
     trainer.start()
     trainer.join(20)

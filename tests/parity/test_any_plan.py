@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lightning_ssd.optim.pipeline import Pipeline
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
-from lightning_ssd.streaming.residency import Residents
+from lightning_ssd.optim.pipeline import UpdatePipeline
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
+from lightning_ssd.units.param_cache import ParamCache
 from tests.helpers.models import GPT, FunctionalTie, ViT
 from tests.helpers.plans import choose_plan
 from tests.helpers.training import Images, Tokens, assert_equal, train
@@ -80,9 +80,9 @@ def test_any_plan_and_any_order_of_threads(tmp_path: Path, monkeypatch: pytest.M
     else:
         expected = run(host_memory="min", overlap="off")
     choose_plan(monkeypatch, lambda draft: random_choices(rng, draft))
-    monkeypatch.setattr(Pipeline, "update", delayed(rng, Pipeline.update))
+    monkeypatch.setattr(UpdatePipeline, "update", delayed(rng, UpdatePipeline.update))
     for name in ("acquire", "release", "updated"):
-        monkeypatch.setattr(Residents, name, delayed(rng, getattr(Residents, name)))
+        monkeypatch.setattr(ParamCache, name, delayed(rng, getattr(ParamCache, name)))
     found = run(host_memory="1GiB")
     assert_equal(expected, found)
     assert expected.val_losses == found.val_losses

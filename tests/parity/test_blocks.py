@@ -11,8 +11,8 @@ import pytest
 from torch import Tensor, nn
 
 from lightning_ssd.errors import RecomputeError, SSDOffloadError
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
-from lightning_ssd.streaming.residency import Residents
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
+from lightning_ssd.units.param_cache import ParamCache
 from tests.helpers.training import assert_equal, train
 
 WIDTH = 32
@@ -143,10 +143,10 @@ def test_a_forward_that_saves_less_the_second_time_is_refused(tmp_path: Path) ->
 def test_an_error_of_ours_in_a_second_run_that_stops_is_no_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end_visit = Residents.end_visit
+    end_visit = ParamCache.end_visit
     begun: list[int] = []
 
-    def fail(self: Residents) -> None:
+    def fail(self: ParamCache) -> None:
         end_visit(self)
         if len(begun) == 3 * 3 + 3 + 1:  # the first second run of the second step
             raise DiskFailure("disk full")
@@ -155,6 +155,6 @@ def test_an_error_of_ours_in_a_second_run_that_stops_is_no_warning(
         pass
 
     monkeypatch.setattr(Counts, "begin", begun.append)
-    monkeypatch.setattr(Residents, "end_visit", fail)
+    monkeypatch.setattr(ParamCache, "end_visit", fail)
     with pytest.raises(DiskFailure, match="disk full"):
         train(tmp_path, lambda: Net(Counts), min_strategy(), max_steps=3)

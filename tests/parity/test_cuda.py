@@ -15,8 +15,8 @@ from torch import nn
 
 from lightning_ssd.errors import MemoryPlanError
 from lightning_ssd.sizes import MiB
-from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision, SSDOffloadStrategy
-from lightning_ssd.streaming.residency import Residents
+from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision, SSDOffloadStrategy
+from lightning_ssd.units.param_cache import ParamCache
 from tests.helpers.models import GPT, FunctionalTie
 from tests.helpers.plans import choose_plan
 from tests.helpers.training import Result, Tokens, assert_equal, train
@@ -125,9 +125,9 @@ def test_no_wait_is_missing_where_compute_is_slow(tmp_path: Path, monkeypatch: p
 def test_a_copy_does_not_wait_for_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for it, the next unit arrives while compute is still busy, and the host has not waited."""
     arrived_early: list[bool] = []
-    acquire = Residents.acquire
+    acquire = ParamCache.acquire
 
-    def watched(self: Residents, unit: Any) -> None:
+    def watched(self: ParamCache, unit: Any) -> None:
         torch.cuda._sleep(100_000_000)  # compute is busy for some 50 ms
         busy = torch.cuda.Event()
         busy.record()
@@ -136,7 +136,7 @@ def test_a_copy_does_not_wait_for_compute(tmp_path: Path, monkeypatch: pytest.Mo
             unit.placed.copied.synchronize()
             arrived_early.append(not busy.query())
 
-    monkeypatch.setattr(Residents, "acquire", watched)
+    monkeypatch.setattr(ParamCache, "acquire", watched)
     strategy = SSDOffloadStrategy(host_memory="1GiB", min_unit_numel=0, device_memory="1GiB")
     run(tmp_path, WIDE, strategy, max_steps=3)
     assert len(arrived_early) > 10

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from lightning_ssd.strategy import session
-from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision
-from lightning_ssd.streaming.gradients import GradientSink
+from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision
+from lightning_ssd.step.gradients import GradientStore
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
 from tests.helpers.training import Images, Tokens, adamw, assert_equal, streamed, train
 
@@ -136,7 +136,7 @@ def test_gradients_taken_off_the_device_are_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
 ) -> None:
     """The way gradients go on a GPU, here with the CPU as the other device."""
-    monkeypatch.setattr(session, "GradientSink", lambda spill, done, **_: GradientSink(spill, done, off_device=True))
+    monkeypatch.setattr(session, "GradientStore", lambda spill, done, **_: GradientStore(spill, done, off_device=True))
     make_net = functools.partial(GPT, tie=True)
     plain = train(tmp_path, make_net, **OPTIONS[options])
     assert_equal(plain, train(tmp_path, make_net, streamed(), **OPTIONS[options]))

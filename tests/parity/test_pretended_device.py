@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lightning_ssd.memory.device_plan import tensors_nbytes
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
-from lightning_ssd.streaming.residency import Residents
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
+from lightning_ssd.units.param_cache import ParamCache
 from tests.helpers.fake_device import pretend
 from tests.helpers.models import GPT, FunctionalTie
 from tests.helpers.plans import choose_plan
@@ -55,13 +55,13 @@ def test_smallest_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_net
 def test_parameters_take_no_more_than_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     routes = pretend(monkeypatch, random.Random(0))
     seen: list[int] = []
-    acquire = Residents.acquire
+    acquire = ParamCache.acquire
 
-    def watched(self: Residents, unit: Any) -> None:
+    def watched(self: ParamCache, unit: Any) -> None:
         acquire(self, unit)
         seen.append(routes[0]._nbytes)
 
-    monkeypatch.setattr(Residents, "acquire", watched)
+    monkeypatch.setattr(ParamCache, "acquire", watched)
     strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0)
     train(tmp_path, functools.partial(GPT, layers=6), strategy, data=Tokens(400))
     units = [tensors_nbytes(e.nbytes for e in unit.layout.entries) for unit in strategy.session.units]
@@ -73,9 +73,9 @@ def test_the_block_at_the_turn_is_not_read_again(tmp_path: Path, monkeypatch: py
     routes = pretend(monkeypatch, random.Random(0))
     strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0, activations="recompute")
     reads: list[str] = []
-    start_read = Residents._start_read
+    start_read = ParamCache._start_read
     monkeypatch.setattr(
-        Residents, "_start_read", lambda self, unit, buffer: (reads.append(unit.name), start_read(self, unit, buffer))
+        ParamCache, "_start_read", lambda self, unit, buffer: (reads.append(unit.name), start_read(self, unit, buffer))
     )
     train(tmp_path, functools.partial(GPT, layers=4), strategy, max_steps=3)
     assert len(routes) == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+    from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
     from tests.helpers.models import GPT
     from tests.helpers.training import assert_equal, train
     from lightning_ssd.kernels import api

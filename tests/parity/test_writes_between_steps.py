@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.models import GPT
 from tests.helpers.plans import choose_plan
 from tests.helpers.training import Module, assert_equal, make_trainer, train

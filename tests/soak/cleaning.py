@@ -27,8 +27,8 @@ import torch
 
 from lightning_ssd.checkpoint.copy import copy_checkpoint
 from lightning_ssd.checkpoint.directory import remove
-from lightning_ssd.checkpoint.export import consolidate, to_safetensors
-from lightning_ssd.checkpoint.rehearsal import rehearse
+from lightning_ssd.convert.export import consolidate, to_safetensors
+from lightning_ssd.checkpoint.probe_save import rehearse
 from lightning_ssd.cli.main import main as command_line
 from lightning_ssd.io.engine import File
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs

@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.export import consolidate
+from lightning_ssd.convert.export import consolidate
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.io.select import make_engine
 from lightning_ssd.strategy import session as session_module
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
-from lightning_ssd.trace import Trace
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
+from lightning_ssd.trace.recorder import Trace
 from tests.helpers.faulty import FaultyEngine, Operation
 from tests.helpers.models import GPT
 from tests.helpers.training import Module, Tokens, make_trainer

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_ssd.errors import CheckpointError, ConfigurationError, StoreError
-from lightning_ssd.strategy import checkpoint_room
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.strategy import free_space as checkpoint_room
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.models import GPT
 from tests.helpers.training import Result, train
 

@@ -69,7 +69,7 @@ boring = importlib.import_module(namespace + ".demos.boring_classes")
 
 class CLI(cli.LightningCLI):
     def before_instantiate_classes(self):  # parsing is over: nobody looks at the signature any more
-        from lightning_ssd.strategy.ssd_offload import StrategyMixin
+        from lightning_ssd.strategy.strategy import StrategyMixin
 
         @functools.wraps(original := StrategyMixin.__init__)
         def record(strategy, *args, **kwargs):

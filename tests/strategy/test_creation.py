@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.strategy.lightning_face import SSDOffloadPrecision
+from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision
 from tests.conftest import REPOSITORY
 from tests.helpers.hugging_face import Causal, make_folder
 from tests.helpers.models import GPT

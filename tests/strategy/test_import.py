@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ssd.checkpoint.ingest import Options, import_checkpoint
+from lightning_ssd.convert.importing import Options, import_checkpoint
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.rename import Renaming
+from lightning_ssd.convert.rename import Renaming
 from lightning_ssd.cli.main import main
 from lightning_ssd.errors import CheckpointError
 from tests.helpers.models import GPT, Block

@@ -312,10 +312,10 @@ from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy,
 ours = {name for name in sys.modules if name.startswith("lightning_ssd")}
 assert ours == {"lightning_ssd", "lightning_ssd._autoload"}, ours
 import lightning.pytorch.cli
-assert "lightning_ssd.strategy.lightning_face" in sys.modules  # else the CLI does not know its short name
+assert "lightning_ssd.strategy.for_lightning" in sys.modules  # else the CLI does not know its short name
 for name in ("ssd_offload", "SSD_Offload", "SSDOffloadStrategy", "lightning_ssd.SSDOffloadStrategy"):
     strategy = pl.Trainer(strategy=name, accelerator="cpu", logger=False, enable_checkpointing=False).strategy
-    assert type(strategy).__module__ == "lightning_ssd.strategy.lightning_face"
+    assert type(strategy).__module__ == "lightning_ssd.strategy.for_lightning"
 assert isinstance(strategy, ParallelStrategy)
 assert isinstance(strategy, SingleDeviceStrategy)  # else a compiled module is refused
 assert "pytorch_lightning" not in sys.modules
@@ -351,6 +351,6 @@ import pytorch_lightning as pl
 strategy = pl.Trainer(strategy="ssd_offload", accelerator="cpu", logger=False, enable_checkpointing=False).strategy
 import lightning_ssd
 assert type(strategy) is lightning_ssd.SSDOffloadStrategy
-assert type(strategy).__module__ == "lightning_ssd.strategy.pytorch_lightning_face"
+assert type(strategy).__module__ == "lightning_ssd.strategy.for_pytorch_lightning"
 assert issubclass(lightning_ssd.SSDOffloadPrecision, pl.plugins.precision.Precision)
 """)

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ssd.strategy.lightning_face import SSDOffloadStrategy
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.models import GPT
 from tests.helpers.odd_models import Checkpointed, Encoder, Hooked, Wandering
 from tests.helpers.training import Module, Tokens, make_trainer

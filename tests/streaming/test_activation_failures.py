@@ -13,8 +13,8 @@ import pytest
 from lightning_ssd.errors import CorruptionError, DeadlineError, IoError, SSDOffloadError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.io.python_engine import PythonEngine
-from lightning_ssd.streaming import spill
-from lightning_ssd.streaming.activation_store import Kept
+from lightning_ssd.activations import spill_files as spill
+from lightning_ssd.activations.store import FrameInputs
 from tests.helpers.activations import (
     NBYTES,
     bench,
@@ -31,7 +31,7 @@ from tests.helpers.faulty import Fault, FaultyEngine, When
 @pytest.mark.parametrize("nth", [0, 5])
 def test_a_failed_write_names_unit_and_file(tmp_store: Path, nth: int, budget: int) -> None:
     with faulty(tmp_store, When(Fault(error=errno.EIO), is_write=True, nth=nth), budget=budget) as b:
-        frames: list[Kept] = []
+        frames: list[FrameInputs] = []
         with pytest.raises(IoError, match=r"unit 'unit \d+': writing an input.*activations-0000\.spill") as caught:
             keep_and_load(b, 12, frames)
         assert caught.value.errno == errno.EIO

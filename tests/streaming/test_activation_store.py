@@ -14,11 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.scratch import Scratch
-from lightning_ssd.streaming import spill
-from lightning_ssd.streaming.activation_store import Kept
-from lightning_ssd.streaming.device_copies import DeviceCopies
-from lightning_ssd.streaming.kept import MIN_NBYTES, can_keep
-from lightning_ssd.streaming.spill import SpillFiles
+from lightning_ssd.activations import spill_files as spill
+from lightning_ssd.activations.store import FrameInputs
+from lightning_ssd.units.device_copies import DeviceCopies
+from lightning_ssd.activations.saved_input import MIN_NBYTES, can_keep
+from lightning_ssd.activations.spill_files import SpillFiles
 from tests.helpers.activations import (
     BUFFER_NBYTES,
     NBYTES,
@@ -287,7 +287,7 @@ def test_whatever_the_order_values_are_right(tmp_store: Path, monkeypatch: pytes
     images = budget if seed % 2 and budget else None
     with faulty(tmp_store, *late, budget=budget, num_buffers=rng.choice([1, 2, 8]), images=images, verify=True) as b:
         shared = values(999)
-        frames: list[tuple[Kept, list[int]]] = []
+        frames: list[tuple[FrameInputs, list[int]]] = []
         for turn in range(80):
             b.store.settle()
             what = rng.random()

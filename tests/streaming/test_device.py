@@ -13,8 +13,8 @@ from lightning_ssd.memory.device_plan import device_capacity
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.layout import Shape, lay_out
-from lightning_ssd.streaming.device import DeviceRoute, Placed
-from lightning_ssd.streaming.landing import Landing
+from lightning_ssd.units.device import CopyToDevice, DeviceCopy
+from lightning_ssd.step.grad_offload import GradOffloader
 from tests.helpers.fake_device import LateCopies, SimulatedDevice
 
 LAYOUT = lay_out("unit", "param", [Shape("a", (40, 30)), Shape("b", (30,)), Shape("c", ())], "F32")
@@ -35,12 +35,12 @@ class Run:
         self.rng = random.Random(seed)
         self.device = SimulatedDevice(1 << 20, self.rng)
         breaks(self.device)
-        self.route = DeviceRoute(self.device, capacity_nbytes=capacity * NBYTES, is_limit=True)
+        self.route = CopyToDevice(self.device, capacity_nbytes=capacity * NBYTES, is_limit=True)
         self.pool = Pool(3 * LAYOUT.buffer_nbytes, "host", poison=True)
         self.wrong = 0
         self.most_nbytes = 0
 
-    def fetch(self, value: float) -> Placed:
+    def fetch(self, value: float) -> DeviceCopy:
         buffer = self.pool.lend(LAYOUT.buffer_nbytes, "unit", self.route.wait_for_one)
         buffer.tensor(0, torch.float32, (LAYOUT.numel,)).fill_(value)
         placed = self.route.install(LAYOUT, buffer)
@@ -48,7 +48,7 @@ class Run:
         self.most_nbytes = max(self.most_nbytes, self.route._nbytes)
         return placed
 
-    def read(self, placed: Placed, value: float) -> None:
+    def read(self, placed: DeviceCopy, value: float) -> None:
         """Compute reads the first and the last tensor."""
         for address in (placed.tensors[0].data_ptr(), placed.tensors[-1].data_ptr()):
             self.device.compute(lambda address=address: self._check(address, value))
@@ -64,7 +64,7 @@ class Run:
 
 def run_units(run: Run, *, num: int = 40, keep_view: bool = False) -> None:
     views: list[tuple[float, torch.Tensor]] = []
-    last: tuple[float, Placed] | None = None
+    last: tuple[float, DeviceCopy] | None = None
     for i in range(num):
         value = float(i)
         if last is not None and run.rng.random() < 0.3 and run.route.use_again(last[1]):
@@ -170,7 +170,7 @@ def test_landing_bounds_what_is_on_its_way_and_goes_on_without_room() -> None:
             event.synchronize = lambda: (waited.append(data[0].item()), synchronize())  # type: ignore
             return event
 
-    landing = Landing(Pool(4 * 4096, "gradient", poison=True), most_nbytes=2 * 4096, copies=Copies(random.Random(0)))  # type: ignore[arg-type]
+    landing = GradOffloader(Pool(4 * 4096, "gradient", poison=True), most_nbytes=2 * 4096, copies=Copies(random.Random(0)))  # type: ignore[arg-type]
     asked: list[int] = []
     landed = [landing.take(torch.full((1024,), float(i)), lambda: asked.append(1)) for i in range(6)]
     assert waited == [0.0, 1.0, 2.0]  # two may be on their way

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from lightning_ssd.trace import Event
+from lightning_ssd.trace.recorder import Event
 from tests.faults.support import streamed
 from tests.helpers.models import GPT
 from tests.helpers.training import train

@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.strategy.sizing import chains
-from lightning_ssd.streaming.partition import UnitSpec, partition
-from lightning_ssd.streaming.unit import Unit
+from lightning_ssd.units.partition import UnitSpec, partition
+from lightning_ssd.units.unit import Unit
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_ssd.errors import ResidencyError
-from lightning_ssd.streaming.partition import UnitSpec
-from lightning_ssd.streaming.unit import Residency, Unit
+from lightning_ssd.units.partition import UnitSpec
+from lightning_ssd.units.unit import Residency, Unit
 
 ON_DISK, READING, STAGED, RESIDENT = Residency
 LEGAL = {

@@ -1,0 +1,147 @@
+"""What dead processes left beside checkpoints: found by name, lock and content, and removed on request.
+
+The names and locks are those of [Note: staging]; `copy` keeps its unfinished directory under a third role, to go on
+with it, and exports write a file or a folder under a fourth. A directory in which anything lies that we do not write
+there is none of ours, whatever it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+
+from lightning_ssd.checkpoint.export_staging import discard_export, is_unfinished_export
+from lightning_ssd.checkpoint.directory import UNIT_FILE, discard_contents, sync_directory
+from lightning_ssd.checkpoint.manifest import MANIFEST, ODD, REST, STATE, UNITS
+from lightning_ssd.io.folder import Folder
+
+_NAME = re.compile(r"\.(?P<target>.+)\.(?P<role>tmp|old|copy|export)-\d+-[0-9a-f]{8,}")
+_WHAT = {
+    "tmp": "unfinished save",
+    "old": "replaced checkpoint",
+    "copy": "unfinished copy",
+    "export": "unfinished export",
+}
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A directory, or a file of an export, that no living process works on.
+
+    Attributes:
+        path: The directory or file.
+        what: What it was to become.
+        nbytes: Bytes on disk that removing it frees; files that something else links are not counted.
+        age_s: Seconds since something in it was changed.
+        is_needed: It is the only copy of a checkpoint whose replacing was interrupted; reading that by its own name
+            brings it back.
+    """
+
+    path: str
+    what: str
+    nbytes: int
+    age_s: float
+    is_needed: bool
+
+
+def leftover(path: str) -> Leftover | None:
+    """What is known of one directory or file; None if it is no leftover of ours, or a process holds it."""
+    role = _role(path)
+    if role is None:
+        return None
+    with suppress(OSError), _held(path, shared=True) as held:  # gone or changed while we looked
+        if held is not None and _is_ours(held[1], role[1]):
+            return _look(path, *held, *role)
+    return None
+
+
+def remove_leftover(path: str) -> bool:
+    """Remove a leftover; False if it is none any more, or the only copy of a checkpoint.
+
+    Raises:
+        OSError: If something could not be removed.
+    """
+    role = _role(path)
+    if role is None:
+        return False
+    # The lock is held until all is gone, and everything goes through what was locked: see [Note: by descriptor].
+    with _held(path, shared=False) as held:
+        if held is None or not _is_ours(held[1], role[1]) or _look(path, *held, *role).is_needed:
+            return False
+        parent, found = held
+        name = os.path.basename(path)
+        if role[1] == "export":
+            discard_export(parent, name, found)
+        else:
+            sync_directory(parent)  # or a power cut would bring back the name that it had before
+            discard_contents(found, is_old=role[1] == "old")
+            parent.rmdir(name)
+        return True
+
+
+@contextmanager
+def _held(path: str, *, shared: bool) -> Iterator[tuple[Folder, Folder] | None]:
+    """The folder around it, and the directory (or file) itself, locked; None if it is somebody else's, or gone."""
+    folder, name = os.path.split(path)
+    with ExitStack() as stack:
+        try:
+            parent = stack.enter_context(Folder.open(folder))
+            # A file is held the same way; only what is done with a directory is not done with it.
+            found = stack.enter_context(Folder(parent.open_file(name, os.O_RDONLY), path))
+        except (FileNotFoundError, NotADirectoryError):
+            yield None
+            return
+        mine = found.try_lock(shared=shared) and parent.is_at(name, found)
+        yield (parent, found) if mine else None
+
+
+def _role(path: str) -> tuple[str, str] | None:
+    """Target and role by the name."""
+    folder, name = os.path.split(path)
+    found = _NAME.fullmatch(name)
+    return None if found is None else (os.path.join(folder, found["target"]), found["role"])
+
+
+def could_be_left_over(name: str) -> bool:
+    """Whether a file or directory of that name is worth a look with `leftover`."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _is_ours(found: Folder, role: str) -> bool:
+    if role == "export":
+        return is_unfinished_export(found)
+    about = os.fstat(found.fd)
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
+        return False
+    for name, inside, each in _entries(found):
+        known = UNIT_FILE.fullmatch(name) is not None if inside else name in (MANIFEST, STATE, REST, ODD)
+        is_units = not inside and name == UNITS and stat.S_ISDIR(each.st_mode)
+        if not (stat.S_ISREG(each.st_mode) and known) and not is_units:
+            return False
+    return True
+
+
+def _look(path: str, parent: Folder, found: Folder, target: str, role: str) -> Leftover:
+    each = [os.fstat(found.fd), *(about for _, _, about in _entries(found))]
+    nbytes = sum(about.st_blocks * 512 for about in each if about.st_nlink == 1)
+    age_s = max(time.time() - max(about.st_mtime for about in each), 0.0)
+    is_needed = role == "old" and not parent.has(os.path.basename(target))
+    return Leftover(path, _WHAT[role], nbytes, age_s, is_needed)
+
+
+def _entries(found: Folder) -> Iterator[tuple[str, bool, os.stat_result]]:
+    """What is in the directory and in its ``units``: name, whether it is in ``units``, about it. Nothing for a file."""
+    if not stat.S_ISDIR(os.fstat(found.fd).st_mode):
+        return
+    for name in found.names():
+        about = found.stat(name)
+        yield name, False, about
+        if name == UNITS and stat.S_ISDIR(about.st_mode):
+            with found.folder(name) as units:
+                for unit in units.names():
+                    yield unit, True, units.stat(unit)

@@ -1,0 +1,336 @@
+"""A checkpoint in forms that others read: one Lightning ``.ckpt``, or a Hugging Face folder.
+
+Tensors go from the mapped files to the output in pieces and their pages are dropped behind them: host memory does not
+grow with the model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_ssd.checkpoint.export_staging import file_beside, folder_beside, publish
+from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
+from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.checkpoint.manifest import OptimizerRecord
+from lightning_ssd.checkpoint.mapped import drop_pages, map_bytes
+from lightning_ssd.convert.shards import HF_INDEX, Shard, cut_shards, index_text, strip_prefix
+from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, join_state_dict, split_rest
+from lightning_ssd.checkpoint.writer import (
+    Progress,
+    StreamWriter,
+    as_bytes,
+    lay_out,
+    new_file,
+    write_pickle,
+    write_tensors,
+)
+from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io.folder import Folder
+from lightning_ssd.sizes import parse_nbytes, round_up
+from lightning_ssd.store.layout import suffix_of
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json", ".h5", ".msgpack", ".gguf")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        files: Paths of the written weight files.
+        nbytes: Their bytes.
+        left_out: Names of tensors that are not among ``prefix_to_strip`` and were not exported.
+    """
+
+    files: tuple[str, ...]
+    nbytes: int
+    left_out: tuple[str, ...] = ()
+
+
+def consolidate(
+    directory: str | os.PathLike[str],
+    out_file: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    weights_only: bool | None = None,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a single file that ``LightningModule.load_from_checkpoint`` and ``Trainer.fit(ckpt_path=...)`` read.
+
+    Args:
+        directory: The checkpoint.
+        out_file: Where.
+        overwrite: Replace an existing file.
+        weights_only: False if the state holds classes of your own; see `CheckpointReader.state`.
+        progress: Called with bytes done and bytes in all.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, or the file not be written.
+    """
+    target = os.path.abspath(os.fspath(out_file))
+    if os.path.isdir(target) or (os.path.lexists(target) and not overwrite):
+        raise CheckpointError(f"{target!r} exists; choose another name, or have a file replaced with overwrite=True")
+    with CheckpointReader(directory) as reader, ExitStack() as stack, os_errors(target):
+        reader.verify_files()  # what is exported has no checksums by which damage would be found later
+        content = dict(reader.state(weights_only))
+        drop_empty_loader_states(content)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        spill = Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
+        join_state_dict(content, mapped_state_dict(reader, spill, weights_only))
+        own = content.pop(WHOLE_STATES, {})
+        if "optimizer_states" not in content and ("lr_schedulers" in content or reader.manifest.optimizers):
+            content["optimizer_states"] = [
+                own.get(index, state) for index, state in enumerate(optimizer_states(reader, weights_only))
+            ]
+        with file_beside(target) as (fd, take_name):
+            total = reader.manifest.nbytes
+            writer = StreamWriter(fd, on_flush=dropper(reader, spill, progress, total))
+            write_pickle(writer, content)
+            writer.finish()
+            take_name()
+        sync_directory(os.path.dirname(target))
+    return ExportReport((target,), writer.nbytes)
+
+
+def to_safetensors(
+    directory: str | os.PathLike[str],
+    out_folder: str | os.PathLike[str],
+    *,
+    max_shard: int | str = "5GB",
+    prefix_to_strip: str = "",
+    config_from: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a folder that ``from_pretrained`` reads: one safetensors file, or shards and an index.
+
+    Tied tensors are written under each of their names, so the folder is right whatever the model's configuration says.
+
+    Args:
+        directory: The checkpoint.
+        out_folder: Where; must not exist, or be empty.
+        max_shard: Bytes per file; a larger tensor gets a file of its own.
+        prefix_to_strip: Front of the names inside the LightningModule, such as ``"model."``; tensors without it are
+            left out and reported.
+        config_from: Folder whose other files (configuration, tokenizer) are copied along.
+        progress: Called with bytes done and bytes in all.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, nothing has the prefix, or the folder cannot be written.
+    """
+    target = os.path.abspath(os.fspath(out_folder))
+    check_replaceable(target)
+    if is_checkpoint(target) or (os.path.lexists(target) and not os.path.isdir(target)):
+        raise CheckpointError(f"{target!r} exists; name a folder that does not exist or is empty")
+    with CheckpointReader(directory) as reader, os_errors(target), folder_beside(target) as folder:
+        reader.verify_files(kinds=VALUE_KINDS)
+        view = StateDictView(reader)
+        names, left_out = strip_prefix(view, prefix_to_strip)
+        if not names:
+            raise CheckpointError(
+                f"no tensor of {reader.directory!r} begins with {prefix_to_strip!r}; there is {next(iter(view), '')!r}"
+            )
+        shards = cut_shards(view, names, parse_nbytes(max_shard))
+        total = sum(shard.nbytes for shard in shards)
+        done = 0
+        for shard in shards:
+            done = _write_shard(folder, shard, view, done, total, progress)
+        if len(shards) > 1:
+            _write_text(folder, HF_INDEX, index_text(shards))
+        if config_from is not None:
+            _copy_configuration(os.fspath(config_from), folder)
+        sync_directory(folder)
+        publish(folder, target)
+        sync_directory(os.path.dirname(target))
+    return ExportReport(tuple(os.path.join(target, shard.file) for shard in shards), total, left_out)
+
+
+WHOLE_STATES = "whole_optimizer_states"
+"""Key of the saved state under which lies, by number, what optimizers that are run whole gave as their state."""
+
+
+def optimizer_state(
+    record: OptimizerRecord, full: Callable[[str, str], Tensor], odd: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One optimizer's state as ``torch.optim`` saves it: parameters are numbered through the groups in order.
+
+    Args:
+        record: The optimizer.
+        full: Gives a state of a parameter's own shape, by parameter and kind; KeyError if there is none.
+        odd: Further tensors: parameter -> key -> tensor.
+    """
+    numbers: dict[str, int] = {}
+    groups: list[dict[str, Any]] = []
+    for group in record.param_groups:
+        ids = [numbers.setdefault(name, len(numbers)) for name in group["params"]]
+        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": ids})
+    state: dict[int, dict[str, Any]] = {}
+    for name, number in numbers.items():
+        entry = {key: _as_torch_keeps_it(key, value) for key, value in record.state.get(name, {}).items()}
+        lacking = record.lacking.get(name, ())  # its unit's file of that kind has zeros for it
+        for kind in record.kinds if name in record.state else ():
+            if kind in lacking:
+                continue
+            try:
+                entry[kind.removesuffix(suffix_of(kind))] = full(name, kind)
+            except KeyError:
+                continue
+        entry |= odd.get(name, {})
+        if entry:
+            state[number] = entry
+    return {"state": state, "param_groups": groups}
+
+
+def drop_empty_loader_states(content: dict[str, Any]) -> None:
+    """Leave out the empty states of data loaders that our strategy made resumable; it keeps their place elsewhere.
+
+    A plain Trainer has no loader that takes a state, and refuses a checkpoint with more states than such loaders.
+    """
+    loop: Any = content
+    for key in ("loops", "fit_loop", "state_dict"):
+        loop = loop.get(key) if isinstance(loop, dict) else None
+    if isinstance(loop, dict) and isinstance(loop.get("combined_loader"), list):
+        states = [state for state in loop.pop("combined_loader") if state != {}]
+        if states:
+            loop["combined_loader"] = states
+
+
+def _as_torch_keeps_it(key: str, value: Any) -> Any:
+    # torch.optim counts steps in a float32 tensor; a plain number is what files of old torch versions hold.
+    if key == "step" and isinstance(value, int | float):
+        return torch.tensor(float(value), dtype=torch.float32)
+    return value
+
+
+def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> list[dict[str, Any]]:
+    """State of each optimizer as ``torch.optim`` saves it, with mapped tensors."""
+    _, odd = split_rest(reader, weights_only)
+
+    def full(name: str, kind: str) -> Tensor:
+        if kind not in reader.manifest.parameters.get(name, {}):
+            raise KeyError(name)
+        return reader.tensor(name, kind)
+
+    records = reader.optimizers(weights_only)
+    return [optimizer_state(record, full, odd.get(index, {})) for index, record in enumerate(records)]
+
+
+def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool | None) -> dict[str, Tensor]:
+    """All tensors of the module, mapped; names that are tied share one tensor."""
+    view = StateDictView(reader, weights_only)
+    stored: dict[str, Tensor] = {}
+    for name in view:
+        key = view.stored_name(name)
+        if key in stored:
+            continue
+        if view.is_in_place(key):
+            stored[key] = view[key]
+        else:
+            spill.write(key, view[key])
+            view.drop(key)
+    stored |= spill.map()
+    return {name: stored[view.stored_name(name)] for name in view}
+
+
+class Spill:
+    """An unnamed file for tensors that had to be converted: mapped like the others instead of held in memory."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._nbytes = 0
+        self._entries: list[tuple[str, int, Tensor]] = []
+        self._mapped: npt.NDArray[np.uint8] | None = None
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor."""
+        os.lseek(self._fd, self._nbytes, os.SEEK_SET)
+        StreamWriter(self._fd).write(as_bytes(tensor))
+        self._entries.append((name, self._nbytes, torch.empty_like(tensor, device="meta")))
+        self._nbytes += round_up(tensor.nbytes)
+
+    def map(self) -> dict[str, Tensor]:
+        """All tensors, in place."""
+        if not self._nbytes:
+            return {name: torch.empty_like(like, device="cpu") for name, _, like in self._entries}
+        os.ftruncate(self._fd, self._nbytes)
+        self._mapped = map_bytes(self._fd, self._nbytes)
+        with torch.inference_mode(False):
+            return {
+                name: torch.from_numpy(self._mapped[begin : begin + like.nbytes]).view(like.dtype).view(like.shape)
+                for name, begin, like in self._entries
+            }
+
+    def drop(self) -> None:
+        """Give back the memory of the pages that were looked at."""
+        if self._mapped is not None:
+            drop_pages(self._mapped.ctypes.data, self._mapped.nbytes)
+
+
+def dropper(reader: CheckpointReader, spill: Spill, progress: Progress | None, total: int) -> Callable[[int], None]:
+    """What to call with bytes written: gives back the memory of what was read, and tells the progress."""
+
+    def on_flush(nbytes: int) -> None:
+        reader.drop()
+        spill.drop()
+        if progress is not None:
+            progress(min(nbytes, total), total)
+
+    return on_flush
+
+
+def _write_shard(
+    folder: Folder, shard: Shard, view: StateDictView, done: int, total: int, progress: Progress | None
+) -> int:
+    entries = lay_out((name, view.dtype_of(source), view.shapes[source]) for name, source in shard.names.items())
+    last: list[str] = []
+
+    def tensor_of(name: str) -> Tensor:
+        while last:
+            view.drop(last.pop())
+        if progress is not None:
+            progress(done + writer.nbytes, total)
+        last.append(shard.names[name])
+        return view[shard.names[name]]
+
+    with new_file(os.path.join(folder.path, shard.file), folder) as fd:
+        writer = StreamWriter(fd)
+        write_tensors(writer, entries, tensor_of, {"format": "pt"})
+        writer.finish()
+    return done + shard.nbytes
+
+
+def _copy_configuration(source: str, folder: Folder) -> None:
+    if not os.path.isdir(source):
+        raise CheckpointError(f"config_from={source!r} is not a folder")
+    with os.scandir(source) as found:
+        for entry in found:
+            if entry.is_file() and not entry.name.endswith(_WEIGHT_SUFFIXES):
+                to = os.path.join(folder.path, entry.name)
+                with open(entry.path, "rb") as original, new_file(to, folder) as fd:
+                    shutil.copyfileobj(original, StreamWriter(fd))
+
+
+def _write_text(folder: Folder, name: str, text: str) -> None:
+    with new_file(os.path.join(folder.path, name), folder) as fd:
+        writer = StreamWriter(fd)
+        writer.write(text.encode())
+        writer.finish()
+
+
+@contextmanager
+def os_errors(target: str) -> Iterator[None]:
+    """Failures of the operating system become ours, with the name of what was to be written."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{target!r} could not be written: {error}") from error

@@ -1,0 +1,224 @@
+"""Training states that others wrote, in one form: what tensors there are, and each of them on demand.
+
+No code of a file is run unless the caller says so: torch files are loaded with ``weights_only=True``. Tensors lie where
+their file is mapped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ssd.checkpoint.param_names import optimizer_from_torch
+from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
+from lightning_ssd.checkpoint.manifest import FileRecord, OptimizerRecord
+from lightning_ssd.checkpoint.mapped import drop_pages
+from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, VALUE_KINDS, StateDictView, split_rest
+from lightning_ssd.convert.weights import Shape, open_weights
+from lightning_ssd.errors import CheckpointError
+from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
+from lightning_ssd.store.header import TensorEntry
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor of a source.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its safetensors dtype; empty if that format has none for it.
+        load: Gives the tensor.
+        drop: Gives its memory back.
+        is_flat: ``shape`` is the number of elements only; the tensor has another shape that the source does not tell.
+        place: The unit file of ours that holds it.
+    """
+
+    shape: Shape
+    dtype: str
+    load: Callable[[], Tensor]
+    drop: Callable[[], None]
+    is_flat: bool = False
+    place: tuple[FileRecord, TensorEntry] | None = None
+
+
+@dataclass
+class ImportSource:
+    """A training state to be imported.
+
+    Attributes:
+        where: What messages call it.
+        parameters: Name -> kind -> tensor.
+        buffers: Further tensors of the module.
+        aliases: Further names of tied tensors -> name under which the tensor is held.
+        optimizers: Records; one without groups is of a source that does not say which parameters were in which.
+        odd: Optimizer state of another shape than its parameter's: optimizer -> parameter -> key -> tensor.
+        state: What Lightning keeps beside tensors; empty if the source is not from Lightning.
+        reader: The checkpoint, if it is one of ours.
+    """
+
+    where: str
+    parameters: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
+    buffers: dict[str, TensorRef] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    optimizers: list[OptimizerRecord] = field(default_factory=list)
+    odd: dict[int, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    reader: CheckpointReader | None = None
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> ImportSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of every tensor of the module, by every name it has."""
+        found = {name: self.value(name).shape for name in (*self.parameters, *self.buffers)}
+        return found | {alias: found[stored] for alias, stored in self.aliases.items()}
+
+    def value(self, name: str) -> TensorRef:
+        """A tensor of the module in its most exact form."""
+        stored = self.aliases.get(name, name)
+        if stored in self.buffers:
+            return self.buffers[stored]
+        kinds = self.parameters[stored]
+        found = next((kinds[kind] for kind in ("master", "param") if kind in kinds), None)
+        if found is None:
+            raise CheckpointError(f"{self.where}: {name!r} has optimizer state but no value")
+        return found
+
+    def add(self, name: str, held: TensorRef, kind: str = "param") -> None:
+        """Enter a tensor of the module where it belongs: integers are no parameters."""
+        if held.dtype and torch.empty(0, dtype=TORCH_DTYPE[held.dtype]).is_floating_point():
+            self.parameters.setdefault(name, {})[kind] = held
+        else:
+            self.buffers[name] = held
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) -> ImportSource:
+    """A checkpoint of ours.
+
+    Raises:
+        CheckpointError: If it cannot be read, or its state holds a class that is not allowed.
+    """
+    with ExitStack() as stack:
+        reader = stack.enter_context(CheckpointReader(path))
+        source = ImportSource(reader.directory, reader=reader)
+        view = StateDictView(reader, weights_only)
+        buffers, source.odd = split_rest(reader, weights_only)
+        # What a hook put in a parameter's place is in `rest`, and what it left out is only there for its optimizer.
+        kept = {n: p for n, p in reader.manifest.parameters.items() if n in view.shapes and n not in buffers}
+        for name, places in kept.items():
+            source.parameters[name] = {
+                kind: TensorRef(
+                    place[1].shape,
+                    place[1].dtype,
+                    partial(reader.tensor, name, kind),
+                    partial(reader.drop_parameter, name),
+                    place=place,
+                )
+                for kind, place in places.items()
+            }
+        source.buffers = {name: held_tensor(tensor) for name, tensor in buffers.items()}
+        source.aliases = dict(reader.manifest.aliases)
+        source.optimizers = reader.optimizers(weights_only)
+        lost = [name for name in reader.manifest.parameters if name not in kept]
+        if lost and source.optimizers:
+            raise CheckpointError(
+                f"{reader.directory}: the values of {', '.join(map(repr, lost[:4]))} were replaced when it was saved "
+                "(weight averaging, or a hook that changes state_dict), so its optimizer state is not that of its "
+                "weights: resume it with the Trainer that saved it, or export it and import the .ckpt"
+            )
+        source.state = reader.state(weights_only)
+        source.stack = stack.pop_all()
+    return source
+
+
+def open_weight_files(path: str | os.PathLike[str]) -> ImportSource:
+    """A Hugging Face folder, or a ``.safetensors`` file: weights alone."""
+    weights = open_weights(path)
+    source = ImportSource(weights.where)
+    source.stack.callback(weights.close)
+    for name, shape in weights.shapes.items():
+        dtype = name_of(weights.tensor(name).dtype)
+        held = TensorRef(shape, dtype, partial(weights.tensor, name), partial(weights.drop, name))
+        source.add(name, held)
+    return source
+
+
+def open_torch_file(path: str | os.PathLike[str], *, weights_only: bool = True) -> ImportSource:
+    """A plain Lightning ``.ckpt``, or another torch file that holds a state dict.
+
+    Raises:
+        CheckpointError: If it holds no tensors, or optimizer state that cannot be given to parameters.
+    """
+    where = os.path.abspath(os.fspath(path))
+    content = load_pickle(where, where, weights_only)
+    is_checkpoint_file = isinstance(content.get("state_dict"), Mapping)
+    states = content.pop("optimizer_states", []) if is_checkpoint_file else []
+    tensors = content.pop("state_dict") if is_checkpoint_file else content
+    source = ImportSource(where, state=content if is_checkpoint_file else {})
+    first: dict[tuple[int, Shape, torch.dtype], str] = {}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            if is_checkpoint_file:
+                source.state.setdefault(STATE_DICT_EXTRA, {})[name] = value
+            continue
+        key = (value.data_ptr(), tuple(value.shape), value.dtype)
+        stored = first.setdefault(key, name) if value.numel() and value.layout == torch.strided else name
+        if stored == name:
+            source.add(name, held_tensor(value))
+        else:
+            source.aliases[name] = stored
+    if not source.parameters and not source.buffers:
+        raise CheckpointError(f"{where} holds no named tensors, neither at the top nor under 'state_dict'")
+    for number, state in enumerate(states):
+        _add_optimizer(source, number, state)
+    return source
+
+
+def held_tensor(tensor: Tensor) -> TensorRef:
+    """A tensor that is at hand, usually mapped."""
+    tensor = tensor.detach()
+    dtype = name_of(tensor.dtype) if tensor.layout == torch.strided and tensor.dtype in TORCH_DTYPE.values() else ""
+
+    def drop() -> None:
+        if tensor.layout == torch.strided and tensor.is_contiguous():
+            drop_pages(tensor.data_ptr(), tensor.nbytes)
+
+    return TensorRef(tuple(tensor.shape), dtype, lambda: tensor, drop)
+
+
+def add_state(source: ImportSource, number: int, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Enter one parameter's optimizer state; return what of it is scalar."""
+    scalars: dict[str, Any] = {}
+    shape = source.value(name).shape
+    for key, value in values.items():
+        if not isinstance(value, Tensor) or key == "step" or (value.dim() == 0 and shape):
+            scalars[key] = value
+        elif tuple(value.shape) == shape and value.is_floating_point():
+            source.parameters[source.aliases.get(name, name)][key] = held_tensor(value)
+        else:
+            source.odd.setdefault(number, {}).setdefault(name, {})[key] = value
+    return scalars
+
+
+def state_kinds(source: ImportSource, names: Mapping[str, Any]) -> list[str]:
+    """Kinds of optimizer state that any of the parameters has."""
+    return sorted({k for n in names for k in source.parameters[n] if k not in VALUE_KINDS})
+
+
+def _add_optimizer(source: ImportSource, number: int, content: Mapping[str, Any]) -> None:
+    shapes = {name: kinds["param"].shape for name, kinds in source.parameters.items()}
+    groups, by_name = optimizer_from_torch(content, shapes, f"{source.where}: optimizer {number}")
+    state = {name: add_state(source, number, name, values) for name, values in by_name.items()}
+    source.optimizers.append(OptimizerRecord("unknown", groups, state, state_kinds(source, state)))

@@ -1,0 +1,292 @@
+"""The user's optimizer, adopted: it stays the same object and the only source of hyper-parameters; its step streams.
+
+On the instance (never on the class) ``step``, ``zero_grad``, ``state_dict`` and ``load_state_dict`` are replaced;
+`OptimizerAdapter.release` undoes it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.optim.pipeline import ParameterUpdate, UpdatePipeline, require_finite
+from lightning_ssd.optim.updater import PendingUpdate, Updater
+from lightning_ssd.optim.rules import Rule, TorchRule
+from lightning_ssd.optim.shared import SharedOptions
+from lightning_ssd.optim.state_io import OptimizerState
+from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.step.gradients import params_with_grad
+from lightning_ssd.units.inherited import Refused
+from lightning_ssd.units.param_cache import ParamCache
+from lightning_ssd.units.unit import Unit
+
+
+class OptimizerAdapter(OptimizerState):
+    """Runs the step of one optimizer over streamed units.
+
+    Args:
+        optimizer: The user's.
+        rule: What an update does.
+        units: All units, in forward order.
+        store: Where states are.
+        keep_master: Keep a float32 master of 16-bit parameters.
+        suffix: Of the kinds that its states have in the store; [Note: suffix].
+
+    Attributes:
+        check_grads: Called with gradients at the step and, True, before the update reads them; raises if they were
+            damaged in between. Set by the owner.
+
+    Raises:
+        ConfigurationError: If the optimizer has a parameter that is not the model's.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        rule: Rule,
+        units: list[Unit],
+        store: StateStore,
+        *,
+        keep_master: bool,
+        suffix: str = "",
+    ) -> None:
+        super().__init__(optimizer, rule, units, store, keep_master=keep_master, suffix=suffix)
+        self._options = SharedOptions(optimizer)
+        self._pipeline: UpdatePipeline | None = None
+        self._residents: ParamCache | None = None
+        self._queue: Updater | None = None
+        self._is_half_made = False  # when the run ended
+        self._has_used_grads = False  # of the last backward, that a step in plain torch would leave
+        self.check_grads: Callable[[Unit, Mapping[int, Tensor], bool], None] = lambda unit, grads, is_final: None
+        for group in optimizer.param_groups:
+            self._require_known(group["params"])
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def adopt(self) -> None:
+        """Take over the optimizer's step, and the state it has from an earlier run or from the user."""
+        earlier = self.optimizer.state_dict()
+        step = self._make_step()
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        self.optimizer.step = step  # type: ignore[method-assign]
+        self.optimizer.zero_grad = self._make_zero_grad()  # type: ignore[method-assign]
+        self.optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
+        self.optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
+        self.optimizer.add_param_group = self._make_add_param_group()  # type: ignore
+        self.optimizer.state = self._view  # type: ignore[assignment]
+        if earlier["state"]:
+            self.load_state_dict(earlier)
+
+    def connect(self, pipeline: UpdatePipeline, residents: ParamCache, queue: Updater) -> None:
+        """From now on steps can run."""
+        self._pipeline = pipeline
+        self._residents = residents
+        self._queue = queue
+
+    def release(self) -> None:
+        """Give the optimizer its own step back; ``state_dict`` goes on to show what is in the store."""
+        self._is_half_made = self.is_mid_step
+        self._pipeline = self._residents = self._queue = None
+        for name in ("step", "zero_grad", "add_param_group"):
+            self.optimizer.__dict__.pop(name, None)
+
+    def inherit(self) -> None:
+        """This is a forked process: nothing can be updated, and states cannot be read."""
+        name = type(self.optimizer).__name__
+        refused: Any = Refused(f"optimizer {name} cannot make steps, nor show or load its state,")
+        self._pipeline = self._residents = self._queue = refused
+        self._store = refused
+        self._has_used_grads = False  # else that would be the reason why
+        self._view.inherit(refused)
+
+    def dismiss(self, others: Iterable[OptimizerAdapter]) -> None:
+        """Another one takes its place: it has its state itself from now on, mapped, should it ever come back."""
+        self.drain()
+        self._take_edits()
+        state: dict[Tensor, Any] = {param: dict(self._view[param]) for param in self._with_state()}
+        self._view.clear_shown()
+        self.release()
+        for name in ("state_dict", "load_state_dict"):
+            self.optimizer.__dict__.pop(name, None)
+        self.optimizer.state = defaultdict(dict, state)
+        shared = {unit.name for other in others if other.suffix == self.suffix for unit in other._units()}
+        self._forget([unit for unit in self._units() if unit.name not in shared])
+
+    def _make_add_param_group(self) -> Callable[[dict[str, Any]], None]:
+        add = self.optimizer.add_param_group
+
+        def add_known(group: dict[str, Any]) -> None:
+            params = group["params"]
+            group = {**group, "params": [params] if isinstance(params, Tensor) else list(params)}
+            self._require_known(group["params"])
+            add(group)
+
+        return add_known
+
+    def drain(self) -> None:
+        """Return when every update that is owed has run."""
+        if self._queue is not None:
+            self._queue.drain()
+
+    # -- step ----------------------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        unit: Unit,
+        grads: Mapping[int, Tensor],
+        *,
+        is_last: bool = False,
+        land: Callable[[], None] | None = None,
+    ) -> None:
+        """Owe the update of the parameters of ``unit`` that this optimizer owns and that have a gradient.
+
+        Args:
+            unit: What to update.
+            grads: Complete gradients by parameter index; they must not change before the update has run.
+            is_last: The gradients are held by nobody else, and count against the queue's memory.
+            land: Returns when the gradients are there; None if they are. The thread that updates calls it.
+
+        Raises:
+            NonFiniteGradientError: A gradient holds NaN or Inf; nothing of the unit has changed. Of gradients that are
+                still to land, it is raised by who next waits for an update.
+        """
+        pipeline, residents, queue = self._pipeline, self._residents, self._queue
+        assert pipeline is not None
+        assert residents is not None
+        assert queue is not None
+        queue.wait(unit)  # of another optimizer, or of the step before
+        groups = self._groups()
+        mine = {index: grad for index, grad in grads.items() if unit.params[index] in groups}
+        if not mine:
+            return
+        self.check_grads(unit, mine, False)
+        if land is None:
+            require_finite(unit, mine)
+        parts = self._parts(unit, mine, groups)
+        residents.settle(unit)
+        residents.before_update(unit)
+        # Where there is a master, the values in memory are not what the rule updates.
+        reads = pipeline.updates_values_of(unit)
+        is_borrowed = reads and residents.borrow(unit)
+
+        def end_borrow() -> None:
+            if is_borrowed:
+                residents.end_borrow(unit)
+
+        def run() -> None:
+            try:
+                self.check_grads(unit, mine, True)  # before what lands is added to them
+                if land is not None:
+                    land()
+                    require_finite(unit, mine)
+                    for part in parts.values():
+                        part.version = part.grad._version  # what landed may have been added to it
+                residents.end_copy(unit)
+                loan = residents.lend(unit, reads=reads)
+            finally:
+                end_borrow()
+            pipeline.update(unit, self.rule, parts, loan, suffix=self.suffix, done=complete)
+
+        def complete() -> None:
+            queue.complete(unit)
+            residents.updated(unit)
+
+        self._has_used_grads |= is_last
+        nbytes = sum(part.grad.nbytes for part in parts.values()) if is_last else 0
+        position = residents.schedule.position(unit.name, "train")
+        is_kept = unit.kept is not None
+        queue.add(PendingUpdate(unit, nbytes, position, is_kept, lambda: residents.is_free(unit), run, end_borrow))
+
+    def _parts(
+        self, unit: Unit, grads: Mapping[int, Tensor], groups: Mapping[nn.Parameter, int]
+    ) -> dict[int, ParameterUpdate]:
+        parts: dict[int, ParameterUpdate] = {}
+        by_class = isinstance(self.rule, TorchRule)  # which may change what it is given
+        for index, grad in grads.items():
+            param = unit.params[index]
+            group = groups[param]
+            options = self._options.hand_out(group) if by_class else self._options.before(group)
+            scalars = self._scalars.setdefault(param, {})
+            initialised = self._initialised.setdefault(param, set())
+            parts[index] = ParameterUpdate(grad, grad._version, options, scalars, initialised)
+        return parts
+
+    @property
+    def is_mid_step(self) -> bool:
+        """Whether a step has updated some units and can or could not update all: it runs now, or it failed."""
+        return self._is_half_made or self._options.is_used or (self._queue is not None and self._queue.is_broken)
+
+    def _make_step(self) -> Callable[..., Any]:
+        optimizer = self.optimizer
+
+        def step(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+            hooks = chain(_global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values())
+            for hook in hooks:
+                hook(optimizer, (closure, *args), kwargs)
+            self._clear_step()  # of one that failed, if the user went on after it
+            self._take_edits()
+            loss, were_used = None, self._has_used_grads
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+                self._take_edits()
+            if were_used:
+                self._require_new_grads()
+            self._finish_step()
+            after = chain(optimizer._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values())
+            for hook in after:
+                hook(optimizer, (closure, *args), kwargs)
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+            return loss
+
+        return step
+
+    def _make_zero_grad(self) -> Callable[..., None]:
+        zero_grad = self.optimizer.zero_grad
+
+        def zero(set_to_none: bool = True) -> None:
+            self._has_used_grads = False
+            if not set_to_none:
+                self.drain()  # an update that is owed reads what this overwrites
+            zero_grad(set_to_none)
+
+        return zero
+
+    def _require_new_grads(self) -> None:
+        """Refuse a step on the gradients of the step before, which are gone.
+
+        Raises:
+            ConfigurationError: It would change nothing, where plain torch changes every parameter again.
+        """
+        is_new = self._options.is_used or not self._has_used_grads
+        if not is_new and not any(True for _ in params_with_grad(self._units())):
+            raise ConfigurationError(
+                f"{type(self.optimizer).__name__}.step() was called again on the gradients of the step before, which "
+                "went into that step's update as they came and are gone; keep them with overlap='off', or override "
+                "on_before_optimizer_step of the LightningModule (an empty one will do)"
+            )
+
+    def _finish_step(self) -> None:
+        assert self._residents is not None
+        self._residents.end_step()  # whoever reads a parameter from now on gets its new value
+        for unit, grads in params_with_grad(self._units()):
+            self.update(unit, grads)
+        if isinstance(self.rule, TorchRule):
+            self.drain()
+            for group in self._options.unused_groups():
+                self.rule.idle(self._options.hand_out(group))
+            self.rule.finish()
+        self._options.finish()
+
+    def _clear_step(self) -> None:
+        self._options.clear()
+        if isinstance(self.rule, TorchRule):
+            self.rule.clear()

@@ -1,0 +1,225 @@
+"""What an update streams and what it changes in memory: slots of chunks, and the kinds of a unit before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_ssd.errors import SSDOffloadError
+from lightning_ssd.io.engine import Transfer
+from lightning_ssd.memory.pool import Pool
+from lightning_ssd.sizes import round_up
+from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.generation import Generation
+from lightning_ssd.store.layout import UnitLayout
+from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.units.update_target import UpdateTarget
+
+
+class Slot:
+    """A buffer for one chunk of every kind, and the transfers under way on it.
+
+    Args:
+        pool: Lends the buffer.
+        sizes: Kinds and their bytes.
+        owner: The unit, for messages.
+        nbytes: Of the buffer at least: slots of equal size leave no gaps in the pool.
+        make_room: See `Pool.lend`.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        sizes: list[tuple[str, int]],
+        owner: str,
+        *,
+        nbytes: int = 0,
+        make_room: Callable[[], bool] | None = None,
+    ) -> None:
+        self._pool = pool
+        self._transfers: list[Transfer] = []
+        self._places: dict[str, tuple[int, int]] = {}  # offset and bytes of a kind
+        end = 0
+        for kind, size in sizes:
+            self._places[kind] = (end, size)
+            end += round_up(size)
+        self._buffer = pool.lend(max(end, nbytes), f"update of unit {owner!r}", make_room)
+
+    def add(
+        self,
+        start: Callable[..., Transfer],
+        generation: Generation,
+        kind: str,
+        offset: int,
+        nbytes: int,
+        home: Tensor | None = None,
+    ) -> None:
+        """Start a transfer of bytes of a generation's data section: from or to its ``home``, else the slot's memory."""
+        if not nbytes:  # a unit of parameters without elements
+            return
+        if home is None:
+            address = self._buffer.address + self._places[kind][0]
+            transfer = start(generation, offset, address, nbytes, keep=self._buffer.hold())
+        else:
+            transfer = start(generation, offset, home.data_ptr() + offset, nbytes, keep=home)
+        self._transfers.append(transfer)
+
+    def clear(self, kind: str) -> None:
+        """Zeros, for a kind that has no generation yet."""
+        self._buffer.fill(0, *self._places[kind])
+
+    def tensor(self, kind: str, dtype: torch.dtype, shape: int | tuple[int, ...], offset: int = 0) -> Tensor:
+        """A tensor at byte ``offset`` of the memory of ``kind``."""
+        begin = self._places[kind][0] + offset
+        return self._buffer.tensor(begin, dtype, (shape,) if isinstance(shape, int) else shape)
+
+    def wait(self) -> None:
+        """Return when the transfers are over.
+
+        Raises:
+            IoError: One of them failed.
+        """
+        while self._transfers:
+            self._transfers[0].wait()
+            del self._transfers[0]
+
+    def close(self) -> None:
+        """Give the buffer back, after the transfers on it are over."""
+        for transfer in self._transfers:
+            with suppress(SSDOffloadError):  # reported by `wait`, or another error is on its way up
+                transfer.wait()
+        self._transfers.clear()
+        self._pool.give_back(self._buffer)
+
+
+@dataclass
+class StateTensor:
+    """One kind of a unit in an update: streamed through slots, or in memory and changed there.
+
+    Attributes:
+        kind: Which.
+        layout: Of its files.
+        current: What is read.
+        kept: One tensor per parameter of what has no file; [Note: kept] of `StateStore`.
+        home: All elements, flat, of what is written to a new file from where compute will read it.
+    """
+
+    kind: str
+    layout: UnitLayout
+    current: Generation | None
+    kept: tuple[Tensor, ...] | None
+    home: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its tensors."""
+        return dtype_of(self.layout.dtype)
+
+    def whole(self, slot: Slot, index: int) -> Tensor:
+        """Parameter ``index`` of a slot that holds the whole unit."""
+        if self.kept is not None:
+            return self.kept[index]
+        entry = self.layout.entries[index]
+        if self.home is not None:
+            return self.home[entry.begin // self.layout.itemsize : entry.end // self.layout.itemsize].view(entry.shape)
+        return slot.tensor(self.kind, self.dtype, entry.shape, entry.begin)
+
+
+class UpdateTensors:
+    """Current and new generations of the kinds of one unit.
+
+    Attributes:
+        columns: By kind.
+        streamed: Those in slots.
+        moves: Whether any is read or written.
+        state_kinds: All but the parameter and its master, by the name that the rule has for each.
+        master_kind: Which kind the rule updates.
+        widens: There is no master yet: it is made from the parameter.
+        source: The master's values, flat, where they are in memory and may not be changed there.
+        is_touched: Kept memory may hold new values by now.
+    """
+
+    def __init__(
+        self, store: StateStore, layouts: dict[str, UnitLayout], loan: UpdateTarget | None, *, suffix: str = ""
+    ) -> None:
+        self._store = store
+        unit = layouts["param"].unit
+        self.columns = {k: StateTensor(k, lay, store.current(unit, k), store.kept(unit, k)) for k, lay in layouts.items()}
+        self.moves = any(column.kept is None for column in self.columns.values())
+        self.state_kinds = {k.removesuffix(suffix): k for k in layouts if k not in ("param", "master")}
+        self.master_kind = "master" if "master" in layouts else "param"
+        self.widens = self.master_kind == "master" and self.columns["master"].current is None
+        self._loan = loan
+        self.source: Tensor | None = None
+        if loan is not None and loan.is_writable:
+            self.columns["param"].home = loan.values
+        elif loan is not None and loan.is_current and self.master_kind == "param":
+            self.source = loan.values
+        self.streamed = [c for c in self.columns.values() if c.kept is None and c.home is None]
+        # Else it is in memory, or written from the master.
+        self._reads_param = not (loan is not None and loan.is_current) and (self.master_kind == "param" or self.widens)
+        self.is_touched = False
+        self._new: list[Generation] = []
+
+    def begin(self) -> None:
+        """New generations of every kind."""
+        for column in self.columns.values():
+            if column.current is None and column.kept is not None:
+                for tensor in column.kept:
+                    tensor.zero_()
+        self._new = self._store.begin([column.layout for column in self.columns.values()])
+
+    def staged(self, slot: Slot, numel: int) -> dict[str, Tensor]:
+        """The streamed kinds' tensors of a chunk."""
+        return {column.kind: slot.tensor(column.kind, column.dtype, numel) for column in self.streamed}
+
+    def read(self, slot: Slot, begin: int, end: int) -> None:
+        """Start reading elements ``[begin, end)`` of what is not in memory."""
+        if begin == end:  # a unit without elements: its files are headers
+            return
+        for column in self.columns.values():
+            if column.kept is not None or (column.kind == "param" and not self._reads_param):
+                continue
+            if column.current is None:
+                slot.clear(column.kind)
+            else:
+                size = column.layout.itemsize
+                slot.add(self._store.read, column.current, column.kind, begin * size, (end - begin) * size, column.home)
+
+    def write(self, slot: Slot, begin: int, end: int) -> None:
+        """Start writing them."""
+        if begin == end:
+            return
+        for column, new in zip(self.columns.values(), self._new, strict=True):
+            if column.kept is None:
+                size = column.layout.itemsize
+                slot.add(self._store.write, new, column.kind, begin * size, (end - begin) * size, column.home)
+
+    def end_source(self) -> None:
+        """All is computed: what was only read goes back."""
+        if self.columns["param"].home is None:
+            self._end_loan(is_new=False)
+
+    def commit(self) -> None:
+        """The new generations are the current ones."""
+        self._store.commit(*self._new)
+        self._end_loan(is_new=True)
+
+    def abandon(self, error: BaseException) -> None:
+        """The update failed: the current generations stay, unless they are kept and were touched."""
+        unit = self.columns["param"].layout.unit
+        damage = f"the update of unit {unit!r} failed midway ({error}): resume from the last checkpoint"
+        for generation in self._new:
+            self._store.abandon(generation, damage if self.is_touched else "")
+        self._end_loan(is_new=False)
+
+    def _end_loan(self, *, is_new: bool) -> None:
+        loan, self._loan = self._loan, None
+        if loan is not None:
+            self.source = self.columns["param"].home = None
+            del loan.values
+            loan.end(is_new)

@@ -1,0 +1,328 @@
+"""What happens inside backward: units come again for saved tensors and recompute, and go when they are done.
+
+[Note: backward] A unit is fetched again when autograd unpacks a tensor that was saved under it. It goes when the
+gradients of its inputs are there, when backward goes on to another unit, or when backward ends. This only decides how
+long memory is held; nothing depends on it: a recomputed tensor that was dropped is computed again, and a buffer is not
+lent again while any tensor on it lives.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from lightning_ssd.store.generation import Generation
+from lightning_ssd.units import transforms
+from lightning_ssd.step.recompute import Frame, FrameUnits
+from lightning_ssd.units.fingerprint import content
+from lightning_ssd.step.gradients import GradientStore
+from lightning_ssd.units.param_cache import ParamCache
+from lightning_ssd.units.transforms import StepHooks
+from lightning_ssd.units.unit import Unit
+from lightning_ssd.trace.recorder import Trace
+
+
+class BackwardPass:
+    """Holds units during backward.
+
+    Args:
+        residents: Fetches and releases units.
+        sink: Is told when a backward ends.
+        trace: Gets the event ``recompute``.
+
+    Attributes:
+        rerunning: The frame whose forward runs again now, or None.
+        step_hooks: For tensors that are saved outside the forward of a module that needs a unit.
+    """
+
+    def __init__(self, residents: ParamCache, sink: GradientStore, trace: Trace) -> None:
+        self.rerunning: Frame | None = None
+        self.step_hooks = StepHooks(self.hooks)
+        self._residents = residents
+        self._sink = sink
+        self._trace = trace
+        self._held: dict[int, _Hold] = {}  # by id of the frame, which is alive in the value
+        self._unpacked: dict[str, Unit] = {}  # held because a view of a parameter was unpacked
+        self._is_running = False
+        self._used: weakref.WeakKeyDictionary[Frame, list[_Used]] = weakref.WeakKeyDictionary()
+        self._packed: dict[str, weakref.WeakSet[_ParameterView]] = {}  # what backward may still unpack, by unit
+        sink.is_needed = lambda unit: bool(self._packed.get(unit.name))
+
+    def note(self) -> None:
+        """Something of ours happens inside backward: be told when it ends."""
+        if not self._is_running:
+            self._is_running = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def abort(self) -> None:
+        """A backward may have failed: hold nothing, expect nothing."""
+        self._end_holds()
+        self._is_running = False
+        self.rerunning = None
+
+    # -- saved tensors that view parameters ----------------------------------------------------------------------
+
+    def hooks(self) -> saved_tensors_hooks:
+        """Under these, a saved tensor that views a resident parameter does not hold its memory."""
+        return saved_tensors_hooks(self.pack, self.unpack)
+
+    def pack(self, tensor: Tensor) -> object:
+        """What stands for a saved tensor."""
+        place = self._residents.find(tensor)
+        if place is None:
+            if tensor.is_inference() or transforms.are_active():
+                return tensor, None
+            # Detached (the version is shared): an operation may save its own output, which holds the graph that holds
+            # this. Without backward nothing would break that circle, and every skipped batch stayed in memory.
+            return tensor.detach(), tensor._version
+        unit, index = place
+        assert unit.generation is not None
+        view = _ParameterView(unit, index, _form(tensor), unit.generation, unit.params[index]._version)
+        self._packed.setdefault(unit.name, weakref.WeakSet()).add(view)
+        return view
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The tensor that `pack` was given."""
+        if not isinstance(packed, _ParameterView):
+            return _unchanged(*packed)
+        unit = packed.unit
+        self._require_unchanged(unit, packed.generation)
+        self.note()
+        if unit.name not in self._unpacked:
+            self._end_idle_holds(going_to=unit)
+            with transforms.suspended():
+                self._residents.acquire(unit)
+            self._unpacked[unit.name] = unit
+        return packed.tensor()
+
+    def _require_unchanged(self, unit: Unit, generation: Generation) -> None:
+        if generation.lineage is not self._residents.current(unit).lineage:
+            raise RuntimeError(
+                f"backward needs values of unit {unit.name!r} that an optimizer step has replaced since the forward; "
+                "run the forward again, or the backward before the step"
+            )
+
+    def _require_unwritten(self, used: _Used) -> None:
+        unit = used.unit
+        is_written = used.generation is not self._residents.current(unit) or used.num_writes != unit.num_writes
+        if not is_written and used.content is not None and unit.kept is not None:
+            is_written = used.content != content(unit.kept)
+        if is_written:
+            raise RuntimeError(
+                f"unit {unit.name!r} cannot be recomputed: its parameters were written to between its forward and its "
+                "backward, and a second forward would compute with the new values; write to them before the forward or "
+                "after the backward, or set activations='keep' in the strategy"
+            )
+
+    # -- recompute -----------------------------------------------------------------------------------------------
+
+    def units(self, units: list[Unit]) -> FrameUnits:
+        """What a frame of a module that needs ``units``, which are resident, calls."""
+        return _FrameUnits(self, self._residents, units)
+
+    def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
+        """See `FrameUnits.rerun`."""
+        for used in self._used[frame]:
+            self._residents.settle(used.unit)  # what was written to it since
+            self._require_unchanged(used.unit, used.generation)
+            self._require_unwritten(used)
+        self.note()
+        self._end_idle_holds()
+        self._trace.mark("recompute", frame.name)
+        self.run_again(frame, call)
+
+    def run_again(self, frame: Frame, call: Callable[[], object]) -> None:
+        """Run a frame's module again, for this frame."""
+        outer, self.rerunning = self.rerunning, frame
+        try:
+            call()
+        finally:
+            self.rerunning = outer
+
+    def end_forward(self, frame: Frame, units: list[Unit]) -> None:
+        """The forward of ``frame`` is over, and what it wrote to parameters of ``units`` itself is in the store."""
+        self._used[frame] = [_Used(unit, self._residents.current(unit), unit.num_writes) for unit in units]
+
+    def touched(self, unit: Unit) -> None:
+        """Code outside of modules may write to ``unit`` from now on; no generation tells where it is kept in memory."""
+        if unit.kept is None:
+            return
+        waiting = [u for used in self._used.values() for u in used if u.unit is unit and u.content is None]
+        found = content(unit.kept) if waiting else None
+        for used in waiting:
+            used.content = found
+
+    def hold(self, frame: Frame, units: list[Unit]) -> None:
+        """Keep ``units``, which are held once, until the backward of ``frame`` is over."""
+        self._held[id(frame)] = _Hold(frame, units)
+
+    def show(self, frame: Frame, view: _ParameterView) -> Tensor:
+        """A parameter of a unit that ``frame`` shares with others: one such unit at a time is held beside its own."""
+        self._require_unchanged(view.unit, view.generation)
+        hold = self._held.setdefault(id(frame), _Hold(frame, []))
+        if hold.guest is not view.unit:
+            guest, hold.guest = hold.guest, None
+            if guest is not None:
+                self._residents.release(guest)
+            self._residents.acquire(view.unit)
+            hold.guest = view.unit
+        return view.tensor()
+
+    def watch(self, frame: Frame) -> None:
+        """When the gradients of a frame's inputs are there, its backward is over."""
+        inputs = [t for t in frame.inputs if t.requires_grad and not t.is_leaf]
+        remaining = [len(inputs)]
+        # The graph must not keep the frame, which keeps the graph; nor us, if a module keeps an output of a step.
+        weak, weak_self = weakref.ref(frame), weakref.ref(self)
+
+        def arrived(_: Tensor) -> None:
+            remaining[0] -= 1
+            live, backward = weak(), weak_self()
+            if remaining[0] == 0 and live is not None and backward is not None:
+                backward._end_frame(live)
+
+        for tensor in inputs:
+            tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    # -- ends ----------------------------------------------------------------------------------------------------
+
+    def _end_frame(self, frame: Frame) -> None:
+        frame.drop()
+        hold = self._held.pop(id(frame), None)
+        for unit in hold.all_units if hold is not None else ():
+            self._residents.release(unit)
+
+    def _end_holds(self) -> None:
+        for hold in list(self._held.values()):
+            self._end_frame(hold.frame)
+        while self._unpacked:
+            self._residents.release(self._unpacked.popitem()[1])
+
+    def _end_idle_holds(self, going_to: Unit | None = None) -> None:
+        """Backward goes on to another unit: those it was in before are over, as far as anybody can tell.
+
+        Units of one block, such as frozen weights and the adapters beside them, are used in turns and stay together.
+        """
+        if self.rerunning is not None:
+            return
+        block = None if going_to is None else going_to.block
+        staying = {name: unit for name, unit in self._unpacked.items() if block is not None and unit.block is block}
+        for name in staying:
+            del self._unpacked[name]
+        self._end_holds()
+        self._unpacked.update(staying)
+
+    def _end(self) -> None:
+        self._is_running = False
+        self._end_holds()
+        self._sink.end_backward()
+
+
+@dataclass(eq=False)
+class _Used:
+    """A unit that a frame ran with."""
+
+    unit: Unit
+    generation: Generation
+    num_writes: int
+    content: tuple[int, ...] | None = None  # what it held when code outside of modules first touched it after that
+
+
+class _ParameterView:
+    """Stands for a saved tensor that views a parameter: fetched again when backward needs it."""
+
+    __slots__ = ("__weakref__", "form", "generation", "index", "unit", "version")
+
+    def __init__(self, unit: Unit, index: int, form: tuple[Any, ...], generation: Generation, version: int) -> None:
+        self.unit = unit
+        self.index = index
+        self.form = form
+        self.generation = generation
+        self.version = version
+
+    def tensor(self) -> Tensor:
+        """The tensor; the unit is resident."""
+        size, stride, offset, dtype, is_conj, is_neg = self.form
+        param = self.unit.params[self.index]
+        _unchanged(param, self.version)
+        with torch.no_grad():
+            flat = param.detach().view(-1)
+            saved = (flat if dtype == flat.dtype else flat.view(dtype)).as_strided(size, stride, offset)
+            # `conj()` and `imag` of what is conjugated are views with a mark, not other bytes.
+            saved = torch._neg_view(saved) if is_neg else saved
+            return saved.conj() if is_conj else saved
+
+
+class _Hold:
+    """Units that are held for the backward of one frame."""
+
+    def __init__(self, frame: Frame, units: list[Unit]) -> None:
+        self.frame = frame
+        self.guest: Unit | None = None  # one that it shares with others
+        self._units = units
+
+    @property
+    def all_units(self) -> list[Unit]:
+        """Each is held once."""
+        return self._units if self.guest is None else [*self._units, self.guest]
+
+
+class _FrameUnits:
+    """See `FrameUnits`."""
+
+    def __init__(self, backward: BackwardPass, residents: ParamCache, units: list[Unit]) -> None:
+        self._backward = backward
+        self._residents = residents
+        self._units = units
+        self._versions = self._current_versions()
+
+    def has_written(self) -> bool:
+        return self._versions != self._current_versions()
+
+    def _current_versions(self) -> list[tuple[int, ...]]:
+        return [unit.current_versions() for unit in self._units]
+
+    def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
+        self._backward.rerun(frame, call)
+
+    def try_again(self, frame: Frame, call: Callable[[], object]) -> None:
+        self._backward.run_again(frame, call)
+
+    def keep(self, tensor: Tensor) -> object:
+        return self._backward.pack(tensor)
+
+    def kept(self, packed: Any) -> Tensor:
+        return self._backward.unpack(packed)
+
+    def place(self, tensor: Tensor) -> object | None:
+        place = self._residents.find(tensor)
+        return None if place is None else (place[0].name, place[1], *_form(tensor))
+
+    def hide(self, tensor: Tensor) -> object:
+        place = self._residents.find(tensor)
+        # What a unit that was only visited has is not held: a view of it would hold its buffer, one for each visit.
+        return tensor.detach() if place is None or place[0] in self._units else self._backward.pack(tensor)
+
+    def show(self, frame: Frame, packed: Any) -> Tensor:
+        return self._backward.show(frame, packed) if isinstance(packed, _ParameterView) else cast(Tensor, packed)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    layout = tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype
+    return *layout, tensor.is_conj(), tensor.is_neg()
+
+
+def _unchanged(tensor: Tensor, version: int | None) -> Tensor:
+    # Autograd does not check this itself for tensors that went through hooks.
+    if version is not None and tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"{tensor.dtype} {list(tensor.shape)} is at version {tensor._version}; expected version {version}"
+        )
+    return tensor

@@ -1,0 +1,409 @@
+"""The sink: takes gradients off the device as they arrive; keeps them visible, or hands on complete units.
+
+[Note: spilled] What waits in a mapped file passes the disk without the engine. So the system is asked whether it could
+write it back, before autograd adds to it and before it is read: it tells nobody else, and may read older bytes again
+afterwards. From the step to the update checksums are compared; before, a gradient is the user's, who may change it.
+
+[Note: gradients] Inside the optimizer's step, when nobody may look at gradients, a unit whose gradients are all there
+is handed on at once (`Mode.STREAMED`) and its memory is freed. Otherwise gradients wait as ``.grad``
+(`Mode.VISIBLE`), in memory or, past the budget, on a mapped file that the kernel may write back: no anonymous memory.
+
+Off the device they are copied to the host as they arrive, and nobody waits for that before he must: the update for
+those that are handed on, the end of backward for those that stay visible.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum, auto
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ssd.errors import ConfigurationError, CorruptionError, as_io_error
+from lightning_ssd.io.scratch import Scratch
+from lightning_ssd.kernels.api import crc32c_each
+from lightning_ssd.memory.forked import make_private
+from lightning_ssd.memory.heap import HeapWatch
+from lightning_ssd.memory.mapped_file import map_file, wait_for_write_back
+from lightning_ssd.memory.views import Views, address_of
+from lightning_ssd.store.layout import CHECK_NBYTES, MEMORY_ALIGNMENT
+from lightning_ssd.units.inherited import refused_gradient
+from lightning_ssd.step.grad_offload import OffloadedGrad, GradOffloader
+from lightning_ssd.units.unit import Unit
+
+
+class Mode(Enum):
+    """What becomes of a gradient."""
+
+    VISIBLE = auto()  # it stays ``.grad`` until the user's zero_grad
+    STREAMED = auto()  # it goes to `GradientStore.on_complete` with the rest of its unit, and ``.grad`` is None
+
+
+class GradientStore:
+    """Where the gradients of all units go.
+
+    Args:
+        scratch: Makes files on which waiting gradients are mapped; None keeps them in memory.
+        on_complete: Called in `Mode.STREAMED` with a unit, its gradients by parameter index, and what to call before
+            they are read, from any thread; None where they are there.
+        off_device: Compute runs elsewhere than on the host: gradients are copied to the host as they arrive.
+        landing: Makes these copies.
+        heap: Is told how much memory gradients took that came and went; None if that does not matter.
+        is_gated: All gradients wait: their places in mapped files are made before backward begins. Made as they arrive,
+            their small objects would keep the holes in the heap apart that gradients leave; see [Note: holes].
+        verify: Compare gradients that waited on disk with their checksums.
+    """
+
+    def __init__(
+        self,
+        scratch: Scratch | None,
+        on_complete: Callable[[Unit, dict[int, Tensor], Callable[[], None] | None], None],
+        *,
+        off_device: bool = False,
+        landing: GradOffloader | None = None,
+        heap: HeapWatch | None = None,
+        is_gated: bool = False,
+        verify: bool = False,
+    ) -> None:
+        self._verify = verify
+        self.mode = Mode.VISIBLE
+        self._off_device = off_device
+        self._landing = GradOffloader() if landing is None else landing
+        self._heap = heap
+        self._is_gated = is_gated
+        self._arriving: dict[nn.Parameter, list[tuple[Unit, int, OffloadedGrad]]] = {}  # not yet in `_hidden`
+        self.is_needed: Callable[[Unit], bool] = lambda unit: (
+            False
+        )  # values still to be read by backward; set by the owner
+        self._hidden: dict[nn.Parameter, Tensor] = {}  # off the device, gradients while backward runs
+        self._scratch = scratch
+        self._on_complete = on_complete
+        self._handles: dict[nn.Parameter, RemovableHandle] = {}
+        self._arrived: dict[str, set[int]] = {}  # parameters whose gradient this backward has brought, by unit
+        self._uses: dict[str, int] = {}  # forwards of each unit whose backward has not ended
+        self._users: Counter[tuple[Unit, nn.Module | None]] = Counter()  # the same, by who runs it
+        self._uses_without_grad: Counter[str] = Counter()  # forwards of each unit in this step
+        self._late: set[str] = set()  # units with a forward inside backward: of a reentrant checkpoint
+        self._is_in_backward = False
+        self._units: dict[str, Unit] = {}
+        self._spills: dict[str, _Spill] = {}
+        self._numbers = itertools.count()
+
+    def watch(self, unit: Unit, on_backward: Callable[[], None]) -> None:
+        """From now on take the gradients of ``unit``; parameters that start to require grad later are taken up then."""
+        for index, param in enumerate(unit.params):
+            if param.requires_grad and param not in self._handles:
+                self._handles[param] = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    _Arrival(self, unit, index, on_backward)
+                )
+
+    def used(self, unit: Unit, module: nn.Module | None = None) -> None:
+        """``unit`` runs a forward with grad, in ``module`` or by itself: one more backward will come."""
+        self._uses[unit.name] = self._uses.get(unit.name, 0) + 1
+        self._users[unit, module] += 1
+        if self._is_in_backward:
+            self._late.add(unit.name)
+
+    def used_without_grad(self, unit: Unit) -> None:
+        """``unit`` runs a forward without grad: a reentrant checkpoint may run it again, with grad, in backward."""
+        self._uses_without_grad[unit.name] += 1
+
+    def begin_step(self) -> None:
+        """What ran without grad before has no part in what comes."""
+        self._uses_without_grad.clear()
+        self._is_in_backward = False
+
+    @property
+    def repeated_nbytes(self) -> int:
+        """Gradients of parameters that forwards since the last backward have used several times, as far as we see it.
+
+        Autograd holds them until it has that of the last use, and adds them up.
+        """
+        repeated: dict[nn.Parameter, int] = {}
+        for (unit, module), times in self._users.items():
+            # By itself: a function was given a parameter that some module has too. Small ones are not worth a thought.
+            is_repeated = times > 1 if module is not None else self._uses[unit.name] > times and not unit.sticky
+            mine = set(unit.params) if module is None else set(module.parameters()).intersection(unit.params)
+            repeated |= {param: param.nbytes for param in mine if is_repeated and param.requires_grad}
+        return sum(repeated.values())
+
+    def arrive(self, unit: Unit, index: int, param: Tensor) -> None:
+        """The gradient of parameter ``index`` is complete for this pass of autograd."""
+        grad = param.grad
+        if grad is None:  # a hook of the user's has used it up, as an optimizer in backward does
+            return
+        if grad.layout != torch.strided:
+            raise ConfigurationError(
+                f"parameter {unit.names[index]!r} has a sparse gradient; strategy='ssd_offload' needs dense ones: "
+                "use sparse=False in its nn.Embedding"
+            )
+        self._units[unit.name] = unit
+        arrived = self._arrived.setdefault(unit.name, set())
+        arrived.add(index)
+        if self._off_device:
+            self._take_off(unit, index, grad)
+        if self.mode is Mode.VISIBLE:
+            if not self._off_device:
+                param.grad = self._kept(unit, index, grad)
+        elif self._is_complete(unit, len(arrived)):
+            self._hand_on(unit)
+        if self._heap is not None:
+            self._heap.let_go(grad.nbytes)
+
+    def end_backward(self) -> None:
+        """No more gradients come from this backward: what is not handed on yet is complete too."""
+        if self.mode is Mode.STREAMED:
+            for name in list(self._arrived):
+                self._hand_on(self._units[name])
+        self._arrived.clear()
+        self._uses.clear()
+        self._users.clear()
+        self._late.clear()
+        self._is_in_backward = False
+
+    @contextmanager
+    def backward(self, units: Iterable[Unit]) -> Iterator[None]:
+        """Around a backward. Off the device, ``.grad`` is on the host and not where autograd could add to it."""
+        self._is_in_backward = True
+        for spill in self._spills.values():
+            spill.require_written()
+        if not self._off_device:
+            self._prepare_spills(units)
+            yield
+            return
+        for unit in units:
+            for param in unit.params:
+                if param.grad is not None:
+                    self._hidden[param] = param.grad
+                    param.grad = None
+        try:
+            yield
+        finally:
+            self._land()
+            for unit in units:
+                for param, parked in zip(unit.params, unit.parked, strict=True):
+                    grad = self._hidden.pop(param, None)
+                    if grad is not None:
+                        _set_host_grad(param, parked, grad)
+
+    def check(self, unit: Unit, grads: Mapping[int, Tensor], is_final: bool) -> None:
+        """Refuse gradients of ``unit``, by parameter index, that waited on disk and were damaged there.
+
+        Args:
+            unit: Whose.
+            grads: Those that are read next.
+            is_final: They must be what they were at the call before; else they may have been changed.
+
+        Raises:
+            IoError: The system could not write some of them.
+            CorruptionError: They are not what was written.
+        """
+        spill = self._spills.get(unit.name)
+        if spill is not None:
+            spill.require_written()
+            for index, grad in grads.items():
+                if self._verify and spill.holds(index, grad):
+                    spill.check(index, grad, is_final=is_final)
+
+    def close(self) -> None:
+        """Remove the hooks. Waiting gradients stay visible."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        for spill in self._spills.values():
+            spill.close()
+        self._spills.clear()
+
+    def inherit(self) -> None:
+        """This is a forked process: gradients are the user's alone, and those on mapped files cannot be read."""
+        for spill in self._spills.values():
+            spill.refuse()
+        self.close()
+
+    def _is_complete(self, unit: Unit, num_arrived: int) -> bool:
+        """Whether nothing more can come for ``unit`` in this backward, nor be asked of it."""
+        is_all = num_arrived == sum(p.requires_grad for p in unit.params)
+        if unit.name in self._late and self._uses_without_grad[unit.name] > 1:
+            return False  # autograd runs a backward of its own for each of these
+        return is_all and self._uses.get(unit.name, 0) == 1 and not self.is_needed(unit)
+
+    def _hand_on(self, unit: Unit) -> None:
+        self._arrived.pop(unit.name, None)
+        grads: dict[int, Tensor] = {}
+        sums: list[tuple[Tensor, OffloadedGrad]] = []
+        for index, param in enumerate(unit.params):
+            grad = self._hidden.pop(param, None) if self._off_device else param.grad
+            param.grad = None
+            for _, _, landed in self._arriving.pop(param, ()):
+                grad = landed.tensor if grad is None else grad
+                sums.append((grad, landed))
+            if grad is not None:
+                grads[index] = grad
+        self._on_complete(unit, grads, functools.partial(_add_up, sums) if sums else None)
+        unit.is_handed_on = True  # what was written to it until now is in the store
+
+    def _take_off(self, unit: Unit, index: int, grad: Tensor) -> None:
+        param = unit.params[index]
+        param.grad = None
+        landed = self._landing.take(grad, self._land if self.mode is Mode.VISIBLE else lambda: None)
+        self._arriving.setdefault(param, []).append((unit, index, landed))
+
+    def _land(self) -> None:
+        """Wait for all copies; gradients go where they can stay."""
+        while self._arriving:
+            param, arrivals = self._arriving.popitem()
+            for unit, index, landed in arrivals:
+                landed.wait()
+                waiting = self._hidden.get(param)
+                if waiting is not None:
+                    waiting.add_(landed.tensor)
+                else:
+                    kept = landed.tensor if self.mode is Mode.STREAMED else self._kept(unit, index, landed.tensor)
+                    self._hidden[param] = kept
+
+    def _prepare_spills(self, units: Iterable[Unit]) -> None:
+        if not self._is_gated or self._scratch is None:
+            return
+        for unit in units:
+            if unit.name in self._uses:
+                self._spill_of(unit, unit.dtype).prepare(i for i, p in enumerate(unit.params) if p.requires_grad)
+
+    def _kept(self, unit: Unit, index: int, grad: Tensor) -> Tensor:
+        """``grad`` where it can wait: itself, or past the budget a copy in a mapped file."""
+        if self._scratch is None or grad.numel() == 0:
+            return grad
+        spill = self._spill_of(unit, grad.dtype)
+        if spill.holds(index, grad):
+            return grad
+        if spill.dtype != grad.dtype or spill.is_looked_at(index):
+            self._spills.pop(unit.name).close()
+            spill = self._spill_of(unit, grad.dtype)
+        return spill.copy(index, grad)
+
+    def _spill_of(self, unit: Unit, dtype: torch.dtype) -> _Spill:
+        """The spill that ``unit`` has, else a new one for gradients of ``dtype``."""
+        if unit.name not in self._spills:
+            assert self._scratch is not None
+            self._spills[unit.name] = _Spill(self._scratch, next(self._numbers), unit, dtype)
+        return self._spills[unit.name]
+
+
+class _Arrival:
+    """The hook of one parameter."""
+
+    def __init__(self, sink: GradientStore, unit: Unit, index: int, on_backward: Callable[[], None]) -> None:
+        self._sink = sink
+        self._unit = unit
+        self._index = index
+        self._on_backward = on_backward
+
+    def __call__(self, param: Tensor) -> None:
+        self._on_backward()
+        self._sink.arrive(self._unit, self._index, param)
+
+
+class _Spill:
+    """A mapped, unlinked file as large as the gradients of one unit."""
+
+    def __init__(self, scratch: Scratch, number: int, unit: Unit, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._unit = unit
+        self._checks: dict[int, list[int]] = {}  # of gradients at the step, by parameter index
+        self._shapes = [shape.shape for shape in unit.shapes]
+        sizes = (-(-shape.numel * dtype.itemsize // MEMORY_ALIGNMENT) * MEMORY_ALIGNMENT for shape in unit.shapes)
+        self._offsets = list(itertools.accumulate(sizes, initial=0))
+        self._file = file = scratch.make(f"{number:08d}-grad.safetensors", max(self._offsets[-1], 1))
+        try:
+            about = functools.partial(_gradient_at, unit.names, self._offsets)
+            self._memory = map_file(file.tail_fd, file.nbytes, file.path, about)
+        except BaseException:
+            file.close()
+            raise
+        self._base = address_of(self._memory)
+        self._views = [Views(self._memory) for _ in unit.shapes]
+        self._ready: dict[int, Tensor] = {}  # nobody has seen them
+
+    def prepare(self, indices: Iterable[int]) -> None:
+        """Make the tensors of parameters whose gradients may arrive."""
+        for index in indices:
+            if not self._views[index].in_use:
+                self._ready[index] = self._tensor(index)
+
+    def holds(self, index: int, grad: Tensor) -> bool:
+        """Whether ``grad`` lives here: autograd has added to it in place."""
+        return grad.data_ptr() == self._base + self._offsets[index]
+
+    def is_looked_at(self, index: int) -> bool:
+        """Whether the user kept an earlier gradient of this parameter; it must keep its values."""
+        return index not in self._ready and self._views[index].in_use
+
+    def copy(self, index: int, grad: Tensor) -> Tensor:
+        """A copy of ``grad`` that lives here."""
+        kept = self._ready.pop(index, None)
+        return (self._tensor(index) if kept is None else kept).copy_(grad.detach())
+
+    def _tensor(self, index: int) -> Tensor:
+        return self._views[index].tensor(self._offsets[index], self.dtype, self._shapes[index])
+
+    def require_written(self) -> None:
+        """Refuse to go on where the system could not write back what lies here; [Note: spilled]."""
+        with as_io_error(self._file.path, 0, self._file.nbytes, f"write of gradients of unit {self._unit.name!r}"):
+            wait_for_write_back(self._file.tail_fd)
+
+    def check(self, index: int, grad: Tensor, *, is_final: bool) -> None:
+        """Take the checksums of a gradient that lives here, or compare it with them."""
+        found = crc32c_each(self._base + self._offsets[index], grad.nbytes, CHECK_NBYTES)
+        if is_final and self._checks.get(index, found) != found:
+            raise CorruptionError(
+                f"the gradient of parameter {self._unit.names[index]!r}, which waited in {self._file.path!r}, is not "
+                "what it was at the step; the disk or its controller corrupts data: stop using it and resume from the "
+                "last checkpoint. (Or somebody wrote to the gradient after the step, by way of .data or numpy.)"
+            )
+        self._checks[index] = found
+
+    def refuse(self) -> None:
+        """In a forked process: gradients that live here are the parent's, which goes on to write them."""
+        with as_io_error(self._file.path, 0, self._file.nbytes, "mapping"):
+            make_private(self._memory, self._file.tail_fd)
+        for index, param in enumerate(self._unit.params):
+            if param.grad is not None and self.holds(index, param.grad):
+                param.grad = refused_gradient(param.grad, self._unit.names[index])
+
+    def close(self) -> None:
+        """Close the file; its bytes live as long as a gradient views them."""
+        self._file.close()
+
+
+def _gradient_at(names: Sequence[str], offsets: Sequence[int], offset: int) -> str:
+    index = max(i for i, begin in enumerate(offsets[:-1]) if begin <= offset)
+    return f"the gradient of parameter {names[index]!r}"
+
+
+def _add_up(sums: list[tuple[Tensor, OffloadedGrad]]) -> None:
+    for grad, landed in sums:
+        landed.wait()
+        if landed.tensor is not grad:
+            grad.add_(landed.tensor)
+
+
+def _set_host_grad(param: nn.Parameter, parked: Tensor, grad: Tensor) -> None:
+    # torch compares devices when a gradient is set, not when the data changes: set it while the data is on the host.
+    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+        data = param.data
+        param.data = parked
+        param.grad = grad
+        param.data = data
+
+
+def params_with_grad(units: Iterable[Unit]) -> Iterable[tuple[Unit, dict[int, Tensor]]]:
+    """Units that have a visible gradient, with their gradients by parameter index."""
+    for unit in units:
+        grads = {i: p.grad for i, p in enumerate(unit.params) if p.grad is not None}
+        if grads:
+            yield unit, grads

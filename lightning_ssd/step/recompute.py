@@ -1,0 +1,387 @@
+"""Recompute: a unit's forward keeps its inputs only; backward runs that forward again for the tensors it saved.
+
+[Note: recompute] A forward under a `Frame` packs each tensor that autograd saves as a number. The first unpack in
+backward calls the module again, with the same inputs, generators, autocast state, [Note: Python state] and buffers,
+through the same hooks (so through the same fetch), and collects what autograd saves this time; the n-th of these is the
+n-th of the first run. The second run's own graph is thrown away, so it may start from other tensors with the same
+values: large inputs are in the activation store, [Note: kept inputs]. A second run ends with the last saved tensor, by
+an exception: what would come after it, such as the product of a block's last matrix, nobody needs
+(torch.utils.checkpoint stops early too). Whether a block can be recomputed is found out in its first forward,
+[Note: trial].
+
+Method: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from lightning_ssd.errors import RecomputeError, SSDOffloadError
+from lightning_ssd.activations.store import ActivationStore, FrameInputs
+from lightning_ssd.step.ambient import Ambient
+from lightning_ssd.step.python_state import PythonState, mapped
+from lightning_ssd.step.trial import REMEDY, Trial, Verdicts
+
+
+class FrameUnits(Protocol):
+    """The units that one frame needs."""
+
+    def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
+        """Run a frame's module again in backward; hold its units until the frame's backward is over."""
+        ...
+
+    def try_again(self, frame: Frame, call: Callable[[], object]) -> None:
+        """Run a frame's module again right after its forward, while its units are held."""
+        ...
+
+    def has_written(self) -> bool:
+        """Whether the first forward wrote to parameters."""
+        ...
+
+    def keep(self, tensor: Tensor) -> object:
+        """What stands for a saved tensor that is kept: it, or a view of a parameter that is fetched again."""
+        ...
+
+    def kept(self, packed: Any) -> Tensor:
+        """The tensor that `keep` was given."""
+        ...
+
+    def place(self, tensor: Tensor) -> object | None:
+        """Which parameter's values ``tensor`` views, and how; None if none."""
+        ...
+
+    def hide(self, tensor: Tensor) -> object:
+        """As `keep`, of a tensor of a second run: only views of other units' parameters are fetched again."""
+        ...
+
+    def show(self, frame: Frame, packed: Any) -> Tensor:
+        """The tensor that `hide` was given."""
+        ...
+
+
+class Frame:
+    """One forward of one module that will be run again in backward.
+
+    Args:
+        name: The unit's name, for messages.
+        module: What to call again.
+        args: Its arguments.
+        kwargs: Those by name.
+        device: Where it computes.
+        units: Its units.
+        verdicts: Which modules can be run again; added to.
+
+    Attributes:
+        name: The unit's name, for messages.
+        module: What to call again.
+        opaque: Why the module cannot be run again, as far as that is known before it has run; None if it can.
+        is_kept: It keeps what was saved: its module cannot be run again.
+        is_trying: The second run is the one right after the first.
+        is_stopped: The second run is ending early, since all is saved.
+        error: What one of our hooks raised then; torch only warns of it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        device: torch.device,
+        units: FrameUnits,
+        verdicts: Verdicts,
+    ) -> None:
+        self.name = name
+        self.module = module
+        self._args = args
+        self._kwargs = kwargs
+        self._kept: FrameInputs | None = None
+        self._units = units
+        self._verdicts = verdicts
+        self._trial = None if verdicts.is_equal(module) else Trial(units.keep, units.place)
+        self._is_open = True
+        self._inputs = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
+        self._ambient = Ambient(device)
+        self._given = PythonState((*args, *kwargs.values()))
+        self._own = PythonState((module,), verdicts.around(module))
+        self._buffers = [(m, n, b, b.clone()) for m, n, b in _buffers(module)]
+        self._saved: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self._values: list[object] | None = None
+        self.opaque = self._given.opaque or self._own.opaque
+        self.is_kept = self.is_trying = self.is_stopped = False
+        self.error: BaseException | None = None
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def pack(self, tensor: Tensor) -> _Saved:
+        """Forget a tensor that autograd saves; remember its place."""
+        self._saved.append((tensor.shape, tensor.dtype, tensor.device))
+        if self._trial is not None:
+            self._trial.save(tensor)
+        return _Saved(self, len(self._saved) - 1)
+
+    def end_forward(self) -> None:
+        """The forward is over: keep old values of the buffers it changed, and find out whether it can be run again.
+
+        Raises:
+            RecomputeError: If it changed an input in place, and did not before.
+        """
+        self._is_open = False
+        self._buffers = [item for item in self._buffers if not torch.equal(item[2], item[3])]
+        trial, self._trial = self._trial, None
+        if trial is None:
+            self._require_same_inputs("its own forward changed a tensor in place, and did not in its first one")
+            if self._units.has_written():
+                self._refuse("its own forward wrote to its parameters, and did not in its first one")
+        elif self._saved:
+            reason = self._reason_to_keep(trial)
+            if reason is None:
+                self._verdicts.pass_(self.module)
+            else:
+                self._verdicts.keep(self.module, self.name, reason)
+                self._keep_saved(trial.kept)
+
+    def _reason_to_keep(self, trial: Trial) -> str | None:
+        """Why the module cannot be run again; see [Note: trial]."""
+        if not self._has_same_inputs:
+            return "it changes a tensor in place that was there before"
+        if self._units.has_written():
+            return "it writes to its own parameters"
+        self.is_trying = True
+        try:
+            self._run_again(trial.compare, self._units.try_again)
+        except SSDOffloadError:
+            raise
+        except Exception as error:
+            return f"the second time it raised {type(error).__name__}: {error}"
+        finally:
+            self.is_trying = False
+        self._require_same_inputs("its second run changed a tensor in place, and the first did not")
+        return trial.difference()
+
+    def _keep_saved(self, kept: list[object]) -> None:
+        self.is_kept = True
+        self._values = kept
+        self._args, self._kwargs = (), {}
+        self._inputs, self._buffers = [], []
+        self._given = self._own = PythonState(())
+
+    def keep(self, store: ActivationStore) -> None:
+        """Let go of large inputs; ``store`` keeps their values. Follows `end_forward`, and hooks on `inputs`."""
+        given: list[Tensor] = []
+
+        def take(tensor: Tensor) -> object:
+            if not store.can_keep(tensor):
+                return tensor
+            if not any(tensor is other for other in given):
+                given.append(tensor)
+            index = next(i for i, other in enumerate(given) if tensor is other)
+            return _Given(index, tensor.requires_grad)
+
+        self._args = mapped(self._args, Tensor, take)
+        self._kwargs = {key: mapped(value, Tensor, take) for key, value in self._kwargs.items()}
+        self._given.map(take)
+        self._inputs = [(t, v) for t, v in self._inputs if not any(t is other for other in given)]
+        self._kept = store.keep(self.name, given)
+
+    @property
+    def inputs(self) -> Iterator[Tensor]:
+        """Tensors among the arguments; after `keep` only those that stayed."""
+        return (t for t, _ in self._inputs)
+
+    # -- backward ------------------------------------------------------------------------------------------------
+
+    def unpack(self, saved: _Saved) -> Tensor:
+        """The tensor that was packed, recomputed now if it is not in memory."""
+        return saved.frame.value(saved.index)
+
+    def value(self, index: int) -> Tensor:
+        """The ``index``-th saved tensor."""
+        if self._is_open and self._trial is None:
+            raise RecomputeError(self._inner_backward())
+        if self._trial is not None:
+            return self._units.kept(self._trial.kept[index])
+        if self._values is None:
+            self._require_same_inputs("a later operation changed an input of it in place")
+            self._values = self._recompute()
+        value = self._values[index]
+        return self._units.kept(value) if self.is_kept else self._units.show(self, value)
+
+    def drop(self) -> None:
+        """Forget the recomputed tensors; if autograd asks again, they are computed again."""
+        if self._values is not None and not self.is_kept:
+            # Emptied, not only let go: a detached view holds its base, so the second run's graph, whose hooks hold the
+            # list. Without this the tensors, and the unit's buffer under them, live until the process ends.
+            self._values.clear()
+            self._values = None
+
+    def _recompute(self) -> list[object]:
+        values: list[object] = []
+        found: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+
+        def pack(tensor: Tensor) -> int:
+            if not self.is_stopped:
+                values.append(self._units.hide(tensor))
+                found.append((tensor.shape, tensor.dtype, tensor.device))
+            self.is_stopped = len(values) == len(self._saved)
+            if self.is_stopped:
+                raise _AllSavedError
+            return len(values) - 1
+
+        try:
+            self._run_again(pack, self._units.rerun)
+        except SSDOffloadError:
+            raise
+        except Exception as error:
+            raise RecomputeError(
+                f"unit {self.name!r}: its forward was run a second time, to recompute its activations in backward, and "
+                f"raised {type(error).__name__}: {error}; if it cannot be run twice, {REMEDY}"
+            ) from error
+        self._require_same_saved(found)
+        return values
+
+    def _run_again(self, pack: Callable[[Tensor], int], rerun: Callable[[Frame, Callable[[], object]], None]) -> None:
+        """The second run, everything as it was in the first."""
+        self.is_stopped = False
+        self.error = None
+
+        def unpack(index: int) -> Tensor:
+            raise RecomputeError(self._inner_backward())
+
+        def run() -> None:
+            try:
+                # Not a `__call__` of its class around this one: the first run was noted inside of it.
+                nn.Module.__call__(self.module, *args, **kwargs)
+            except Exception:  # the module may have made another one of ours
+                if not self.is_stopped:
+                    raise
+            error, self.error = self.error, None  # the graph holds us, and would hold all that the error refers to
+            if error is not None:
+                raise error
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(self._ambient.again())
+            load = self._loader()
+            stack.enter_context(self._own.put_back())
+            stack.enter_context(self._given.put_back(load))
+            stack.enter_context(self._old_buffers())
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+            args = mapped(self._args, _Given, load)
+            kwargs = {key: mapped(value, _Given, load) for key, value in self._kwargs.items()}
+            rerun(self, run)
+
+    def _inner_backward(self) -> str:
+        return f"unit {self.name!r}: backward inside its own forward cannot be recomputed; {REMEDY}"
+
+    def _loader(self) -> Callable[[Any], Any]:
+        """Gives what the store keeps, where it stands for it; anything else as it is."""
+        values = [] if self._kept is None else self._kept.load()
+        found: dict[int, Tensor] = {}  # the same tensor where it was the same
+
+        def load(held: Any) -> Any:
+            if not isinstance(held, _Given):
+                return held
+            if held.index not in found:
+                tensor = values[held.index]
+                # Autocast caches casts of leaves: what was none must not become one.
+                found[held.index] = tensor.requires_grad_().view_as(tensor) if held.requires_grad else tensor
+            return found[held.index]
+
+        return load
+
+    @contextmanager
+    def _old_buffers(self) -> Iterator[None]:
+        # Copies, so that the second run cannot change what the first has already changed.
+        old = {(m, n): value for m, n, _, value in self._buffers}
+        live = list(_buffers(self.module))
+        for m, n, b in live:
+            m._buffers[n] = old.get((m, n), b).clone()
+        try:
+            yield
+        finally:
+            for m, n, b in live:
+                m._buffers[n] = b
+
+    @property
+    def _has_same_inputs(self) -> bool:
+        is_kept_same = self._kept is None or self._kept.is_unchanged
+        is_state_same = not (self._given.is_written or self._own.is_written)
+        return is_kept_same and is_state_same and all(t._version == version for t, version in self._inputs)
+
+    def _require_same_inputs(self, what: str) -> None:
+        if not self._has_same_inputs:
+            self._refuse(what)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise RecomputeError(f"unit {self.name!r} cannot be recomputed: {what}; {REMEDY}")
+
+    def _require_same_saved(self, found: list[tuple[torch.Size, torch.dtype, torch.device]]) -> None:
+        if found != self._saved:
+            where = next((i for i, (a, b) in enumerate(zip(self._saved, found, strict=False)) if a != b), None)
+            detail = (
+                f"{len(self._saved)} tensors were saved, then {len(found)}"
+                if where is None
+                else f"tensor {where} was {self._saved[where][:2]}, then {found[where][:2]}"
+            )
+            raise RecomputeError(
+                f"unit {self.name!r}: its forward does something else the second time ({detail}); does it depend on "
+                f"state outside it, such as a cache? {REMEDY}"
+            )
+
+
+class _AllSavedError(getattr(torch.utils.checkpoint, "_StopRecomputationError", Exception)):  # type: ignore[misc]
+    """Ends a second run. Not a failure; an `Exception`, since torch runs forward hooks after these only.
+
+    Code that catches everything in forward lets torch's pass, where it knows of it.
+    """
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Stands for an input that is the ``index``-th in the store."""
+
+    index: int
+    requires_grad: bool
+
+
+class _Saved:
+    """Stands for the ``index``-th tensor saved under ``frame``."""
+
+    __slots__ = ("frame", "index")
+
+    def __init__(self, frame: Frame, index: int) -> None:
+        self.frame = frame
+        self.index = index
+
+
+def keeps_activations(module: nn.Module) -> bool:
+    """Whether ``module`` must keep its activations: it works in place and may change its own inputs."""
+    return any(getattr(m, "inplace", False) is True for m in module.modules())
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors inside nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for m in module.modules():
+        for name, buffer in m._buffers.items():
+            if buffer is not None:
+                yield m, name, buffer

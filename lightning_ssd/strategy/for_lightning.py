@@ -1,0 +1,36 @@
+"""Strategy, precision plugin and callback for `lightning.pytorch`. Imported only when that namespace is in use."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
+
+from lightning_ssd.strategy.precision import PrecisionMixin
+from lightning_ssd.strategy.strategy import StrategyMixin
+from lightning_ssd.strategy.trace_callback import TraceMixin
+
+
+class SSDOffloadPrecision(PrecisionMixin, Precision):  # noqa: D101
+    __doc__ = PrecisionMixin.__doc__  # so that `help()` shows the arguments
+
+
+class SSDOffloadStrategy(StrategyMixin, ParallelStrategy):  # noqa: D101
+    __doc__ = StrategyMixin.__doc__
+
+    _namespace = "lightning.pytorch"
+    _precision_class = SSDOffloadPrecision
+    _stock_precision = MappingProxyType(
+        {plugin.__name__: plugin for plugin in (Precision, MixedPrecision, HalfPrecision, DoublePrecision)}
+    )
+
+
+class SSDOffloadTrace(TraceMixin, Callback):  # noqa: D101
+    __doc__ = TraceMixin.__doc__
+
+
+# Only the check in front of a compiled module asks for this class. Without the registration every
+# `Trainer.fit(torch.compile(module))` is refused; the strategy stays a `ParallelStrategy` for all else.
+SingleDeviceStrategy.register(SSDOffloadStrategy)

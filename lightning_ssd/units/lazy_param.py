@@ -1,0 +1,168 @@
+"""Parameters at rest: a thin `nn.Parameter` class whose first operation on values asks its owner to bring them.
+
+[Note: at rest] While a unit is not in use, its parameters view one shared placeholder of NaN bytes that costs no
+memory, and have the class made here. Metadata (shape, dtype, device, ``requires_grad``, ``grad``, hooks) is answered as
+it is. Any other operation first calls `LazyParameter.wake`, which turns the parameters it touches into plain `nn.Parameter`s
+on real values: inside a step by fetching the unit to the device, outside by mapping the file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ssd.errors import ResidencyError
+from lightning_ssd.units import transforms
+
+
+class LazyParameter(Protocol):
+    """Brings parameters at rest to life."""
+
+    def gather(self, params: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Inside, ``params`` are plain parameters on their current values, and saved tensors are not watched."""
+        ...
+
+    def wake(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
+        """Make ``params`` plain parameters on their current values, all at the same time; ``operands`` stay usable."""
+        ...
+
+
+def fenced_class(fence: LazyParameter) -> type[nn.Parameter]:
+    """The class of parameters at rest that ``fence`` looks after."""
+
+    class ParameterAtRest(nn.Parameter):
+        _fence = fence
+
+        @classmethod
+        def __torch_function__(
+            cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func in (torch.autograd.grad, torch.autograd.backward):
+                return _differentiate(func, *args, **kwargs)
+            if func not in METADATA:
+                tensors = list(_tensors((args, kwargs)))
+                asleep = [p for p in tensors if type(p) is ParameterAtRest]
+                fence.wake(asleep, [p for p in tensors if type(p) is not ParameterAtRest])
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+
+        def as_subclass(self, cls: type[Tensor]) -> Tensor:  # type: ignore[override]
+            # Not through __torch_function__ either: torch does not let it be overridden there.
+            fence.wake([self])
+            return Tensor.as_subclass(self, cls)
+
+        def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
+            # Through __torch_function__ torch (up to 2.10) loses a reference to the class, and with it to the session.
+            with torch._C.DisableTorchFunctionSubclass():
+                return super().is_contiguous(*args, **kwargs)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+            # Not through __torch_function__: nn.Parameter looks at type(self) before it touches a value.
+            if id(self) in memo:
+                return memo[id(self)]  # type: ignore[no-any-return]
+            fence.wake([self])
+            return nn.Parameter.__deepcopy__(self, memo)  # type: ignore[no-any-return, no-untyped-call]
+
+    return ParameterAtRest
+
+
+def _differentiate(
+    func: Callable[..., Any], outputs: Any, inputs: Any = None, *, materialize_grads: bool = False, **kwargs: Any
+) -> Any:
+    """`torch.autograd.grad` or `backward`, as torch hands them on: parameters among ``inputs`` stay at rest.
+
+    Both take places in the graph as well as tensors. Not with the fence off, as other functions: they run forwards.
+    """
+    wake_all([p for p in _tensors((outputs, kwargs.get("grad_outputs"), kwargs.get("grad_tensors"))) if _is_at_rest(p)])
+    wake_all([p for p in inputs or () if _is_at_rest(p) and not p.requires_grad])  # torch refuses it
+    with torch._C.DisableTorchFunctionSubclass():
+        places = inputs and [torch.autograd.graph.get_gradient_edge(p) if _is_at_rest(p) else p for p in inputs]
+    if not materialize_grads:
+        return func(outputs, inputs=places, **kwargs)
+    grads = func(outputs, inputs=places, **(kwargs | {"allow_unused": True}))
+    zeros = functools.partial(torch.zeros_like, requires_grad=kwargs["create_graph"])
+    return tuple(zeros(p) if grad is None else grad for p, grad in zip(inputs, grads, strict=True))
+
+
+def _is_at_rest(value: Any) -> bool:
+    return hasattr(type(value), "_fence")
+
+
+def wake_all(params: Sequence[nn.Parameter]) -> None:
+    """Wake those of ``params`` that are at rest, all at the same time."""
+    for fence, asleep in by_fence(params):
+        fence.wake(asleep)
+
+
+def by_fence(params: Sequence[nn.Parameter]) -> list[tuple[LazyParameter, list[nn.Parameter]]]:
+    """Those of ``params`` that are at rest, with who looks after them."""
+    found: dict[int, tuple[LazyParameter, list[nn.Parameter]]] = {}
+    for param in params:
+        fence = getattr(type(param), "_fence", None)
+        if fence is not None:
+            found.setdefault(id(fence), (fence, []))[1].append(param)
+    return list(found.values())
+
+
+def require_awake(module: nn.Module) -> None:
+    """Refuse to run ``module`` under torch.func on parameters that the transform took while they were at rest.
+
+    Raises:
+        ResidencyError: Names the module and the way out.
+    """
+    for name, param in module.named_parameters():
+        if _is_at_rest(transforms.unwrapped(param)) and not _is_at_rest(param):
+            raise ResidencyError(
+                f"torch.func was given parameter {name!r} of a {type(module).__name__} whose values are on disk; torch "
+                "takes tensors apart where nothing can bring them: call it inside `with "
+                "lightning_ssd.gathered(module):`"
+            )
+
+
+def _tensors(value: Any) -> Iterator[Any]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _accessors() -> Iterator[Any]:
+    read_only = (
+        "shape dtype device layout ndim itemsize nbytes grad_fn is_leaf is_cpu is_cuda is_meta is_mps is_mkldnn "
+        "is_nested is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu is_mtia is_ipu is_maia names name "
+        "output_nr retains_grad _version _base _has_symbolic_sizes_strides"
+    )
+    writable = "requires_grad grad _grad _backward_hooks _post_accumulate_grad_hooks grad_dtype"
+    for name in (read_only + " " + writable).split():
+        attribute: Any = getattr(Tensor, name, None)
+        if hasattr(attribute, "__get__"):
+            yield attribute.__get__
+        if name in writable.split() and hasattr(attribute, "__set__"):
+            yield attribute.__set__
+            yield attribute.__delete__
+
+
+def _functions() -> Iterator[Any]:
+    methods = (
+        "size dim ndimension numel nelement stride is_contiguous element_size storage_offset requires_grad_ "
+        "register_hook register_post_accumulate_grad_hook is_floating_point is_complex is_signed is_inference "
+        "get_device has_names dim_order __len__ _is_view new_zeros new_ones new_empty new_full new_tensor"
+    )
+    functions = (
+        "numel is_floating_point is_complex is_signed is_inference get_device empty_like zeros_like ones_like "
+        "full_like rand_like randn_like randint_like result_type can_cast promote_types"
+    )
+    yield from (getattr(Tensor, name) for name in methods.split() if hasattr(Tensor, name))
+    yield from (getattr(torch, name) for name in functions.split() if hasattr(torch, name))
+
+
+METADATA = frozenset([*_accessors(), *_functions()])

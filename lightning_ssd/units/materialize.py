@@ -1,0 +1,134 @@
+"""Parameters that are being created: each is a mapping of a file of its own, so that no model is ever in memory.
+
+While a nursery is armed, every parameter that a module registers is moved into it, whoever creates and fills it:
+``configure_model``, `trainer.init_module()`, Hugging Face's ``from_pretrained``. Files are unlinked at once; they go
+when the values have moved into the store.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.io.scratch import Scratch
+from lightning_ssd.memory.mapped_file import map_file
+from lightning_ssd.memory.views import Views
+from lightning_ssd.sizes import MiB
+
+MIN_NBYTES = MiB // 4
+"""Parameters below this stay where they were made: a mapping costs a page and a descriptor."""
+
+
+class ParamMaterializer:
+    """Makes mapped parameters in files of ``scratch``."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
+        self._numbers = itertools.count()
+        self._ours: set[int] = set()  # addresses of the mappings made here
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """Inside, parameters are mapped files as soon as they are registered."""
+        handle = register_module_parameter_registration_hook(self._on_register)  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def materialise(self, root: nn.Module) -> None:
+        """Replace parameters on the meta device by mapped ones and let their modules initialise them.
+
+        Raises:
+            ConfigurationError: If a module cannot initialise its own parameters; names it.
+        """
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        for name, module in list(root.named_modules()):
+            mine = {k: p for k, p in module._parameters.items() if p is not None and p.is_meta}
+            fresh = [p for p in mine.values() if p not in made]
+            if fresh or any(b is not None and b.is_meta for b in module._buffers.values()):
+                _require_initialiser(name, module)
+                _require_all_meta(name, module, set(made.values()))
+            for key, param in mine.items():
+                if param not in made:
+                    made[param] = nn.Parameter(self._map(param), requires_grad=param.requires_grad)
+                module._parameters[key] = made[param]
+            for key, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[key] = fresh_buffer = torch.empty_like(buffer, device="cpu")
+                    fresh += [fresh_buffer]
+            if fresh:
+                module.reset_parameters()
+
+    def widen(self, root: nn.Module, dtype: torch.dtype) -> None:
+        """Convert floating parameters that have fewer bits; values that are not in memory stay out of it."""
+        for param in root.parameters():
+            if param.is_floating_point() and param.dtype.itemsize < dtype.itemsize and not param.is_meta:
+                is_mapped = param.nbytes >= MIN_NBYTES and param.device.type == "cpu"
+                with torch.no_grad(), torch.inference_mode(False):
+                    param.data = self._map(param, dtype).copy_(param) if is_mapped else param.to(dtype)
+
+    def load(self, root: nn.Module, weights: Mapping[str, Any], *, strict: bool) -> None:
+        """`Module.load_state_dict`; into a model on the meta device, mapped tensors go as they are, without a copy."""
+        names: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        for module in root.modules():
+            for key, param in module._parameters.items():
+                if param is not None and param.is_meta:
+                    names.setdefault(param, []).append((module, key))
+        # A module's own `load_state_dict` may take what Lightning gives it, and nothing more.
+        options = {"assign": True} if names else {}
+        root.load_state_dict(weights, strict=strict, **options)
+        for places in names.values():  # assigning gave each name a parameter of its own: tie them again
+            module, key = places[0]
+            for other, other_key in places[1:]:
+                other._parameters[other_key] = module._parameters[key]
+
+    def _on_register(self, module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if type(param) is not nn.Parameter or param.is_meta or param.nbytes < MIN_NBYTES:
+            return None
+        if param.device.type != "cpu" or param.data_ptr() in self._ours or not param.is_contiguous():
+            return None
+        # The same object with other memory: whoever made it may have marked it, and looks for the mark (transformers).
+        values = self._map(param)
+        with torch.no_grad(), torch.inference_mode(False):
+            values.copy_(param)
+            param.data = values
+        return None
+
+    def _map(self, param: nn.Parameter, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the parameter's form in a file of its own, not initialised."""
+        dtype = dtype or param.dtype
+        nbytes = max(param.numel() * dtype.itemsize, 1)
+        file = self._scratch.make(f"nursery-{next(self._numbers):08d}.safetensors", nbytes)
+        try:
+            memory = map_file(file.tail_fd, file.nbytes, file.path, lambda offset: "a parameter that is being created")
+        finally:
+            file.close()
+        tensor = Views(memory).tensor(0, dtype, tuple(param.shape))
+        self._ours.add(tensor.data_ptr())
+        return tensor
+
+
+def _require_all_meta(name: str, module: nn.Module, made: set[nn.Parameter]) -> None:
+    filled = [k for k, p in module._parameters.items() if p is not None and not p.is_meta and p not in made]
+    if filled:
+        raise ConfigurationError(
+            f"module {name!r} ({type(module).__name__}) has values for {', '.join(filled)} and others still on the "
+            "meta device; reset_parameters() would overwrite what is there: load all of its parameters, or none"
+        )
+
+
+def _require_initialiser(name: str, module: nn.Module) -> None:
+    if not callable(getattr(module, "reset_parameters", None)):
+        raise ConfigurationError(
+            f"module {name!r} ({type(module).__name__}) has parameters or buffers on the meta device and no "
+            "reset_parameters() to give them values; add one, load weights into it, or build it outside "
+            "torch.device('meta') in configure_model (there, parameters are mapped to files as they are made)"
+        )

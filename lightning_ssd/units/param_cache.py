@@ -1,0 +1,656 @@
+"""Which units are in memory: fetch and release, reading ahead, caching, and values of parameters at rest."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ssd.errors import SSDOffloadError
+from lightning_ssd.memory.pool import Buffer, Pool
+from lightning_ssd.store.generation import Generation
+from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.units import transforms
+from lightning_ssd.units.mapped import MappedParams, InMemoryParams
+from lightning_ssd.units.device import DeviceCopy
+from lightning_ssd.units.lazy_param import fenced_class
+from lightning_ssd.units.placement import InPlace, Placement
+from lightning_ssd.units.inherited import Inherited
+from lightning_ssd.units.update_target import UpdateTarget
+from lightning_ssd.units.prefetch import PrefetchPolicy
+from lightning_ssd.units.execution_order import ExecutionOrder
+from lightning_ssd.units.unit import Residency, Unit
+from lightning_ssd.units.user_writes import UserWrites
+from lightning_ssd.trace.recorder import Lane, Trace
+
+
+class Owing(Protocol):
+    """Updates that have yet to run, seen from the parameters: only they know how long their values are good."""
+
+    def wait(self, unit: Unit) -> None:
+        """Return when no update of ``unit`` is owed; raise what an update failed with."""
+        ...
+
+    def is_owed(self, unit: Unit) -> bool:
+        """Whether an update of ``unit`` is still to be done."""
+        ...
+
+    def notify(self) -> None:
+        """A unit that was in use is at rest."""
+        ...
+
+
+class _NothingOwed:
+    """Before the first step there are no updates."""
+
+    def wait(self, unit: Unit) -> None:
+        """See `Owing.wait`."""
+
+    def is_owed(self, unit: Unit) -> bool:
+        """See `Owing.is_owed`."""
+        return False
+
+    def notify(self) -> None:
+        """See `Owing.notify`."""
+
+
+class ParamCache:
+    """The units of one model and the memory they take.
+
+    The thread that trains calls everything but `lend`, `end_borrow` and `updated`, which the thread of updates calls.
+
+    Args:
+        units: All units.
+        store: Where their values are.
+        trace: Gets the events ``prefetch``, ``fetch``, ``release``, and spans.
+
+    Attributes:
+        units: All units.
+        schedule: Order of use.
+        is_in_step: Tells whether an operation on a parameter at rest fetches it to the device. Set by the owner.
+        on_fetch: Called with each unit that became resident. Set by the owner.
+        on_touch: Called with each unit of which a parameter at rest was used in a step. Set by the owner.
+        on_wake: The same outside a step. Set by the owner.
+        unwatched: Inside what it returns, saved tensors are not watched. Set by the owner.
+        inherited: In a forked process, where values are; None in the one that trains.
+    """
+
+    def __init__(self, units: list[Unit], *, store: StateStore, trace: Trace) -> None:
+        self.units = units
+        self.schedule = ExecutionOrder()
+        self.is_in_step: Callable[[], bool] = lambda: False
+        self.on_fetch: Callable[[Unit], None] = lambda unit: None
+        self.on_touch: Callable[[Unit], None] = lambda unit: None
+        self.on_wake: Callable[[Unit], None] = lambda unit: None
+        self.unwatched: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._store = store
+        self._trace = trace
+        self._pool: Pool
+        self._route: Placement = InPlace()
+        self._owing: Owing = _NothingOwed()
+        self._keep_cache = False
+        self._outlook = PrefetchPolicy(units, self.schedule)
+        self._lock = threading.Condition()
+        self._owners = {param: unit for unit in units for param in unit.params}
+        self._parked_class = fenced_class(self)
+        self._places: dict[int, tuple[Unit, int]] = {}  # of resident parameters, by address of their storage
+        self._writes = UserWrites(store, units, self.is_current)
+        self._loose: list[dict[str, Unit]] = [{}]  # resident without a hold, by the visit that touched them
+        self.inherited: Inherited | None = None
+
+    def start(
+        self, *, pool: Pool, route: Placement, owing: Owing, keep_cache: bool, num_ahead: int | None, quantum: int
+    ) -> None:
+        """Stream from now on.
+
+        Args:
+            pool: Memory for parameters.
+            route: The way to the device.
+            owing: Updates that have yet to run.
+            keep_cache: Released bytes stay while nobody needs the memory.
+            num_ahead: Units that may be fetched ahead of use; None for as many as the memory holds.
+            quantum: Units whose reads are started together.
+        """
+        self._pool, self._route, self._owing = pool, route, owing
+        self._writes.keeps_buffer = route.keeps_buffer
+        self._keep_cache = keep_cache
+        self._outlook = PrefetchPolicy(
+            self.units,
+            self.schedule,
+            is_owed=owing.is_owed,
+            num_ahead=len(self.units) if num_ahead is None else num_ahead,
+            quantum=quantum,
+        )
+
+    def keep(self, unit: Unit) -> None:
+        """``unit`` is kept in memory by the store from now on."""
+        unit.kept = self._store.kept(unit.name, "param")
+        unit.move(Residency.STAGED)
+
+    def stop(self) -> None:
+        """Hold no memory; leave plain parameters on mappings of their files."""
+        for unit in self.units:
+            unit.num_holds = 0
+            self._evict(unit)
+            if unit.kept is not None:
+                self.settle(unit)
+                unit.kept = None
+                unit.move(Residency.ON_DISK)
+        self._route.close()
+        self._store.stop_keeping()
+        for unit in self.units:
+            unit.generation = unit.placed = None
+            is_placed = self._store.current(unit.name, "param") is not None  # not if the disk failed or filled before
+            if unit.at_rest is None and is_placed:
+                unit.at_rest = MappedParams(self._store, self.current(unit))
+                self._wake(unit)
+
+    # -- fetch and release ---------------------------------------------------------------------------------------
+
+    def acquire(self, unit: Unit) -> None:
+        """Make ``unit`` resident and keep it so until `release`.
+
+        Raises:
+            IoError: The disk failed.
+            ResidencyError: There is no memory for it.
+        """
+        if unit.num_holds == 0:
+            self._owing.wait(unit)
+        with self._lock:
+            if unit.num_holds == 0:
+                self.schedule.use(unit.name)
+            if any(unit.name in loose for loose in self._loose):
+                self._writes.take_from_step(unit)  # its module runs on what the user wrote before
+            unit.num_holds += 1
+            try:
+                self._begin_fetch(unit)
+            except BaseException:
+                unit.num_holds -= 1
+                raise
+        try:
+            if unit.transfer is not None:
+                with self._trace.span(Lane.WAIT, "wait for parameters", unit.name):
+                    unit.transfer.wait()  # sync: the disk
+        except BaseException:
+            with self._lock:
+                unit.num_holds -= 1
+                self._evict(unit)
+            raise
+        with self._lock:
+            self._end_fetch(unit)
+            for loose in self._loose:
+                loose.pop(unit.name, None)
+            self._prefetch()
+
+    def release(self, unit: Unit) -> None:
+        """Undo one `acquire`; after the last, the parameters are at rest, or stay for the step if sticky."""
+        with self._lock:
+            unit.num_holds -= 1
+            if unit.num_holds == 0 and not (unit.sticky and self.is_in_step() and self.is_current(unit)):
+                self._let_go(unit)
+
+    def begin_visit(self) -> None:
+        """A module runs: parameters at rest that are touched inside stay until `end_visit`."""
+        self._loose.append({})
+
+    def end_visit(self) -> None:
+        """The module has run."""
+        with self._lock:
+            for unit in self._loose.pop().values():
+                if unit.num_holds == 0:
+                    self._let_go(unit)
+
+    def begin_backward(self) -> None:
+        """Updates of this step are still to come."""
+        with self._lock:
+            self._outlook.begin_backward()
+
+    def end_step(self) -> None:
+        """The step is over: units that stayed for it go to rest."""
+        with self._lock:
+            for unit in self.units:
+                if unit.num_holds == 0:
+                    self._release_memory(unit)
+                unit.is_handed_on = False
+            self._loose = [{}]
+
+    @contextmanager
+    def outside_step(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+        """Inside, parameters are at rest, whatever runs around it; gives a context that is as it was before."""
+        before = self.is_in_step
+
+        @contextmanager
+        def inside_step() -> Iterator[None]:
+            self.is_in_step = before
+            try:
+                yield
+            finally:
+                self.end_step()
+                self.is_in_step = lambda: False
+
+        self.end_step()
+        self.is_in_step = lambda: False
+        try:
+            yield inside_step
+        finally:
+            self.is_in_step = before
+
+    def drop_holds(self) -> None:
+        """Forget who holds what, after a failure."""
+        with self._lock:
+            for unit in self.units:
+                self._writes.forget(unit)
+                unit.num_holds = 0
+            self.end_step()
+
+    def is_current(self, unit: Unit) -> bool:
+        """Whether the bytes in memory are those of the newest generation."""
+        return unit.generation is self.current(unit)
+
+    def find(self, tensor: Tensor) -> tuple[Unit, int] | None:
+        """The resident parameter that ``tensor`` views: its unit and index."""
+        if not self._places or tensor.layout is not torch.strided:
+            return None
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                return self._places.get(tensor.untyped_storage().data_ptr())
+            except (RuntimeError, NotImplementedError):
+                return None  # a tensor without storage of its own, such as one under functorch
+
+    def _begin_fetch(self, unit: Unit) -> None:
+        is_free = unit.state is Residency.STAGED or (unit.state is Residency.RESIDENT and unit.num_holds == 1)
+        is_stale = is_free and not self.is_current(unit)
+        if unit.at_rest is not None or is_stale:
+            self._evict(unit)
+        if unit.at_rest is not None:
+            self.settle(unit)
+        if unit.state is Residency.ON_DISK and self._is_placed(unit):
+            unit.move(Residency.STAGED)
+        elif unit.state is Residency.ON_DISK:
+            self._route.poll()
+            self._start_read(unit, self._pool.lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", self._make_room))
+
+    def _end_fetch(self, unit: Unit) -> None:
+        if unit.state is Residency.READING:
+            self._end_read(unit)
+        if unit.state is Residency.STAGED:
+            self._install(unit)
+            self.on_fetch(unit)
+            self._trace.mark("fetch", unit.name)
+
+    def _start_read(self, unit: Unit, buffer: Buffer) -> None:
+        generation = self.current(unit)
+        unit.buffer = buffer
+        unit.generation = generation
+        unit.move(Residency.READING)
+        if unit.layout.data_nbytes:
+            keep = buffer.hold()
+            unit.transfer = self._store.read(generation, 0, buffer.address, unit.layout.data_nbytes, keep=keep)
+
+    def _end_read(self, unit: Unit) -> None:
+        unit.transfer = None
+        unit.move(Residency.STAGED)
+
+    def _install(self, unit: Unit) -> None:
+        unit.placed = self._place(unit)
+        for index, (param, tensor) in enumerate(zip(unit.params, unit.placed.tensors, strict=True)):
+            _give(param, tensor, nn.Parameter)
+            if tensor.numel():
+                self._places[tensor.untyped_storage().data_ptr()] = (unit, index)
+        unit.move(Residency.RESIDENT)
+        self._writes.begin(unit)
+        if unit.buffer is not None and not self._route.keeps_buffer:
+            self._pool.give_back(unit.buffer)
+            unit.buffer = None
+
+    def _place(self, unit: Unit) -> DeviceCopy:
+        if unit.buffer is None:  # it is kept, or on the device
+            unit.generation = self.current(unit)
+        placed = unit.placed
+        if placed is None or not (self._is_placed(unit) and self._route.use_again(placed)):
+            if unit.kept is not None:
+                placed = self._route.show(unit.kept)
+            else:
+                assert unit.buffer is not None
+                with self._trace.span(Lane.COPY, "to the device", unit.name):
+                    placed = self._route.install(unit.layout, unit.buffer)
+            placed.generation = unit.generation
+        return placed
+
+    def _is_placed(self, unit: Unit) -> bool:
+        """Whether the newest values are where compute reads."""
+        placed = unit.placed
+        return placed is not None and bool(placed.tensors) and placed.generation is self.current(unit)
+
+    def _prefetch(self, *, beyond: bool = False) -> None:
+        """Start reads of what is needed next, as far as free memory goes; see `PrefetchPolicy.wanted`."""
+        self._route.poll()
+        for group in self._outlook.wanted(self._is_placed, beyond=beyond):
+            if not self._start_reads(group):
+                return
+
+    def _start_reads(self, group: list[Unit]) -> bool:
+        """Read units if there is room for all of them, or what is cached is needed later."""
+        buffers: list[Buffer] = []
+        for unit in group:
+            make_room = partial(self._evict_one, needed_after=self._outlook.need(unit))
+            buffer = self._pool.try_lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", make_room)
+            if buffer is None:
+                for lent in buffers:
+                    self._pool.give_back(lent)
+                return False
+            buffers.append(buffer)
+        for unit, buffer in zip(group, buffers, strict=True):
+            self._start_read(unit, buffer)
+            self._trace.mark("prefetch", unit.name)
+        return True
+
+    # -- updates -------------------------------------------------------------------------------------------------
+
+    def is_free(self, unit: Unit) -> bool:
+        """Whether an update may change ``unit`` where it is in memory: not while compute may read it there."""
+        return not self._route.keeps_buffer or unit.state is not Residency.RESIDENT
+
+    def borrow(self, unit: Unit) -> bool:
+        """Whether the newest values of ``unit`` are in a buffer; if so they stay until `end_borrow`."""
+        with self._lock:
+            if unit.kept is not None or unit.buffer is None or not self.is_current(unit):
+                return False
+            unit.num_borrows += 1
+            return True
+
+    def lend(self, unit: Unit, *, reads: bool) -> UpdateTarget | None:
+        """The buffer of ``unit`` for an update of it; None if there is none, or it is of no use.
+
+        What is needed next, and would be read after the update, is lent a buffer if there is room.
+
+        Args:
+            unit: What will be updated.
+            reads: The update works on the newest values themselves, not on a master of them.
+        """
+        with self._lock:
+            if unit.state is Residency.READING and unit.transfer is not None:
+                unit.transfer.wait()  # sync: the disk; the update will replace the file
+                self._end_read(unit)
+            if unit.state is Residency.ON_DISK and self._outlook.is_next(unit, self._is_placed):
+                make_room = partial(self._evict_one, needed_after=self._outlook.position(unit))
+                unit.buffer = self._pool.try_lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", make_room)
+                if unit.buffer is not None:
+                    unit.move(Residency.STAGED)
+            if unit.buffer is None:
+                return None
+            is_current = self.is_current(unit)
+            # A view that the user kept shows the values it had.
+            is_writable = unit.state is Residency.STAGED and unit.num_holds == 0 and not unit.buffer.in_use
+            if not is_writable and not (reads and is_current):
+                return None
+            unit.num_borrows += 1
+            if is_writable:
+                unit.generation = None  # whose values they are is known at the end
+            values = unit.buffer.tensor(0, unit.dtype, (unit.layout.numel,))
+        return UpdateTarget(values, is_current, is_writable, partial(self._end_loan, unit, is_writable))
+
+    def _end_loan(self, unit: Unit, was_writable: bool, is_new: bool) -> None:
+        with self._lock:
+            if was_writable and is_new and (self._keep_cache or self._outlook.is_next(unit, self._is_placed)):
+                unit.generation = self.current(unit)
+            self.end_borrow(unit)
+
+    def end_copy(self, unit: Unit) -> None:
+        """Return when no copy of ``unit`` reads what is kept of it in memory, which may change then."""
+        placed = unit.placed
+        if unit.kept is not None and placed is not None and placed.copied is not None:
+            placed.copied.synchronize()  # sync: a copy to the device
+
+    def end_borrow(self, unit: Unit) -> None:
+        """Undo one `borrow`; the tensor is gone."""
+        with self._lock:
+            unit.num_borrows -= 1
+            self._drop_stale(unit)
+            self._lock.notify_all()
+
+    def updated(self, unit: Unit) -> None:
+        """``unit`` has a new generation: bytes in memory that nobody uses now are let go."""
+        with self._lock:
+            self._drop_stale(unit)
+            self._outlook.updated(unit)
+            self._prefetch(beyond=True)
+
+    def _drop_stale(self, unit: Unit) -> None:
+        is_idle = unit.num_holds == 0 and unit.num_borrows == 0
+        if is_idle and unit.state in (Residency.STAGED, Residency.READING) and not self.is_current(unit):
+            self._evict(unit)
+
+    # -- giving memory back --------------------------------------------------------------------------------------
+
+    def _make_room(self) -> bool:
+        """Give back the memory of one unit that nobody uses now: cached ones first, then what is needed last."""
+        if self._route.wait_for_one():
+            return True  # what is being sent is done with, or soon: sooner than anything that was read ahead
+        if self._evict_one():
+            return True
+        # What an update reads goes when it is done; it waits for nothing that we hold.
+        idle = [u for u in self.units if u.num_holds == 0 and u.buffer is not None and not u.is_viewed]
+        for unit in idle:  # an update may wait until compute is done with it
+            self._release_memory(unit)
+        self._lock.wait_for(lambda: len(idle) == 0 or any(u.num_borrows == 0 for u in idle))  # sync: an update
+        return bool(idle)
+
+    def _evict_one(self, needed_after: float | None = None) -> bool:
+        """Evict what `PrefetchPolicy.dispensable` says; False if there is nothing."""
+        unit = self._outlook.dispensable(needed_after)
+        if unit is None:
+            return False
+        self._evict(unit)
+        return True
+
+    def _let_go(self, unit: Unit) -> None:
+        """Release the memory of a unit without a hold; not while the user may write to it through a view."""
+        if unit.is_viewed:
+            self._loose[-1][unit.name] = unit
+        else:
+            self._release_memory(unit)
+
+    def _release_memory(self, unit: Unit) -> None:
+        """Put a resident unit's parameters at rest; keep its bytes if that is wanted and they are current."""
+        if unit.state is not Residency.RESIDENT:
+            return
+        self._writes.take_from_step(unit)
+        # A block that is needed next, at the turn of forward to backward, is not read again.
+        is_wanted = self._keep_cache or unit.num_borrows > 0 or next(self.schedule.upcoming(), "") == unit.name
+        stays = is_wanted and unit.buffer is not None and (self.is_current(unit) or unit.num_borrows > 0)
+        self._go_to_rest(unit)
+        if not stays:
+            self._evict(unit)
+        self._trace.mark("release", unit.name)
+
+    def _go_to_rest(self, unit: Unit) -> None:
+        self._writes.end(unit)
+        self.park(unit)
+        self._forget_places(unit)
+        if unit.placed is not None:
+            self._route.release(unit.placed)
+        unit.move(Residency.STAGED)
+        self._owing.notify()
+
+    def _evict(self, unit: Unit) -> None:
+        """Hold no memory for ``unit``, whatever state it is in; what is kept goes to rest."""
+        if unit.state is Residency.ON_DISK:
+            return
+        if unit.state is Residency.RESIDENT:
+            self._writes.take_from_step(unit)
+            self._go_to_rest(unit)
+        if unit.kept is not None:
+            return
+        if unit.transfer is not None:
+            with suppress(SSDOffloadError):  # nobody wants these bytes any more
+                unit.transfer.wait()  # sync: the engine owns the buffer until the read is over
+        if unit.buffer is not None:
+            self._pool.give_back(unit.buffer)
+        unit.buffer = unit.transfer = unit.generation = None
+        unit.move(Residency.ON_DISK)
+
+    def _forget_places(self, unit: Unit) -> None:
+        self._places = {a: place for a, place in self._places.items() if place[0] is not unit}
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                torch.clear_autocast_cache()  # it holds casts of parameters that are going
+
+    # -- at rest -------------------------------------------------------------------------------------------------
+
+    def park(self, unit: Unit) -> None:
+        """Put the parameters of ``unit``, whose values are in the store, at rest."""
+        for param, parked in zip(unit.params, unit.parked, strict=True):
+            _give(param, parked, self._parked_class)
+
+    def wake(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
+        """See `LazyParameter.wake`."""
+        units = list({self._owners[p].name: self._owners[p] for p in params}.values())
+        if self.inherited is not None:
+            self.wake_inherited(units)
+            return
+        with transforms.suspended(), ExitStack() as stack:
+            if not self.is_in_step():
+                for unit in units:
+                    self._wake_at_rest(unit)
+                    self.on_wake(unit)
+                return
+            for unit in self._units_of(operands):
+                unit.num_holds += 1
+                stack.callback(self._loosen, unit)
+            for unit in units:
+                self.acquire(unit)
+                self._move_aside(unit)
+                stack.callback(self._loosen, unit)
+                self._writes.touch(unit)
+        for unit in units:
+            self.on_touch(unit)
+
+    @contextmanager
+    def gather(self, params: Sequence[nn.Parameter]) -> Iterator[None]:
+        """See `LazyParameter.gather`; inside a step their units are held."""
+        params = [param for param in params if param in self._owners]
+        with ExitStack() as stack:
+            if self.is_in_step():
+                stack.enter_context(self.unwatched())
+                for unit in {self._owners[p].name: self._owners[p] for p in params}.values():
+                    self.acquire(unit)
+                    stack.callback(self._loosen, unit)
+            self.wake(params)
+            yield
+
+    def _move_aside(self, unit: Unit) -> None:
+        """Let ``unit``, which code outside of modules will use, not lie where it leaves no room for a second operand.
+
+        It came between idle units, into the middle of the memory, and has to stay: code may hold views of it. What is
+        free when the idle ones go would be two pieces, neither long enough (for a teacher beside its student).
+        """
+        largest = max(other.layout.buffer_nbytes for other in self.units)
+        if unit.num_holds > 1 or unit.buffer is None or self._pool.nbytes >= 3 * largest:
+            return
+        held = [u.buffer for u in self.units if u.buffer is not None and (u.num_holds > 0 or u.is_viewed)]
+        if self._pool.is_cut_by(held, largest):
+            with self._lock:
+                unit.num_holds -= 1
+                while self._evict_one():
+                    pass
+            self.acquire(unit)
+
+    def _units_of(self, tensors: Sequence[Tensor]) -> list[Unit]:
+        """Resident units that ``tensors`` view."""
+        found = filter(None, map(self.find, tensors))
+        return list({unit.name: unit for unit, _ in found}.values())
+
+    def settle(self, unit: Unit) -> None:
+        """Bring what the user did to ``unit`` at rest into the store, and put its parameters at rest."""
+        at_rest = unit.at_rest
+        if at_rest is None:
+            self._writes.take_from_step(unit)
+            return
+        with self._lock:
+            is_written = self._writes.take_from_rest(unit, at_rest)
+            if is_written:
+                self._evict(unit)  # bytes in a buffer may be those that the file had before
+            self.park(unit)
+            at_rest.let_go(is_written=is_written)
+            unit.at_rest = None
+
+    def before_update(self, unit: Unit) -> None:
+        """See `UserWrites.before_update`."""
+        self._writes.before_update(unit)
+
+    def _wake_at_rest(self, unit: Unit) -> None:
+        self._owing.wait(unit)
+        self.end_copy(unit)
+        with self._lock:
+            if unit.at_rest is None:
+                unit.placed = None  # the user may write a value of the same generation
+                generation = self.current(unit)
+                unit.at_rest = MappedParams(self._store, generation) if unit.kept is None else InMemoryParams(generation)
+                self._wake(unit)
+
+    @staticmethod
+    def _wake(unit: Unit) -> None:
+        assert unit.at_rest is not None
+        for param, tensor in zip(unit.params, unit.at_rest.tensors, strict=True):
+            _give(param, tensor, nn.Parameter)
+
+    # -- forked processes: [Note: inherited] ---------------------------------------------------------------------
+
+    def before_fork(self) -> None:
+        """Let nothing change until `after_fork`, and let what is mapped now be mapped for each process alone."""
+        self._lock.acquire()
+        for unit in self.units:
+            if isinstance(unit.at_rest, MappedParams):
+                with suppress(SSDOffloadError):  # its file is gone: only this process and its children see it
+                    unit.at_rest.make_private()
+
+    def after_fork(self) -> None:
+        """Undo `before_fork`, in both processes."""
+        self._lock.release()
+
+    def inherit(self, inherited: Inherited, lost: Callable[[Unit], bool]) -> None:
+        """This is a forked process: parameters that are awake stay so, but where their memory is ``lost``."""
+        self.inherited = self._owing = inherited
+        self.is_in_step = lambda: False
+        self._places = {}
+        self._loose = [{}]
+        for unit in self.units:
+            unit.num_holds = 0
+            if lost(unit) and (unit.state is Residency.RESIDENT or unit.kept is not None):
+                self.park(unit)
+            if unit.state is not Residency.ON_DISK:
+                unit.move(Residency.ON_DISK)  # nothing releases it any more
+
+    def wake_inherited(self, units: Sequence[Unit]) -> None:
+        """In a forked process: let parameters of ``units`` that are at rest have the values of the fork."""
+        assert self.inherited is not None
+        with transforms.suspended():
+            for unit in units:
+                if self._parked_class in map(type, unit.params):
+                    for param, tensor in zip(unit.params, self.inherited.values(unit), strict=True):
+                        if type(param) is self._parked_class:
+                            _give(param, tensor, nn.Parameter)
+
+    def _loosen(self, unit: Unit) -> None:
+        """Undo a hold; the unit stays resident until the module that runs now is over, or its memory is needed."""
+        unit.num_holds -= 1
+        if unit.num_holds == 0 and not any(unit.name in loose for loose in self._loose):
+            self._loose[-1][unit.name] = unit
+
+    def current(self, unit: Unit) -> Generation:
+        """The newest generation of the parameters of ``unit``."""
+        generation = self._store.current(unit.name, "param")
+        assert generation is not None, unit.name
+        return generation
+
+
+def _give(param: nn.Parameter, data: Tensor, cls: type[nn.Parameter]) -> None:
+    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+        param.data = data
+    param.__class__ = cls

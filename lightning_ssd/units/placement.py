@@ -1,0 +1,97 @@
+"""The way from a host buffer to where compute reads: in place on the CPU, by copies to a GPU (`streaming.device`)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_ssd.memory.pool import Buffer
+from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.layout import UnitLayout
+from lightning_ssd.units.device import CudaStreams, CopyToDevice, DeviceCopy
+
+
+class Placement(Protocol):
+    """Makes the bytes of a staged unit usable on the device."""
+
+    keeps_buffer: bool
+    """Whether the parameters view the host buffer, which therefore stays with the unit."""
+
+    def install(self, layout: UnitLayout, buffer: Buffer) -> DeviceCopy:
+        """One tensor per parameter, in file order, on the device, ready for the current stream."""
+        ...
+
+    def show(self, tensors: Sequence[Tensor]) -> DeviceCopy:
+        """The same of a unit whose host tensors are kept in memory."""
+        ...
+
+    def release(self, placed: DeviceCopy) -> None:
+        """Parameters view its tensors no longer."""
+        ...
+
+    def use_again(self, placed: DeviceCopy) -> bool:
+        """Whether what was released is still there; if so it is in use as if it had just been installed."""
+        ...
+
+    def poll(self) -> None:
+        """Let go of host memory whose copy is over."""
+        ...
+
+    def wait_for_one(self) -> bool:
+        """Let go of host memory after waiting for its copy; False if no copy is under way."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; every copy is over."""
+        ...
+
+
+class InPlace:
+    """The device is the CPU: parameters view the buffer that the disk was read into."""
+
+    keeps_buffer = True
+
+    def install(self, layout: UnitLayout, buffer: Buffer) -> DeviceCopy:
+        """See `Placement.install`; nothing is copied but parameters whose file offset is not 64-byte aligned."""
+        for entry, place in zip(layout.entries, layout.places, strict=True):
+            if place != entry.begin:
+                ctypes.memmove(buffer.address + place, buffer.address + entry.begin, entry.nbytes)
+        return DeviceCopy(_tensors(layout, buffer))
+
+    def show(self, tensors: Sequence[Tensor]) -> DeviceCopy:
+        """See `Placement.show`; they are used where they are."""
+        return DeviceCopy(list(tensors))
+
+    def release(self, placed: DeviceCopy) -> None:
+        """See `Placement.release`; a tensor that lived on would keep the buffer in use."""
+        placed.tensors.clear()
+
+    def use_again(self, placed: DeviceCopy) -> bool:
+        """See `Placement.use_again`; the buffer has it."""
+        return False
+
+    def poll(self) -> None:
+        """See `Placement.poll`; there are no copies."""
+
+    def wait_for_one(self) -> bool:
+        """See `Placement.wait_for_one`; there are no copies."""
+        return False
+
+    def close(self) -> None:
+        """See `Placement.close`."""
+
+
+def make_route(device: torch.device, *, capacity_nbytes: int = 0, is_limit: bool = False) -> Placement:
+    """The route to ``device``; on a GPU it takes ``capacity_nbytes``, see `CopyToDevice`."""
+    if device.type == "cpu":
+        return InPlace()
+    return CopyToDevice(CudaStreams(device), capacity_nbytes=capacity_nbytes, is_limit=is_limit)
+
+
+def _tensors(layout: UnitLayout, buffer: Buffer) -> list[Tensor]:
+    dtype = dtype_of(layout.dtype)
+    return [buffer.tensor(place, dtype, e.shape) for e, place in zip(layout.entries, layout.places, strict=True)]

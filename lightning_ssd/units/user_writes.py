@@ -1,0 +1,330 @@
+"""What the user writes to parameters, at rest or inside a step, and how it comes into the store.
+
+[Note: in a step, written] Bytes in memory are thrown away when a unit is released, so a change to them (weights clipped
+in ``training_step``, a mask that is multiplied in, `nn.Embedding(max_norm=)`) would be lost without a word. An
+operation in place on a parameter raises its ``_version``, which is compared at every release. ``p.data`` and what is
+made from it have versions of their own, so where they may be used the bytes are compared: of units that code outside
+their own modules can reach (`Unit.is_touched`), and of units whose own modules use ``.data`` in their forward, which
+`may_write` or their first forwards, in training and in evaluation, tell. A unit of which the user holds a view stays in
+memory to the end of the step, so that what is written through the view counts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType, FunctionType
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lightning_ssd.errors import ResidencyError, SSDOffloadError
+from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.units.mapped import MappedParams, InMemoryParams, is_assigned
+from lightning_ssd.units.fingerprint import content
+from lightning_ssd.units.masters import follow_values
+from lightning_ssd.units.unit import Residency, Unit, is_held
+
+_NUM_WATCHED = 2
+"""Uses of a unit, in training and in evaluation, after which it is known whether its modules write to it."""
+
+
+class UserWrites:
+    """Brings into the store what was written.
+
+    Args:
+        store: Where values are.
+        units: All units.
+        is_current: Whether the bytes of a unit in memory are those of its newest generation.
+    """
+
+    def __init__(self, store: StateStore, units: Sequence[Unit], is_current: Callable[[Unit], bool]) -> None:
+        self._store = store
+        self._units = units
+        self._is_current = is_current
+        self._num_watched: dict[tuple[str, bool], int] = {}
+        self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
+        self._left: dict[int, tuple[str, Any]] = {}  # memory that was a parameter's, while somebody else views it
+        self._told: set[str] = set()
+        self.keeps_buffer = True
+
+    # -- inside a step -------------------------------------------------------------------------------------------
+
+    def begin(self, unit: Unit) -> None:
+        """``unit`` has become resident."""
+        unit.is_ahead = unit.is_handed_on
+        if self._is_in_place(unit) and not unit.is_ahead:
+            return
+        unit.is_touched = unit.sticky  # it stays to the end of the step, where everybody finds it awake
+        unit.seen = None
+        unit.versions = unit.current_versions()
+        use = unit.name, any(module.training for module in unit.modules)
+        is_watched = self._num_watched.get(use, 0) < _NUM_WATCHED
+        self._num_watched[use] = self._num_watched.get(use, 0) + is_watched
+        if is_watched or unit.writes_itself or unit.is_touched or unit.is_ahead:
+            unit.seen = content(unit.params)
+
+    def touch(self, unit: Unit) -> None:
+        """From now on the user's code can write to ``unit``, which is resident."""
+        unit.is_touched = True
+        if not self._is_in_place(unit):
+            unit.seen = content(unit.params) if unit.seen is None else unit.seen
+
+    def end(self, unit: Unit) -> None:
+        """``unit`` goes to rest."""
+        if unit.is_touched and unit.placed is not None and not self._is_in_place(unit):
+            self.leave(unit, unit.placed.tensors)
+        unit.is_touched = False
+        unit.seen = None
+
+    def forget(self, unit: Unit) -> None:
+        """What was written to ``unit`` so far does not count: its step failed."""
+        unit.is_ahead = False
+        if unit.state is Residency.RESIDENT and not self._is_in_place(unit):
+            unit.versions = unit.current_versions()
+            unit.seen = None
+
+    def take_from_step(self, unit: Unit) -> None:
+        """Bring in what was written to ``unit``, if it is resident; [Note: in a step, written].
+
+        Raises:
+            ResidencyError: It was written to while its optimizer updated it, or while it shared memory with another.
+            SSDOffloadError: A parameter has another form than it was placed with.
+        """
+        if unit.state is not Residency.RESIDENT:
+            return
+        # What is in place is updated when it is at rest, so after what is written now.
+        is_late = unit.is_ahead or (unit.is_handed_on and not self._is_in_place(unit))
+        if is_late and self._is_written(unit):
+            self._refuse_late(unit)
+        if self._is_in_place(unit):
+            assert unit.kept is not None
+            if is_assigned(unit.params, unit.kept):
+                self._put(unit, unit.kept)
+            self._drop_file(unit)
+        elif self._is_written(unit):
+            if not self._is_current(unit):
+                self._refuse_late(unit)
+            assert unit.placed is not None
+            self._put(unit, unit.placed.tensors)
+            follow_values(self._store, unit)
+
+    @staticmethod
+    def _refuse_late(unit: Unit) -> NoReturn:
+        unit.is_ahead = unit.is_handed_on = False  # said once
+        raise ResidencyError(
+            f"parameters of unit {unit.name!r} were written to in a step while their optimizer updated them: write to "
+            "them before the step's forward, or after optimizer.step(), or set overlap='off' in the strategy"
+        )
+
+    def _is_written(self, unit: Unit) -> bool:
+        versions = unit.current_versions()
+        if unit.seen is None and versions == unit.versions:
+            return False
+        found = content(unit.params)
+        before = unit.seen
+        if before is None:
+            assert unit.generation is not None
+            before = unit.generation.fingerprint  # a second forward writes what the first wrote
+        elif found != before and versions == unit.versions and not unit.is_touched:
+            unit.writes_itself = True
+        return found != before
+
+    # -- at rest -------------------------------------------------------------------------------------------------
+
+    def take_from_rest(self, unit: Unit, at_rest: MappedParams | InMemoryParams) -> bool:
+        """Bring in what was written to ``unit`` while it was awake at rest; whether there was anything.
+
+        Raises:
+            ResidencyError: It was written to while it shared memory with another parameter.
+            SSDOffloadError: A parameter has another form than it was placed with.
+        """
+        was_assigned = at_rest.is_assigned(unit.params)
+        was_written = at_rest.was_written()
+        if was_assigned or (was_written and at_rest.is_private):
+            self._put(unit, at_rest.tensors)
+        self.leave(unit, at_rest.tensors)
+        if was_assigned or was_written:
+            unit.num_writes += 1
+            follow_values(self._store, unit)
+        self._drop_file(unit)
+        return was_assigned or was_written
+
+    def before_update(self, unit: Unit) -> None:
+        """Say what an update of ``unit`` will not reach: memory that was a parameter's and that somebody still views.
+
+        Raises:
+            ResidencyError: A parameter was given the memory of another one; an update of one should change both.
+        """
+        self._require_untied(unit)
+        left = {name for name, storage in self._left.values() if name in unit.names and not storage.expired()}
+        for name in sorted(left - self._told):
+            self._told.add(name)
+            warnings.warn(
+                f"a tensor made from parameter {name!r} (such as p.data, p.detach() or p[...]) is still held while the "
+                "parameter is updated. In plain Lightning it would show the new values; here it goes on to show the "
+                "old ones: take it anew where you use it, or clone it if the old values are meant",
+                stacklevel=2,
+            )
+
+    def _require_untied(self, unit: Unit) -> None:
+        """Refuse to change a parameter that was given the memory of another one: both would have to change.
+
+        Raises:
+            ResidencyError: Names both.
+        """
+        for name, other in self._ties.items():
+            if name in unit.names or other in unit.names:
+                raise ResidencyError(
+                    f"parameter {name!r} was given the memory of parameter {other!r} ({name}.data = {other}.data): in "
+                    "plain torch a change of one would change both, here each has memory of its own. Copy the values "
+                    "(.data.copy_), or make them one parameter (module.weight = other.weight) before the Trainer starts"
+                )
+
+    # -- both ----------------------------------------------------------------------------------------------------
+
+    def _is_in_place(self, unit: Unit) -> bool:
+        """Whether resident parameters are what the store keeps, and nothing beside them depends on their values."""
+        return unit.kept is not None and self.keeps_buffer and unit.layout.itemsize >= 4
+
+    def _put(self, unit: Unit, tensors: Sequence[Tensor]) -> None:
+        """Bring the parameters of ``unit`` into the store; before they were written they viewed ``tensors``."""
+        for name, param, shape in zip(unit.names, unit.params, unit.shapes, strict=True):
+            if tuple(param.shape) != shape.shape or param.dtype != unit.dtype:
+                raise SSDOffloadError(
+                    f"parameter {name!r} was given data of shape {tuple(param.shape)} and {param.dtype}; it was placed "
+                    f"with {shape.shape} and {unit.dtype}: change a parameter's form before the Trainer starts"
+                )
+        moved = [i for i in range(len(tensors)) if is_assigned(unit.params[i : i + 1], tensors[i : i + 1])]
+        self._note_ties(unit, moved)
+        before = self._store.current(unit.name, "param")
+        assert before is not None, unit.name
+        if unit.kept is not None and self.keeps_buffer:
+            unit.kept = self._store.adopt(unit.layout, _kept(unit.params, unit.kept))
+        generation = self._store.put(unit.layout, lambda i: unit.params[i].data)
+        generation.lineage = before.lineage  # no update
+        if unit.state is not Residency.RESIDENT or self._is_in_place(unit):
+            return
+        generation.fingerprint = content(unit.params)
+        unit.versions = unit.current_versions()
+        unit.seen = None if unit.seen is None else generation.fingerprint
+        if not moved:  # what is in memory is what was put
+            unit.generation = generation
+            if unit.placed is not None:
+                unit.placed.generation = generation
+
+    def _note_ties(self, unit: Unit, moved: Sequence[int]) -> None:
+        """Remember which parameters of ``unit`` share memory with others, now that those in ``moved`` were assigned."""
+        names = {unit.names[i] for i in moved}
+        self._ties = {a: b for a, b in self._ties.items() if a not in names and b not in names}
+        self._require_untied(unit)
+        if not moved:
+            return
+        owners = self._owners(except_for=names)
+        for i in moved:
+            name, param = unit.names[i], unit.params[i]
+            other = owners.setdefault(param.untyped_storage()._cdata, name) if param.numel() else name
+            if other != name:
+                self._ties[name] = other
+
+    def _owners(self, *, except_for: set[str]) -> dict[int, str]:
+        """The parameter that memory is of, or was of as long as somebody else views it, by number of the storage."""
+        self._left = {number: left for number, left in self._left.items() if not left[1].expired()}
+        owners = {number: name for number, (name, _) in self._left.items() if name not in except_for}
+        for unit in self._units:
+            is_awake = unit.state is Residency.RESIDENT or unit.at_rest is not None
+            tensors = unit.params if is_awake else unit.kept or ()
+            for name, tensor in zip(unit.names, tensors, strict=bool(tensors)):
+                if name not in except_for and tensor.numel():
+                    owners[tensor.untyped_storage()._cdata] = name
+        return owners
+
+    def leave(self, unit: Unit, tensors: Sequence[Tensor]) -> None:
+        """The parameters of ``unit`` are about to view ``tensors`` no longer; who else does may have them from it."""
+        for name, param, tensor in zip(unit.names, unit.params, tensors, strict=bool(tensors)):
+            if is_held(param, tensor):
+                storage = tensor.untyped_storage()
+                self._left[storage._cdata] = name, StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+    def _drop_file(self, unit: Unit) -> None:
+        generation = self._store.current(unit.name, "param")
+        assert generation is not None, unit.name
+        self._store.drop_file(generation)
+
+
+def _kept(params: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> list[Tensor]:
+    """Where to keep ``params`` from now on: where they were, or in the memory that ``p.data`` was assigned.
+
+    That memory becomes the parameter's, as in plain torch, where the user holds it or what was there before: an average
+    that is swapped in, and the weights to be swapped back.
+    """
+
+    def place(param: nn.Parameter, tensor: Tensor) -> Tensor:
+        data = param.data
+        is_same = data.data_ptr() == tensor.data_ptr() or not data.numel()
+        if is_same or not data.is_contiguous() or data.is_inference() or data.device != tensor.device:
+            return tensor
+        return data if is_held(param, tensor) or is_held(param, data) else tensor
+
+    return [place(param, tensor) for param, tensor in zip(params, kept, strict=True)]
+
+
+def may_write(module: nn.Module, known: dict[type[nn.Module], bool]) -> bool:
+    """Whether a forward of ``module`` or its children, or a hook on it, mentions ``.data``: it may write to parameters.
+
+    Or code of the user's that it uses. torch's own forwards do so by operations on the parameter itself only.
+
+    Args:
+        module: What runs.
+        known: Answers for classes; added to.
+    """
+    for inner in module.modules():
+        kind = type(inner)
+        if kind not in known:
+            known[kind] = any("data" in _names(function) for function in _used_by_forward(kind))
+        hooks = (*inner._forward_pre_hooks.values(), *inner._forward_hooks.values())
+        if known[kind] or any("data" in _names(function) for function in hooks):
+            return True
+    return False
+
+
+def _used_by_forward(kind: type[nn.Module]) -> Iterator[object]:
+    """Functions of the user's that a forward of ``kind`` may call, itself among them; found by their names."""
+    own = [base for base in kind.__mro__ if _is_users(base)]
+    waiting, seen = list(_functions_of(own, "forward")), set[int]()
+    while waiting:
+        function = waiting.pop()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        yield function
+        names = _names(function)
+        around = getattr(function, "__globals__", {})
+        outside = [value for value in map(around.get, names) if isinstance(value, (FunctionType, type))]
+        theirs = [value for value in outside if _is_users(value)]
+        kinds = [*own, *(value for value in theirs if isinstance(value, type))]
+        waiting += [value for value in theirs if not isinstance(value, type)]
+        waiting += [found for name in names for found in _functions_of(kinds, name)]
+
+
+def _is_users(value: FunctionType | type) -> bool:
+    return not (value.__module__ or "").startswith(("torch.", "builtins"))
+
+
+def _functions_of(kinds: list[type], name: str) -> Iterator[object]:
+    """What ``kinds`` themselves have by this name, without what makes it a method."""
+    for found in (vars(kind)[name] for kind in kinds if name in vars(kind)):
+        yield found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+
+
+def _names(function: object) -> list[str]:
+    """Names that a Python function uses, and those inside it do; none of anything else."""
+    names: list[str] = []
+    codes = [getattr(function, "__code__", function)]
+    while codes:
+        code = codes.pop()
+        if isinstance(code, CodeType):
+            names += code.co_names
+            codes += code.co_consts
+    return names
