@@ -20,8 +20,8 @@ from lightning_ssd import _autoload
 
 if TYPE_CHECKING:
     from lightning_ssd.io.engine import IOOptions
+    from lightning_ssd.step.gathered import gathered
     from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision, SSDOffloadStrategy, SSDOffloadTrace
-    from lightning_ssd.units.gathered import gathered
 
     __version__: str
 
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> object:
     if name == "IOOptions":
         return importlib.import_module("lightning_ssd.io.engine").IOOptions
     if name == "gathered":
-        return importlib.import_module("lightning_ssd.units.gathered").gathered
+        return importlib.import_module("lightning_ssd.step.gathered").gathered
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

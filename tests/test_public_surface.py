@@ -28,7 +28,7 @@ OPTIONS = {
     "update": "auto",
     "state": "fp32",
     "window": "auto",
-    "quantum": "auto",
+    "prefetch_batch": "auto",
     "verify_reads": "auto",
     "io": IOOptions(),
     "keep_store": False,

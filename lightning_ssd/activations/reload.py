@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_ssd.errors import CorruptionError, SSDOffloadError
 from lightning_ssd.activations.saved_input import SavedInput
-from lightning_ssd.activations.spill_io import HostBuffer, SpillState, SpillIO, Slot
+from lightning_ssd.activations.spill_io import HostBuffer, Slot, SpillIO, SpillState
+from lightning_ssd.errors import CorruptionError, SSDOffloadError
 from lightning_ssd.trace.recorder import Trace
 
 

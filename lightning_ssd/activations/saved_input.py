@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_ssd.activations.spill_io import SpillState
 from lightning_ssd.sizes import KiB, round_up
 from lightning_ssd.store.layout import MEMORY_ALIGNMENT
-from lightning_ssd.activations.spill_io import SpillState
 
 MIN_NBYTES = 64 * KiB
 """Tensors on smaller storages stay where they are: a transfer costs more than the memory is worth."""

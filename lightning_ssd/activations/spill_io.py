@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_ssd.activations.spill_files import Extent, SpillFiles
 from lightning_ssd.errors import DeadlineError, IoError, SSDOffloadError
 from lightning_ssd.io.engine import Engine, Transfer
 from lightning_ssd.kernels.api import crc32c
+from lightning_ssd.memory.device_copies import DeviceCopies
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.sizes import BLOCK_NBYTES
-from lightning_ssd.units.device_copies import DeviceCopies
-from lightning_ssd.activations.spill_files import Extent, SpillFiles
 from lightning_ssd.trace.recorder import Lane, Trace
 
 

@@ -19,14 +19,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_ssd.activations.reload import Reloader
+from lightning_ssd.activations.saved_input import SavedInput, can_keep, key_of
+from lightning_ssd.activations.spill_files import SpillFiles
+from lightning_ssd.activations.spill_io import Slot, SpillIO, SpillState
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.engine import Engine
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import MiB
-from lightning_ssd.activations.saved_input import SavedInput, can_keep, key_of
-from lightning_ssd.activations.reload import Reloader
-from lightning_ssd.activations.spill_io import SpillState, SpillIO, Slot
-from lightning_ssd.activations.spill_files import SpillFiles
 from lightning_ssd.trace.recorder import Lane, Trace
 
 BUFFER_NBYTES = 4 * MiB

@@ -20,7 +20,7 @@ from lightning_ssd.io.deadline import in_time
 _WAIT_S = 10.0
 
 
-def rehearse(folder: str, stores: Sequence[str]) -> float:
+def probe_save(folder: str, stores: Sequence[str]) -> float:
     """Save a checkpoint of a few bytes in ``folder`` by what saves real ones, and remove it.
 
     Folders that are missing are made, and removed again. The names used are those of an unfinished save, so that what

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
-from lightning_ssd.checkpoint.export_staging import discard_export, is_unfinished_export
 from lightning_ssd.checkpoint.directory import UNIT_FILE, discard_contents, sync_directory
+from lightning_ssd.checkpoint.export_staging import discard_export, is_unfinished_export
 from lightning_ssd.checkpoint.manifest import MANIFEST, ODD, REST, STATE, UNITS
 from lightning_ssd.io.folder import Folder
 

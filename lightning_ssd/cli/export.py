@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from lightning_ssd.convert.export import ExportReport, consolidate, to_safetensors
-from lightning_ssd.convert.export_dcp import to_dcp
 from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.checkpoint.writer import Progress
 from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import error_line, line
+from lightning_ssd.convert.export import ExportReport, consolidate, to_safetensors
+from lightning_ssd.convert.export_dcp import to_dcp
 from lightning_ssd.sizes import fmt, parse_nbytes
 
 NAME = "export"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from lightning_ssd.convert.importing import ImportReport, Options, import_checkpoint
 from lightning_ssd.checkpoint.progress import byte_bar
-from lightning_ssd.convert.rename import Renaming, read_renaming
 from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import line
+from lightning_ssd.convert.importing import ImportReport, Options, import_checkpoint
+from lightning_ssd.convert.rename import Renaming, read_renaming
 from lightning_ssd.sizes import fmt
 
 NAME = "import"

@@ -7,8 +7,8 @@ import json
 
 from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import line, table
-from lightning_ssd.trace.recorder import Lane
 from lightning_ssd.trace.chrome import read_trace
+from lightning_ssd.trace.recorder import Lane
 from lightning_ssd.trace.summary import LaneSummary, Summary, summarize
 
 NAME = "trace"

@@ -20,8 +20,8 @@ from torch import Tensor
 from lightning_ssd.checkpoint.directory import open_inside
 from lightning_ssd.checkpoint.load import load_any, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.convert.sources import TensorRef, ImportSource, add_state, state_kinds
 from lightning_ssd.checkpoint.torch_file import check_pickle
+from lightning_ssd.convert.sources import ImportSource, TensorRef, add_state, state_kinds
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import close_fd
 from lightning_ssd.sizes import MiB
@@ -105,7 +105,11 @@ def _groups(leaves: Mapping[_Path, Any]) -> list[dict[str, Any]]:
 
 
 def _add_optimizer(
-    source: ImportSource, folder: _Folder, number: int, states: Mapping[str, Mapping[str, str]], leaves: dict[_Path, Any]
+    source: ImportSource,
+    folder: _Folder,
+    number: int,
+    states: Mapping[str, Mapping[str, str]],
+    leaves: dict[_Path, Any],
 ) -> None:
     state: dict[str, dict[str, Any]] = {}
     for name, keys in states.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_ssd.checkpoint.directory import open_inside
 from lightning_ssd.checkpoint.load import load_any
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.convert.sources import TensorRef, ImportSource, held_tensor, state_kinds
+from lightning_ssd.convert.sources import ImportSource, TensorRef, held_tensor, state_kinds
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder, close_fd
 

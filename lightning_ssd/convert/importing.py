@@ -20,23 +20,23 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.save import save
+from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, STATE_DICT_EXTRA, VALUE_KINDS
+from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
+from lightning_ssd.checkpoint.writer import Progress, lay_out
 from lightning_ssd.convert.dcp import is_dcp, open_dcp
 from lightning_ssd.convert.deepspeed import is_universal, open_universal
-from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.convert.import_optimizer import optimizers_for
 from lightning_ssd.convert.rename import Renaming
-from lightning_ssd.checkpoint.save import save
 from lightning_ssd.convert.sources import (
-    TensorRef,
     ImportSource,
+    TensorRef,
     open_checkpoint,
     open_torch_file,
     open_weight_files,
 )
-from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, STATE_DICT_EXTRA, VALUE_KINDS
-from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
 from lightning_ssd.convert.weights import Shape, match
-from lightning_ssd.checkpoint.writer import Progress, lay_out
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.sizes import GiB
 from lightning_ssd.store.header import ITEMSIZE

@@ -41,7 +41,7 @@ class UnitSize:
         kept_state_nbytes: What keeping its states in memory takes; 0 if it has none.
         shared_grad_nbytes: Of the gradients, those of parameters that several modules have; see [Note: sums].
         temporary_nbytes: What an optimizer class allocates while it updates the largest of its parameters.
-        is_sticky: It stays in memory through a step, so it is always kept; so is what an optimizer updates whole.
+        is_persistent: It stays in memory through a step, so it is always kept; so is what an optimizer updates whole.
     """
 
     name: str
@@ -53,7 +53,7 @@ class UnitSize:
     kept_state_nbytes: int = 0
     shared_grad_nbytes: int = 0
     temporary_nbytes: int = 0
-    is_sticky: bool = False
+    is_persistent: bool = False
 
     @property
     def kept_param_nbytes(self) -> int:
@@ -68,7 +68,8 @@ class Demand:
     Attributes:
         is_elementwise: Updates run in chunks.
         is_overlapped: Updates run beside compute.
-        has_gate: Gradients wait for all others: clipping by norm, accumulation, a loss scaler, somebody who looks.
+        waits_for_all_grads: No update before all gradients are there: clipping by norm, accumulation, a loss scaler, a
+            callback that reads gradients.
         window: Units in memory at once beside nesting, the one in use among them; None for as many as fit.
         recomputes: Blocks run their forward again in backward and keep their inputs: True, False, or None for: unless
             everything fits.
@@ -78,7 +79,7 @@ class Demand:
 
     is_elementwise: bool = True
     is_overlapped: bool = True
-    has_gate: bool = False
+    waits_for_all_grads: bool = False
     window: int | None = None
     recomputes: bool | None = False
     sums_in_place: bool = False
@@ -105,8 +106,8 @@ class MemoryPlan:
         keep_cache: Released parameters stay while there is room, and as many are fetched ahead as fit.
         keep_grads: Gradients that wait for all others stay in memory; else they are mapped files.
         queue_nbytes: Of the gradients, those that may wait for their update while backward goes on.
-        kept_params: Units whose parameters are kept in memory.
-        kept_states: Units whose states are.
+        in_memory_params: Units whose parameters are kept in memory.
+        in_memory_states: Units whose states are.
         fits: Everything is kept: no step touches the disk.
         recomputes: Blocks run their forward again in backward.
         smallest_nbytes: The smallest budget that works.
@@ -126,8 +127,8 @@ class MemoryPlan:
     keep_cache: bool
     keep_grads: bool
     queue_nbytes: int
-    kept_params: frozenset[str]
-    kept_states: frozenset[str]
+    in_memory_params: frozenset[str]
+    in_memory_states: frozenset[str]
     fits: bool
     recomputes: bool
     smallest_nbytes: int
@@ -199,15 +200,15 @@ class _Draft:
         self.num_queued = 0  # of the largest gradients
         self.keep_grads = False
         self.keep_cache = False
-        self.kept_params = {unit.name for unit in units if unit.is_sticky}
-        self.kept_states: set[str] = set()
+        self.in_memory_params = {unit.name for unit in units if unit.is_persistent}
+        self.in_memory_states: set[str] = set()
 
     # -- reserves ------------------------------------------------------------------------------------------------
 
     @property
     def streamed(self) -> list[UnitSize]:
         """Units whose parameters stream."""
-        return [unit for unit in self.units if unit.name not in self.kept_params]
+        return [unit for unit in self.units if unit.name not in self.in_memory_params]
 
     @property
     def param_nbytes(self) -> int:
@@ -240,8 +241,8 @@ class _Draft:
 
     def _streamed_width(self, unit: UnitSize) -> int:
         """Bytes per element of the kinds of ``unit`` that an update streams."""
-        param = 0 if unit.name in self.kept_params else unit.param_width
-        return param + (0 if unit.name in self.kept_states else unit.state_width)
+        param = 0 if unit.name in self.in_memory_params else unit.param_width
+        return param + (0 if unit.name in self.in_memory_states else unit.state_width)
 
     @property
     def queue_nbytes(self) -> int:
@@ -265,8 +266,8 @@ class _Draft:
     @property
     def kept_nbytes(self) -> int:
         """Parameters and states that are kept."""
-        params = sum(self._by_name[name].kept_param_nbytes for name in self.kept_params)
-        return params + sum(self._by_name[name].kept_state_nbytes for name in self.kept_states)
+        params = sum(self._by_name[name].kept_param_nbytes for name in self.in_memory_params)
+        return params + sum(self._by_name[name].kept_state_nbytes for name in self.in_memory_states)
 
     @property
     def total(self) -> int:
@@ -278,12 +279,12 @@ class _Draft:
     @property
     def fits(self) -> bool:
         """Whether everything is kept."""
-        return not self.streamed and all(u.name in self.kept_states for u in self.units if u.kept_state_nbytes)
+        return not self.streamed and all(u.name in self.in_memory_states for u in self.units if u.kept_state_nbytes)
 
     def keep_everything(self) -> None:
         """Let nothing stream."""
-        self.kept_params = {unit.name for unit in self.units}
-        self.kept_states = {unit.name for unit in self.units if unit.kept_state_nbytes}
+        self.in_memory_params = {unit.name for unit in self.units}
+        self.in_memory_states = {unit.name for unit in self.units if unit.kept_state_nbytes}
 
     # -- growing -------------------------------------------------------------------------------------------------
 
@@ -303,16 +304,16 @@ class _Draft:
                 pass
             while self.chunk_numel < MAX_CHUNK_NUMEL and self._try(share, chunk_numel=2 * self.chunk_numel):
                 pass
-        if self.num_queued and not demand.has_gate:
+        if self.num_queued and not demand.waits_for_all_grads:
             # What backward leaves queued is updated under the next forward.
             share = self.total + (budget - self.total) // 8
             self._queue(share)
-        if trained and demand.has_gate and self._all_grads - self.grad_nbytes <= (budget - self.total) // 2:
+        if trained and demand.waits_for_all_grads and self._all_grads - self.grad_nbytes <= (budget - self.total) // 2:
             self._try(budget, keep_grads=True)
         # The largest first: without them less is needed for units in use.
-        self._keep(budget, sorted(self.units, key=lambda u: -u.param_nbytes), self.kept_params)
+        self._keep(budget, sorted(self.units, key=lambda u: -u.param_nbytes), self.in_memory_params)
         # Those that forward needs first: their gradients come last, when no backward is left to update them under.
-        self._keep(budget, [unit for unit in self.units if unit.kept_state_nbytes], self.kept_states)
+        self._keep(budget, [unit for unit in self.units if unit.kept_state_nbytes], self.in_memory_states)
         # What was too dear at first stays away, though room may be left by now: more memory never ends the overlap.
         if self.num_queued:
             self._queue(budget)
@@ -362,8 +363,8 @@ class _Draft:
             keep_cache=self.keep_cache,
             keep_grads=self.keep_grads,
             queue_nbytes=self.queue_nbytes,
-            kept_params=frozenset(self.kept_params),
-            kept_states=frozenset(self.kept_states),
+            in_memory_params=frozenset(self.in_memory_params),
+            in_memory_states=frozenset(self.in_memory_states),
             fits=self.fits,
             recomputes=self.spill_nbytes > 0,
             smallest_nbytes=smallest_nbytes,

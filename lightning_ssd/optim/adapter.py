@@ -18,15 +18,14 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.optim.pipeline import ParameterUpdate, UpdatePipeline, require_finite
-from lightning_ssd.optim.updater import PendingUpdate, Updater
 from lightning_ssd.optim.rules import Rule, TorchRule
 from lightning_ssd.optim.shared import SharedOptions
 from lightning_ssd.optim.state_io import OptimizerState
+from lightning_ssd.optim.updater import PendingUpdate, Updater
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.step.gradients import params_with_grad
 from lightning_ssd.units.inherited import Refused
 from lightning_ssd.units.param_cache import ParamCache
-from lightning_ssd.units.unit import Unit
+from lightning_ssd.units.unit import Unit, params_with_grad
 
 
 class OptimizerAdapter(OptimizerState):
@@ -61,7 +60,7 @@ class OptimizerAdapter(OptimizerState):
         super().__init__(optimizer, rule, units, store, keep_master=keep_master, suffix=suffix)
         self._options = SharedOptions(optimizer)
         self._pipeline: UpdatePipeline | None = None
-        self._residents: ParamCache | None = None
+        self._cache: ParamCache | None = None
         self._queue: Updater | None = None
         self._is_half_made = False  # when the run ended
         self._has_used_grads = False  # of the last backward, that a step in plain torch would leave
@@ -85,16 +84,16 @@ class OptimizerAdapter(OptimizerState):
         if earlier["state"]:
             self.load_state_dict(earlier)
 
-    def connect(self, pipeline: UpdatePipeline, residents: ParamCache, queue: Updater) -> None:
+    def connect(self, pipeline: UpdatePipeline, cache: ParamCache, queue: Updater) -> None:
         """From now on steps can run."""
         self._pipeline = pipeline
-        self._residents = residents
+        self._cache = cache
         self._queue = queue
 
     def release(self) -> None:
         """Give the optimizer its own step back; ``state_dict`` goes on to show what is in the store."""
         self._is_half_made = self.is_mid_step
-        self._pipeline = self._residents = self._queue = None
+        self._pipeline = self._cache = self._queue = None
         for name in ("step", "zero_grad", "add_param_group"):
             self.optimizer.__dict__.pop(name, None)
 
@@ -102,7 +101,7 @@ class OptimizerAdapter(OptimizerState):
         """This is a forked process: nothing can be updated, and states cannot be read."""
         name = type(self.optimizer).__name__
         refused: Any = Refused(f"optimizer {name} cannot make steps, nor show or load its state,")
-        self._pipeline = self._residents = self._queue = refused
+        self._pipeline = self._cache = self._queue = refused
         self._store = refused
         self._has_used_grads = False  # else that would be the reason why
         self._view.inherit(refused)
@@ -158,9 +157,9 @@ class OptimizerAdapter(OptimizerState):
             NonFiniteGradientError: A gradient holds NaN or Inf; nothing of the unit has changed. Of gradients that are
                 still to land, it is raised by who next waits for an update.
         """
-        pipeline, residents, queue = self._pipeline, self._residents, self._queue
+        pipeline, cache, queue = self._pipeline, self._cache, self._queue
         assert pipeline is not None
-        assert residents is not None
+        assert cache is not None
         assert queue is not None
         queue.wait(unit)  # of another optimizer, or of the step before
         groups = self._groups()
@@ -171,15 +170,15 @@ class OptimizerAdapter(OptimizerState):
         if land is None:
             require_finite(unit, mine)
         parts = self._parts(unit, mine, groups)
-        residents.settle(unit)
-        residents.before_update(unit)
+        cache.write_back(unit)
+        cache.before_update(unit)
         # Where there is a master, the values in memory are not what the rule updates.
         reads = pipeline.updates_values_of(unit)
-        is_borrowed = reads and residents.borrow(unit)
+        is_borrowed = reads and cache.pin(unit)
 
-        def end_borrow() -> None:
+        def unpin() -> None:
             if is_borrowed:
-                residents.end_borrow(unit)
+                cache.unpin(unit)
 
         def run() -> None:
             try:
@@ -189,21 +188,21 @@ class OptimizerAdapter(OptimizerState):
                     require_finite(unit, mine)
                     for part in parts.values():
                         part.version = part.grad._version  # what landed may have been added to it
-                residents.end_copy(unit)
-                loan = residents.lend(unit, reads=reads)
+                cache.end_copy(unit)
+                loan = cache.lend(unit, reads=reads)
             finally:
-                end_borrow()
+                unpin()
             pipeline.update(unit, self.rule, parts, loan, suffix=self.suffix, done=complete)
 
         def complete() -> None:
             queue.complete(unit)
-            residents.updated(unit)
+            cache.updated(unit)
 
         self._has_used_grads |= is_last
         nbytes = sum(part.grad.nbytes for part in parts.values()) if is_last else 0
-        position = residents.schedule.position(unit.name, "train")
-        is_kept = unit.kept is not None
-        queue.add(PendingUpdate(unit, nbytes, position, is_kept, lambda: residents.is_free(unit), run, end_borrow))
+        position = cache.schedule.position(unit.name, "train")
+        is_kept = unit.in_memory is not None
+        queue.add(PendingUpdate(unit, nbytes, position, is_kept, lambda: cache.is_free(unit), run, unpin))
 
     def _parts(
         self, unit: Unit, grads: Mapping[int, Tensor], groups: Mapping[nn.Parameter, int]
@@ -275,8 +274,8 @@ class OptimizerAdapter(OptimizerState):
             )
 
     def _finish_step(self) -> None:
-        assert self._residents is not None
-        self._residents.end_step()  # whoever reads a parameter from now on gets its new value
+        assert self._cache is not None
+        self._cache.end_step()  # whoever reads a parameter from now on gets its new value
         for unit, grads in params_with_grad(self._units()):
             self.update(unit, grads)
         if isinstance(self.rule, TorchRule):

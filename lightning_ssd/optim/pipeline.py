@@ -3,9 +3,9 @@
 An elementwise rule sees the unit in chunks: while chunk c is computed, c+1 is being read and c-1 written, so host
 memory is depth x chunk whatever the unit's size. Any other rule sees whole parameters, with the unit's state in memory.
 
-[Note: trailing] The last chunks of a unit are written while the first ones of the next unit are read: without that the
-disk idles between units. So `UpdatePipeline.update` returns when all is computed, and the new generations become current in
-the next call of `update` or in `finish`.
+[Note: write-behind] The last chunks of a unit are written while the first ones of the next unit are read: without that
+the disk idles between units. So `UpdatePipeline.update` returns when all is computed, and the new generations become
+current in the next call of `update` or in `finish`.
 
 [Note: suffix] Kinds are named as the optimizer's class names its states. Where a second optimizer updates parameters
 that another one updates too, its kinds have a suffix: ``exp_avg@1``.
@@ -27,15 +27,15 @@ from lightning_ssd.errors import NonFiniteGradientError, ResidencyError
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.plan import CHUNK_STEP_NUMEL
 from lightning_ssd.memory.pool import Pool
-from lightning_ssd.optim.state_tensors import UpdateTensors, Slot
 from lightning_ssd.optim.rules import Options, Rule
+from lightning_ssd.optim.state_tensors import ChunkBuffer, UpdateTensors
 from lightning_ssd.sizes import round_up
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import Segment, chunks, suffix_of
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units.update_target import UpdateTarget
-from lightning_ssd.units.unit import Unit
 from lightning_ssd.trace.recorder import Lane, Trace
+from lightning_ssd.units.unit import Unit
+from lightning_ssd.units.update_target import UpdateTarget
 
 CHUNKS_PER_UNIT = 16
 """Into at least so many a unit is cut, if they are not too small then."""
@@ -105,7 +105,7 @@ class UpdatePipeline:
         suffix: str = "",
         done: Callable[[], None] = lambda: None,
     ) -> None:
-        """Update the parameters of ``unit`` that have a part, by index; [Note: trailing].
+        """Update the parameters of ``unit`` that have a part, by index; [Note: write-behind].
 
         Args:
             unit: What to update.
@@ -199,7 +199,7 @@ class UpdatePipeline:
         if nbytes > slot_nbytes:  # planned for another rule: of an optimizer beside this one, or before it
             depth, slot_nbytes = max(min(depth, pool.nbytes // nbytes), 1), nbytes
             pool = self._pool_for(nbytes)
-        pending: deque[tuple[Slot, int, int]] = deque()
+        pending: deque[tuple[ChunkBuffer, int, int]] = deque()
         # One slot is left free of reads, so that its writes run while the next chunk is computed.
         most_pending = max(depth - 1, 1)
 
@@ -213,7 +213,7 @@ class UpdatePipeline:
 
         for i, (begin, end) in enumerate(chunks(unit.layout.numel, chunk_numel)):
             if i < depth:
-                slot = Slot(pool, sizes, unit.name, nbytes=slot_nbytes, make_room=self._make_room)
+                slot = ChunkBuffer(pool, sizes, unit.name, nbytes=slot_nbytes, make_room=self._make_room)
                 writes.slots.append(slot)
             else:
                 writes.slots.rotate(-1)  # the oldest at the front
@@ -226,7 +226,7 @@ class UpdatePipeline:
         while pending:
             compute_one()
 
-    def _wait(self, slot: Slot, unit: Unit) -> None:
+    def _wait(self, slot: ChunkBuffer, unit: Unit) -> None:
         with self._trace.span(Lane.WAIT, "update waits for the disk", unit.name):
             slot.wait()
 
@@ -237,28 +237,28 @@ class UpdatePipeline:
         parts: Mapping[int, ParameterUpdate],
         flats: Mapping[int, Tensor],
         files: UpdateTensors,
-        slot: Slot | None,
+        slot: ChunkBuffer | None,
         begin: int,
         end: int,
     ) -> None:
         staged = {} if slot is None else files.staged(slot, end - begin)
 
         def view(kind: str, segment: Segment) -> Tensor:
-            kept, home = files.columns[kind].kept, files.columns[kind].home
+            kept, out = files.columns[kind].in_memory, files.columns[kind].out
             if kept is not None:
                 return kept[segment.index].view(-1)[segment.offset : segment.offset + segment.numel]
-            if home is not None:
-                return home[segment.begin : segment.end]
+            if out is not None:
+                return out[segment.begin : segment.end]
             return staged[kind][segment.begin - begin : segment.end - begin]
 
         with self._trace.span(Lane.UPDATE, "rule", unit.name):
             for segment in unit.layout.segments(begin, end):
                 master = view(files.master_kind, segment)
                 param = view("param", segment) if files.master_kind != "param" else None
-                if files.widens and param is not None:
+                if files.makes_master and param is not None:
                     kernels.convert_(master, param)
-                elif files.source is not None:
-                    kernels.convert_(master, files.source[segment.begin : segment.end])
+                elif files.master_source is not None:
+                    kernels.convert_(master, files.master_source[segment.begin : segment.end])
                 part = parts.get(segment.index)
                 if part is None:
                     if param is not None:
@@ -279,7 +279,7 @@ class UpdatePipeline:
         self.finish()
         numel, files = unit.layout.numel, writes.files
         sizes = [(column.kind, column.layout.itemsize * numel) for column in files.streamed]
-        slot = Slot(self._pool_for(sum(round_up(nbytes) for _, nbytes in sizes)), sizes, unit.name)
+        slot = ChunkBuffer(self._pool_for(sum(round_up(nbytes) for _, nbytes in sizes)), sizes, unit.name)
         writes.slots.append(slot)
         files.read(slot, 0, numel)
         self._wait(slot, unit)  # sync: the unit's state
@@ -320,18 +320,18 @@ class UpdatePipeline:
         rule: Rule,
         part: ParameterUpdate | None,
         files: UpdateTensors,
-        slot: Slot,
+        slot: ChunkBuffer,
         index: int,
         late: dict[str, dict[int, Tensor]],
     ) -> None:
         views = {kind: column.whole(slot, index) for kind, column in files.columns.items()}
         places = {name: views[kind] for name, kind in files.state_kinds.items()}
         master = views[files.master_kind]
-        if files.widens:
+        if files.makes_master:
             master.copy_(views["param"])
-        elif files.source is not None:
+        elif files.master_source is not None:
             entry, itemsize = files.columns["param"].layout.entries[index], master.itemsize
-            master.copy_(files.source[entry.begin // itemsize : entry.end // itemsize].view(master.shape))
+            master.copy_(files.master_source[entry.begin // itemsize : entry.end // itemsize].view(master.shape))
         if part is not None:
             states = {k: v for k, v in places.items() if k in part.initialised}
             grad = part.grad.detach().to(master.dtype)
@@ -378,10 +378,12 @@ class _Writes:
         done: See `UpdatePipeline.update`.
     """
 
-    def __init__(self, unit: Unit, parts: Iterable[ParameterUpdate], files: UpdateTensors, done: Callable[[], None]) -> None:
+    def __init__(
+        self, unit: Unit, parts: Iterable[ParameterUpdate], files: UpdateTensors, done: Callable[[], None]
+    ) -> None:
         self.unit = unit
         self.files = files
-        self.slots: deque[Slot] = deque()
+        self.slots: deque[ChunkBuffer] = deque()
         self.done = done
         self._before = [(p.scalars, deepcopy(p.scalars), p.initialised, set(p.initialised)) for p in parts]
 

@@ -20,7 +20,7 @@ from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.update_target import UpdateTarget
 
 
-class Slot:
+class ChunkBuffer:
     """A buffer for one chunk of every kind, and the transfers under way on it.
 
     Args:
@@ -56,16 +56,16 @@ class Slot:
         kind: str,
         offset: int,
         nbytes: int,
-        home: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> None:
-        """Start a transfer of bytes of a generation's data section: from or to its ``home``, else the slot's memory."""
+        """Start a transfer of bytes of a generation's data section: from or to its ``out``, else the slot's memory."""
         if not nbytes:  # a unit of parameters without elements
             return
-        if home is None:
+        if out is None:
             address = self._buffer.address + self._places[kind][0]
             transfer = start(generation, offset, address, nbytes, keep=self._buffer.hold())
         else:
-            transfer = start(generation, offset, home.data_ptr() + offset, nbytes, keep=home)
+            transfer = start(generation, offset, out.data_ptr() + offset, nbytes, keep=out)
         self._transfers.append(transfer)
 
     def clear(self, kind: str) -> None:
@@ -104,28 +104,28 @@ class StateTensor:
         kind: Which.
         layout: Of its files.
         current: What is read.
-        kept: One tensor per parameter of what has no file; [Note: kept] of `StateStore`.
-        home: All elements, flat, of what is written to a new file from where compute will read it.
+        in_memory: One tensor per parameter of what has no file; [Note: kept] of `StateStore`.
+        out: All elements, flat, of what is written to a new file from where compute will read it.
     """
 
     kind: str
     layout: UnitLayout
     current: Generation | None
-    kept: tuple[Tensor, ...] | None
-    home: Tensor | None = None
+    in_memory: tuple[Tensor, ...] | None
+    out: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of its tensors."""
         return dtype_of(self.layout.dtype)
 
-    def whole(self, slot: Slot, index: int) -> Tensor:
+    def whole(self, slot: ChunkBuffer, index: int) -> Tensor:
         """Parameter ``index`` of a slot that holds the whole unit."""
-        if self.kept is not None:
-            return self.kept[index]
+        if self.in_memory is not None:
+            return self.in_memory[index]
         entry = self.layout.entries[index]
-        if self.home is not None:
-            return self.home[entry.begin // self.layout.itemsize : entry.end // self.layout.itemsize].view(entry.shape)
+        if self.out is not None:
+            return self.out[entry.begin // self.layout.itemsize : entry.end // self.layout.itemsize].view(entry.shape)
         return slot.tensor(self.kind, self.dtype, entry.shape, entry.begin)
 
 
@@ -138,8 +138,8 @@ class UpdateTensors:
         moves: Whether any is read or written.
         state_kinds: All but the parameter and its master, by the name that the rule has for each.
         master_kind: Which kind the rule updates.
-        widens: There is no master yet: it is made from the parameter.
-        source: The master's values, flat, where they are in memory and may not be changed there.
+        makes_master: There is no master yet: it is made from the parameter.
+        master_source: The master's values, flat, where they are in memory and may not be changed there.
         is_touched: Kept memory may hold new values by now.
     """
 
@@ -148,60 +148,64 @@ class UpdateTensors:
     ) -> None:
         self._store = store
         unit = layouts["param"].unit
-        self.columns = {k: StateTensor(k, lay, store.current(unit, k), store.kept(unit, k)) for k, lay in layouts.items()}
-        self.moves = any(column.kept is None for column in self.columns.values())
+        self.columns = {
+            k: StateTensor(k, lay, store.current(unit, k), store.in_memory(unit, k)) for k, lay in layouts.items()
+        }
+        self.moves = any(column.in_memory is None for column in self.columns.values())
         self.state_kinds = {k.removesuffix(suffix): k for k in layouts if k not in ("param", "master")}
         self.master_kind = "master" if "master" in layouts else "param"
-        self.widens = self.master_kind == "master" and self.columns["master"].current is None
+        self.makes_master = self.master_kind == "master" and self.columns["master"].current is None
         self._loan = loan
-        self.source: Tensor | None = None
+        self.master_source: Tensor | None = None
         if loan is not None and loan.is_writable:
-            self.columns["param"].home = loan.values
+            self.columns["param"].out = loan.values
         elif loan is not None and loan.is_current and self.master_kind == "param":
-            self.source = loan.values
-        self.streamed = [c for c in self.columns.values() if c.kept is None and c.home is None]
+            self.master_source = loan.values
+        self.streamed = [c for c in self.columns.values() if c.in_memory is None and c.out is None]
         # Else it is in memory, or written from the master.
-        self._reads_param = not (loan is not None and loan.is_current) and (self.master_kind == "param" or self.widens)
+        self._reads_param = not (loan is not None and loan.is_current) and (
+            self.master_kind == "param" or self.makes_master
+        )
         self.is_touched = False
         self._new: list[Generation] = []
 
     def begin(self) -> None:
         """New generations of every kind."""
         for column in self.columns.values():
-            if column.current is None and column.kept is not None:
-                for tensor in column.kept:
+            if column.current is None and column.in_memory is not None:
+                for tensor in column.in_memory:
                     tensor.zero_()
         self._new = self._store.begin([column.layout for column in self.columns.values()])
 
-    def staged(self, slot: Slot, numel: int) -> dict[str, Tensor]:
+    def staged(self, slot: ChunkBuffer, numel: int) -> dict[str, Tensor]:
         """The streamed kinds' tensors of a chunk."""
         return {column.kind: slot.tensor(column.kind, column.dtype, numel) for column in self.streamed}
 
-    def read(self, slot: Slot, begin: int, end: int) -> None:
+    def read(self, slot: ChunkBuffer, begin: int, end: int) -> None:
         """Start reading elements ``[begin, end)`` of what is not in memory."""
         if begin == end:  # a unit without elements: its files are headers
             return
         for column in self.columns.values():
-            if column.kept is not None or (column.kind == "param" and not self._reads_param):
+            if column.in_memory is not None or (column.kind == "param" and not self._reads_param):
                 continue
             if column.current is None:
                 slot.clear(column.kind)
             else:
                 size = column.layout.itemsize
-                slot.add(self._store.read, column.current, column.kind, begin * size, (end - begin) * size, column.home)
+                slot.add(self._store.read, column.current, column.kind, begin * size, (end - begin) * size, column.out)
 
-    def write(self, slot: Slot, begin: int, end: int) -> None:
+    def write(self, slot: ChunkBuffer, begin: int, end: int) -> None:
         """Start writing them."""
         if begin == end:
             return
         for column, new in zip(self.columns.values(), self._new, strict=True):
-            if column.kept is None:
+            if column.in_memory is None:
                 size = column.layout.itemsize
-                slot.add(self._store.write, new, column.kind, begin * size, (end - begin) * size, column.home)
+                slot.add(self._store.write, new, column.kind, begin * size, (end - begin) * size, column.out)
 
     def end_source(self) -> None:
         """All is computed: what was only read goes back."""
-        if self.columns["param"].home is None:
+        if self.columns["param"].out is None:
             self._end_loan(is_new=False)
 
     def commit(self) -> None:
@@ -220,6 +224,6 @@ class UpdateTensors:
     def _end_loan(self, *, is_new: bool) -> None:
         loan, self._loan = self._loan, None
         if loan is not None:
-            self.source = self.columns["param"].home = None
+            self.master_source = self.columns["param"].out = None
             del loan.values
             loan.end(is_new)

@@ -16,8 +16,8 @@ from copy import copy
 from dataclasses import dataclass
 
 from lightning_ssd.errors import SSDOffloadError
-from lightning_ssd.units.unit import Unit
 from lightning_ssd.trace.recorder import Lane, Trace
+from lightning_ssd.units.unit import Unit
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Updater:
         self.held_nbytes = 0
         self._owed: dict[str, PendingUpdate] = {}  # by unit, until they are complete
         self._is_working = False
-        self._num_insisting = 0  # callers for whom even a unit that is not free is updated
+        self._num_blocked = 0  # callers for whom even a unit that is not free is updated
         self._failure: BaseException | None = None
         self._is_closed = False
         self._thread: threading.Thread | None = None
@@ -107,7 +107,7 @@ class Updater:
             BaseException: What an update failed with.
         """
         if self._owed or self._failure is not None:
-            self._wait(unit.name, lambda: unit.name not in self._owed, insists=True)
+            self._wait(unit.name, lambda: unit.name not in self._owed, is_blocking=True)
 
     def complete(self, unit: Unit) -> None:
         """The update of ``unit`` that has run is on disk, and its values are the current ones."""
@@ -115,7 +115,7 @@ class Updater:
             self._owed.pop(unit.name, None)
             self._changed.notify_all()
 
-    def is_owed(self, unit: Unit) -> bool:
+    def is_pending(self, unit: Unit) -> bool:
         """Whether an update of ``unit`` is not complete."""
         return unit.name in self._owed
 
@@ -126,7 +126,7 @@ class Updater:
             BaseException: What an update failed with.
         """
         if self._owed or self._failure is not None:
-            self._wait("all updates", lambda: not self._owed, insists=True)
+            self._wait("all updates", lambda: not self._owed, is_blocking=True)
 
     def settle(self) -> None:
         """Run what can be run now, whatever the caller does next; not from the thread that runs it."""
@@ -137,8 +137,8 @@ class Updater:
             self._changed.wait_for(lambda: not any(map(self._will_end, waited)))  # sync: updates
 
     def _will_end(self, owed: PendingUpdate) -> bool:
-        is_owed = self._owed.get(owed.unit.name) is owed
-        return is_owed and (owed.has_run or self._is_working or self._may_run(owed))
+        is_pending = self._owed.get(owed.unit.name) is owed
+        return is_pending and (owed.has_run or self._is_working or self._may_run(owed))
 
     def before_fork(self) -> list[str]:
         """Let nothing be owed or complete until `after_fork`; returns the units of which an update is owed."""
@@ -179,16 +179,16 @@ class Updater:
         # What waits for compute to be done with it does so only as long as its gradients are in nobody's way.
         return not owed.has_run and (owed.is_free() or (not owed.is_kept and self.held_nbytes > self._capacity()))
 
-    def _wait(self, what: str, is_over: Callable[[], bool], *, insists: bool = False) -> None:
+    def _wait(self, what: str, is_over: Callable[[], bool], *, is_blocking: bool = False) -> None:
         with self._changed:
             if self._failure is None and not is_over():
-                self._num_insisting += insists
+                self._num_blocked += is_blocking
                 self._changed.notify_all()
                 try:
                     with self._trace.span(Lane.WAIT, "wait for the update", what):
                         self._changed.wait_for(lambda: self._failure is not None or is_over())  # sync: an update
                 finally:
-                    self._num_insisting -= insists
+                    self._num_blocked -= is_blocking
             if self._failure is not None:
                 # A copy each time: autograd keeps what is raised inside backward, and every frame it went through.
                 raise copy(self._failure) from self._failure
@@ -231,8 +231,8 @@ class Updater:
         return any(owed.has_run for owed in self._owed.values())
 
     def _next(self) -> PendingUpdate | None:
-        insists = self._num_insisting > 0 or self._is_closed
-        found = [owed for owed in self._owed.values() if self._may_run(owed) or (insists and not owed.has_run)]
+        is_blocking = self._num_blocked > 0 or self._is_closed
+        found = [owed for owed in self._owed.values() if self._may_run(owed) or (is_blocking and not owed.has_run)]
         return min(found, key=lambda owed: owed.position, default=None)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssd.optim.rules import Options
 from lightning_ssd.optim.adapter import OptimizerAdapter
-from lightning_ssd.step.gradients import params_with_grad
+from lightning_ssd.optim.rules import Options
+from lightning_ssd.units.unit import params_with_grad
 
 
 class WholeRule:
@@ -68,7 +68,7 @@ class WholeOptimizer(OptimizerAdapter):
     def release(self) -> None:
         """Give the optimizer its own step back."""
         self._is_half_made = self.is_mid_step
-        self._pipeline = self._residents = self._queue = None
+        self._pipeline = self._cache = self._queue = None
         self.optimizer.__dict__.pop("step", None)
 
     def dismiss(self, others: Iterable[OptimizerAdapter]) -> None:
@@ -89,10 +89,10 @@ class WholeOptimizer(OptimizerAdapter):
         return {}
 
     def _step(self, own: Callable[..., Any], closure: Callable[[], Any] | None = None, *args: Any, **kw: Any) -> Any:
-        residents = self._residents
-        assert residents is not None
+        cache = self._cache
+        assert cache is not None
         self._is_stepping = False
-        with residents.outside_step() as inside_step:
+        with cache.outside_step() as inside_step:
             if closure is None:
                 self._require_written()
                 self._is_stepping = True

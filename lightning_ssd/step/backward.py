@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_ssd.store.generation import Generation
-from lightning_ssd.units import transforms
-from lightning_ssd.step.recompute import Frame, FrameUnits
-from lightning_ssd.units.fingerprint import content
 from lightning_ssd.step.gradients import GradientStore
+from lightning_ssd.step.recompute import Frame, FrameUnits
+from lightning_ssd.store.generation import Generation
+from lightning_ssd.trace.recorder import Trace
+from lightning_ssd.units import transforms
+from lightning_ssd.units.fingerprint import fingerprint
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.transforms import StepHooks
 from lightning_ssd.units.unit import Unit
-from lightning_ssd.trace.recorder import Trace
 
 
 class BackwardPass:
     """Holds units during backward.
 
     Args:
-        residents: Fetches and releases units.
+        cache: Fetches and releases units.
         sink: Is told when a backward ends.
         trace: Gets the event ``recompute``.
 
@@ -41,10 +41,10 @@ class BackwardPass:
         step_hooks: For tensors that are saved outside the forward of a module that needs a unit.
     """
 
-    def __init__(self, residents: ParamCache, sink: GradientStore, trace: Trace) -> None:
+    def __init__(self, cache: ParamCache, sink: GradientStore, trace: Trace) -> None:
         self.rerunning: Frame | None = None
         self.step_hooks = StepHooks(self.hooks)
-        self._residents = residents
+        self._cache = cache
         self._sink = sink
         self._trace = trace
         self._held: dict[int, _Hold] = {}  # by id of the frame, which is alive in the value
@@ -74,7 +74,7 @@ class BackwardPass:
 
     def pack(self, tensor: Tensor) -> object:
         """What stands for a saved tensor."""
-        place = self._residents.find(tensor)
+        place = self._cache.find(tensor)
         if place is None:
             if tensor.is_inference() or transforms.are_active():
                 return tensor, None
@@ -97,12 +97,12 @@ class BackwardPass:
         if unit.name not in self._unpacked:
             self._end_idle_holds(going_to=unit)
             with transforms.suspended():
-                self._residents.acquire(unit)
+                self._cache.fetch(unit)
             self._unpacked[unit.name] = unit
         return packed.tensor()
 
     def _require_unchanged(self, unit: Unit, generation: Generation) -> None:
-        if generation.lineage is not self._residents.current(unit).lineage:
+        if generation.lineage is not self._cache.current(unit).lineage:
             raise RuntimeError(
                 f"backward needs values of unit {unit.name!r} that an optimizer step has replaced since the forward; "
                 "run the forward again, or the backward before the step"
@@ -110,9 +110,9 @@ class BackwardPass:
 
     def _require_unwritten(self, used: _Used) -> None:
         unit = used.unit
-        is_written = used.generation is not self._residents.current(unit) or used.num_writes != unit.num_writes
-        if not is_written and used.content is not None and unit.kept is not None:
-            is_written = used.content != content(unit.kept)
+        is_written = used.generation is not self._cache.current(unit) or used.num_writes != unit.num_writes
+        if not is_written and used.fingerprint is not None and unit.in_memory is not None:
+            is_written = used.fingerprint != fingerprint(unit.in_memory)
         if is_written:
             raise RuntimeError(
                 f"unit {unit.name!r} cannot be recomputed: its parameters were written to between its forward and its "
@@ -124,12 +124,12 @@ class BackwardPass:
 
     def units(self, units: list[Unit]) -> FrameUnits:
         """What a frame of a module that needs ``units``, which are resident, calls."""
-        return _FrameUnits(self, self._residents, units)
+        return _FrameUnits(self, self._cache, units)
 
     def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
         """See `FrameUnits.rerun`."""
         for used in self._used[frame]:
-            self._residents.settle(used.unit)  # what was written to it since
+            self._cache.write_back(used.unit)  # what was written to it since
             self._require_unchanged(used.unit, used.generation)
             self._require_unwritten(used)
         self.note()
@@ -147,16 +147,16 @@ class BackwardPass:
 
     def end_forward(self, frame: Frame, units: list[Unit]) -> None:
         """The forward of ``frame`` is over, and what it wrote to parameters of ``units`` itself is in the store."""
-        self._used[frame] = [_Used(unit, self._residents.current(unit), unit.num_writes) for unit in units]
+        self._used[frame] = [_Used(unit, self._cache.current(unit), unit.num_writes) for unit in units]
 
     def touched(self, unit: Unit) -> None:
         """Code outside of modules may write to ``unit`` from now on; no generation tells where it is kept in memory."""
-        if unit.kept is None:
+        if unit.in_memory is None:
             return
-        waiting = [u for used in self._used.values() for u in used if u.unit is unit and u.content is None]
-        found = content(unit.kept) if waiting else None
+        waiting = [u for used in self._used.values() for u in used if u.unit is unit and u.fingerprint is None]
+        found = fingerprint(unit.in_memory) if waiting else None
         for used in waiting:
-            used.content = found
+            used.fingerprint = found
 
     def hold(self, frame: Frame, units: list[Unit]) -> None:
         """Keep ``units``, which are held once, until the backward of ``frame`` is over."""
@@ -169,8 +169,8 @@ class BackwardPass:
         if hold.guest is not view.unit:
             guest, hold.guest = hold.guest, None
             if guest is not None:
-                self._residents.release(guest)
-            self._residents.acquire(view.unit)
+                self._cache.release(guest)
+            self._cache.fetch(view.unit)
             hold.guest = view.unit
         return view.tensor()
 
@@ -196,13 +196,13 @@ class BackwardPass:
         frame.drop()
         hold = self._held.pop(id(frame), None)
         for unit in hold.all_units if hold is not None else ():
-            self._residents.release(unit)
+            self._cache.release(unit)
 
     def _end_holds(self) -> None:
         for hold in list(self._held.values()):
             self._end_frame(hold.frame)
         while self._unpacked:
-            self._residents.release(self._unpacked.popitem()[1])
+            self._cache.release(self._unpacked.popitem()[1])
 
     def _end_idle_holds(self, going_to: Unit | None = None) -> None:
         """Backward goes on to another unit: those it was in before are over, as far as anybody can tell.
@@ -231,7 +231,7 @@ class _Used:
     unit: Unit
     generation: Generation
     num_writes: int
-    content: tuple[int, ...] | None = None  # what it held when code outside of modules first touched it after that
+    fingerprint: tuple[int, ...] | None = None  # what it held when code outside of modules first touched it after that
 
 
 class _ParameterView:
@@ -276,9 +276,9 @@ class _Hold:
 class _FrameUnits:
     """See `FrameUnits`."""
 
-    def __init__(self, backward: BackwardPass, residents: ParamCache, units: list[Unit]) -> None:
+    def __init__(self, backward: BackwardPass, cache: ParamCache, units: list[Unit]) -> None:
         self._backward = backward
-        self._residents = residents
+        self._cache = cache
         self._units = units
         self._versions = self._current_versions()
 
@@ -301,11 +301,11 @@ class _FrameUnits:
         return self._backward.unpack(packed)
 
     def place(self, tensor: Tensor) -> object | None:
-        place = self._residents.find(tensor)
+        place = self._cache.find(tensor)
         return None if place is None else (place[0].name, place[1], *_form(tensor))
 
     def hide(self, tensor: Tensor) -> object:
-        place = self._residents.find(tensor)
+        place = self._cache.find(tensor)
         # What a unit that was only visited has is not held: a view of it would hold its buffer, one for each visit.
         return tensor.detach() if place is None or place[0] in self._units else self._backward.pack(tensor)
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lightning_ssd.units.lazy_param import wake_all
+from lightning_ssd.units.lazy_param import load_all
 
 
 class ForwardHooks(Protocol):
@@ -55,7 +55,7 @@ def hook_encoders(root: nn.Module) -> list[Removable]:
 def _bring_first_layer(encoder: nn.TransformerEncoder, args: Any) -> None:
     first = encoder.layers[0]
     if not first.training and not torch.is_grad_enabled():
-        wake_all(list(first.parameters()))
+        load_all(list(first.parameters()))
 
 
 class _Forward:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from lightning_ssd.memory.device_copies import DeviceCopies
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.units.device import Event
-from lightning_ssd.units.device_copies import DeviceCopies
 
 
 class OffloadedGrad:
@@ -45,7 +45,7 @@ class GradOffloader:
         self._copies = DeviceCopies() if copies is None else copies
         self._on_the_way: deque[tuple[Event, int]] = deque()
 
-    def take(self, grad: Tensor, make_room: Callable[[], None]) -> OffloadedGrad:
+    def offload(self, grad: Tensor, make_room: Callable[[], None]) -> OffloadedGrad:
         """Start to copy ``grad``, which the caller may drop at once.
 
         Args:

@@ -4,9 +4,9 @@
 write it back, before autograd adds to it and before it is read: it tells nobody else, and may read older bytes again
 afterwards. From the step to the update checksums are compared; before, a gradient is the user's, who may change it.
 
-[Note: gradients] Inside the optimizer's step, when nobody may look at gradients, a unit whose gradients are all there
-is handed on at once (`Mode.STREAMED`) and its memory is freed. Otherwise gradients wait as ``.grad``
-(`Mode.VISIBLE`), in memory or, past the budget, on a mapped file that the kernel may write back: no anonymous memory.
+[Note: gradients] Where nothing reads gradients before the optimizer's step, a unit is updated as soon as all its
+gradients are there (`Mode.UPDATE_IN_BACKWARD`), and their memory is freed. Otherwise they wait as ``.grad``
+(`Mode.ACCUMULATE`): in memory or, past the budget, on a mapped file that the kernel may write back.
 
 Off the device they are copied to the host as they arrive, and nobody waits for that before he must: the update for
 those that are handed on, the end of backward for those that stay visible.
@@ -32,17 +32,19 @@ from lightning_ssd.memory.forked import make_private
 from lightning_ssd.memory.heap import HeapWatch
 from lightning_ssd.memory.mapped_file import map_file, wait_for_write_back
 from lightning_ssd.memory.views import Views, address_of
+from lightning_ssd.step.grad_offload import GradOffloader, OffloadedGrad
 from lightning_ssd.store.layout import CHECK_NBYTES, MEMORY_ALIGNMENT
 from lightning_ssd.units.inherited import refused_gradient
-from lightning_ssd.step.grad_offload import OffloadedGrad, GradOffloader
 from lightning_ssd.units.unit import Unit
 
 
 class Mode(Enum):
     """What becomes of a gradient."""
 
-    VISIBLE = auto()  # it stays ``.grad`` until the user's zero_grad
-    STREAMED = auto()  # it goes to `GradientStore.on_complete` with the rest of its unit, and ``.grad`` is None
+    ACCUMULATE = auto()  # it stays ``.grad`` until the user's zero_grad
+    UPDATE_IN_BACKWARD = (
+        auto()
+    )  # it goes to `GradientStore.on_complete` with the rest of its unit, and ``.grad`` is None
 
 
 class GradientStore:
@@ -50,13 +52,13 @@ class GradientStore:
 
     Args:
         scratch: Makes files on which waiting gradients are mapped; None keeps them in memory.
-        on_complete: Called in `Mode.STREAMED` with a unit, its gradients by parameter index, and what to call before
-            they are read, from any thread; None where they are there.
+        on_complete: Called in `Mode.UPDATE_IN_BACKWARD` with a unit, its gradients by parameter index, and what to call
+            before they are read, from any thread; None where they are there.
         off_device: Compute runs elsewhere than on the host: gradients are copied to the host as they arrive.
-        landing: Makes these copies.
+        offloader: Makes these copies.
         heap: Is told how much memory gradients took that came and went; None if that does not matter.
-        is_gated: All gradients wait: their places in mapped files are made before backward begins. Made as they arrive,
-            their small objects would keep the holes in the heap apart that gradients leave; see [Note: holes].
+        waits_for_all_grads: All gradients wait: their places in mapped files are made before backward begins. Made as
+            they arrive, their small objects would keep the holes in the heap apart; see [Note: holes].
         verify: Compare gradients that waited on disk with their checksums.
     """
 
@@ -66,17 +68,17 @@ class GradientStore:
         on_complete: Callable[[Unit, dict[int, Tensor], Callable[[], None] | None], None],
         *,
         off_device: bool = False,
-        landing: GradOffloader | None = None,
+        offloader: GradOffloader | None = None,
         heap: HeapWatch | None = None,
-        is_gated: bool = False,
+        waits_for_all_grads: bool = False,
         verify: bool = False,
     ) -> None:
         self._verify = verify
-        self.mode = Mode.VISIBLE
+        self.mode = Mode.ACCUMULATE
         self._off_device = off_device
-        self._landing = GradOffloader() if landing is None else landing
+        self._offloader = GradOffloader() if offloader is None else offloader
         self._heap = heap
-        self._is_gated = is_gated
+        self._is_gated = waits_for_all_grads
         self._arriving: dict[nn.Parameter, list[tuple[Unit, int, OffloadedGrad]]] = {}  # not yet in `_hidden`
         self.is_needed: Callable[[Unit], bool] = lambda unit: (
             False
@@ -128,7 +130,7 @@ class GradientStore:
         repeated: dict[nn.Parameter, int] = {}
         for (unit, module), times in self._users.items():
             # By itself: a function was given a parameter that some module has too. Small ones are not worth a thought.
-            is_repeated = times > 1 if module is not None else self._uses[unit.name] > times and not unit.sticky
+            is_repeated = times > 1 if module is not None else self._uses[unit.name] > times and not unit.persistent
             mine = set(unit.params) if module is None else set(module.parameters()).intersection(unit.params)
             repeated |= {param: param.nbytes for param in mine if is_repeated and param.requires_grad}
         return sum(repeated.values())
@@ -148,7 +150,7 @@ class GradientStore:
         arrived.add(index)
         if self._off_device:
             self._take_off(unit, index, grad)
-        if self.mode is Mode.VISIBLE:
+        if self.mode is Mode.ACCUMULATE:
             if not self._off_device:
                 param.grad = self._kept(unit, index, grad)
         elif self._is_complete(unit, len(arrived)):
@@ -158,7 +160,7 @@ class GradientStore:
 
     def end_backward(self) -> None:
         """No more gradients come from this backward: what is not handed on yet is complete too."""
-        if self.mode is Mode.STREAMED:
+        if self.mode is Mode.UPDATE_IN_BACKWARD:
             for name in list(self._arrived):
                 self._hand_on(self._units[name])
         self._arrived.clear()
@@ -187,10 +189,10 @@ class GradientStore:
         finally:
             self._land()
             for unit in units:
-                for param, parked in zip(unit.params, unit.parked, strict=True):
+                for param, placeholders in zip(unit.params, unit.placeholders, strict=True):
                     grad = self._hidden.pop(param, None)
                     if grad is not None:
-                        _set_host_grad(param, parked, grad)
+                        _set_host_grad(param, placeholders, grad)
 
     def check(self, unit: Unit, grads: Mapping[int, Tensor], is_final: bool) -> None:
         """Refuse gradients of ``unit``, by parameter index, that waited on disk and were damaged there.
@@ -251,7 +253,7 @@ class GradientStore:
     def _take_off(self, unit: Unit, index: int, grad: Tensor) -> None:
         param = unit.params[index]
         param.grad = None
-        landed = self._landing.take(grad, self._land if self.mode is Mode.VISIBLE else lambda: None)
+        landed = self._offloader.offload(grad, self._land if self.mode is Mode.ACCUMULATE else lambda: None)
         self._arriving.setdefault(param, []).append((unit, index, landed))
 
     def _land(self) -> None:
@@ -264,7 +266,11 @@ class GradientStore:
                 if waiting is not None:
                     waiting.add_(landed.tensor)
                 else:
-                    kept = landed.tensor if self.mode is Mode.STREAMED else self._kept(unit, index, landed.tensor)
+                    kept = (
+                        landed.tensor
+                        if self.mode is Mode.UPDATE_IN_BACKWARD
+                        else self._kept(unit, index, landed.tensor)
+                    )
                     self._hidden[param] = kept
 
     def _prepare_spills(self, units: Iterable[Unit]) -> None:
@@ -392,18 +398,10 @@ def _add_up(sums: list[tuple[Tensor, OffloadedGrad]]) -> None:
             grad.add_(landed.tensor)
 
 
-def _set_host_grad(param: nn.Parameter, parked: Tensor, grad: Tensor) -> None:
+def _set_host_grad(param: nn.Parameter, placeholders: Tensor, grad: Tensor) -> None:
     # torch compares devices when a gradient is set, not when the data changes: set it while the data is on the host.
     with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
         data = param.data
-        param.data = parked
+        param.data = placeholders
         param.grad = grad
         param.data = data
-
-
-def params_with_grad(units: Iterable[Unit]) -> Iterable[tuple[Unit, dict[int, Tensor]]]:
-    """Units that have a visible gradient, with their gradients by parameter index."""
-    for unit in units:
-        grads = {i: p.grad for i, p in enumerate(unit.params) if p.grad is not None}
-        if grads:
-            yield unit, grads

@@ -10,37 +10,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_ssd.errors import ResidencyError
-from lightning_ssd.units import transforms
 from lightning_ssd.activations.store import ActivationStore
-from lightning_ssd.step.recompute import Frame
+from lightning_ssd.errors import ResidencyError
 from lightning_ssd.step.backward import BackwardPass
 from lightning_ssd.step.fast_path import Removable, hook, hook_encoders
-from lightning_ssd.units.lazy_param import require_awake
 from lightning_ssd.step.gradients import GradientStore
+from lightning_ssd.step.recompute import Frame
+from lightning_ssd.step.trial import Verdicts
+from lightning_ssd.trace.recorder import Lane, Trace
+from lightning_ssd.units import transforms
 from lightning_ssd.units.inherited import Inherited
+from lightning_ssd.units.lazy_param import require_loaded
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.transforms import require_no_transform
-from lightning_ssd.step.trial import Verdicts
 from lightning_ssd.units.unit import Residency, Unit
 from lightning_ssd.units.user_writes import may_write
-from lightning_ssd.trace.recorder import Lane, Trace
 
 
 class ModuleHooks:
     """Streams the units of one model.
 
     Args:
-        residents: The units, and the memory they take.
+        cache: The units, and the memory they take.
         device: Where compute runs.
         trace: Gets the events of forward and backward.
 
     Attributes:
-        residents: The units, and the memory they take.
+        cache: The units, and the memory they take.
     """
 
-    def __init__(self, residents: ParamCache, *, device: torch.device, trace: Trace) -> None:
-        self.residents = residents
+    def __init__(self, cache: ParamCache, *, device: torch.device, trace: Trace) -> None:
+        self.cache = cache
         self._device = device
         self._recompute: set[nn.Module] = set()
         self._verdicts = Verdicts()
@@ -51,7 +51,7 @@ class ModuleHooks:
         self._handles: list[Removable] = []
         self._is_in_memory = False
         self._num_steps = 0  # step contexts that are open now
-        self._visits: list[_Visit] = []  # forwards that run now, one inside the other
+        self._calls: list[_ModuleCall] = []  # forwards that run now, one inside the other
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ class ModuleHooks:
         activations: ActivationStore | None = None,
         is_in_memory: bool = False,
     ) -> None:
-        """Hook the modules; `residents` has started.
+        """Hook the modules; `cache` has started.
 
         Args:
             module: The model.
@@ -78,15 +78,15 @@ class ModuleHooks:
         self._is_in_memory = is_in_memory
         self._verdicts = Verdicts()
         self._activations = activations
-        self._backward = BackwardPass(self.residents, sink, self._trace)
-        self.residents.is_in_step = self._is_in_step
-        self.residents.on_fetch = lambda unit: sink.watch(unit, self._backward.note)
-        self.residents.on_touch = self._on_touch
-        self.residents.on_wake = self._backward.touched
-        self.residents.unwatched = self._backward.step_hooks.suspended
+        self._backward = BackwardPass(self.cache, sink, self._trace)
+        self.cache.is_in_step = self._is_in_step
+        self.cache.on_fetch = lambda unit: sink.watch(unit, self._backward.note)
+        self.cache.on_touch = self._on_touch
+        self.cache.on_load = self._backward.touched
+        self.cache.unwatched = self._backward.step_hooks.suspended
         users: dict[nn.Module, list[Unit]] = {}
         writing: dict[type[nn.Module], bool] = {}
-        for unit in self.residents.units:
+        for unit in self.cache.units:
             unit.writes_itself = any(may_write(user, writing) for user in unit.modules)
             for user in unit.modules:
                 users.setdefault(user, []).append(unit)
@@ -102,14 +102,14 @@ class ModuleHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.residents.stop()
+        self.cache.stop()
 
     def inherit(self, inherited: Inherited, lost: Callable[[Unit], bool]) -> None:
         """This is a forked process: modules run with what parameters were at the fork, and nothing else is done."""
-        self._visits = []
+        self._calls = []
         self._activations = None
         self._num_steps = 0
-        self.residents.inherit(inherited, lost)
+        self.cache.inherit(inherited, lost)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class ModuleHooks:
         if kind and not self._is_in_step():
             self._backward.abort()  # one that failed outside our sight
             self._sink.begin_step()
-            self.residents.schedule.begin(kind)
+            self.cache.schedule.begin(kind)
         self._num_steps += 1
         if not self._is_in_memory:
             self._backward.step_hooks.begin()
@@ -142,29 +142,29 @@ class ModuleHooks:
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Around a backward."""
-        self.residents.begin_backward()
-        with self.step(""), self._sink.backward(self.residents.units):
+        self.cache.begin_backward()
+        with self.step(""), self._sink.backward(self.cache.units):
             yield
 
     def end_step(self) -> None:
         """The step is over: units that stayed for it go to rest."""
-        self.residents.end_step()
+        self.cache.end_step()
 
     def abort_step(self) -> None:
         """Give up a step that failed: every hold is dropped."""
-        while self._visits:
-            self._visits.pop().close()
+        while self._calls:
+            self._calls.pop().close()
         self._backward.abort()
         if self._activations is not None:
             self._activations.abort()
-        self.residents.drop_holds()
+        self.cache.drop_holds()
 
     def _computing(self, name: str, what: str) -> AbstractContextManager[object]:
         """A span of compute; none where this thread only starts it."""
         return self._trace.span(Lane.COMPUTE, name, what) if self._device.type == "cpu" else nullcontext()
 
     def _is_in_step(self) -> bool:
-        return self._num_steps > 0 or bool(self._visits) or self._backward.rerunning is not None
+        return self._num_steps > 0 or bool(self._calls) or self._backward.rerunning is not None
 
     def _on_touch(self, unit: Unit) -> None:
         self._backward.touched(unit)
@@ -179,8 +179,8 @@ class ModuleHooks:
 
     def before_forward(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> None:
         """A module that needs ``units`` is about to run."""
-        if self.residents.inherited is not None:
-            self.residents.wake_inherited(units)
+        if self.cache.inherited is not None:
+            self.cache.wake_inherited(units)
             return
         if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
             _require_exportable(module, units)
@@ -192,25 +192,25 @@ class ModuleHooks:
         if self._activations is not None and not is_rerun:
             self._activations.settle()  # by now the caller has dropped the inputs of the block before
         with transforms.suspended():
-            visit = self._acquire(module, units)
-        around = next((outer.frame for outer in reversed(self._visits) if outer.frame is not None), None)
+            call = self._fetch(module, units)
+        around = next((outer.frame for outer in reversed(self._calls) if outer.frame is not None), None)
         if torch.is_grad_enabled() and not is_rerun and around is not None:
             # Under a checkpoint of the user's own inside the frame: backward runs that again outside of it, where
             # our hooks are set, and the checkpoint counts what reaches it.
             if not transforms.is_on_top(around.pack):
-                visit.enter(self._backward.hooks())
+                call.enter(self._backward.hooks())
         elif torch.is_grad_enabled() and not is_rerun:
             for unit in units:
                 self._sink.used(unit, module)
-            frame = visit.frame = self._frame(module, units, args, kwargs)
+            frame = call.frame = self._frame(module, units, args, kwargs)
             hooks = torch.autograd.graph.saved_tensors_hooks
-            visit.enter(self._backward.hooks() if frame is None else hooks(frame.pack, frame.unpack))
+            call.enter(self._backward.hooks() if frame is None else hooks(frame.pack, frame.unpack))
         elif not is_rerun and not torch.is_grad_enabled():
             for unit in units:
                 self._sink.used_without_grad(unit)
-        self._visits.append(visit)
-        visit.enter(self._computing("recompute" if is_rerun else "forward", units[0].name))
-        self.residents.begin_visit()
+        self._calls.append(call)
+        call.enter(self._computing("recompute" if is_rerun else "forward", units[0].name))
+        self.cache.begin_module()
 
     def _frame(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Frame | None:
         """The frame of a module that is about to run and will be recomputed; None for any other."""
@@ -233,52 +233,52 @@ class ModuleHooks:
         self._verdicts.keep(module, frame.name, f"what it has or is given holds {frame.opaque}")
         return None
 
-    def _acquire(self, module: nn.Module, units: list[Unit]) -> _Visit:
-        visit = _Visit(module, units)
+    def _fetch(self, module: nn.Module, units: list[Unit]) -> _ModuleCall:
+        call = _ModuleCall(module, units)
         try:
             for unit in units:
-                self.residents.acquire(unit)
-                visit.num_acquired += 1
+                self.cache.fetch(unit)
+                call.num_fetched += 1
         except BaseException:
-            for unit in units[: visit.num_acquired]:
-                self.residents.release(unit)
+            for unit in units[: call.num_fetched]:
+                self.cache.release(unit)
             raise
-        return visit
+        return call
 
     def _before_transformed(self, module: nn.Module, units: list[Unit]) -> None:
         """Under torch.func: neither recompute nor saved-tensor hooks, so what is saved holds the memory of its unit."""
-        require_awake(module)
+        require_loaded(module)
         with transforms.suspended():
-            self._visits.append(self._acquire(module, units))
+            self._calls.append(self._fetch(module, units))
             for unit in units:
                 unit.is_touched = True  # it stays while a graph holds its parameters
-            self.residents.begin_visit()
+            self.cache.begin_module()
 
     def after_forward(self, module: nn.Module) -> None:
         """The module has run, or failed."""
-        if not self._visits or self._visits[-1].module is not module:
+        if not self._calls or self._calls[-1].module is not module:
             return  # its forward was given up before our hook ran, or with the whole step
-        frame, visit = self._backward.rerunning, self._visits.pop()
+        frame, call = self._backward.rerunning, self._calls.pop()
         try:
             with transforms.suspended():
-                self._end_visit(visit, frame, failed=visit.failed and not (frame is not None and frame.is_stopped))
+                self._end_call(call, frame, failed=call.failed and not (frame is not None and frame.is_stopped))
         except BaseException as error:
             if frame is not None:
                 frame.error = error
             raise
 
-    def _end_visit(self, visit: _Visit, frame: Frame | None, *, failed: bool) -> None:
-        visit.close()
-        self.residents.end_visit()
-        if frame is not None and frame.module is visit.module and not failed and not frame.is_trying:
-            self._backward.hold(frame, visit.units)  # backward reads the parameters next
+    def _end_call(self, call: _ModuleCall, frame: Frame | None, *, failed: bool) -> None:
+        call.close()
+        self.cache.end_module()
+        if frame is not None and frame.module is call.module and not failed and not frame.is_trying:
+            self._backward.hold(frame, call.units)  # backward reads the parameters next
             return
-        if visit.frame is not None and not failed:
-            self._end_forward(visit.frame)
-        for unit in visit.units:
-            self.residents.release(unit)
-        if visit.frame is not None and not failed:
-            self._backward.end_forward(visit.frame, visit.units)
+        if call.frame is not None and not failed:
+            self._end_forward(call.frame)
+        for unit in call.units:
+            self.cache.release(unit)
+        if call.frame is not None and not failed:
+            self._backward.end_forward(call.frame, call.units)
 
     def _end_forward(self, frame: Frame) -> None:
         frame.end_forward()
@@ -295,7 +295,7 @@ def _require_exportable(module: nn.Module, units: list[Unit]) -> None:
     TorchScript takes the parameters themselves into its module, and they go back to disk; torch.export looks at them.
     """
     is_script = torch._C._get_tracing_state() is not None
-    if is_script or any(unit.at_rest is None and unit.state is not Residency.RESIDENT for unit in units):
+    if is_script or any(unit.mapped is None and unit.state is not Residency.RESIDENT for unit in units):
         way_out = "trace copy.deepcopy(module)" if is_script else "export inside `with lightning_ssd.gathered(module):`"
         raise ResidencyError(
             f"a {type(module).__name__} is being {'traced by TorchScript' if is_script else 'exported'} while its "
@@ -304,13 +304,13 @@ def _require_exportable(module: nn.Module, units: list[Unit]) -> None:
         )
 
 
-class _Visit:
+class _ModuleCall:
     """One running forward of a module that needs units."""
 
     def __init__(self, module: nn.Module, units: list[Unit]) -> None:
         self.module = module
         self.units = units
-        self.num_acquired = 0
+        self.num_fetched = 0
         self.frame: Frame | None = None
         self._handled = sys.exc_info()[1]
         self._stack = ExitStack()
@@ -329,15 +329,15 @@ class _Visit:
 
 def is_streamed(root: nn.Module) -> bool:
     """Whether a streamer has hooks on a module of ``root`` now."""
-    return bool(residents_of(root))
+    return bool(caches_of(root))
 
 
-def residents_of(root: nn.Module) -> list[ParamCache]:
+def caches_of(root: nn.Module) -> list[ParamCache]:
     """Those of the streamers that have hooks on a module of ``root`` now."""
     hooks = [hook for module in root.modules() for hook in module._forward_pre_hooks.values()]
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     streamers = [owner.streamer for owner in owners if isinstance(owner, _HooksOfModule) and owner.streamer is not None]
-    return list({streamer: streamer.residents for streamer in streamers}.values())
+    return list({streamer: streamer.cache for streamer in streamers}.values())
 
 
 class _HooksOfModule:

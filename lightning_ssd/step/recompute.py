@@ -23,8 +23,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from lightning_ssd.errors import RecomputeError, SSDOffloadError
 from lightning_ssd.activations.store import ActivationStore, FrameInputs
+from lightning_ssd.errors import RecomputeError, SSDOffloadError
 from lightning_ssd.step.ambient import Ambient
 from lightning_ssd.step.python_state import PythonState, mapped
 from lightning_ssd.step.trial import REMEDY, Trial, Verdicts

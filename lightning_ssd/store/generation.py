@@ -18,7 +18,7 @@ class Generation:
 
     Attributes:
         layout: What is where in the file.
-        kept: One tensor per parameter, in file order, where the values are kept in memory; see [Note: kept].
+        in_memory: One tensor per parameter, in file order, where the values are kept in memory; see [Note: kept].
         checks: CRC32C of each `CHECK_NBYTES` of the data section, None where not written yet or not known.
         is_mapped: Somebody may hold a view that writes to the file: never link it.
         damage: Why the values are unusable: an update of kept memory failed midway. Empty if they are whole.
@@ -29,7 +29,7 @@ class Generation:
 
     layout: UnitLayout
     _file: File | None
-    kept: tuple[Tensor, ...] | None = None
+    in_memory: tuple[Tensor, ...] | None = None
     checks: list[int | None] = field(default_factory=list)
     is_mapped: bool = False
     damage: str = ""

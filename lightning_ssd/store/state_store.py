@@ -81,7 +81,7 @@ class StateStore:
         self._new_engine = new_engine or (lambda: engine)
         self._lock = threading.RLock()
         self._current: dict[tuple[str, str], Generation] = {}
-        self._kept: dict[tuple[str, str], tuple[Tensor, ...]] = {}
+        self._in_memory: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._free: dict[int, list[File]] = defaultdict(list)  # by length
         self._numbers = itertools.count()
         self._staging = Pool(STAGING_NBYTES, "staging")
@@ -138,12 +138,12 @@ class StateStore:
             IoError: The disk failed.
             DeadlineError: The disk did not answer.
         """
-        kept = [self._kept.get((layout.unit, layout.kind)) for layout in layouts]
-        new = self._begin_files([layout for layout, tensors in zip(layouts, kept, strict=True) if tensors is None])
+        in_memory = [self._in_memory.get((layout.unit, layout.kind)) for layout in layouts]
+        new = self._begin_files([layout for layout, tensors in zip(layouts, in_memory, strict=True) if tensors is None])
         made = iter(new)
         return [
             next(made) if tensors is None else Generation(layout, None, tensors)
-            for layout, tensors in zip(layouts, kept, strict=True)
+            for layout, tensors in zip(layouts, in_memory, strict=True)
         ]
 
     def _begin_files(self, layouts: Sequence[UnitLayout]) -> list[Generation]:
@@ -182,7 +182,7 @@ class StateStore:
             for superseded in previous:
                 if superseded is not None:
                     self._retire(superseded)
-                    superseded.kept = None  # those tensors hold other values now
+                    superseded.in_memory = None  # those tensors hold other values now
 
     def abandon(self, generation: Generation, damage: str = "") -> None:
         """Drop a generation that was begun and will not be committed. No transfer on it may be in flight.
@@ -192,7 +192,7 @@ class StateStore:
             damage: Of one that is kept: why the memory holds neither the old values nor the new ones.
         """
         current = self._current.get((generation.layout.unit, generation.layout.kind))
-        if generation.kept is not None and current is not None:
+        if generation.in_memory is not None and current is not None:
             current.damage = damage
         self._retire(generation)
 
@@ -205,7 +205,7 @@ class StateStore:
 
     # -- kept in memory ------------------------------------------------------------------------------------------
 
-    def keep(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> None:
+    def hold_in_memory(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> None:
         """From now on keep a kind of a unit in ``tensors``, contiguous, one per parameter; [Note: kept].
 
         They get the values of the current generation; if there is none yet, they are left as they are.
@@ -214,41 +214,41 @@ class StateStore:
         generation = self._current.get(key)
         if generation is not None:
             self._read_into(generation, tensors)
-            generation.kept = tuple(tensors)
-        self._kept[key] = tuple(tensors)
+            generation.in_memory = tuple(tensors)
+        self._in_memory[key] = tuple(tensors)
 
-    def kept(self, unit: str, kind: str) -> tuple[Tensor, ...] | None:
+    def in_memory(self, unit: str, kind: str) -> tuple[Tensor, ...] | None:
         """Where a kind of a unit is kept, one tensor per parameter; None if it is streamed."""
-        return self._kept.get((unit, kind))
+        return self._in_memory.get((unit, kind))
 
     def adopt(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """From now on keep what is kept already in ``tensors``; values come with the next `put`. Returns them."""
-        self._kept[(layout.unit, layout.kind)] = found = tuple(tensors)
+        self._in_memory[(layout.unit, layout.kind)] = found = tuple(tensors)
         return found
 
     def on_disk(self, generation: Generation) -> Generation:
         """``generation``, with a file of what is kept in memory."""
         if not generation.has_file:
-            kept = generation.kept
-            assert kept is not None
-            written = self._written(generation.layout, kept.__getitem__)
+            in_memory = generation.in_memory
+            assert in_memory is not None
+            written = self._written(generation.layout, in_memory.__getitem__)
             generation.file, generation.checks = written.file, written.checks
         return generation
 
     def drop_file(self, generation: Generation) -> None:
         """What is kept of ``generation`` may have been written to: a file of it is not true any more."""
-        if generation.kept is not None and generation.has_file:
+        if generation.in_memory is not None and generation.has_file:
             self._retire(generation)
             generation._file = None
 
-    def stop_keeping(self) -> None:
+    def flush_in_memory(self) -> None:
         """Write everything that is kept into files, and let go of the memory."""
         for generation in self._current.values():
             if not generation.damage:
                 self.on_disk(generation)
-            generation.kept = None
+            generation.in_memory = None
         self._current = {key: g for key, g in self._current.items() if not g.damage}
-        self._kept.clear()
+        self._in_memory.clear()
 
     def _read_into(self, generation: Generation, tensors: Sequence[Tensor]) -> None:
         self._require_own(generation.layout)
@@ -304,12 +304,12 @@ class StateStore:
             source: The tensor of each parameter, by index, flat or shaped; converted to the layout's dtype.
                 None stands for zeros.
         """
-        kept = self._kept.get((layout.unit, layout.kind))
-        if kept is None:
+        in_memory = self._in_memory.get((layout.unit, layout.kind))
+        if in_memory is None:
             generation = self._written(layout, source)
         else:
-            generation = Generation(layout, None, kept)
-            for index, tensor in enumerate(kept):
+            generation = Generation(layout, None, in_memory)
+            for index, tensor in enumerate(in_memory):
                 found = source(index)
                 tensor.zero_() if found is None else tensor.copy_(found.detach().reshape(tensor.shape))
         self.commit(generation)
@@ -482,7 +482,7 @@ class StateStore:
 
     def suspend(self) -> None:
         """Close all files without forgetting them; recycled ones are removed. A second call does nothing."""
-        self.stop_keeping()
+        self.flush_in_memory()
         with Ending() as ending:
             for generation in self._current.values():
                 ending.callback(generation.file.close)

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ssd.checkpoint.param_names import in_order_of
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.mapped import SeenFiles
+from lightning_ssd.checkpoint.param_names import in_order_of
 from lightning_ssd.errors import CheckpointError, ConfigurationError
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
-from lightning_ssd.strategy.lightning_classes import StrategyBase
 from lightning_ssd.strategy.dumped import Dumped, are_unchanged
+from lightning_ssd.strategy.lightning_classes import StrategyBase
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, save, state_dict, with_masters
 from lightning_ssd.strategy.session import Session
-from lightning_ssd.strategy.succession import Succession
+from lightning_ssd.strategy.succession import Handover
 
 
 class CheckpointMixin(StrategyBase):
@@ -31,7 +31,7 @@ class CheckpointMixin(StrategyBase):
     _namespace: str
     _session: Session | None
     _resume: Resume
-    _succession: Succession
+    _handover: Handover
     _dumped: dict[Optimizer, Dumped]
     _opened: SeenFiles
 
@@ -66,9 +66,9 @@ class CheckpointMixin(StrategyBase):
         if storage_options is not None:
             raise ConfigurationError("storage_options are not used by strategy='ssd_offload'; leave them out")
         assert self.lightning_module is not None
-        if self._succession.is_pending and "optimizer_states" in checkpoint:
+        if self._handover.is_pending and "optimizer_states" in checkpoint:
             with self.session.settled():
-                self._succession.move_into(self.session, self.optimizers)
+                self._handover.move_into(self.session, self.optimizers)
         whole = {**checkpoint, **self._resume.state(self.lightning_module.trainer)}
         dumped, self._dumped = [self._dumped.get(optimizer) for optimizer in self.optimizers], {}
         streams = are_unchanged(dumped, checkpoint.get("optimizer_states"))
@@ -88,11 +88,11 @@ class CheckpointMixin(StrategyBase):
         assert self.lightning_module is not None
         if self.session.settings.param_dtype == torch.float64:
             # Lightning converts a module after its weights are loaded, which rounds them to the 32 bits it came with.
-            self.session.nursery.widen(self.lightning_module, torch.float64)
+            self.session.materializer.widen(self.lightning_module, torch.float64)
             self.precision_plugin.convert_module(self.lightning_module)
         weights = with_masters(self.lightning_module, checkpoint["state_dict"], checkpoint.get(MASTERS, {}))
         try:
-            self.session.nursery.load(self.lightning_module, weights, strict=strict)
+            self.session.materializer.load(self.lightning_module, weights, strict=strict)
         except RuntimeError:  # torch makes one error of all that went wrong
             self._opened.require_unchanged()
             raise

@@ -63,9 +63,9 @@ class Forking:
         """Let no other thread change what the child will see; returns the units of which an update is owed."""
         owed: list[str] = []
         if session.streamer is not None:
-            residents = session.streamer.residents
-            residents.before_fork()
-            self._releases.append(residents.after_fork)
+            cache = session.streamer.cache
+            cache.before_fork()
+            self._releases.append(cache.after_fork)
         queue = session.queue
         if queue is not None:
             owed = queue.before_fork()
@@ -83,7 +83,7 @@ class Forking:
     def _pass_on_memory(self, session: Session) -> str:
         """Let the child have parameters that are in memory; returns why it cannot have those that are kept."""
         self._passed_on = session.param_pool.pass_on() if session.param_pool is not None else []
-        kept = session.kept_params
+        kept = session.in_memory_params
         if kept is None:
             return _OFF_HOST
         # What the next update changes exists twice then, as long as the child lives. Its memory is not in the plan.
@@ -99,7 +99,7 @@ class Forking:
     def _in_parent(self) -> None:
         session = self._session()
         if session is not None and not session.is_inherited:
-            for pool in (session.param_pool, session.kept_params):
+            for pool in (session.param_pool, session.in_memory_params):
                 if pool is not None:
                     pool.withhold()
         self._let_go()
@@ -111,7 +111,7 @@ class Forking:
             return
         refusals = self._refusals
         if self._lacks_kept:
-            kept = [unit.name for unit in session.units if unit.kept is not None]
+            kept = [unit.name for unit in session.units if unit.in_memory is not None]
             refusals = {**dict.fromkeys(kept, self._lacks_kept), **refusals}
         session.inherit(refusals, self._passed_on, has_kept=not self._lacks_kept)
 

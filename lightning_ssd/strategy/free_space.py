@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_ssd.checkpoint.directory import INNER_NBYTES, is_checkpoint
-from lightning_ssd.checkpoint.probe_save import rehearse
+from lightning_ssd.checkpoint.probe_save import probe_save
 from lightning_ssd.errors import ConfigurationError, StoreError
 from lightning_ssd.io.folder import device_of
 from lightning_ssd.paths import home_path, too_long
@@ -86,9 +86,9 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
         ConfigurationError: If a callback saves to a URL, or its path is too long.
         StoreError: If not one checkpoint fits.
     """
-    keepers = find_keepers(trainer)
+    keepers = find_saving_callbacks(trainer)
     stores = [path for path, _ in session.store.disks]
-    shares = {folder: rehearse(folder, stores) for folder in dict.fromkeys(keeper.folder for keeper in keepers)}
+    shares = {folder: probe_save(folder, stores) for folder in dict.fromkeys(keeper.folder for keeper in keepers)}
     needs = [_need(session, keeper, shares[keeper.folder]) for keeper in keepers]
     disks: dict[int, list[CheckpointCost]] = {}
     for need in needs:
@@ -104,7 +104,7 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
     return [_line(session, need) for need in needs]
 
 
-def find_keepers(trainer: Any) -> list[SavingCallback]:
+def find_saving_callbacks(trainer: Any) -> list[SavingCallback]:
     """The callbacks that will save during ``fit``, as far as their attributes tell.
 
     Raises:

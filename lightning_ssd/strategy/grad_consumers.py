@@ -17,7 +17,7 @@ _STOCK = ("lightning.pytorch.core.", "pytorch_lightning.core.", "lightning.pytor
 _STOCK_CALLBACK = "pytorch_lightning.callbacks.callback"
 
 
-def gradient_listener(trainer: Any, module: Any) -> str | None:
+def find_grad_consumer(trainer: Any, module: Any) -> str | None:
     """Who may look at gradients, in words; None if nobody does."""
     if trainer.gradient_clip_val:
         return "gradient_clip_val"

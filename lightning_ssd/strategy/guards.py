@@ -16,8 +16,8 @@ from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.memory.limits import AUTO_SHARE, available_nbytes
 from lightning_ssd.paths import local_path, require_no_url, too_long
 from lightning_ssd.sizes import parse_nbytes
-from lightning_ssd.store.run_directory import INNER_NBYTES
 from lightning_ssd.step.module_hooks import is_streamed
+from lightning_ssd.store.run_directory import INNER_NBYTES
 
 PATH_VARIABLE = "LIGHTNING_SSD_PATH"
 
@@ -52,7 +52,7 @@ def require_choices(settings: dict[str, Any]) -> None:
     for name, values in allowed.items():
         if not any(settings[name] == value and type(settings[name]) is type(value) for value in values):  # 1 == True
             raise ConfigurationError(f"{name}={settings[name]!r} is unknown; it may be {', '.join(map(repr, values))}")
-    for name in ("window", "quantum"):
+    for name in ("window", "prefetch_batch"):
         value = settings[name]
         if value != "auto" and not (type(value) is int and value >= 1):
             raise ConfigurationError(f"{name}={value!r} is unknown; it may be 'auto' or a number of units from 1")

@@ -36,8 +36,8 @@ class Resume:
     def state(self, trainer: Any) -> dict[str, Any]:
         """What a checkpoint carries."""
         epoch_is_over = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        num_ahead = len(getattr(trainer.fit_loop._data_fetcher, "batches", None) or ())
-        loaders = [place.state(num_ahead) for place in self._places_in_use(trainer)]
+        max_ahead = len(getattr(trainer.fit_loop._data_fetcher, "batches", None) or ())
+        loaders = [place.state(max_ahead) for place in self._places_in_use(trainer)]
         return {KEY: {"generators": generator_states(), "epoch_is_over": epoch_is_over, "loaders": loaders}}
 
     def take(self, checkpoint: dict[str, Any], *, is_resumed: bool) -> None:
@@ -144,15 +144,15 @@ class _Place:
         self.saved = self.restart.loaders[number] if self.restart is not None else {}
         self.begin_epoch()
 
-    def state(self, num_ahead: int) -> dict[str, Any]:
-        """What a checkpoint carries; ``num_ahead`` batches were drawn but not used yet."""
+    def state(self, max_ahead: int) -> dict[str, Any]:
+        """What a checkpoint carries; ``max_ahead`` batches were drawn but not used yet."""
         return {
             "begin": self._begin,
             "first": self._first,
             "own_begin": self._own_begin,
             "own": [generator.get_state() for generator in self._own],
             "num_batches": self.num_batches,
-            "ahead": list(self._draws)[len(self._draws) - num_ahead :],
+            "ahead": list(self._draws)[len(self._draws) - max_ahead :],
         }
 
     def begin_epoch(self) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lightning_ssd.checkpoint import save as saving
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.directory import remove as remove
-from lightning_ssd.convert.export import WHOLE_STATES, optimizer_states
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
 from lightning_ssd.checkpoint.mapped import SeenFiles
@@ -28,6 +27,7 @@ from lightning_ssd.checkpoint.state_dict import (
     join_state_dict,
 )
 from lightning_ssd.codec import float32
+from lightning_ssd.convert.export import WHOLE_STATES, optimizer_states
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.optim.whole import WholeOptimizer

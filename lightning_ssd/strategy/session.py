@@ -18,6 +18,8 @@ from itertools import count
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ssd.activations.spill_files import SpillFiles
+from lightning_ssd.activations.store import ActivationStore
 from lightning_ssd.errors import ConfigurationError, Ending, IoError, ResidencyError, SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import Engine, IOStats
@@ -30,11 +32,14 @@ from lightning_ssd.memory.pinned import Pinned
 from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
 from lightning_ssd.memory.views import address_of
+from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.choice import choose_rule
 from lightning_ssd.optim.pipeline import UpdatePipeline, master_dtype
 from lightning_ssd.optim.updater import Updater
-from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
+from lightning_ssd.step.grad_offload import GradOffloader
+from lightning_ssd.step.gradients import GradientStore, Mode
+from lightning_ssd.step.module_hooks import ModuleHooks
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from lightning_ssd.store.state_store import StateStore
@@ -42,21 +47,16 @@ from lightning_ssd.strategy.forking import Forking
 from lightning_ssd.strategy.handles import handles, require_handles
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing, chains
-from lightning_ssd.activations.store import ActivationStore
-from lightning_ssd.units.mapped import MappedParams
-from lightning_ssd.units.placement import Placement, make_route
-from lightning_ssd.step.gradients import GradientStore, Mode
+from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.inherited import Inherited
-from lightning_ssd.step.grad_offload import GradOffloader
+from lightning_ssd.units.mapped import MappedParams
 from lightning_ssd.units.masters import master_of
 from lightning_ssd.units.materialize import ParamMaterializer
-from lightning_ssd.units.partition import partition
-from lightning_ssd.units.placeholder import placeholders
 from lightning_ssd.units.param_cache import ParamCache
-from lightning_ssd.activations.spill_files import SpillFiles
-from lightning_ssd.step.module_hooks import ModuleHooks
+from lightning_ssd.units.partition import partition
+from lightning_ssd.units.placeholder import make_placeholders
+from lightning_ssd.units.placement import Placement, make_placement
 from lightning_ssd.units.unit import Unit
-from lightning_ssd.trace.recorder import Trace
 
 
 class Session:
@@ -72,7 +72,7 @@ class Session:
         streamer: Moves units, once `start` was called.
         sink: Takes gradients.
         optimizers: The adopted optimizers, in Lightning's order.
-        kept_params: Memory for parameters that are kept, None where there are none or it is a part of the arena.
+        in_memory_params: Memory for parameters that are kept, None where there are none or it is a part of the arena.
         queue: Updates that are owed, once `start` was called.
         is_started: Whether steps could run, now or before `rest`.
         is_updating: A backward updates units that it is done with, or has done so in the step that runs.
@@ -96,9 +96,9 @@ class Session:
         self.sink: GradientStore | None = None
         self.optimizers: list[OptimizerAdapter] = []
         self.is_started = False
-        self._is_at_rest = False
+        self._is_lazy = False
         self._pools: list[Pool] = []
-        self.kept_params: Pool | None = None
+        self.in_memory_params: Pool | None = None
         self._arena: mmap.mmap | None = None
         self._pinned: Pinned | None = None
         self._pipeline: UpdatePipeline | None = None
@@ -108,7 +108,7 @@ class Session:
         self._activations: ActivationStore | None = None
         self._headroom: Headroom | None = None  # until the first step is over
         self._streaming_for: OptimizerAdapter | None = None
-        self.nursery = ParamMaterializer(self.store.scratches[0])
+        self.materializer = ParamMaterializer(self.store.scratches[0])
         # Runs when nobody holds the session any more, at the latest when the process ends.
         self._remove_files = weakref.finalize(self, _end_files, self.store, remove=not settings.keep_store)
         Forking(self)
@@ -117,7 +117,7 @@ class Session:
 
     def place(self, module: nn.Module) -> None:
         """Cut ``module`` into units and write their values into the store; initialises what is on the meta device."""
-        self.nursery.materialise(module)
+        self.materializer.materialize(module)
         specs = partition(module, policy=self.settings.units, min_numel=self.settings.min_unit_numel)
         self.units = [Unit(spec, self.settings.param_dtype) for spec in specs]
         num_bytes = sum(unit.layout.file_nbytes for unit in self.units)
@@ -126,13 +126,13 @@ class Session:
         adam = handles(3 * len(self.units), len(self.units), 0, direct=is_direct).num_files
         what = f"{len(self.units)} units of parameters (with the state of an Adam about {adam} open files)"
         require_handles(handles(len(self.units), 0, 0, direct=is_direct), what)
-        residents = ParamCache(self.units, store=self.store, trace=self.trace)
-        self.streamer = ModuleHooks(residents, device=self.settings.device, trace=self.trace)
-        parked = placeholders(self.units, self.store.scratches[0])
+        cache = ParamCache(self.units, store=self.store, trace=self.trace)
+        self.streamer = ModuleHooks(cache, device=self.settings.device, trace=self.trace)
+        placeholders = make_placeholders(self.units, self.store.scratches[0])
         for unit in self.units:
             self._place_unit(unit)
-            unit.parked = parked[unit.name]
-            residents.park(unit)
+            unit.placeholders = placeholders[unit.name]
+            cache.offload(unit)
 
     def _place_unit(self, unit: Unit) -> None:
         for param in unit.params:
@@ -170,12 +170,12 @@ class Session:
                 adopted.dismiss(self.optimizers)
         self.optimizers = [self.adopt(optimizer) for optimizer in optimizers]
 
-    def start(self, module: nn.Module, *, has_gate: bool = False) -> None:
+    def start(self, module: nn.Module, *, waits_for_all_grads: bool = False) -> None:
         """Decide and take the memory, hook the modules.
 
         Args:
             module: The model.
-            has_gate: Gradients will wait for all others before the step.
+            waits_for_all_grads: Gradients will wait for all others before the step.
 
         Raises:
             MemoryPlanError: If the budget cannot work.
@@ -183,25 +183,25 @@ class Session:
         """
         assert self.streamer is not None
         for unit in self.units:  # what was written to them in configure_optimizers
-            self.streamer.residents.settle(unit)
-        self.plan = plan = self.sizing.plan(module, has_gate=has_gate)
+            self.streamer.cache.write_back(unit)
+        self.plan = plan = self.sizing.plan(module, waits_for_all_grads=waits_for_all_grads)
         trim_heap()
         self._headroom = headroom = Headroom(plan, sum(len(unit.params) for unit in self.units))
         if plan.fits:
             unbound_heap()
         self._require_room(plan)
-        route = self._make_route(module)
-        params, updates, kept_states, spill = self._make_pools(plan)
+        placement = self._make_placement(module)
+        params, updates, in_memory_states, spill = self._make_pools(plan)
         assert self._arena is not None
         headroom.watch(self._arena)
-        self._keep(plan, kept_states)
+        self._keep(plan, in_memory_states)
         self.sink = GradientStore(
             None if plan.keep_grads or plan.fits else self.store.scratches[0],
             self._on_complete,
             off_device=self._is_off_host,
-            landing=self._make_landing(),
+            offloader=self._make_offloader(),
             heap=None if plan.fits or self._is_off_host else HeapWatch(),
-            is_gated=has_gate,
+            waits_for_all_grads=waits_for_all_grads,
             verify=self.settings.verify,
         )
         self._pipeline = UpdatePipeline(
@@ -221,13 +221,13 @@ class Session:
         for adopted in self.optimizers:
             self._connect(adopted)
         window = self.settings.window
-        self.streamer.residents.start(
+        self.streamer.cache.start(
             pool=params,
-            route=route,
-            owing=self.queue,
+            placement=placement,
+            updates=self.queue,
             keep_cache=plan.keep_cache,
-            num_ahead=(None if plan.keep_cache else 1) if window is None else window - 1,
-            quantum=self.settings.quantum,
+            max_ahead=(None if plan.keep_cache else 1) if window is None else window - 1,
+            prefetch_batch=self.settings.prefetch_batch,
         )
         if plan.recomputes:
             self._activations = self._make_activations(plan, spill)
@@ -239,17 +239,17 @@ class Session:
             activations=self._activations,
             is_in_memory=plan.fits and not self._is_off_host,
         )
-        self._look_at_each_fetch(self.streamer.residents, headroom)
+        self._look_at_each_fetch(self.streamer.cache, headroom)
         self.is_started = True
 
-    def _look_at_each_fetch(self, residents: ParamCache, headroom: Headroom) -> None:
-        on_fetch = residents.on_fetch
+    def _look_at_each_fetch(self, cache: ParamCache, headroom: Headroom) -> None:
+        on_fetch = cache.on_fetch
 
         def look_too(unit: Unit) -> None:
             on_fetch(unit)
             headroom.look()
 
-        residents.on_fetch = look_too
+        cache.on_fetch = look_too
 
     def _require_room(self, plan: MemoryPlan) -> None:
         """Refuse a run for which the disks, or the limits of this process, are too small."""
@@ -290,7 +290,7 @@ class Session:
 
     def _connect(self, adopted: OptimizerAdapter) -> None:
         if self._pipeline is not None and self.queue is not None and self.streamer is not None:
-            adopted.connect(self._pipeline, self.streamer.residents, self.queue)
+            adopted.connect(self._pipeline, self.streamer.cache, self.queue)
             if self.sink is not None:
                 adopted.check_grads = self.sink.check
 
@@ -298,15 +298,15 @@ class Session:
         """Move what the plan keeps into memory."""
         assert self.streamer is not None
         for unit in self.units:
-            layouts = [(unit.layout, self.kept_params or states)] if unit.name in plan.kept_params else []
-            if unit.name in plan.kept_states:
+            layouts = [(unit.layout, self.in_memory_params or states)] if unit.name in plan.in_memory_params else []
+            if unit.name in plan.in_memory_states:
                 layouts += [(layout, states) for layout in self.sizing.state_layouts(unit)]
             for layout, pool in layouts:
                 buffer, dtype = pool.lend(layout.buffer_nbytes, f"unit {unit.name!r}"), dtype_of(layout.dtype)
                 places = zip(layout.entries, layout.places, strict=True)
-                self.store.keep(layout, [buffer.tensor(place, dtype, entry.shape) for entry, place in places])
-            if unit.name in plan.kept_params:
-                self.streamer.residents.keep(unit)
+                self.store.hold_in_memory(layout, [buffer.tensor(place, dtype, entry.shape) for entry, place in places])
+            if unit.name in plan.in_memory_params:
+                self.streamer.cache.keep(unit)
 
     def _make_activations(self, plan: MemoryPlan, pool: Pool) -> ActivationStore:
         return ActivationStore(
@@ -332,11 +332,11 @@ class Session:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
         if self.is_inherited:
             return
-        self._is_at_rest = True
+        self._is_lazy = True
         # In reverse order, each whatever became of the one before.
         with within(self.engine.patience), Ending() as stack:
             stack.callback(trim_heap)  # here, not while training
-            pools, self._pools, self.kept_params = self._pools, [], None
+            pools, self._pools, self.in_memory_params = self._pools, [], None
             for pool in pools:
                 stack.callback(pool.close)
             stack.callback(self._let_go_of_arena)
@@ -368,7 +368,7 @@ class Session:
             return
         with ExitStack() as stack:
             stack.callback(self._remove_files)
-            if self._is_at_rest:  # what failed then was told then
+            if self._is_lazy:  # what failed then was told then
                 stack.enter_context(suppress(SSDOffloadError))
             self.rest()
 
@@ -381,11 +381,11 @@ class Session:
         if not resting:
             self.drain()
             self.streamer.end_step()  # what the last step wrote is kept
-        awake = [unit for unit in self.units if unit.at_rest is not None]
+        mapped = [unit for unit in self.units if unit.mapped is not None]
         with self.store.writable():
             try:
-                for unit in awake:
-                    self.streamer.residents.settle(unit)
+                for unit in mapped:
+                    self.streamer.cache.write_back(unit)
                 yield
             finally:
                 if resting:
@@ -412,7 +412,7 @@ class Session:
         for unit in self.units:
             dtype = master_dtype(unit, keep_master=self.settings.keep_master)
             if dtype != unit.layout.dtype and any(param in masters for param in unit.params):
-                self.streamer.residents.settle(unit)  # masters would follow what was written to it a second time
+                self.streamer.cache.write_back(unit)  # masters would follow what was written to it a second time
                 found = partial(self._master, unit, masters, changed)
                 self.store.put(unit.layout_of("master", dtype), found)
         return changed
@@ -446,7 +446,7 @@ class Session:
         self.require_own("a step cannot be made")
         self.drain()  # autograd may add to gradients that an update still reads
         if self._streaming_for is not None:
-            self.sink.mode = Mode.STREAMED
+            self.sink.mode = Mode.UPDATE_IN_BACKWARD
             self.is_updating = True
         headroom, self._headroom = self._headroom, None
         if headroom is not None and self.plan is not None:
@@ -457,7 +457,7 @@ class Session:
             if headroom is not None:
                 headroom.end()
         finally:
-            self.sink.mode = Mode.VISIBLE
+            self.sink.mode = Mode.ACCUMULATE
 
     def _on_complete(self, unit: Unit, grads: dict[int, Tensor], land: Callable[[], None] | None) -> None:
         assert self._streaming_for is not None
@@ -491,12 +491,12 @@ class Session:
             self.sink.inherit()
         self.streamer.inherit(
             Inherited(self.store, refusals),
-            lambda unit: self._is_off_host or (unit.kept is not None and not has_kept),
+            lambda unit: self._is_off_host or (unit.in_memory is not None and not has_kept),
         )
         if self.param_pool is not None:
             self.param_pool.forbid(passed_on)
-        if self.kept_params is not None and not has_kept:
-            self.kept_params.forbid([])
+        if self.in_memory_params is not None and not has_kept:
+            self.in_memory_params.forbid([])
 
     def require_own(self, what: str) -> None:
         """Refuse ``what`` in a forked process.
@@ -526,13 +526,13 @@ class Session:
 
         On the CPU parameters that are kept have memory of their own, which no engine pins: forked processes see it.
         """
-        kept_nbytes = sum(pool_nbytes(u.layout.buffer_nbytes) for u in self.units if u.name in plan.kept_params)
+        kept_nbytes = sum(pool_nbytes(u.layout.buffer_nbytes) for u in self.units if u.name in plan.in_memory_params)
         if kept_nbytes and not self._is_off_host:
-            self.kept_params = Pool(kept_nbytes, "kept parameter")
+            self.in_memory_params = Pool(kept_nbytes, "kept parameter")
         sizes = {
             "parameter": plan.param_nbytes,
             "update": plan.update_nbytes,
-            "kept": plan.kept_nbytes - (kept_nbytes if self.kept_params is not None else 0),
+            "kept": plan.kept_nbytes - (kept_nbytes if self.in_memory_params is not None else 0),
             "activation": plan.spill_nbytes,
         }
         if self._is_off_host:
@@ -547,8 +547,8 @@ class Session:
             self._pools.append(Pool(nbytes, name, arena=arena, begin=begin))
             begin += pool_nbytes(nbytes)
         params, updates, kept, spill = self._pools[:4]
-        if self.kept_params is not None:
-            self._pools.append(self.kept_params)
+        if self.in_memory_params is not None:
+            self._pools.append(self.in_memory_params)
         return params, updates, kept, spill
 
     # -- a device with memory of its own -------------------------------------------------------------------------
@@ -557,19 +557,19 @@ class Session:
     def _is_off_host(self) -> bool:
         return self.settings.device.type != "cpu"
 
-    def _make_landing(self) -> GradOffloader | None:
+    def _make_offloader(self) -> GradOffloader | None:
         if not self._is_off_host:
             return None
         gradients = next(pool for pool in self._pools if pool.name == "gradient")
         return GradOffloader(gradients, most_nbytes=max(unit.layout.data_nbytes for unit in self.units))
 
-    def _make_route(self, module: nn.Module) -> Placement:
+    def _make_placement(self, module: nn.Module) -> Placement:
         if not self._is_off_host:
-            return make_route(self.settings.device)
+            return make_placement(self.settings.device)
         units = {unit.name: tensors_nbytes(entry.nbytes for entry in unit.layout.entries) for unit in self.units}
         budget = self.settings.device_nbytes
         capacity = device_capacity(units, chains(module, self.units), budget)
-        return make_route(self.settings.device, capacity_nbytes=capacity, is_limit=budget is not None)
+        return make_placement(self.settings.device, capacity_nbytes=capacity, is_limit=budget is not None)
 
     def _make_store(self) -> StateStore:
         # Each generation of each kind of each unit is an open file.

@@ -25,7 +25,7 @@ class Settings:
         overlap: Updates run beside compute; else after it.
         update: ``"auto"``, ``"native"`` or ``"torch"``.
         window: Units in memory at once, the one in use among them; None for as many as the plan has room for.
-        quantum: Units whose reads are started together.
+        prefetch_batch: Units whose reads are started together.
         verify: Check every read against checksums.
         io: Disk transport.
         param_dtype: Dtype of floating parameters in the store; None leaves them as they are.
@@ -44,7 +44,7 @@ class Settings:
     overlap: bool
     update: str
     window: int | None
-    quantum: int
+    prefetch_batch: int
     verify: bool
     io: IOOptions
     param_dtype: torch.dtype | None

@@ -9,14 +9,14 @@ from torch import nn
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import pool_nbytes
-from lightning_ssd.optim.pipeline import master_dtype, state_nbytes_per_numel
 from lightning_ssd.optim.adapter import OptimizerAdapter
+from lightning_ssd.optim.pipeline import master_dtype, state_nbytes_per_numel
 from lightning_ssd.optim.temporaries import temporary_share
 from lightning_ssd.optim.whole import WholeRule
+from lightning_ssd.step.recompute import keeps_activations
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.step.recompute import keeps_activations
 from lightning_ssd.units.unit import Unit
 
 
@@ -106,7 +106,7 @@ class Sizing:
             num_kinds = len(self._state_kinds(unit))
         return state_nbytes_per_numel(unit, num_kinds, keep_master=self._settings.keep_master) - unit.layout.itemsize
 
-    def plan(self, module: nn.Module, *, has_gate: bool) -> MemoryPlan:
+    def plan(self, module: nn.Module, *, waits_for_all_grads: bool) -> MemoryPlan:
         """The plan of host memory.
 
         Raises:
@@ -133,7 +133,7 @@ class Sizing:
                     sum(layout.buffer_nbytes for layout in self.state_layouts(unit)) if is_trained else 0,
                     self._shared_grad_nbytes(unit, shared) if is_trained else 0,
                     self._temporary_nbytes(unit) if can_train else 0,
-                    is_sticky=unit.sticky or not updated_whole.isdisjoint(unit.params),
+                    is_persistent=unit.persistent or not updated_whole.isdisjoint(unit.params),
                 )
             )
         return make_plan(
@@ -143,7 +143,7 @@ class Sizing:
             demand=Demand(
                 is_elementwise=all(adopted.rule.is_elementwise for adopted in self._optimizers),
                 is_overlapped=self._settings.overlap,
-                has_gate=has_gate,
+                waits_for_all_grads=waits_for_all_grads,
                 window=self._settings.window,
                 recomputes=self._recomputes(),
                 sums_in_place=self._settings.is_autocast,
@@ -215,14 +215,14 @@ def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:
             users.setdefault(user, []).append(unit)
     found: list[list[str]] = []
 
-    def visit(inner: nn.Module, held: list[str]) -> None:
+    def call(inner: nn.Module, held: list[str]) -> None:
         here = held + [unit.name for unit in users.get(inner, []) if unit.name not in held]
         if len(here) > len(held):
             found.append(here)
         for child in inner.children():
-            visit(child, here)
+            call(child, here)
 
-    visit(module, [])
+    call(module, [])
     if not found:
         raise ConfigurationError("the model has no parameters to stream")
     return found

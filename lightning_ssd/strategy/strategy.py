@@ -23,14 +23,14 @@ from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.strategy import guards
-from lightning_ssd.strategy.free_space import prepare_checkpoints
 from lightning_ssd.strategy.checkpoint_hooks import CheckpointMixin
-from lightning_ssd.strategy.grad_consumers import gradient_listener
+from lightning_ssd.strategy.free_space import prepare_checkpoints
+from lightning_ssd.strategy.grad_consumers import find_grad_consumer
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.strategy.succession import Succession
+from lightning_ssd.strategy.succession import Handover
 from lightning_ssd.strategy.summary import summary
 
 
@@ -63,7 +63,7 @@ class StrategyMixin(CheckpointMixin):
         state: Form of the optimizer state on disk; ``"fp32"``.
         window: Units in memory at once, the one in use among them (Superpipeline's *k*); ``"auto"`` takes as many as
             the plan has room for.
-        quantum: Units whose reads are started together; ``"auto"`` is one.
+        prefetch_batch: Units whose reads are started together; ``"auto"`` is one.
         verify_reads: Check every byte read against a checksum; ``"auto"`` does where the kernel is native.
         io: Disk transport.
         keep_store: Leave the live store on disk when the run ends.
@@ -93,7 +93,7 @@ class StrategyMixin(CheckpointMixin):
         update: Literal["auto", "native", "torch"] = "auto",
         state: Literal["fp32"] = "fp32",
         window: Union[int, Literal["auto"]] = "auto",  # noqa: UP007
-        quantum: Union[int, Literal["auto"]] = "auto",  # noqa: UP007
+        prefetch_batch: Union[int, Literal["auto"]] = "auto",  # noqa: UP007
         verify_reads: Union[bool, Literal["auto"]] = "auto",  # noqa: UP007
         io: IOOptions = IOOptions(),  # noqa: B008  frozen
         keep_store: bool = False,
@@ -118,13 +118,13 @@ class StrategyMixin(CheckpointMixin):
             "update": update,
             "state": state,
             "window": window,
-            "quantum": quantum,
+            "prefetch_batch": prefetch_batch,
             "verify_reads": verify_reads,
             "io": io,
             "keep_store": keep_store,
         }
         self._resume = Resume()
-        self._succession = Succession()
+        self._handover = Handover()
         self._dumped = {}
         self._opened = SeenFiles({})
 
@@ -201,7 +201,7 @@ class StrategyMixin(CheckpointMixin):
         self._resume.begin()
         self._opened = SeenFiles({})
         previous, self._session = self._session, Session(self._checked_settings())
-        self._succession.begin(previous)
+        self._handover.begin(previous)
 
     def _checked_settings(self) -> Settings:
         chosen = self._settings
@@ -227,7 +227,7 @@ class StrategyMixin(CheckpointMixin):
             overlap=chosen["overlap"] == "auto",
             update=chosen["update"],
             window=None if chosen["window"] == "auto" else chosen["window"],
-            quantum=1 if chosen["quantum"] == "auto" else chosen["quantum"],
+            prefetch_batch=1 if chosen["prefetch_batch"] == "auto" else chosen["prefetch_batch"],
             verify=kernels.is_native() if chosen["verify_reads"] == "auto" else chosen["verify_reads"],
             io=chosen["io"],
             param_dtype=plugin.param_dtype,
@@ -241,7 +241,7 @@ class StrategyMixin(CheckpointMixin):
         """While ``configure_model`` runs, parameters are mapped files as they are registered."""
         with ExitStack() as stack:
             if self._session is not None:
-                stack.enter_context(self._session.nursery.armed())
+                stack.enter_context(self._session.materializer.armed())
             yield
 
     @contextmanager
@@ -250,7 +250,7 @@ class StrategyMixin(CheckpointMixin):
         with ExitStack() as stack:
             stack.enter_context(self.precision_plugin.tensor_init_context())
             if self._session is not None:
-                stack.enter_context(self._session.nursery.armed())
+                stack.enter_context(self._session.materializer.armed())
             yield
 
     def setup(self, trainer: Any) -> None:
@@ -260,18 +260,20 @@ class StrategyMixin(CheckpointMixin):
         guards.require_no_compile(self.lightning_module)
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.lightning_module)
-        self._succession.before_placing()
+        self._handover.before_placing()
         self.session.place(self.lightning_module)
         self._opened.require_unchanged()
         self.model_to_device()
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
-            self._succession.move_into(self.session, ())
+            self._handover.move_into(self.session, ())
         self.setup_precision_plugin()
-        has_gate = trainer.accumulate_grad_batches > 1 or not all(map(self._may_stream_updates, self.optimizers))
+        waits_for_all_grads = trainer.accumulate_grad_batches > 1 or not all(
+            map(self._may_stream_updates, self.optimizers)
+        )
         with within(self.session.engine.patience):
             checkpoints = prepare_checkpoints(self.session, trainer) if trainer.state.fn == "fit" else []
-        self.session.start(self.lightning_module, has_gate=has_gate)
+        self.session.start(self.lightning_module, waits_for_all_grads=waits_for_all_grads)
         logging.getLogger(f"{self._namespace}.ssd_offload").info("\n".join([summary(self.session), *checkpoints]))
 
     def model_to_device(self) -> None:
@@ -353,7 +355,7 @@ class StrategyMixin(CheckpointMixin):
             and len(self.optimizers) == 1
             and not self.session.runs_whole(optimizer)
             and self.precision_plugin.scaler is None
-            and gradient_listener(module.trainer, module) is None
+            and find_grad_consumer(module.trainer, module) is None
         )
 
     # -- resume ------------------------------------------------------------------------------------------------

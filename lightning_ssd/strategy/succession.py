@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_ssd.strategy.session import Session
 
 
-class Succession:
+class Handover:
     """Sessions that ended and still have something that is wanted."""
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ def summary(session: Session) -> str:
         "inputs of blocks": plan.activation_nbytes + plan.spill_nbytes,
         "staging": plan.staging_nbytes,
     }
-    kept = f"parameters of {len(plan.kept_params)} and states of {len(plan.kept_states)} of {num} units"
+    kept = f"parameters of {len(plan.in_memory_params)} and states of {len(plan.in_memory_states)} of {num} units"
     lines = [
         f"ssd_offload: {numel:,} parameters in {num} units, the largest {largest.name!r} with "
         f"{fmt(largest.layout.data_nbytes)}",

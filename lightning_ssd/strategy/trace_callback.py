@@ -13,8 +13,8 @@ from lightning_ssd.errors import ConfigurationError, TraceError
 from lightning_ssd.paths import local_path
 from lightning_ssd.strategy.lightning_classes import CallbackBase
 from lightning_ssd.strategy.strategy import StrategyMixin
-from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.trace.chrome import write_trace
+from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.trace.summary import summarize
 
 

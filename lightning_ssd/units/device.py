@@ -104,13 +104,13 @@ class CopyToDevice:
             deque()
         )  # holding the host's tensors keeps buffers from reuse
 
-    def install(self, layout: UnitLayout, buffer: Buffer) -> DeviceCopy:
-        """See `Placement.install`; ``buffer`` is in use until the copy is over, and may be given back before."""
+    def place(self, layout: UnitLayout, buffer: Buffer) -> DeviceCopy:
+        """See `Placement.place`; ``buffer`` is in use until the copy is over, and may be given back before."""
         dtype = dtype_of(layout.dtype)
-        return self.show([buffer.tensor(entry.begin, dtype, entry.shape) for entry in layout.entries])
+        return self.place_tensors([buffer.tensor(entry.begin, dtype, entry.shape) for entry in layout.entries])
 
-    def show(self, tensors: Sequence[Tensor]) -> DeviceCopy:
-        """See `Placement.show`."""
+    def place_tensors(self, tensors: Sequence[Tensor]) -> DeviceCopy:
+        """See `Placement.place_tensors`."""
         self.poll()
         nbytes = tensors_nbytes(tensor.nbytes for tensor in tensors)
         self._make_room(nbytes)
@@ -119,17 +119,17 @@ class CopyToDevice:
         self._nbytes += nbytes
         return DeviceCopy(found, nbytes, copied)
 
-    def release(self, placed: DeviceCopy) -> None:
+    def release(self, device_copy: DeviceCopy) -> None:
         """See `Placement.release`; they stay as long as nothing else needs the memory."""
-        placed.released = self._streams.mark()
-        placed.is_shared = any(map(_is_held_elsewhere, placed.tensors))
-        self._released.append(placed)
+        device_copy.released = self._streams.mark()
+        device_copy.is_shared = any(map(_is_held_elsewhere, device_copy.tensors))
+        self._released.append(device_copy)
 
-    def use_again(self, placed: DeviceCopy) -> bool:
-        """See `Placement.use_again`."""
-        if placed not in self._released:
+    def reuse(self, device_copy: DeviceCopy) -> bool:
+        """See `Placement.reuse`."""
+        if device_copy not in self._released:
             return False
-        self._released.remove(placed)
+        self._released.remove(device_copy)
         return True
 
     def poll(self) -> None:
@@ -161,14 +161,14 @@ class CopyToDevice:
                 "units=..., or use fewer parameters outside the modules that own them"
             )
 
-    def _drop(self, placed: DeviceCopy) -> None:
-        assert placed.released is not None
-        self._streams.wait(self._streams.mark() if placed.is_shared else placed.released)
-        if placed.is_shared:
-            for tensor in filter(_is_held_elsewhere, placed.tensors):
+    def _drop(self, device_copy: DeviceCopy) -> None:
+        assert device_copy.released is not None
+        self._streams.wait(self._streams.mark() if device_copy.is_shared else device_copy.released)
+        if device_copy.is_shared:
+            for tensor in filter(_is_held_elsewhere, device_copy.tensors):
                 self._streams.share(tensor)
-        placed.tensors.clear()
-        self._nbytes -= placed.nbytes
+        device_copy.tensors.clear()
+        self._nbytes -= device_copy.nbytes
 
 
 class CudaStreams:

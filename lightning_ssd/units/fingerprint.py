@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_ssd.kernels.api import crc32c, is_native
 
 
-def content(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     """A checksum of each tensor that is not empty."""
     return tuple(_checksum(tensor.detach()) for tensor in tensors if tensor.numel())
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lightning_ssd.errors import ResidencyError
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units.mapped import snapshot
 from lightning_ssd.units.lazy_param import METADATA
+from lightning_ssd.units.mapped import snapshot
 from lightning_ssd.units.unit import Unit
 
 
 class Inherited:
-    """Where values are in a forked process; also says there that nothing is updated (`Owing`).
+    """Where values are in a forked process; also says there that nothing is updated (`PendingUpdates`).
 
     Args:
         store: Where values are.
@@ -43,8 +43,8 @@ class Inherited:
             raise ResidencyError(
                 f"parameter {unit.names[0]!r} cannot be read in this forked process: {self._refusals[unit.name]}"
             )
-        if unit.kept is not None:
-            return unit.kept
+        if unit.in_memory is not None:
+            return unit.in_memory
         generation = self._store.current(unit.name, "param")
         if generation is None:
             raise ResidencyError(f"parameter {unit.names[0]!r} was being placed when this process was forked")
@@ -61,12 +61,12 @@ class Inherited:
             "them, but not go on with what the process that trains was about"
         )
 
-    def is_owed(self, unit: Unit) -> bool:
-        """See `Owing.is_owed`."""
+    def is_pending(self, unit: Unit) -> bool:
+        """See `PendingUpdates.is_pending`."""
         return False
 
     def notify(self) -> None:
-        """See `Owing.notify`."""
+        """See `PendingUpdates.notify`."""
 
 
 class Refused:

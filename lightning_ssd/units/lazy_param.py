@@ -1,9 +1,9 @@
-"""Parameters at rest: a thin `nn.Parameter` class whose first operation on values asks its owner to bring them.
+"""`LazyParameter`: an offloaded parameter, whose first operation on values makes its owner load them.
 
-[Note: at rest] While a unit is not in use, its parameters view one shared placeholder of NaN bytes that costs no
-memory, and have the class made here. Metadata (shape, dtype, device, ``requires_grad``, ``grad``, hooks) is answered as
-it is. Any other operation first calls `LazyParameter.wake`, which turns the parameters it touches into plain `nn.Parameter`s
-on real values: inside a step by fetching the unit to the device, outside by mapping the file.
+[Note: lazy parameters] While a unit is offloaded, its parameters view one shared placeholder of NaN bytes that costs no
+memory, and have the class made here. Metadata (shape, dtype, device, ``requires_grad``, ``grad``, hooks) is answered
+without values. Any other operation first calls `ParamLoader.load`, which makes the parameters that it is given plain
+`nn.Parameter`s on their values: inside a step by fetching their units, outside by mapping their files.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from lightning_ssd.errors import ResidencyError
 from lightning_ssd.units import transforms
 
 
-class LazyParameter(Protocol):
-    """Brings parameters at rest to life."""
+class ParamLoader(Protocol):
+    """Loads the values of lazy parameters."""
 
     def gather(self, params: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Inside, ``params`` are plain parameters on their current values, and saved tensors are not watched."""
         ...
 
-    def wake(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
+    def load(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
         """Make ``params`` plain parameters on their current values, all at the same time; ``operands`` stay usable."""
         ...
 
 
-def fenced_class(fence: LazyParameter) -> type[nn.Parameter]:
-    """The class of parameters at rest that ``fence`` looks after."""
+def lazy_class(owner: ParamLoader) -> type[nn.Parameter]:
+    """The class of parameters at rest that ``owner`` looks after."""
 
-    class ParameterAtRest(nn.Parameter):
-        _fence = fence
+    class LazyParameter(nn.Parameter):
+        _loader = owner
 
         @classmethod
         def __torch_function__(
@@ -47,14 +47,14 @@ def fenced_class(fence: LazyParameter) -> type[nn.Parameter]:
                 return _differentiate(func, *args, **kwargs)
             if func not in METADATA:
                 tensors = list(_tensors((args, kwargs)))
-                asleep = [p for p in tensors if type(p) is ParameterAtRest]
-                fence.wake(asleep, [p for p in tensors if type(p) is not ParameterAtRest])
+                lazy = [p for p in tensors if type(p) is LazyParameter]
+                owner.load(lazy, [p for p in tensors if type(p) is not LazyParameter])
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
 
         def as_subclass(self, cls: type[Tensor]) -> Tensor:  # type: ignore[override]
             # Not through __torch_function__ either: torch does not let it be overridden there.
-            fence.wake([self])
+            owner.load([self])
             return Tensor.as_subclass(self, cls)
 
         def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
@@ -66,10 +66,10 @@ def fenced_class(fence: LazyParameter) -> type[nn.Parameter]:
             # Not through __torch_function__: nn.Parameter looks at type(self) before it touches a value.
             if id(self) in memo:
                 return memo[id(self)]  # type: ignore[no-any-return]
-            fence.wake([self])
+            owner.load([self])
             return nn.Parameter.__deepcopy__(self, memo)  # type: ignore[no-any-return, no-untyped-call]
 
-    return ParameterAtRest
+    return LazyParameter
 
 
 def _differentiate(
@@ -79,10 +79,10 @@ def _differentiate(
 
     Both take places in the graph as well as tensors. Not with the fence off, as other functions: they run forwards.
     """
-    wake_all([p for p in _tensors((outputs, kwargs.get("grad_outputs"), kwargs.get("grad_tensors"))) if _is_at_rest(p)])
-    wake_all([p for p in inputs or () if _is_at_rest(p) and not p.requires_grad])  # torch refuses it
+    load_all([p for p in _tensors((outputs, kwargs.get("grad_outputs"), kwargs.get("grad_tensors"))) if _is_lazy(p)])
+    load_all([p for p in inputs or () if _is_lazy(p) and not p.requires_grad])  # torch refuses it
     with torch._C.DisableTorchFunctionSubclass():
-        places = inputs and [torch.autograd.graph.get_gradient_edge(p) if _is_at_rest(p) else p for p in inputs]
+        places = inputs and [torch.autograd.graph.get_gradient_edge(p) if _is_lazy(p) else p for p in inputs]
     if not materialize_grads:
         return func(outputs, inputs=places, **kwargs)
     grads = func(outputs, inputs=places, **(kwargs | {"allow_unused": True}))
@@ -90,34 +90,34 @@ def _differentiate(
     return tuple(zeros(p) if grad is None else grad for p, grad in zip(inputs, grads, strict=True))
 
 
-def _is_at_rest(value: Any) -> bool:
-    return hasattr(type(value), "_fence")
+def _is_lazy(value: Any) -> bool:
+    return hasattr(type(value), "_loader")
 
 
-def wake_all(params: Sequence[nn.Parameter]) -> None:
+def load_all(params: Sequence[nn.Parameter]) -> None:
     """Wake those of ``params`` that are at rest, all at the same time."""
-    for fence, asleep in by_fence(params):
-        fence.wake(asleep)
+    for owner, lazy in by_loader(params):
+        owner.load(lazy)
 
 
-def by_fence(params: Sequence[nn.Parameter]) -> list[tuple[LazyParameter, list[nn.Parameter]]]:
+def by_loader(params: Sequence[nn.Parameter]) -> list[tuple[ParamLoader, list[nn.Parameter]]]:
     """Those of ``params`` that are at rest, with who looks after them."""
-    found: dict[int, tuple[LazyParameter, list[nn.Parameter]]] = {}
+    found: dict[int, tuple[ParamLoader, list[nn.Parameter]]] = {}
     for param in params:
-        fence = getattr(type(param), "_fence", None)
-        if fence is not None:
-            found.setdefault(id(fence), (fence, []))[1].append(param)
+        owner = getattr(type(param), "_loader", None)
+        if owner is not None:
+            found.setdefault(id(owner), (owner, []))[1].append(param)
     return list(found.values())
 
 
-def require_awake(module: nn.Module) -> None:
+def require_loaded(module: nn.Module) -> None:
     """Refuse to run ``module`` under torch.func on parameters that the transform took while they were at rest.
 
     Raises:
         ResidencyError: Names the module and the way out.
     """
     for name, param in module.named_parameters():
-        if _is_at_rest(transforms.unwrapped(param)) and not _is_at_rest(param):
+        if _is_lazy(transforms.unwrapped(param)) and not _is_lazy(param):
             raise ResidencyError(
                 f"torch.func was given parameter {name!r} of a {type(module).__name__} whose values are on disk; torch "
                 "takes tensors apart where nothing can bring them: call it inside `with "

@@ -27,7 +27,7 @@ from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units.fingerprint import content
+from lightning_ssd.units.fingerprint import fingerprint
 
 _PAGE = mmap.PAGESIZE
 _EVEN_NS = 2 * 10**9  # there are file systems that keep even seconds only
@@ -95,7 +95,7 @@ class MappedParams:
             self.generation.is_mapped = False
             self.generation.checks = self._checks
 
-    def let_go(self, *, is_written: bool) -> None:
+    def unmap(self, *, is_written: bool) -> None:
         """The parameters view something else now. A file that was only read, and that nobody views, is as before."""
         self.tensors = ()
         if not (self.is_private or is_written or self._views.in_use):
@@ -122,9 +122,9 @@ class InMemoryParams:
     is_private = False
 
     def __init__(self, generation: Generation) -> None:
-        assert generation.kept is not None
+        assert generation.in_memory is not None
         self.generation = generation
-        self.tensors = generation.kept
+        self.tensors = generation.in_memory
         self._has_master = generation.layout.itemsize < 4
         self._seen = self._content()
 
@@ -136,11 +136,11 @@ class InMemoryParams:
         """Whether the user wrote to parameters that have a master; others need not know."""
         return self._seen != self._content()
 
-    def let_go(self, *, is_written: bool) -> None:
-        """See `MappedParams.let_go`."""
+    def unmap(self, *, is_written: bool) -> None:
+        """See `MappedParams.unmap`."""
 
     def _content(self) -> tuple[int, ...]:
-        return content(self.tensors) if self._has_master else ()
+        return fingerprint(self.tensors) if self._has_master else ()
 
 
 def is_assigned(params: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> bool:

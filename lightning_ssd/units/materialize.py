@@ -43,7 +43,7 @@ class ParamMaterializer:
         finally:
             handle.remove()
 
-    def materialise(self, root: nn.Module) -> None:
+    def materialize(self, root: nn.Module) -> None:
         """Replace parameters on the meta device by mapped ones and let their modules initialise them.
 
         Raises:

@@ -15,28 +15,28 @@ from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units import transforms
-from lightning_ssd.units.mapped import MappedParams, InMemoryParams
-from lightning_ssd.units.device import DeviceCopy
-from lightning_ssd.units.lazy_param import fenced_class
-from lightning_ssd.units.placement import InPlace, Placement
-from lightning_ssd.units.inherited import Inherited
-from lightning_ssd.units.update_target import UpdateTarget
-from lightning_ssd.units.prefetch import PrefetchPolicy
-from lightning_ssd.units.execution_order import ExecutionOrder
-from lightning_ssd.units.unit import Residency, Unit
-from lightning_ssd.units.user_writes import UserWrites
 from lightning_ssd.trace.recorder import Lane, Trace
+from lightning_ssd.units import transforms
+from lightning_ssd.units.device import DeviceCopy
+from lightning_ssd.units.execution_order import ExecutionOrder
+from lightning_ssd.units.inherited import Inherited
+from lightning_ssd.units.lazy_param import lazy_class
+from lightning_ssd.units.mapped import InMemoryParams, MappedParams
+from lightning_ssd.units.placement import InPlace, Placement
+from lightning_ssd.units.prefetch import PrefetchPolicy
+from lightning_ssd.units.unit import Residency, Unit
+from lightning_ssd.units.update_target import UpdateTarget
+from lightning_ssd.units.user_writes import UserWrites
 
 
-class Owing(Protocol):
+class PendingUpdates(Protocol):
     """Updates that have yet to run, seen from the parameters: only they know how long their values are good."""
 
     def wait(self, unit: Unit) -> None:
         """Return when no update of ``unit`` is owed; raise what an update failed with."""
         ...
 
-    def is_owed(self, unit: Unit) -> bool:
+    def is_pending(self, unit: Unit) -> bool:
         """Whether an update of ``unit`` is still to be done."""
         ...
 
@@ -45,24 +45,24 @@ class Owing(Protocol):
         ...
 
 
-class _NothingOwed:
+class _NothingPending:
     """Before the first step there are no updates."""
 
     def wait(self, unit: Unit) -> None:
-        """See `Owing.wait`."""
+        """See `PendingUpdates.wait`."""
 
-    def is_owed(self, unit: Unit) -> bool:
-        """See `Owing.is_owed`."""
+    def is_pending(self, unit: Unit) -> bool:
+        """See `PendingUpdates.is_pending`."""
         return False
 
     def notify(self) -> None:
-        """See `Owing.notify`."""
+        """See `PendingUpdates.notify`."""
 
 
 class ParamCache:
     """The units of one model and the memory they take.
 
-    The thread that trains calls everything but `lend`, `end_borrow` and `updated`, which the thread of updates calls.
+    The thread that trains calls everything but `lend`, `unpin` and `updated`, which the thread of updates calls.
 
     Args:
         units: All units.
@@ -75,7 +75,7 @@ class ParamCache:
         is_in_step: Tells whether an operation on a parameter at rest fetches it to the device. Set by the owner.
         on_fetch: Called with each unit that became resident. Set by the owner.
         on_touch: Called with each unit of which a parameter at rest was used in a step. Set by the owner.
-        on_wake: The same outside a step. Set by the owner.
+        on_load: The same outside a step. Set by the owner.
         unwatched: Inside what it returns, saved tensors are not watched. Set by the owner.
         inherited: In a forked process, where values are; None in the one that trains.
     """
@@ -86,50 +86,57 @@ class ParamCache:
         self.is_in_step: Callable[[], bool] = lambda: False
         self.on_fetch: Callable[[Unit], None] = lambda unit: None
         self.on_touch: Callable[[Unit], None] = lambda unit: None
-        self.on_wake: Callable[[Unit], None] = lambda unit: None
+        self.on_load: Callable[[Unit], None] = lambda unit: None
         self.unwatched: Callable[[], AbstractContextManager[None]] = nullcontext
         self._store = store
         self._trace = trace
         self._pool: Pool
-        self._route: Placement = InPlace()
-        self._owing: Owing = _NothingOwed()
+        self._placement: Placement = InPlace()
+        self._updates: PendingUpdates = _NothingPending()
         self._keep_cache = False
         self._outlook = PrefetchPolicy(units, self.schedule)
         self._lock = threading.Condition()
         self._owners = {param: unit for unit in units for param in unit.params}
-        self._parked_class = fenced_class(self)
+        self._lazy_class = lazy_class(self)
         self._places: dict[int, tuple[Unit, int]] = {}  # of resident parameters, by address of their storage
         self._writes = UserWrites(store, units, self.is_current)
-        self._loose: list[dict[str, Unit]] = [{}]  # resident without a hold, by the visit that touched them
+        self._touched: list[dict[str, Unit]] = [{}]  # resident without a hold, by the visit that touched them
         self.inherited: Inherited | None = None
 
     def start(
-        self, *, pool: Pool, route: Placement, owing: Owing, keep_cache: bool, num_ahead: int | None, quantum: int
+        self,
+        *,
+        pool: Pool,
+        placement: Placement,
+        updates: PendingUpdates,
+        keep_cache: bool,
+        max_ahead: int | None,
+        prefetch_batch: int,
     ) -> None:
         """Stream from now on.
 
         Args:
             pool: Memory for parameters.
-            route: The way to the device.
-            owing: Updates that have yet to run.
+            placement: The way to the device.
+            updates: Updates that have yet to run.
             keep_cache: Released bytes stay while nobody needs the memory.
-            num_ahead: Units that may be fetched ahead of use; None for as many as the memory holds.
-            quantum: Units whose reads are started together.
+            max_ahead: Units that may be fetched ahead of use; None for as many as the memory holds.
+            prefetch_batch: Units whose reads are started together.
         """
-        self._pool, self._route, self._owing = pool, route, owing
-        self._writes.keeps_buffer = route.keeps_buffer
+        self._pool, self._placement, self._updates = pool, placement, updates
+        self._writes.keeps_buffer = placement.keeps_buffer
         self._keep_cache = keep_cache
         self._outlook = PrefetchPolicy(
             self.units,
             self.schedule,
-            is_owed=owing.is_owed,
-            num_ahead=len(self.units) if num_ahead is None else num_ahead,
-            quantum=quantum,
+            is_pending=updates.is_pending,
+            max_ahead=len(self.units) if max_ahead is None else max_ahead,
+            prefetch_batch=prefetch_batch,
         )
 
     def keep(self, unit: Unit) -> None:
         """``unit`` is kept in memory by the store from now on."""
-        unit.kept = self._store.kept(unit.name, "param")
+        unit.in_memory = self._store.in_memory(unit.name, "param")
         unit.move(Residency.STAGED)
 
     def stop(self) -> None:
@@ -137,22 +144,22 @@ class ParamCache:
         for unit in self.units:
             unit.num_holds = 0
             self._evict(unit)
-            if unit.kept is not None:
-                self.settle(unit)
-                unit.kept = None
+            if unit.in_memory is not None:
+                self.write_back(unit)
+                unit.in_memory = None
                 unit.move(Residency.ON_DISK)
-        self._route.close()
-        self._store.stop_keeping()
+        self._placement.close()
+        self._store.flush_in_memory()
         for unit in self.units:
-            unit.generation = unit.placed = None
+            unit.generation = unit.device_copy = None
             is_placed = self._store.current(unit.name, "param") is not None  # not if the disk failed or filled before
-            if unit.at_rest is None and is_placed:
-                unit.at_rest = MappedParams(self._store, self.current(unit))
-                self._wake(unit)
+            if unit.mapped is None and is_placed:
+                unit.mapped = MappedParams(self._store, self.current(unit))
+                self._load(unit)
 
     # -- fetch and release ---------------------------------------------------------------------------------------
 
-    def acquire(self, unit: Unit) -> None:
+    def fetch(self, unit: Unit) -> None:
         """Make ``unit`` resident and keep it so until `release`.
 
         Raises:
@@ -160,12 +167,12 @@ class ParamCache:
             ResidencyError: There is no memory for it.
         """
         if unit.num_holds == 0:
-            self._owing.wait(unit)
+            self._updates.wait(unit)
         with self._lock:
             if unit.num_holds == 0:
                 self.schedule.use(unit.name)
-            if any(unit.name in loose for loose in self._loose):
-                self._writes.take_from_step(unit)  # its module runs on what the user wrote before
+            if any(unit.name in touched_in for touched_in in self._touched):
+                self._writes.collect_in_step(unit)  # its module runs on what the user wrote before
             unit.num_holds += 1
             try:
                 self._begin_fetch(unit)
@@ -183,25 +190,25 @@ class ParamCache:
             raise
         with self._lock:
             self._end_fetch(unit)
-            for loose in self._loose:
-                loose.pop(unit.name, None)
+            for touched_in in self._touched:
+                touched_in.pop(unit.name, None)
             self._prefetch()
 
     def release(self, unit: Unit) -> None:
-        """Undo one `acquire`; after the last, the parameters are at rest, or stay for the step if sticky."""
+        """Undo one `fetch`; after the last, the parameters are at rest, or stay for the step if persistent."""
         with self._lock:
             unit.num_holds -= 1
-            if unit.num_holds == 0 and not (unit.sticky and self.is_in_step() and self.is_current(unit)):
+            if unit.num_holds == 0 and not (unit.persistent and self.is_in_step() and self.is_current(unit)):
                 self._let_go(unit)
 
-    def begin_visit(self) -> None:
-        """A module runs: parameters at rest that are touched inside stay until `end_visit`."""
-        self._loose.append({})
+    def begin_module(self) -> None:
+        """A module runs: parameters at rest that are touched inside stay until `end_module`."""
+        self._touched.append({})
 
-    def end_visit(self) -> None:
+    def end_module(self) -> None:
         """The module has run."""
         with self._lock:
-            for unit in self._loose.pop().values():
+            for unit in self._touched.pop().values():
                 if unit.num_holds == 0:
                     self._let_go(unit)
 
@@ -217,7 +224,7 @@ class ParamCache:
                 if unit.num_holds == 0:
                     self._release_memory(unit)
                 unit.is_handed_on = False
-            self._loose = [{}]
+            self._touched = [{}]
 
     @contextmanager
     def outside_step(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
@@ -265,14 +272,14 @@ class ParamCache:
     def _begin_fetch(self, unit: Unit) -> None:
         is_free = unit.state is Residency.STAGED or (unit.state is Residency.RESIDENT and unit.num_holds == 1)
         is_stale = is_free and not self.is_current(unit)
-        if unit.at_rest is not None or is_stale:
+        if unit.mapped is not None or is_stale:
             self._evict(unit)
-        if unit.at_rest is not None:
-            self.settle(unit)
-        if unit.state is Residency.ON_DISK and self._is_placed(unit):
+        if unit.mapped is not None:
+            self.write_back(unit)
+        if unit.state is Residency.ON_DISK and self._has_device_copy(unit):
             unit.move(Residency.STAGED)
         elif unit.state is Residency.ON_DISK:
-            self._route.poll()
+            self._placement.poll()
             self._start_read(unit, self._pool.lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", self._make_room))
 
     def _end_fetch(self, unit: Unit) -> None:
@@ -297,40 +304,40 @@ class ParamCache:
         unit.move(Residency.STAGED)
 
     def _install(self, unit: Unit) -> None:
-        unit.placed = self._place(unit)
-        for index, (param, tensor) in enumerate(zip(unit.params, unit.placed.tensors, strict=True)):
+        unit.device_copy = self._place(unit)
+        for index, (param, tensor) in enumerate(zip(unit.params, unit.device_copy.tensors, strict=True)):
             _give(param, tensor, nn.Parameter)
             if tensor.numel():
                 self._places[tensor.untyped_storage().data_ptr()] = (unit, index)
         unit.move(Residency.RESIDENT)
         self._writes.begin(unit)
-        if unit.buffer is not None and not self._route.keeps_buffer:
+        if unit.buffer is not None and not self._placement.keeps_buffer:
             self._pool.give_back(unit.buffer)
             unit.buffer = None
 
     def _place(self, unit: Unit) -> DeviceCopy:
         if unit.buffer is None:  # it is kept, or on the device
             unit.generation = self.current(unit)
-        placed = unit.placed
-        if placed is None or not (self._is_placed(unit) and self._route.use_again(placed)):
-            if unit.kept is not None:
-                placed = self._route.show(unit.kept)
+        device_copy = unit.device_copy
+        if device_copy is None or not (self._has_device_copy(unit) and self._placement.reuse(device_copy)):
+            if unit.in_memory is not None:
+                device_copy = self._placement.place_tensors(unit.in_memory)
             else:
                 assert unit.buffer is not None
                 with self._trace.span(Lane.COPY, "to the device", unit.name):
-                    placed = self._route.install(unit.layout, unit.buffer)
-            placed.generation = unit.generation
-        return placed
+                    device_copy = self._placement.place(unit.layout, unit.buffer)
+            device_copy.generation = unit.generation
+        return device_copy
 
-    def _is_placed(self, unit: Unit) -> bool:
+    def _has_device_copy(self, unit: Unit) -> bool:
         """Whether the newest values are where compute reads."""
-        placed = unit.placed
-        return placed is not None and bool(placed.tensors) and placed.generation is self.current(unit)
+        device_copy = unit.device_copy
+        return device_copy is not None and bool(device_copy.tensors) and device_copy.generation is self.current(unit)
 
     def _prefetch(self, *, beyond: bool = False) -> None:
         """Start reads of what is needed next, as far as free memory goes; see `PrefetchPolicy.wanted`."""
-        self._route.poll()
-        for group in self._outlook.wanted(self._is_placed, beyond=beyond):
+        self._placement.poll()
+        for group in self._outlook.wanted(self._has_device_copy, beyond=beyond):
             if not self._start_reads(group):
                 return
 
@@ -354,14 +361,14 @@ class ParamCache:
 
     def is_free(self, unit: Unit) -> bool:
         """Whether an update may change ``unit`` where it is in memory: not while compute may read it there."""
-        return not self._route.keeps_buffer or unit.state is not Residency.RESIDENT
+        return not self._placement.keeps_buffer or unit.state is not Residency.RESIDENT
 
-    def borrow(self, unit: Unit) -> bool:
+    def pin(self, unit: Unit) -> bool:
         """Whether the newest values of ``unit`` are in a buffer; if so they stay until `end_borrow`."""
         with self._lock:
-            if unit.kept is not None or unit.buffer is None or not self.is_current(unit):
+            if unit.in_memory is not None or unit.buffer is None or not self.is_current(unit):
                 return False
-            unit.num_borrows += 1
+            unit.num_pins += 1
             return True
 
     def lend(self, unit: Unit, *, reads: bool) -> UpdateTarget | None:
@@ -377,7 +384,7 @@ class ParamCache:
             if unit.state is Residency.READING and unit.transfer is not None:
                 unit.transfer.wait()  # sync: the disk; the update will replace the file
                 self._end_read(unit)
-            if unit.state is Residency.ON_DISK and self._outlook.is_next(unit, self._is_placed):
+            if unit.state is Residency.ON_DISK and self._outlook.is_next(unit, self._has_device_copy):
                 make_room = partial(self._evict_one, needed_after=self._outlook.position(unit))
                 unit.buffer = self._pool.try_lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", make_room)
                 if unit.buffer is not None:
@@ -389,7 +396,7 @@ class ParamCache:
             is_writable = unit.state is Residency.STAGED and unit.num_holds == 0 and not unit.buffer.in_use
             if not is_writable and not (reads and is_current):
                 return None
-            unit.num_borrows += 1
+            unit.num_pins += 1
             if is_writable:
                 unit.generation = None  # whose values they are is known at the end
             values = unit.buffer.tensor(0, unit.dtype, (unit.layout.numel,))
@@ -397,20 +404,20 @@ class ParamCache:
 
     def _end_loan(self, unit: Unit, was_writable: bool, is_new: bool) -> None:
         with self._lock:
-            if was_writable and is_new and (self._keep_cache or self._outlook.is_next(unit, self._is_placed)):
+            if was_writable and is_new and (self._keep_cache or self._outlook.is_next(unit, self._has_device_copy)):
                 unit.generation = self.current(unit)
-            self.end_borrow(unit)
+            self.unpin(unit)
 
     def end_copy(self, unit: Unit) -> None:
         """Return when no copy of ``unit`` reads what is kept of it in memory, which may change then."""
-        placed = unit.placed
-        if unit.kept is not None and placed is not None and placed.copied is not None:
-            placed.copied.synchronize()  # sync: a copy to the device
+        device_copy = unit.device_copy
+        if unit.in_memory is not None and device_copy is not None and device_copy.copied is not None:
+            device_copy.copied.synchronize()  # sync: a copy to the device
 
-    def end_borrow(self, unit: Unit) -> None:
-        """Undo one `borrow`; the tensor is gone."""
+    def unpin(self, unit: Unit) -> None:
+        """Undo one `pin`; the tensor is gone."""
         with self._lock:
-            unit.num_borrows -= 1
+            unit.num_pins -= 1
             self._drop_stale(unit)
             self._lock.notify_all()
 
@@ -422,7 +429,7 @@ class ParamCache:
             self._prefetch(beyond=True)
 
     def _drop_stale(self, unit: Unit) -> None:
-        is_idle = unit.num_holds == 0 and unit.num_borrows == 0
+        is_idle = unit.num_holds == 0 and unit.num_pins == 0
         if is_idle and unit.state in (Residency.STAGED, Residency.READING) and not self.is_current(unit):
             self._evict(unit)
 
@@ -430,7 +437,7 @@ class ParamCache:
 
     def _make_room(self) -> bool:
         """Give back the memory of one unit that nobody uses now: cached ones first, then what is needed last."""
-        if self._route.wait_for_one():
+        if self._placement.wait_for_one():
             return True  # what is being sent is done with, or soon: sooner than anything that was read ahead
         if self._evict_one():
             return True
@@ -438,7 +445,7 @@ class ParamCache:
         idle = [u for u in self.units if u.num_holds == 0 and u.buffer is not None and not u.is_viewed]
         for unit in idle:  # an update may wait until compute is done with it
             self._release_memory(unit)
-        self._lock.wait_for(lambda: len(idle) == 0 or any(u.num_borrows == 0 for u in idle))  # sync: an update
+        self._lock.wait_for(lambda: len(idle) == 0 or any(u.num_pins == 0 for u in idle))  # sync: an update
         return bool(idle)
 
     def _evict_one(self, needed_after: float | None = None) -> bool:
@@ -452,7 +459,7 @@ class ParamCache:
     def _let_go(self, unit: Unit) -> None:
         """Release the memory of a unit without a hold; not while the user may write to it through a view."""
         if unit.is_viewed:
-            self._loose[-1][unit.name] = unit
+            self._touched[-1][unit.name] = unit
         else:
             self._release_memory(unit)
 
@@ -460,32 +467,32 @@ class ParamCache:
         """Put a resident unit's parameters at rest; keep its bytes if that is wanted and they are current."""
         if unit.state is not Residency.RESIDENT:
             return
-        self._writes.take_from_step(unit)
+        self._writes.collect_in_step(unit)
         # A block that is needed next, at the turn of forward to backward, is not read again.
-        is_wanted = self._keep_cache or unit.num_borrows > 0 or next(self.schedule.upcoming(), "") == unit.name
-        stays = is_wanted and unit.buffer is not None and (self.is_current(unit) or unit.num_borrows > 0)
-        self._go_to_rest(unit)
+        is_wanted = self._keep_cache or unit.num_pins > 0 or next(self.schedule.upcoming(), "") == unit.name
+        stays = is_wanted and unit.buffer is not None and (self.is_current(unit) or unit.num_pins > 0)
+        self._offload(unit)
         if not stays:
             self._evict(unit)
         self._trace.mark("release", unit.name)
 
-    def _go_to_rest(self, unit: Unit) -> None:
+    def _offload(self, unit: Unit) -> None:
         self._writes.end(unit)
-        self.park(unit)
+        self.offload(unit)
         self._forget_places(unit)
-        if unit.placed is not None:
-            self._route.release(unit.placed)
+        if unit.device_copy is not None:
+            self._placement.release(unit.device_copy)
         unit.move(Residency.STAGED)
-        self._owing.notify()
+        self._updates.notify()
 
     def _evict(self, unit: Unit) -> None:
         """Hold no memory for ``unit``, whatever state it is in; what is kept goes to rest."""
         if unit.state is Residency.ON_DISK:
             return
         if unit.state is Residency.RESIDENT:
-            self._writes.take_from_step(unit)
-            self._go_to_rest(unit)
-        if unit.kept is not None:
+            self._writes.collect_in_step(unit)
+            self._offload(unit)
+        if unit.in_memory is not None:
             return
         if unit.transfer is not None:
             with suppress(SSDOffloadError):  # nobody wants these bytes any more
@@ -503,13 +510,13 @@ class ParamCache:
 
     # -- at rest -------------------------------------------------------------------------------------------------
 
-    def park(self, unit: Unit) -> None:
+    def offload(self, unit: Unit) -> None:
         """Put the parameters of ``unit``, whose values are in the store, at rest."""
-        for param, parked in zip(unit.params, unit.parked, strict=True):
-            _give(param, parked, self._parked_class)
+        for param, placeholders in zip(unit.params, unit.placeholders, strict=True):
+            _give(param, placeholders, self._lazy_class)
 
-    def wake(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
-        """See `LazyParameter.wake`."""
+    def load(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
+        """See `ParamLoader.load`."""
         units = list({self._owners[p].name: self._owners[p] for p in params}.values())
         if self.inherited is not None:
             self.wake_inherited(units)
@@ -517,31 +524,31 @@ class ParamCache:
         with transforms.suspended(), ExitStack() as stack:
             if not self.is_in_step():
                 for unit in units:
-                    self._wake_at_rest(unit)
-                    self.on_wake(unit)
+                    self._load_offloaded(unit)
+                    self.on_load(unit)
                 return
             for unit in self._units_of(operands):
                 unit.num_holds += 1
-                stack.callback(self._loosen, unit)
+                stack.callback(self._release_touch, unit)
             for unit in units:
-                self.acquire(unit)
+                self.fetch(unit)
                 self._move_aside(unit)
-                stack.callback(self._loosen, unit)
+                stack.callback(self._release_touch, unit)
                 self._writes.touch(unit)
         for unit in units:
             self.on_touch(unit)
 
     @contextmanager
     def gather(self, params: Sequence[nn.Parameter]) -> Iterator[None]:
-        """See `LazyParameter.gather`; inside a step their units are held."""
+        """See `ParamLoader.gather`; inside a step their units are held."""
         params = [param for param in params if param in self._owners]
         with ExitStack() as stack:
             if self.is_in_step():
                 stack.enter_context(self.unwatched())
                 for unit in {self._owners[p].name: self._owners[p] for p in params}.values():
-                    self.acquire(unit)
-                    stack.callback(self._loosen, unit)
-            self.wake(params)
+                    self.fetch(unit)
+                    stack.callback(self._release_touch, unit)
+            self.load(params)
             yield
 
     def _move_aside(self, unit: Unit) -> None:
@@ -559,45 +566,47 @@ class ParamCache:
                 unit.num_holds -= 1
                 while self._evict_one():
                     pass
-            self.acquire(unit)
+            self.fetch(unit)
 
     def _units_of(self, tensors: Sequence[Tensor]) -> list[Unit]:
         """Resident units that ``tensors`` view."""
         found = filter(None, map(self.find, tensors))
         return list({unit.name: unit for unit, _ in found}.values())
 
-    def settle(self, unit: Unit) -> None:
+    def write_back(self, unit: Unit) -> None:
         """Bring what the user did to ``unit`` at rest into the store, and put its parameters at rest."""
-        at_rest = unit.at_rest
+        at_rest = unit.mapped
         if at_rest is None:
-            self._writes.take_from_step(unit)
+            self._writes.collect_in_step(unit)
             return
         with self._lock:
-            is_written = self._writes.take_from_rest(unit, at_rest)
+            is_written = self._writes.collect_mapped(unit, at_rest)
             if is_written:
                 self._evict(unit)  # bytes in a buffer may be those that the file had before
-            self.park(unit)
-            at_rest.let_go(is_written=is_written)
-            unit.at_rest = None
+            self.offload(unit)
+            at_rest.unmap(is_written=is_written)
+            unit.mapped = None
 
     def before_update(self, unit: Unit) -> None:
         """See `UserWrites.before_update`."""
         self._writes.before_update(unit)
 
-    def _wake_at_rest(self, unit: Unit) -> None:
-        self._owing.wait(unit)
+    def _load_offloaded(self, unit: Unit) -> None:
+        self._updates.wait(unit)
         self.end_copy(unit)
         with self._lock:
-            if unit.at_rest is None:
-                unit.placed = None  # the user may write a value of the same generation
+            if unit.mapped is None:
+                unit.device_copy = None  # the user may write a value of the same generation
                 generation = self.current(unit)
-                unit.at_rest = MappedParams(self._store, generation) if unit.kept is None else InMemoryParams(generation)
-                self._wake(unit)
+                unit.mapped = (
+                    MappedParams(self._store, generation) if unit.in_memory is None else InMemoryParams(generation)
+                )
+                self._load(unit)
 
     @staticmethod
-    def _wake(unit: Unit) -> None:
-        assert unit.at_rest is not None
-        for param, tensor in zip(unit.params, unit.at_rest.tensors, strict=True):
+    def _load(unit: Unit) -> None:
+        assert unit.mapped is not None
+        for param, tensor in zip(unit.params, unit.mapped.tensors, strict=True):
             _give(param, tensor, nn.Parameter)
 
     # -- forked processes: [Note: inherited] ---------------------------------------------------------------------
@@ -606,9 +615,9 @@ class ParamCache:
         """Let nothing change until `after_fork`, and let what is mapped now be mapped for each process alone."""
         self._lock.acquire()
         for unit in self.units:
-            if isinstance(unit.at_rest, MappedParams):
+            if isinstance(unit.mapped, MappedParams):
                 with suppress(SSDOffloadError):  # its file is gone: only this process and its children see it
-                    unit.at_rest.make_private()
+                    unit.mapped.make_private()
 
     def after_fork(self) -> None:
         """Undo `before_fork`, in both processes."""
@@ -616,14 +625,14 @@ class ParamCache:
 
     def inherit(self, inherited: Inherited, lost: Callable[[Unit], bool]) -> None:
         """This is a forked process: parameters that are awake stay so, but where their memory is ``lost``."""
-        self.inherited = self._owing = inherited
+        self.inherited = self._updates = inherited
         self.is_in_step = lambda: False
         self._places = {}
-        self._loose = [{}]
+        self._touched = [{}]
         for unit in self.units:
             unit.num_holds = 0
-            if lost(unit) and (unit.state is Residency.RESIDENT or unit.kept is not None):
-                self.park(unit)
+            if lost(unit) and (unit.state is Residency.RESIDENT or unit.in_memory is not None):
+                self.offload(unit)
             if unit.state is not Residency.ON_DISK:
                 unit.move(Residency.ON_DISK)  # nothing releases it any more
 
@@ -632,16 +641,16 @@ class ParamCache:
         assert self.inherited is not None
         with transforms.suspended():
             for unit in units:
-                if self._parked_class in map(type, unit.params):
+                if self._lazy_class in map(type, unit.params):
                     for param, tensor in zip(unit.params, self.inherited.values(unit), strict=True):
-                        if type(param) is self._parked_class:
+                        if type(param) is self._lazy_class:
                             _give(param, tensor, nn.Parameter)
 
-    def _loosen(self, unit: Unit) -> None:
+    def _release_touch(self, unit: Unit) -> None:
         """Undo a hold; the unit stays resident until the module that runs now is over, or its memory is needed."""
         unit.num_holds -= 1
-        if unit.num_holds == 0 and not any(unit.name in loose for loose in self._loose):
-            self._loose[-1][unit.name] = unit
+        if unit.num_holds == 0 and not any(unit.name in touched_in for touched_in in self._touched):
+            self._touched[-1][unit.name] = unit
 
     def current(self, unit: Unit) -> Generation:
         """The newest generation of the parameters of ``unit``."""

@@ -32,7 +32,7 @@ class UnitSpec:
         params: The parameters, all of one dtype and all trainable or all frozen.
         modules: Modules that need the unit during their forward.
         block: The repeated block that the unit is part of, None for leftovers.
-        sticky: Small leftovers: once fetched, the unit stays to the end of the step.
+        persistent: Small leftovers: once fetched, the unit stays to the end of the step.
     """
 
     name: str
@@ -40,14 +40,14 @@ class UnitSpec:
     params: list[nn.Parameter] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
     block: nn.Module | None = None
-    sticky: bool = False
+    persistent: bool = False
 
 
 def partition(root: nn.Module, *, policy: UnitPolicy = "auto", min_numel: int = 1_000_000) -> list[UnitSpec]:
     """Cut ``root`` into units.
 
     Repeated blocks become units; other modules with at least ``min_numel`` parameters of their own become units; what
-    is left is one sticky unit. A tied parameter belongs to the first module that has it.
+    is left is one persistent unit. A tied parameter belongs to the first module that has it.
 
     Args:
         root: The model.
@@ -63,7 +63,7 @@ def partition(root: nn.Module, *, policy: UnitPolicy = "auto", min_numel: int = 
     whole = _blocks(root, policy) | {m for m in root.modules() if isinstance(m, _ATOMIC)}
     owner: dict[nn.Parameter, UnitSpec] = {}
     groups: list[_Group] = []
-    rest = _Group(REST, block=None, sticky=True)
+    rest = _Group(REST, block=None, persistent=True)
     for name, module, own in _loaders(root, whole):
         fresh = [(n, p) for n, p in own if p not in owner]
         owner |= {p: _PENDING for _, p in fresh}
@@ -88,7 +88,7 @@ class _Group:
 
     name: str
     block: nn.Module | None
-    sticky: bool = False
+    persistent: bool = False
     members: list[tuple[str, nn.Parameter, nn.Module]] = field(default_factory=list)
 
     def specs(self) -> list[UnitSpec]:
@@ -98,7 +98,7 @@ class _Group:
             name = self.name + ("" if param.requires_grad else "+frozen")
             if len(dtypes) > 1:
                 name += "+" + str(param.dtype).removeprefix("torch.")
-            spec = found.setdefault(name, UnitSpec(name, block=self.block, sticky=self.sticky))
+            spec = found.setdefault(name, UnitSpec(name, block=self.block, persistent=self.persistent))
             spec.names.append(full_name)
             spec.params.append(param)
             if module not in spec.modules:
@@ -119,30 +119,30 @@ def _name_apart(specs: list[UnitSpec]) -> None:
 def _loaders(root: nn.Module, whole: set[nn.Module]) -> Iterator[tuple[str, nn.Module, list[tuple[str, nn.Parameter]]]]:
     """Modules that load parameters for their forward, each with the parameters it loads, in the order of the model."""
 
-    def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[str, nn.Parameter]]]]:
+    def call(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[str, nn.Parameter]]]]:
         params = list(module.named_parameters(prefix=name, recurse=module in whole))
         if params:
             yield name or "root", module, params
         if module not in whole:
             for child_name, child in module.named_children():
-                yield from visit(f"{name}.{child_name}" if name else child_name, child)
+                yield from call(f"{name}.{child_name}" if name else child_name, child)
 
-    return visit("", root)
+    return call("", root)
 
 
 def _attach_users(root: nn.Module, owner: dict[nn.Parameter, UnitSpec], whole: set[nn.Module]) -> None:
     """A module that holds a parameter of a unit which no module around it loads (a tied one) loads it itself."""
 
-    def visit(module: nn.Module, around: tuple[nn.Module, ...]) -> None:
+    def call(module: nn.Module, around: tuple[nn.Module, ...]) -> None:
         inside = (*around, module) if module in whole else around
         for param in module.parameters(recurse=False):
             users = owner[param].modules
             if module not in users and not any(outer in users for outer in inside):
                 users.append(module)
         for child in module.children():
-            visit(child, inside)
+            call(child, inside)
 
-    visit(root, ())
+    call(root, ())
 
 
 def _blocks(root: nn.Module, policy: UnitPolicy) -> set[nn.Module]:

@@ -16,7 +16,7 @@ from lightning_ssd.sizes import MiB
 from lightning_ssd.units.unit import Unit
 
 
-def placeholders(units: Sequence[Unit], scratch: Scratch) -> dict[str, tuple[Tensor, ...]]:
+def make_placeholders(units: Sequence[Unit], scratch: Scratch) -> dict[str, tuple[Tensor, ...]]:
     """Tensors of the parameters' shapes for every unit, by unit name; they cost no memory unless something reads them.
 
     Every byte is 0xFF, NaN in each floating dtype: an operation that got past the fence would not go unnoticed.

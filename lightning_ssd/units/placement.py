@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_ssd.memory.pool import Buffer
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
-from lightning_ssd.units.device import CudaStreams, CopyToDevice, DeviceCopy
+from lightning_ssd.units.device import CopyToDevice, CudaStreams, DeviceCopy
 
 
 class Placement(Protocol):
@@ -21,19 +21,19 @@ class Placement(Protocol):
     keeps_buffer: bool
     """Whether the parameters view the host buffer, which therefore stays with the unit."""
 
-    def install(self, layout: UnitLayout, buffer: Buffer) -> DeviceCopy:
+    def place(self, layout: UnitLayout, buffer: Buffer) -> DeviceCopy:
         """One tensor per parameter, in file order, on the device, ready for the current stream."""
         ...
 
-    def show(self, tensors: Sequence[Tensor]) -> DeviceCopy:
+    def place_tensors(self, tensors: Sequence[Tensor]) -> DeviceCopy:
         """The same of a unit whose host tensors are kept in memory."""
         ...
 
-    def release(self, placed: DeviceCopy) -> None:
+    def release(self, device_copy: DeviceCopy) -> None:
         """Parameters view its tensors no longer."""
         ...
 
-    def use_again(self, placed: DeviceCopy) -> bool:
+    def reuse(self, device_copy: DeviceCopy) -> bool:
         """Whether what was released is still there; if so it is in use as if it had just been installed."""
         ...
 
@@ -55,23 +55,23 @@ class InPlace:
 
     keeps_buffer = True
 
-    def install(self, layout: UnitLayout, buffer: Buffer) -> DeviceCopy:
-        """See `Placement.install`; nothing is copied but parameters whose file offset is not 64-byte aligned."""
+    def place(self, layout: UnitLayout, buffer: Buffer) -> DeviceCopy:
+        """See `Placement.place`; nothing is copied but parameters whose file offset is not 64-byte aligned."""
         for entry, place in zip(layout.entries, layout.places, strict=True):
             if place != entry.begin:
                 ctypes.memmove(buffer.address + place, buffer.address + entry.begin, entry.nbytes)
         return DeviceCopy(_tensors(layout, buffer))
 
-    def show(self, tensors: Sequence[Tensor]) -> DeviceCopy:
-        """See `Placement.show`; they are used where they are."""
+    def place_tensors(self, tensors: Sequence[Tensor]) -> DeviceCopy:
+        """See `Placement.place_tensors`; they are used where they are."""
         return DeviceCopy(list(tensors))
 
-    def release(self, placed: DeviceCopy) -> None:
+    def release(self, device_copy: DeviceCopy) -> None:
         """See `Placement.release`; a tensor that lived on would keep the buffer in use."""
-        placed.tensors.clear()
+        device_copy.tensors.clear()
 
-    def use_again(self, placed: DeviceCopy) -> bool:
-        """See `Placement.use_again`; the buffer has it."""
+    def reuse(self, device_copy: DeviceCopy) -> bool:
+        """See `Placement.reuse`; the buffer has it."""
         return False
 
     def poll(self) -> None:
@@ -85,7 +85,7 @@ class InPlace:
         """See `Placement.close`."""
 
 
-def make_route(device: torch.device, *, capacity_nbytes: int = 0, is_limit: bool = False) -> Placement:
+def make_placement(device: torch.device, *, capacity_nbytes: int = 0, is_limit: bool = False) -> Placement:
     """The route to ``device``; on a GPU it takes ``capacity_nbytes``, see `CopyToDevice`."""
     if device.type == "cpu":
         return InPlace()

@@ -16,9 +16,9 @@ class PrefetchPolicy:
     Args:
         units: All units.
         schedule: Order of use.
-        is_owed: Whether an update of a unit is still to be done.
-        num_ahead: Units that may be fetched ahead of use.
-        quantum: Units whose reads are started together.
+        is_pending: Whether an update of a unit is still to be done.
+        max_ahead: Units that may be fetched ahead of use.
+        prefetch_batch: Units whose reads are started together.
     """
 
     def __init__(
@@ -26,16 +26,16 @@ class PrefetchPolicy:
         units: list[Unit],
         schedule: ExecutionOrder,
         *,
-        is_owed: Callable[[Unit], bool] = lambda unit: False,
-        num_ahead: int = 1,
-        quantum: int = 1,
+        is_pending: Callable[[Unit], bool] = lambda unit: False,
+        max_ahead: int = 1,
+        prefetch_batch: int = 1,
     ) -> None:
         self._units = units
         self._by_name = {unit.name: unit for unit in units}
         self._schedule = schedule
-        self._is_owed = is_owed
-        self._num_ahead = num_ahead
-        self._quantum = quantum
+        self._is_owed = is_pending
+        self._num_ahead = max_ahead
+        self._prefetch_batch = prefetch_batch
         self._renewed: set[str] = set()  # updated since the last backward began
 
     def begin_backward(self) -> None:
@@ -55,12 +55,12 @@ class PrefetchPolicy:
         """
         following = takewhile(self._is_renewed, self._schedule.following()) if beyond else ()
         group: list[Unit] = []
-        for num_ahead, unit in enumerate(self._ahead(following, is_placed), 1):
-            if num_ahead > self._num_ahead or unit.at_rest is not None or self._is_owed(unit):
+        for max_ahead, unit in enumerate(self._ahead(following, is_placed), 1):
+            if max_ahead > self._num_ahead or unit.mapped is not None or self._is_owed(unit):
                 return
             if unit.state is Residency.ON_DISK:
                 group.append(unit)
-            if len(group) == self._quantum:
+            if len(group) == self._prefetch_batch:
                 yield group
                 group = []
         if group:
@@ -77,9 +77,9 @@ class PrefetchPolicy:
 
     def is_next(self, unit: Unit, is_placed: Callable[[Unit], bool]) -> bool:
         """Whether ``unit`` would be read now if no update of it were owed."""
-        for num_ahead, other in enumerate(self._ahead(self._schedule.following(), is_placed), 1):
+        for max_ahead, other in enumerate(self._ahead(self._schedule.following(), is_placed), 1):
             if other is unit:
-                return num_ahead <= self._num_ahead
+                return max_ahead <= self._num_ahead
             if other.state is Residency.ON_DISK:
                 return False
         return False
@@ -90,9 +90,7 @@ class PrefetchPolicy:
         Args:
             needed_after: Only one that is merely cached, and needed later than this.
         """
-        free = [
-            u for u in self._units if u.num_holds == u.num_borrows == 0 and u.buffer is not None and not u.is_viewed
-        ]
+        free = [u for u in self._units if u.num_holds == u.num_pins == 0 and u.buffer is not None and not u.is_viewed]
         if needed_after is not None:
             free = [u for u in free if u.state is Residency.STAGED and self.need(u) > needed_after]
         return max(free, key=lambda u: (u.state is not Residency.READING, self.need(u)), default=None)
@@ -100,7 +98,7 @@ class PrefetchPolicy:
     def _ahead(self, following: Iterable[str], is_placed: Callable[[Unit], bool]) -> Iterator[Unit]:
         """Units that need a buffer before they are used, soonest needed first: in this step, then in the next."""
         units = (self._by_name[name] for name in dict.fromkeys((*self._schedule.upcoming(), *following)))
-        return (u for u in units if u.state is not Residency.RESIDENT and u.kept is None and not is_placed(u))
+        return (u for u in units if u.state is not Residency.RESIDENT and u.in_memory is None and not is_placed(u))
 
     def _is_renewed(self, name: str) -> bool:
         return name in self._renewed or not any(param.requires_grad for param in self._by_name[name].params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum, auto
 
 import torch
@@ -14,8 +15,8 @@ from lightning_ssd.store.dtypes import dtype_of, name_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Shape, UnitLayout, file_order, lay_out
 from lightning_ssd.units import transforms
-from lightning_ssd.units.mapped import MappedParams, InMemoryParams
 from lightning_ssd.units.device import DeviceCopy
+from lightning_ssd.units.mapped import InMemoryParams, MappedParams
 from lightning_ssd.units.partition import UnitSpec
 
 
@@ -52,18 +53,19 @@ class Unit:
         layout: Of the kind ``param``: what a fetch reads.
         modules: Modules that need the unit in their forward.
         block: The repeated block it belongs to, or None.
-        sticky: Stays resident to the end of the step once fetched.
+        persistent: Stays resident to the end of the step once fetched.
         state: Where the values are. Only `move` assigns it.
         buffer: The host buffer, in every state but ON_DISK (on a GPU, in READING and STAGED only). In STAGED an update
             may have it (`UpdateTarget`).
         transfer: The read under way, in READING.
         generation: What the buffer holds or will hold; None while an update makes new values there.
-        kept: One tensor per parameter where the unit is kept in memory; it then has no buffer and is never ON_DISK.
-        placed: Its tensors where compute reads; on a GPU they may still be there when nobody uses them.
+        in_memory: One tensor per parameter, where the plan holds the unit in memory; it has no buffer and is never
+            ON_DISK.
+        device_copy: Its tensors where compute reads; on a GPU they may still be there when nobody uses them.
         num_holds: How many users want it resident now.
-        num_borrows: How many updates have its buffer, or will want the bytes in it.
+        num_pins: How many updates have its buffer, or will want the bytes in it.
         at_rest: The mapping of its file while a parameter is awake outside a step.
-        parked: What each parameter views at rest; NaN bytes that cost nothing.
+        placeholders: What each parameter views at rest; NaN bytes that cost nothing.
         is_touched: Code outside its own modules can reach it while it is resident, and may hold views of it.
         seen: Checksums of its values when it became resident or touched; None if only ``versions`` are compared.
         versions: ``_version`` of each parameter when it became resident.
@@ -85,17 +87,17 @@ class Unit:
         self.layout = lay_out(self.name, "param", shapes, name_of(dtype))
         self.modules = list(spec.modules)
         self.block = spec.block
-        self.sticky = spec.sticky
+        self.persistent = spec.persistent
         self.state = Residency.ON_DISK
         self.buffer: Buffer | None = None
         self.transfer: Transfer | None = None
         self.generation: Generation | None = None
-        self.kept: tuple[Tensor, ...] | None = None
-        self.placed: DeviceCopy | None = None
+        self.in_memory: tuple[Tensor, ...] | None = None
+        self.device_copy: DeviceCopy | None = None
         self.num_holds = 0
-        self.num_borrows = 0
-        self.at_rest: MappedParams | InMemoryParams | None = None
-        self.parked: tuple[Tensor, ...] = ()
+        self.num_pins = 0
+        self.mapped: MappedParams | InMemoryParams | None = None
+        self.placeholders: tuple[Tensor, ...] = ()
         self.is_touched = False
         self.seen: tuple[int, ...] | None = None
         self.versions: tuple[int, ...] = ()
@@ -107,9 +109,9 @@ class Unit:
     @property
     def is_viewed(self) -> bool:
         """Whether the unit, which is resident, must stay: the user can write through a view, or a graph holds it."""
-        if not self.is_touched or self.placed is None:
+        if not self.is_touched or self.device_copy is None:
             return False
-        return any(map(is_held, self.params, self.placed.tensors)) or any(map(_is_saved, self.params))
+        return any(map(is_held, self.params, self.device_copy.tensors)) or any(map(_is_saved, self.params))
 
     def current_versions(self) -> tuple[int, ...]:
         """``_version`` of each parameter; an operation in place on the parameter itself raises it."""
@@ -159,3 +161,11 @@ def is_held(param: nn.Parameter, tensor: Tensor) -> bool:
     # This storage object, the tensor, the one that it was made a view of, and the parameter.
     own = 2 + (tensor._base is not None) + (param.data_ptr() == tensor.data_ptr())
     return int(torch._C._storage_Use_Count(storage._cdata)) > own
+
+
+def params_with_grad(units: Iterable[Unit]) -> Iterable[tuple[Unit, dict[int, Tensor]]]:
+    """Units that have a visible gradient, with their gradients by parameter index."""
+    for unit in units:
+        grads = {i: p.grad for i, p in enumerate(unit.params) if p.grad is not None}
+        if grads:
+            yield unit, grads

@@ -21,8 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units.mapped import MappedParams, InMemoryParams, is_assigned
-from lightning_ssd.units.fingerprint import content
+from lightning_ssd.units.fingerprint import fingerprint
+from lightning_ssd.units.mapped import InMemoryParams, MappedParams, is_assigned
 from lightning_ssd.units.masters import follow_values
 from lightning_ssd.units.unit import Residency, Unit, is_held
 
@@ -56,25 +56,25 @@ class UserWrites:
         unit.is_ahead = unit.is_handed_on
         if self._is_in_place(unit) and not unit.is_ahead:
             return
-        unit.is_touched = unit.sticky  # it stays to the end of the step, where everybody finds it awake
+        unit.is_touched = unit.persistent  # it stays to the end of the step, where everybody finds it awake
         unit.seen = None
         unit.versions = unit.current_versions()
         use = unit.name, any(module.training for module in unit.modules)
         is_watched = self._num_watched.get(use, 0) < _NUM_WATCHED
         self._num_watched[use] = self._num_watched.get(use, 0) + is_watched
         if is_watched or unit.writes_itself or unit.is_touched or unit.is_ahead:
-            unit.seen = content(unit.params)
+            unit.seen = fingerprint(unit.params)
 
     def touch(self, unit: Unit) -> None:
         """From now on the user's code can write to ``unit``, which is resident."""
         unit.is_touched = True
         if not self._is_in_place(unit):
-            unit.seen = content(unit.params) if unit.seen is None else unit.seen
+            unit.seen = fingerprint(unit.params) if unit.seen is None else unit.seen
 
     def end(self, unit: Unit) -> None:
         """``unit`` goes to rest."""
-        if unit.is_touched and unit.placed is not None and not self._is_in_place(unit):
-            self.leave(unit, unit.placed.tensors)
+        if unit.is_touched and unit.device_copy is not None and not self._is_in_place(unit):
+            self.leave(unit, unit.device_copy.tensors)
         unit.is_touched = False
         unit.seen = None
 
@@ -85,7 +85,7 @@ class UserWrites:
             unit.versions = unit.current_versions()
             unit.seen = None
 
-    def take_from_step(self, unit: Unit) -> None:
+    def collect_in_step(self, unit: Unit) -> None:
         """Bring in what was written to ``unit``, if it is resident; [Note: in a step, written].
 
         Raises:
@@ -99,15 +99,15 @@ class UserWrites:
         if is_late and self._is_written(unit):
             self._refuse_late(unit)
         if self._is_in_place(unit):
-            assert unit.kept is not None
-            if is_assigned(unit.params, unit.kept):
-                self._put(unit, unit.kept)
+            assert unit.in_memory is not None
+            if is_assigned(unit.params, unit.in_memory):
+                self._put(unit, unit.in_memory)
             self._drop_file(unit)
         elif self._is_written(unit):
             if not self._is_current(unit):
                 self._refuse_late(unit)
-            assert unit.placed is not None
-            self._put(unit, unit.placed.tensors)
+            assert unit.device_copy is not None
+            self._put(unit, unit.device_copy.tensors)
             follow_values(self._store, unit)
 
     @staticmethod
@@ -122,7 +122,7 @@ class UserWrites:
         versions = unit.current_versions()
         if unit.seen is None and versions == unit.versions:
             return False
-        found = content(unit.params)
+        found = fingerprint(unit.params)
         before = unit.seen
         if before is None:
             assert unit.generation is not None
@@ -133,7 +133,7 @@ class UserWrites:
 
     # -- at rest -------------------------------------------------------------------------------------------------
 
-    def take_from_rest(self, unit: Unit, at_rest: MappedParams | InMemoryParams) -> bool:
+    def collect_mapped(self, unit: Unit, at_rest: MappedParams | InMemoryParams) -> bool:
         """Bring in what was written to ``unit`` while it was awake at rest; whether there was anything.
 
         Raises:
@@ -186,7 +186,7 @@ class UserWrites:
 
     def _is_in_place(self, unit: Unit) -> bool:
         """Whether resident parameters are what the store keeps, and nothing beside them depends on their values."""
-        return unit.kept is not None and self.keeps_buffer and unit.layout.itemsize >= 4
+        return unit.in_memory is not None and self.keeps_buffer and unit.layout.itemsize >= 4
 
     def _put(self, unit: Unit, tensors: Sequence[Tensor]) -> None:
         """Bring the parameters of ``unit`` into the store; before they were written they viewed ``tensors``."""
@@ -200,19 +200,19 @@ class UserWrites:
         self._note_ties(unit, moved)
         before = self._store.current(unit.name, "param")
         assert before is not None, unit.name
-        if unit.kept is not None and self.keeps_buffer:
-            unit.kept = self._store.adopt(unit.layout, _kept(unit.params, unit.kept))
+        if unit.in_memory is not None and self.keeps_buffer:
+            unit.in_memory = self._store.adopt(unit.layout, _kept(unit.params, unit.in_memory))
         generation = self._store.put(unit.layout, lambda i: unit.params[i].data)
         generation.lineage = before.lineage  # no update
         if unit.state is not Residency.RESIDENT or self._is_in_place(unit):
             return
-        generation.fingerprint = content(unit.params)
+        generation.fingerprint = fingerprint(unit.params)
         unit.versions = unit.current_versions()
         unit.seen = None if unit.seen is None else generation.fingerprint
         if not moved:  # what is in memory is what was put
             unit.generation = generation
-            if unit.placed is not None:
-                unit.placed.generation = generation
+            if unit.device_copy is not None:
+                unit.device_copy.generation = generation
 
     def _note_ties(self, unit: Unit, moved: Sequence[int]) -> None:
         """Remember which parameters of ``unit`` share memory with others, now that those in ``moved`` were assigned."""
@@ -233,8 +233,8 @@ class UserWrites:
         self._left = {number: left for number, left in self._left.items() if not left[1].expired()}
         owners = {number: name for number, (name, _) in self._left.items() if name not in except_for}
         for unit in self._units:
-            is_awake = unit.state is Residency.RESIDENT or unit.at_rest is not None
-            tensors = unit.params if is_awake else unit.kept or ()
+            is_awake = unit.state is Residency.RESIDENT or unit.mapped is not None
+            tensors = unit.params if is_awake else unit.in_memory or ()
             for name, tensor in zip(unit.names, tensors, strict=bool(tensors)):
                 if name not in except_for and tensor.numel():
                     owners[tensor.untyped_storage()._cdata] = name

@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lightning_ssd.trace.recorder import Lane, Recording, Span
 from lightning_ssd.trace.chrome import read_trace
+from lightning_ssd.trace.recorder import Lane, Recording, Span
 from lightning_ssd.trace.summary import Summary, running, summarize
 
 MOST_ROWS = 4  # of a lane; what runs beside so many others is drawn over them

@@ -231,7 +231,7 @@ def _moved_by_phase(clock: Clock, counted: slice) -> dict[str, float]:
 
 def _first_unit(session: Any) -> dict[str, float]:
     """Of the unit that forward needs first, its share of all parameters and of those whose states go to disk."""
-    first, kept = session.units[0], session.plan.kept_states
+    first, kept = session.units[0], session.plan.in_memory_states
     streamed = sum(unit.layout.numel for unit in session.units if unit.name not in kept)
     return {
         "share": first.layout.numel / sum(unit.layout.numel for unit in session.units),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ssd.cli.main import main
-from lightning_ssd.trace.recorder import Lane, Recording, Span
 from lightning_ssd.trace.chrome import write_trace
+from lightning_ssd.trace.recorder import Lane, Recording, Span
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.convert.export import consolidate
 from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.convert.export import consolidate
 from lightning_ssd.errors import CheckpointError, CorruptionError, SSDOffloadError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.memory.pool import Pool

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_ssd.activations import saved_input as kept
+from lightning_ssd.activations.spill_files import SpillFiles
+from lightning_ssd.activations.store import ActivationStore, FrameInputs
 from lightning_ssd.io.engine import Engine, IOOptions
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import KiB
-from lightning_ssd.activations import saved_input as kept
-from lightning_ssd.activations.store import ActivationStore, FrameInputs
-from lightning_ssd.activations.spill_files import SpillFiles
 from lightning_ssd.step.module_hooks import ModuleHooks
 from lightning_ssd.trace.recorder import Trace
 from tests.helpers.faulty import FaultyEngine, When
@@ -164,7 +164,7 @@ def spill_inputs(monkeypatch: pytest.MonkeyPatch, *, min_nbytes: int = 1, **opti
     made: list[Bench] = []
 
     def start_with_ours(self: ModuleHooks, *args: Any, **kwargs: Any) -> None:
-        store = self.residents._store
+        store = self.cache._store
         ours = Bench(Path(store.spill_directory), store.engine, trace=self._trace, **options)
         made.append(ours)
         start(self, *args, **(kwargs | {"activations": ours.store}))

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.memory.pool import Pool
+from lightning_ssd.step.grad_offload import GradOffloader
 from lightning_ssd.strategy import session as session_module
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.units.device import CopyToDevice
-from lightning_ssd.step.grad_offload import GradOffloader
 
 
 class SimulatedDevice:
@@ -193,11 +193,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> list[CopyToD
     """From now on sessions take the CPU for a device with memory of its own; returns their routes as they are made."""
     routes: list[CopyToDevice] = []
 
-    def make_route(device: torch.device, **options: Any) -> CopyToDevice:
+    def make_placement(device: torch.device, **options: Any) -> CopyToDevice:
         routes.append(CopyToDevice(LateStreams(rng), **options))
         return routes[-1]
 
-    monkeypatch.setattr(session_module, "make_route", make_route)
+    monkeypatch.setattr(session_module, "make_route", make_placement)
     monkeypatch.setattr(session_module, "Pinned", _NotPinned)
     monkeypatch.setattr(session_module, "GradOffloader", functools.partial(GradOffloader, copies=LateCopies(rng)))
     monkeypatch.setattr(Session, "_is_off_host", property(lambda session: True))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lightning_ssd.errors import DeadlineError, IoError
 from lightning_ssd.io.engine import File, IOOptions, IOStats, Transfer
 from lightning_ssd.sizes import BLOCK_NBYTES, KiB, MiB, round_up
-from tests.helpers.io_engines import ENGINES, MakeEngine, HostBuffer, engine_or_skip, running
+from tests.helpers.io_engines import ENGINES, HostBuffer, MakeEngine, engine_or_skip, running
 
 PIECE_NBYTES = 16 * KiB
 

@@ -21,7 +21,7 @@ def models(draw: st.DrawFn) -> dict[str, object]:
     """Units of up to 100 million elements, some frozen, nested in random chains."""
     itemsize = draw(st.sampled_from([2, 4]))
     width = draw(st.sampled_from([0, 4, 8, 12]))
-    is_sticky = draw(st.lists(st.booleans(), min_size=12, max_size=12))
+    is_persistent = draw(st.lists(st.booleans(), min_size=12, max_size=12))
     units = []
     for i, numel in enumerate(draw(st.lists(st.integers(0, 100_000_000), min_size=1, max_size=12))):
         nbytes, frozen = numel * itemsize, draw(st.booleans())
@@ -34,7 +34,7 @@ def models(draw: st.DrawFn) -> dict[str, object]:
             itemsize,
             width,
             states,
-            is_sticky=is_sticky[i] and numel < 1_000_000,
+            is_persistent=is_persistent[i] and numel < 1_000_000,
         )
         units.append(size)
     names = [unit.name for unit in units]
@@ -46,7 +46,7 @@ def models(draw: st.DrawFn) -> dict[str, object]:
         "demand": Demand(
             is_elementwise=draw(st.booleans()),
             is_overlapped=draw(st.booleans()),
-            has_gate=draw(st.booleans()),
+            waits_for_all_grads=draw(st.booleans()),
             window=draw(st.sampled_from([None, None, 1, 2, 4])),
             recomputes=draw(st.sampled_from([True, False, None])),
         ),
@@ -80,7 +80,7 @@ def test_a_plan_keeps_to_its_budget_and_grows_with_it(model: dict[str, object], 
         assert made.host_nbytes <= smallest.smallest_nbytes + extra
         assert made.smallest_nbytes == smallest.smallest_nbytes
         assert made.grad_nbytes >= smallest.grad_nbytes
-        assert made.kept_params >= smallest.kept_params
+        assert made.in_memory_params >= smallest.in_memory_params
         assert made.chunk_numel % CHUNK_STEP_NUMEL == 0
         assert made.chunk_numel <= MAX_CHUNK_NUMEL
         demand: Demand = model["demand"]  # type: ignore[assignment]
@@ -106,18 +106,18 @@ def test_reserves_hold_what_runs_in_them(model: dict[str, object], extra: int) -
     units: list[UnitSize] = model["units"]  # type: ignore[assignment]
     demand: Demand = model["demand"]  # type: ignore[assignment]
     made = plan(model, plan(model, None).smallest_nbytes + extra)
-    streamed = {u.name: u for u in units if u.name not in made.kept_params}
+    streamed = {u.name: u for u in units if u.name not in made.in_memory_params}
     for chain in model["chains"]:  # type: ignore[attr-defined]
         in_use = sum(streamed[name].param_nbytes for name in chain if name in streamed)
         arriving = max((u.param_nbytes for u in streamed.values() if u.name not in chain), default=0)
         assert made.param_nbytes >= in_use + arriving
     assert made.grad_nbytes >= max(unit.grad_nbytes for unit in units)
     assert made.grad_nbytes >= min(made.queue_nbytes, sum(unit.grad_nbytes for unit in units))
-    kept = sum(u.kept_param_nbytes for u in units if u.name in made.kept_params)
-    assert made.kept_nbytes == kept + sum(u.kept_state_nbytes for u in units if u.name in made.kept_states)
+    kept = sum(u.kept_param_nbytes for u in units if u.name in made.in_memory_params)
+    assert made.kept_nbytes == kept + sum(u.kept_state_nbytes for u in units if u.name in made.in_memory_states)
     for unit in units:
         in_memory = min(unit.numel, made.chunk_numel) if demand.is_elementwise else unit.numel
-        width = unit.param_width * (unit.name in streamed) + unit.state_width * (unit.name not in made.kept_states)
+        width = unit.param_width * (unit.name in streamed) + unit.state_width * (unit.name not in made.in_memory_states)
         assert made.update_nbytes >= in_memory * width
 
 
@@ -127,7 +127,7 @@ UNITS = [UnitSize(f"unit{i}", 4 * MiB, 4 * MiB, MiB, 4, 8, 8 * MiB) for i in ran
 def test_enough_memory_keeps_everything() -> None:
     made = make_plan(UNITS, [[u.name] for u in UNITS], budget_nbytes=1 << 30, demand=Demand())
     assert made.fits
-    assert made.kept_params == made.kept_states == {unit.name for unit in UNITS}
+    assert made.in_memory_params == made.in_memory_states == {unit.name for unit in UNITS}
     assert made.host_nbytes < 200 * MiB  # no more than it can use
 
 
@@ -136,8 +136,8 @@ def test_parameters_are_kept_before_states() -> None:
     for extra in range(0, 120, 4):
         budget = smallest.smallest_nbytes + extra * MiB
         made = make_plan(UNITS, [[u.name] for u in UNITS], budget_nbytes=budget, demand=Demand())
-        assert not made.kept_states or len(made.kept_params) == len(UNITS)
-        assert made.queue_nbytes or not made.kept_params  # overlap before anything is kept
+        assert not made.in_memory_states or len(made.in_memory_params) == len(UNITS)
+        assert made.queue_nbytes or not made.in_memory_params  # overlap before anything is kept
 
 
 @pytest.mark.parametrize("is_elementwise", [True, False])

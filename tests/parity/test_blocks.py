@@ -143,11 +143,11 @@ def test_a_forward_that_saves_less_the_second_time_is_refused(tmp_path: Path) ->
 def test_an_error_of_ours_in_a_second_run_that_stops_is_no_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end_visit = ParamCache.end_visit
+    end_module = ParamCache.end_module
     begun: list[int] = []
 
     def fail(self: ParamCache) -> None:
-        end_visit(self)
+        end_module(self)
         if len(begun) == 3 * 3 + 3 + 1:  # the first second run of the second step
             raise DiskFailure("disk full")
 

@@ -125,15 +125,15 @@ def test_no_wait_is_missing_where_compute_is_slow(tmp_path: Path, monkeypatch: p
 def test_a_copy_does_not_wait_for_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for it, the next unit arrives while compute is still busy, and the host has not waited."""
     arrived_early: list[bool] = []
-    acquire = ParamCache.acquire
+    fetch = ParamCache.fetch
 
     def watched(self: ParamCache, unit: Any) -> None:
         torch.cuda._sleep(100_000_000)  # compute is busy for some 50 ms
         busy = torch.cuda.Event()
         busy.record()
-        acquire(self, unit)
-        if unit.placed is not None and unit.placed.copied is not None and not busy.query():
-            unit.placed.copied.synchronize()
+        fetch(self, unit)
+        if unit.device_copy is not None and unit.device_copy.copied is not None and not busy.query():
+            unit.device_copy.copied.synchronize()
             arrived_early.append(not busy.query())
 
     monkeypatch.setattr(ParamCache, "acquire", watched)

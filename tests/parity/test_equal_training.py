@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_ssd.step.gradients import GradientStore
 from lightning_ssd.strategy import session
 from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision
-from lightning_ssd.step.gradients import GradientStore
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
 from tests.helpers.training import Images, Tokens, adamw, assert_equal, streamed, train
 

@@ -39,7 +39,7 @@ def test_any_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) ->
         overlap=rng.choice(["auto", "auto", "off"]),
     )
     assert_equal(expected, train(tmp_path, make_net, strategy, data=data(), **options))
-    assert [route._nbytes for route in routes] == [0]
+    assert [placement._nbytes for placement in routes] == [0]
     assert not routes[0]._sending
 
 
@@ -55,10 +55,10 @@ def test_smallest_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_net
 def test_parameters_take_no_more_than_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     routes = pretend(monkeypatch, random.Random(0))
     seen: list[int] = []
-    acquire = ParamCache.acquire
+    fetch = ParamCache.fetch
 
     def watched(self: ParamCache, unit: Any) -> None:
-        acquire(self, unit)
+        fetch(self, unit)
         seen.append(routes[0]._nbytes)
 
     monkeypatch.setattr(ParamCache, "acquire", watched)

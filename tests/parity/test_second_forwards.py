@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lightning_ssd.errors import RecomputeError
-from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from lightning_ssd.step.trial import Verdicts
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.training import assert_equal, train
 
 WIDTH = 32

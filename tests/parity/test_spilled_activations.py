@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.memory.device_copies import DeviceCopies
 from lightning_ssd.sizes import KiB
-from lightning_ssd.units.device_copies import DeviceCopies
 from tests.helpers.activations import Spilling
 from tests.helpers.models import GPT, Block, ConvNet, ViT
 from tests.helpers.odd_models import Wandering

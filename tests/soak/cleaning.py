@@ -27,9 +27,9 @@ import torch
 
 from lightning_ssd.checkpoint.copy import copy_checkpoint
 from lightning_ssd.checkpoint.directory import remove
-from lightning_ssd.convert.export import consolidate, to_safetensors
-from lightning_ssd.checkpoint.probe_save import rehearse
+from lightning_ssd.checkpoint.probe_save import probe_save
 from lightning_ssd.cli.main import main as command_line
+from lightning_ssd.convert.export import consolidate, to_safetensors
 from lightning_ssd.io.engine import File
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from tests.checkpoint.support import Training, assert_whole
@@ -98,9 +98,9 @@ class Work:
         assert (target / "model.safetensors").exists()
         shutil.rmtree(target)
 
-    def rehearse(self) -> None:
+    def probe_save(self) -> None:
         """What every run does before its first step."""
-        assert rehearse(str(self._saved), [str(self._training.store)]) == 1
+        assert probe_save(str(self._saved), [str(self._training.store)]) == 1
 
     def train(self) -> None:
         """The whole of it: a fit that saves at every step and keeps two."""

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.convert.export import consolidate
 from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.convert.export import consolidate
 from lightning_ssd.io.select import make_engine
 from lightning_ssd.strategy import session as session_module
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy

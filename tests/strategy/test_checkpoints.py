@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.convert.export import consolidate
 from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.convert.export import consolidate
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.models import GPT

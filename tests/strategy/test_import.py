@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ssd.convert.importing import Options, import_checkpoint
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.convert.rename import Renaming
 from lightning_ssd.cli.main import main
+from lightning_ssd.convert.importing import Options, import_checkpoint
+from lightning_ssd.convert.rename import Renaming
 from lightning_ssd.errors import CheckpointError
 from tests.helpers.models import GPT, Block
 from tests.helpers.training import Module, Tokens, adamw, make_trainer, streamed

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from lightning_ssd import SSDOffloadTrace
 from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.trace.recorder import Lane, Recording
 from lightning_ssd.trace.chrome import read_trace
+from lightning_ssd.trace.recorder import Lane, Recording
 
 
 class Module(pl.LightningModule):
@@ -126,12 +126,12 @@ def test_the_log_names_the_limit(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 def test_gradients_do_not_become_visible(tmp_path: Path) -> None:
     """A callback that looked as if it watched gradients would change how training runs, and what is measured."""
-    from lightning_ssd.strategy.grad_consumers import gradient_listener
+    from lightning_ssd.strategy.grad_consumers import find_grad_consumer
 
     module = Module()
     fit(tmp_path, callback := SSDOffloadTrace(str(tmp_path / "trace.json")), module=module)
     module.trainer.callbacks = [callback]
-    assert gradient_listener(module.trainer, module) is None
+    assert find_grad_consumer(module.trainer, module) is None
 
 
 def test_training_that_is_too_short_says_so(tmp_path: Path) -> None:

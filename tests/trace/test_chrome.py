@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_ssd.errors import TraceError
-from lightning_ssd.trace.recorder import Lane, Recording, Span
 from lightning_ssd.trace.chrome import read_trace, write_trace
+from lightning_ssd.trace.recorder import Lane, Recording, Span
 
 BEGIN_S = 12345.678  # of the recording, on the clock of the machine
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_ssd.errors import CheckpointError, ConfigurationError, StoreError
-from lightning_ssd.strategy import free_space as checkpoint_room
+from lightning_ssd.strategy import free_space
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.models import GPT
 from tests.helpers.training import Result, train
@@ -58,7 +58,7 @@ def _leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_checkpoints: int
     fit(tmp_path, extent, enable_checkpointing=False)
     placed = extent.whole_nbytes // 3  # parameters, and two states of the same size
     free = extent.own_nbytes - placed + num_checkpoints * extent.whole_nbytes
-    monkeypatch.setattr(checkpoint_room, "free_nbytes", lambda path: free)
+    monkeypatch.setattr(free_space, "free_nbytes", lambda path: free)
 
 
 @pytest.mark.parametrize("host_memory", ["min", "1GiB"])
@@ -98,7 +98,7 @@ def test_what_is_frozen_is_on_the_disk_once(tmp_path: Path) -> None:
 )
 def test_what_a_callback_keeps(tmp_path: Path, options: dict[str, Any], num_kept: int | None) -> None:
     trainer = pl.Trainer(callbacks=[saver(tmp_path, **options)], logger=False, accelerator="cpu")
-    (keeper,) = checkpoint_room.find_keepers(trainer)
+    (keeper,) = free_space.find_saving_callbacks(trainer)
     assert keeper.num_kept == num_kept
     assert keeper.folder == str(tmp_path)
     assert keeper.has_state
@@ -107,9 +107,9 @@ def test_what_a_callback_keeps(tmp_path: Path, options: dict[str, Any], num_kept
 def test_who_saves_nothing_keeps_nothing(tmp_path: Path) -> None:
     kinds = [saver(tmp_path, save_top_k=0), OnExceptionCheckpoint(tmp_path)]
     trainer = pl.Trainer(callbacks=kinds, logger=False, accelerator="cpu")
-    assert [(k.name, k.num_kept) for k in checkpoint_room.find_keepers(trainer)] == [("OnExceptionCheckpoint", 0)]
+    assert [(k.name, k.num_kept) for k in free_space.find_saving_callbacks(trainer)] == [("OnExceptionCheckpoint", 0)]
     trainer = pl.Trainer(callbacks=[saver(tmp_path)], logger=False, accelerator="cpu", fast_dev_run=True)
-    assert checkpoint_room.find_keepers(trainer) == []
+    assert free_space.find_saving_callbacks(trainer) == []
 
 
 def test_one_save_at_the_end_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_the_first_lines_say_what_is_kept(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_another_file_system_is_told_and_has_room_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies are whole, and there is one more of them while an older one waits to go."""
-    monkeypatch.setattr(checkpoint_room, "rehearse", lambda folder, stores: 0.0)
+    monkeypatch.setattr(free_space, "probe_save", lambda folder, stores: 0.0)
     _leave(tmp_path, monkeypatch, num_checkpoints=2)
     monkeypatch.setattr(warnings, "simplefilter", lambda *args: None)
     with pytest.warns(UserWarning, match=r"checkpoints in '.*second' cannot be hard links .*lightning-ssd copy"):
@@ -194,5 +194,5 @@ def test_nothing_is_tried_where_nothing_is_saved(tmp_path: Path, monkeypatch: py
     def never(*args: Any) -> float:
         raise AssertionError("a trial save without anybody who saves")
 
-    monkeypatch.setattr(checkpoint_room, "rehearse", never)
+    monkeypatch.setattr(free_space, "probe_save", never)
     fit(tmp_path, enable_checkpointing=False)

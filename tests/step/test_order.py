@@ -59,11 +59,11 @@ def test_the_window_is_how_far_they_run(tmp_path: Path, window: int) -> None:
     assert asked == ahead[-1:]  # those nearer were asked for before
 
 
-@pytest.mark.parametrize("quantum", [1, 2])
-def test_a_quantum_of_units_is_read_together(tmp_path: Path, quantum: int) -> None:
-    events = trace(tmp_path, window=5, quantum=quantum, overlap="off")
+@pytest.mark.parametrize("prefetch_batch", [1, 2])
+def test_a_batch_of_units_is_read_together(tmp_path: Path, prefetch_batch: int) -> None:
+    events = trace(tmp_path, window=5, prefetch_batch=prefetch_batch, overlap="off")
     together = ("prefetch blocks.2", "prefetch norm") in pairwise(events)
-    assert together == (quantum == 2)
+    assert together == (prefetch_batch == 2)
 
 
 @pytest.mark.parametrize("overlap", ["auto", "off"])

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from lightning_ssd.optim.updater import PendingUpdate, Updater
+from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.partition import UnitSpec
 from lightning_ssd.units.unit import Unit
-from lightning_ssd.trace.recorder import Trace
 
 
 def make_unit(name: str) -> Unit:
     weight = nn.Parameter(torch.zeros(4))
-    return Unit(UnitSpec(name=name, names=[f"{name}.weight"], params=[weight], modules=[], block=None, sticky=False))
+    return Unit(
+        UnitSpec(name=name, names=[f"{name}.weight"], params=[weight], modules=[], block=None, persistent=False)
+    )
 
 
 @pytest.mark.parametrize("is_kept", [False, True])

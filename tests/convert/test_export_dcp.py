@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lightning_ssd.convert.export_dcp import to_dcp
-from lightning_ssd.convert.importing import import_checkpoint
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.save import save
 from lightning_ssd.cli.main import main
+from lightning_ssd.convert.export_dcp import to_dcp
+from lightning_ssd.convert.importing import import_checkpoint
 from lightning_ssd.errors import CheckpointError
 from tests.checkpoint.support import Training, write_generation
-from tests.checkpoint.test_export import AnonymousMemory
+from tests.convert.test_export import AnonymousMemory
 
 
 def test_torch_reads_it(training: Training, tmp_store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from lightning_ssd.activations import spill_files as spill
+from lightning_ssd.activations.store import FrameInputs
 from lightning_ssd.errors import CorruptionError, DeadlineError, IoError, SSDOffloadError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.io.python_engine import PythonEngine
-from lightning_ssd.activations import spill_files as spill
-from lightning_ssd.activations.store import FrameInputs
 from tests.helpers.activations import (
     NBYTES,
     bench,

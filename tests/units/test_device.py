@@ -12,9 +12,9 @@ from lightning_ssd.errors import MemoryPlanError, ResidencyError
 from lightning_ssd.memory.device_plan import device_capacity
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import MiB
+from lightning_ssd.step.grad_offload import GradOffloader
 from lightning_ssd.store.layout import Shape, lay_out
 from lightning_ssd.units.device import CopyToDevice, DeviceCopy
-from lightning_ssd.step.grad_offload import GradOffloader
 from tests.helpers.fake_device import LateCopies, SimulatedDevice
 
 LAYOUT = lay_out("unit", "param", [Shape("a", (40, 30)), Shape("b", (30,)), Shape("c", ())], "F32")
@@ -35,28 +35,28 @@ class Run:
         self.rng = random.Random(seed)
         self.device = SimulatedDevice(1 << 20, self.rng)
         breaks(self.device)
-        self.route = CopyToDevice(self.device, capacity_nbytes=capacity * NBYTES, is_limit=True)
+        self.placement = CopyToDevice(self.device, capacity_nbytes=capacity * NBYTES, is_limit=True)
         self.pool = Pool(3 * LAYOUT.buffer_nbytes, "host", poison=True)
         self.wrong = 0
         self.most_nbytes = 0
 
     def fetch(self, value: float) -> DeviceCopy:
-        buffer = self.pool.lend(LAYOUT.buffer_nbytes, "unit", self.route.wait_for_one)
+        buffer = self.pool.lend(LAYOUT.buffer_nbytes, "unit", self.placement.wait_for_one)
         buffer.tensor(0, torch.float32, (LAYOUT.numel,)).fill_(value)
-        placed = self.route.install(LAYOUT, buffer)
+        device_copy = self.placement.place(LAYOUT, buffer)
         self.pool.give_back(buffer)
-        self.most_nbytes = max(self.most_nbytes, self.route._nbytes)
-        return placed
+        self.most_nbytes = max(self.most_nbytes, self.placement._nbytes)
+        return device_copy
 
-    def read(self, placed: DeviceCopy, value: float) -> None:
+    def read(self, device_copy: DeviceCopy, value: float) -> None:
         """Compute reads the first and the last tensor."""
-        for address in (placed.tensors[0].data_ptr(), placed.tensors[-1].data_ptr()):
+        for address in (device_copy.tensors[0].data_ptr(), device_copy.tensors[-1].data_ptr()):
             self.device.compute(lambda address=address: self._check(address, value))
 
     def end(self) -> None:
         while self.device.advance():
             pass
-        self.route.close()
+        self.placement.close()
 
     def _check(self, address: int, value: float) -> None:
         self.wrong += value_at(address) != value
@@ -67,15 +67,15 @@ def run_units(run: Run, *, num: int = 40, keep_view: bool = False) -> None:
     last: tuple[float, DeviceCopy] | None = None
     for i in range(num):
         value = float(i)
-        if last is not None and run.rng.random() < 0.3 and run.route.use_again(last[1]):
-            value, placed = last
+        if last is not None and run.rng.random() < 0.3 and run.placement.reuse(last[1]):
+            value, device_copy = last
         else:
-            placed = run.fetch(value)
-        run.read(placed, value)
+            device_copy = run.fetch(value)
+        run.read(device_copy, value)
         if keep_view and run.rng.random() < 0.3:
-            views.append((value, placed.tensors[0][3:]))
-        run.route.release(placed)
-        last = (value, placed)
+            views.append((value, device_copy.tensors[0][3:]))
+        run.placement.release(device_copy)
+        last = (value, device_copy)
         for view_value, view in views:  # what somebody kept is used after its unit was released
             address = view.data_ptr()
             run.device.compute(lambda address=address, value=view_value: run._check(address, value))
@@ -97,7 +97,7 @@ def test_compute_reads_what_was_sent(seed: int, keep_view: bool, capacity: int) 
     assert run.most_nbytes <= capacity * NBYTES
     assert run.pool.num_lent == 0
     assert run.pool.lingering == []
-    assert run.route._nbytes == 0
+    assert run.placement._nbytes == 0
 
 
 def no_wait_for_compute(device: SimulatedDevice) -> None:
@@ -133,9 +133,9 @@ def test_the_simulation_finds_a_missing_wait(breaks: Break) -> None:
 def test_the_next_copy_waits_for_the_unit_before_the_one_in_use_only() -> None:
     run = Run(0, capacity=2)
     for i in range(2):
-        placed = run.fetch(float(i))
-        run.read(placed, float(i))
-        run.route.release(placed)
+        device_copy = run.fetch(float(i))
+        run.read(device_copy, float(i))
+        run.placement.release(device_copy)
     run.fetch(2.0)  # into the memory of the first
     while run.device.queues["copies"]:
         run.device.advance(prefer="copies")
@@ -170,14 +170,16 @@ def test_landing_bounds_what_is_on_its_way_and_goes_on_without_room() -> None:
             event.synchronize = lambda: (waited.append(data[0].item()), synchronize())  # type: ignore
             return event
 
-    landing = GradOffloader(Pool(4 * 4096, "gradient", poison=True), most_nbytes=2 * 4096, copies=Copies(random.Random(0)))  # type: ignore[arg-type]
+    offloader = GradOffloader(
+        Pool(4 * 4096, "gradient", poison=True), most_nbytes=2 * 4096, copies=Copies(random.Random(0))
+    )  # type: ignore[arg-type]
     asked: list[int] = []
-    landed = [landing.take(torch.full((1024,), float(i)), lambda: asked.append(1)) for i in range(6)]
+    landed = [offloader.offload(torch.full((1024,), float(i)), lambda: asked.append(1)) for i in range(6)]
     assert waited == [0.0, 1.0, 2.0]  # two may be on their way
     assert len(asked) == 2  # the pool holds four
     for i, one in enumerate(landed):
         one.wait()
         assert (one.tensor == i).all()
     del landed, one
-    assert landing.take(torch.ones(1024), lambda: asked.append(1)).tensor.numel() == 1024
+    assert offloader.offload(torch.ones(1024), lambda: asked.append(1)).tensor.numel() == 1024
     assert len(asked) == 2

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_ssd.convert.importing import open_source
 from lightning_ssd.checkpoint.torch_file import check_pickle
+from lightning_ssd.convert.importing import open_source
 from lightning_ssd.errors import CheckpointError
 
 VALUE = {"w": torch.arange(6.0)}

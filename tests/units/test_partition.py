@@ -91,20 +91,20 @@ def test_every_parameter_is_in_one_unit(make: Callable[[], nn.Module], expected:
     net = make()
     specs = partition(net, min_numel=0)
     assert names(specs) == expected
-    placed = [param for spec in specs for param in spec.params]
-    assert len(placed) == len(set(placed))
-    assert set(placed) == set(net.parameters())
+    device_copy = [param for spec in specs for param in spec.params]
+    assert len(device_copy) == len(set(device_copy))
+    assert set(device_copy) == set(net.parameters())
     full_names = dict(net.named_parameters())
     for spec in specs:
         assert [full_names[name] for name in spec.names] == spec.params
         assert len({(param.dtype, param.requires_grad) for param in spec.params}) == 1
 
 
-def test_small_leftovers_are_one_sticky_unit() -> None:
+def test_small_leftovers_are_one_persistent_unit() -> None:
     specs = partition(GPT(), min_numel=3000)
     assert names(specs) == ["tok", "blocks.0", "blocks.1", "blocks.2", "head", "rest"]
     assert specs[-1].names == ["pos", "norm.weight", "norm.bias"]
-    assert [spec.sticky for spec in specs] == [False] * 5 + [True]
+    assert [spec.persistent for spec in specs] == [False] * 5 + [True]
 
 
 def test_every_module_that_uses_a_parameter_loads_its_unit() -> None:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_ssd.activations import spill_files as spill
+from lightning_ssd.activations.saved_input import MIN_NBYTES, can_keep
+from lightning_ssd.activations.spill_files import SpillFiles
+from lightning_ssd.activations.store import FrameInputs
 from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.scratch import Scratch
-from lightning_ssd.activations import spill_files as spill
-from lightning_ssd.activations.store import FrameInputs
-from lightning_ssd.units.device_copies import DeviceCopies
-from lightning_ssd.activations.saved_input import MIN_NBYTES, can_keep
-from lightning_ssd.activations.spill_files import SpillFiles
+from lightning_ssd.memory.device_copies import DeviceCopies
 from tests.helpers.activations import (
     BUFFER_NBYTES,
     NBYTES,

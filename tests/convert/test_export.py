@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_ssd.convert.export import consolidate, to_safetensors
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.save import save
+from lightning_ssd.convert.export import consolidate, to_safetensors
 from lightning_ssd.errors import CheckpointError
 from tests.checkpoint.support import Training, write_generation
 

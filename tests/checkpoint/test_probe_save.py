@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from lightning_ssd.checkpoint.probe_save import probe_save
 from lightning_ssd.checkpoint.stale_files import leftover
-from lightning_ssd.checkpoint.probe_save import rehearse
 from lightning_ssd.errors import CheckpointError
 
 
@@ -30,8 +30,8 @@ def test_links_and_no_trace(tmp_store: Path, stores: list[str]) -> None:
     (tmp_store / "saved").mkdir()
     (tmp_store / "saved" / "mine.txt").write_text("mine")
     before = tree(tmp_store)
-    assert rehearse(str(tmp_store / "saved"), stores) == 1
-    assert rehearse(str(tmp_store / "saved" / "not" / "there" / "yet"), stores) == 1
+    assert probe_save(str(tmp_store / "saved"), stores) == 1
+    assert probe_save(str(tmp_store / "saved" / "not" / "there" / "yet"), stores) == 1
     assert tree(tmp_store) == before
 
 
@@ -48,7 +48,7 @@ def test_files_that_cannot_be_linked_are_counted(
 
     monkeypatch.setattr(os, "link", fails)
     before = tree(tmp_store)
-    assert rehearse(str(tmp_store / "saved"), stores) == 0.5
+    assert probe_save(str(tmp_store / "saved"), stores) == 0.5
     assert tree(tmp_store) == before
 
 
@@ -70,7 +70,7 @@ def test_a_directory_that_cannot_take_checkpoints_is_named(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fails)
         with pytest.raises(CheckpointError, match=r"no checkpoint can be saved in '.*saved'.*Read-only.*dirpath"):
-            rehearse(str(tmp_store / "saved"), stores)
+            probe_save(str(tmp_store / "saved"), stores)
     assert tree(tmp_store / "a") == tree(tmp_store / "b") == []
     # What could not be removed is what `lightning-ssd clean` knows.
     left = list((tmp_store / "saved").iterdir()) if (tmp_store / "saved").is_dir() else []
@@ -81,5 +81,5 @@ def test_a_directory_that_cannot_take_checkpoints_is_named(
 def test_a_file_in_the_way_is_named(tmp_store: Path, stores: list[str]) -> None:
     (tmp_store / "saved").write_text("a file")
     with pytest.raises(CheckpointError, match=r"saved.checkpoints.*Not a directory"):
-        rehearse(str(tmp_store / "saved" / "checkpoints"), stores)
+        probe_save(str(tmp_store / "saved" / "checkpoints"), stores)
     assert (tmp_store / "saved").read_text() == "a file"

@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from lightning_ssd.units.lazy_param import LazyParameter, by_fence
-from lightning_ssd.step.module_hooks import residents_of
+from lightning_ssd.step.module_hooks import caches_of
+from lightning_ssd.units.lazy_param import ParamLoader, by_loader
 
 
 @contextmanager
@@ -28,8 +28,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
     """
     params = list(module.parameters())
     # Parameters that are awake do not tell whose they are; hooks on modules do.
-    fences: dict[LazyParameter, None] = dict.fromkeys((*(fence for fence, _ in by_fence(params)), *residents_of(module)))
+    owners: dict[ParamLoader, None] = dict.fromkeys((*(owner for owner, _ in by_loader(params)), *caches_of(module)))
     with ExitStack() as stack:
-        for fence in fences:
-            stack.enter_context(fence.gather(params))
+        for owner in owners:
+            stack.enter_context(owner.gather(params))
         yield
