@@ -28,7 +28,7 @@ ORDER = (
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
 KNOWS_LIGHTNING = ("strategy", "cli")
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
-ONLY_COMPUTES = ("layout.py", "plan.py", "execution_order.py")
+ONLY_COMPUTES = ("layout.py", "plan.py", "budget.py", "execution_order.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -15,6 +15,7 @@ from lightning_ssd.activations.spill_files import Extent, SpillFiles
 from lightning_ssd.errors import DeadlineError, IoError, SSDOffloadError
 from lightning_ssd.io.engine import Engine, Transfer
 from lightning_ssd.kernels.api import crc32c
+from lightning_ssd.memory.budget import SharedBudget
 from lightning_ssd.memory.device_copies import DeviceCopies
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.sizes import BLOCK_NBYTES
@@ -139,14 +140,12 @@ class SpillIO:
         files: Where to.
         pool: Lends buffers for pieces.
         images: Lends memory of the budget; None takes it from torch.
-        budget_nbytes: Bound of `held_nbytes`, None for no bound.
-        lent: Bytes of the budget that somebody else uses now.
+        budget: Bounds `held_nbytes`.
         verify: Keep checksums of what is written.
         trace: Gets the transfers, and what waits for them.
 
     Attributes:
-        held_nbytes: Of the budget, what is taken.
-        leaving_nbytes: Of that, what is being written.
+        leaving_nbytes: Of `held_nbytes`, what is being written.
         copies: The way to the device and back.
         verify: Checksums are kept.
     """
@@ -158,12 +157,11 @@ class SpillIO:
         pool: Pool,
         *,
         images: Pool | None,
-        budget_nbytes: int | None,
-        lent: Callable[[], int],
+        budget: SharedBudget,
         verify: bool,
         trace: Trace,
     ) -> None:
-        self.held_nbytes = 0
+        self._budget = budget
         self.leaving_nbytes = 0
         self.copies = DeviceCopies()
         self.verify = verify
@@ -172,8 +170,6 @@ class SpillIO:
         self._files = files
         self._pool = pool
         self._images = images
-        self._budget_nbytes = budget_nbytes
-        self._lent = lent
         self._writes: deque[PieceTransfer] = deque()  # in flight, the oldest first
         self._unwanted: list[PieceTransfer] = []  # in flight, and nobody waits for them
         self._unwanted_slots: list[Slot] = []  # something is in flight on them
@@ -183,7 +179,16 @@ class SpillIO:
     @property
     def budget_nbytes(self) -> int | None:
         """Bound of `held_nbytes` now, None for no bound."""
-        return None if self._budget_nbytes is None else max(self._budget_nbytes - self._lent(), 0)
+        return self._budget.saved_inputs_limit_nbytes
+
+    @property
+    def held_nbytes(self) -> int:
+        """What is taken of the budget."""
+        return self._budget.held_saved_inputs_nbytes
+
+    @held_nbytes.setter
+    def held_nbytes(self, nbytes: int) -> None:
+        self._budget.held_saved_inputs_nbytes = nbytes
 
     def memory(self, nbytes: int) -> HostBuffer | None:
         """Memory of the budget for a whole image, None if there is no room now."""

@@ -13,7 +13,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,7 @@ from lightning_ssd.activations.spill_files import SpillFiles
 from lightning_ssd.activations.spill_io import Slot, SpillIO, SpillState
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.engine import Engine
+from lightning_ssd.memory.budget import SharedBudget
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import MiB
 from lightning_ssd.trace.recorder import Lane, Trace
@@ -71,8 +72,7 @@ class ActivationStore:
         files: Where to.
         pool: At least one buffer, for pieces of what does not fit into the budget; two or more to overlap.
         device: Where compute runs.
-        budget_nbytes: Host memory for kept values; None does not bound it, and nothing is written.
-        lent: Bytes of the budget that somebody else uses now.
+        budget: Bounds the host memory for saved values; without a bound nothing is written.
         buffer_nbytes: Size of a piece, a multiple of 4096.
         images: Where values that left a GPU wait: memory of the budget, not of ``pool``; None takes it from torch.
         verify: Check what is read against checksums of what was written.
@@ -86,17 +86,14 @@ class ActivationStore:
         pool: Pool,
         *,
         device: torch.device,
-        budget_nbytes: int | None,
-        lent: Callable[[], int] = lambda: 0,
+        budget: SharedBudget,
         buffer_nbytes: int = BUFFER_NBYTES,
         images: Pool | None = None,
         verify: bool = False,
         trace: Trace | None = None,
     ) -> None:
         self._trace = trace or Trace()
-        self._shuttle = SpillIO(
-            engine, files, pool, images=images, budget_nbytes=budget_nbytes, lent=lent, verify=verify, trace=self._trace
-        )
+        self._shuttle = SpillIO(engine, files, pool, images=images, budget=budget, verify=verify, trace=self._trace)
         self._reader = Reloader(self._shuttle, buffer_nbytes, self._trace, self._cancel_one)
         self._device = device
         self._buffer_nbytes = buffer_nbytes

@@ -16,6 +16,7 @@ from copy import copy
 from dataclasses import dataclass
 
 from lightning_ssd.errors import SSDOffloadError
+from lightning_ssd.memory.budget import SharedBudget
 from lightning_ssd.trace.recorder import Lane, Trace
 from lightning_ssd.units.unit import Unit
 
@@ -51,24 +52,18 @@ class Updater:
     """Runs updates in a thread of its own, soonest needed first.
 
     Args:
-        capacity: Bytes of gradients that may wait now; `add` waits while there are more.
+        budget: Bounds the gradients that wait; `add` waits while there are more.
         is_async: Without it, `add` runs the update and returns when it is complete.
         finish: Returns when every update that has run is complete.
         trace: Gets spans of waiting.
-
-    Attributes:
-        held_nbytes: Gradients that wait, as far as nobody else holds them.
     """
 
-    def __init__(
-        self, *, capacity: Callable[[], int], is_async: bool, finish: Callable[[], None], trace: Trace
-    ) -> None:
-        self._capacity = capacity
+    def __init__(self, *, budget: SharedBudget, is_async: bool, finish: Callable[[], None], trace: Trace) -> None:
+        self._budget = budget
         self._is_async = is_async
         self._finish = finish
         self._trace = trace
         self._changed = threading.Condition()
-        self.held_nbytes = 0
         self._owed: dict[str, PendingUpdate] = {}  # by unit, until they are complete
         self._is_working = False
         self._num_blocked = 0  # callers for whom even a unit that is not free is updated
@@ -96,7 +91,7 @@ class Updater:
                 self._thread = threading.Thread(target=self._work, name="lightning-ssd-update", daemon=True)
                 self._thread.start()
             self._owed[owed.unit.name] = owed
-            self.held_nbytes += owed.nbytes
+            self._budget.held_gradients_nbytes += owed.nbytes
             self._changed.notify_all()
         self._wait("gradients of earlier units", self._has_room)
 
@@ -171,13 +166,17 @@ class Updater:
 
     def _has_room(self) -> bool:
         # Units that are not free become so only by what the caller does next: they do not keep it waiting.
-        if self.held_nbytes <= self._capacity():
+        if not self._is_over_budget:
             return True
         return not self._is_working and not any(map(self._may_run, self._owed.values()))
 
     def _may_run(self, owed: PendingUpdate) -> bool:
         # What waits for compute to be done with it does so only as long as its gradients are in nobody's way.
-        return not owed.has_run and (owed.is_free() or (not owed.is_kept and self.held_nbytes > self._capacity()))
+        return not owed.has_run and (owed.is_free() or (not owed.is_kept and self._is_over_budget))
+
+    @property
+    def _is_over_budget(self) -> bool:
+        return self._budget.held_gradients_nbytes > self._budget.gradients_limit_nbytes
 
     def _wait(self, what: str, is_over: Callable[[], bool], *, is_blocking: bool = False) -> None:
         with self._changed:
@@ -218,9 +217,9 @@ class Updater:
                     self._failure = failure
                     left = [other for other in self._owed.values() if not other.has_run and other is not owed]
                     self._owed.clear()
-                    self.held_nbytes = 0
+                    self._budget.held_gradients_nbytes = 0
                 elif owed is not None:
-                    self.held_nbytes -= owed.nbytes
+                    self._budget.held_gradients_nbytes -= owed.nbytes
                     owed.has_run, owed.run = True, _has_run
                 owed = None  # its gradients go now, not with the next update
                 self._changed.notify_all()

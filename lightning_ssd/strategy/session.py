@@ -24,6 +24,7 @@ from lightning_ssd.errors import ConfigurationError, Ending, IoError, ResidencyE
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
+from lightning_ssd.memory.budget import SharedBudget
 from lightning_ssd.memory.device_plan import device_capacity, tensors_nbytes
 from lightning_ssd.memory.headroom import Headroom
 from lightning_ssd.memory.heap import HeapWatch, bound_heap, trim_heap, unbound_heap
@@ -212,8 +213,13 @@ class Session:
             keep_master=self.settings.keep_master,
             trace=self.trace,
         )
+        budget = SharedBudget(
+            gradients_nbytes=plan.queue_nbytes,
+            saved_inputs_nbytes=plan.activation_nbytes if plan.recomputes else 0,
+            lends=not self._is_off_host,
+        )
         self.queue = Updater(
-            capacity=lambda: plan.queue_nbytes + self._left_by_inputs(plan),
+            budget=budget,
             is_async=self.settings.overlap,
             finish=self._pipeline.finish,
             trace=self.trace,
@@ -230,7 +236,7 @@ class Session:
             prefetch_batch=self.settings.prefetch_batch,
         )
         if plan.recomputes:
-            self._activations = self._make_activations(plan, spill)
+            self._activations = self._make_activations(plan, spill, budget)
         recompute = self.sizing.blocks() if plan.recomputes else set()
         self.streamer.start(
             module,
@@ -266,19 +272,6 @@ class Session:
         what = f"a run of {len(self.units)} units, which are {sizing.num_generations} files with their state,"
         require_handles(needed, what)
 
-    def _left_by_inputs(self, plan: MemoryPlan) -> int:
-        """Memory for inputs of blocks that none takes now: gradients come while backward uses these up.
-
-        On a GPU gradients land in memory of their own.
-        """
-        if self._activations is None or self._is_off_host:
-            return 0
-        return max(plan.activation_nbytes - self._activations.held_nbytes, 0)
-
-    def _lent_to_gradients(self, plan: MemoryPlan) -> int:
-        """What they have of it; it comes back while the next forward runs."""
-        return 0 if self.queue is None else max(self.queue.held_nbytes - plan.queue_nbytes, 0)
-
     def drain(self) -> None:
         """Return when every update that is owed has run.
 
@@ -308,14 +301,13 @@ class Session:
             if unit.name in plan.in_memory_params:
                 self.streamer.cache.keep(unit)
 
-    def _make_activations(self, plan: MemoryPlan, pool: Pool) -> ActivationStore:
+    def _make_activations(self, plan: MemoryPlan, pool: Pool, budget: SharedBudget) -> ActivationStore:
         return ActivationStore(
             self.engine,
             SpillFiles(self.store.scratches, "activations"),
             pool,
             device=self.settings.device,
-            budget_nbytes=plan.activation_nbytes,
-            lent=lambda: self._lent_to_gradients(plan),
+            budget=budget,
             buffer_nbytes=plan.spill_nbytes // 4,  # one being filled, and others on their way
             verify=self.settings.verify,
             trace=self.trace,

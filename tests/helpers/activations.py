@@ -20,6 +20,7 @@ from lightning_ssd.io.engine import Engine, IOOptions
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.io.scratch import Scratch
+from lightning_ssd.memory.budget import SharedBudget
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import KiB
 from lightning_ssd.step.module_hooks import ModuleHooks
@@ -58,7 +59,7 @@ class Bench:
             self.files,
             self.pool,
             device=torch.device("cpu"),
-            budget_nbytes=budget,
+            budget=SharedBudget(saved_inputs_nbytes=budget),
             buffer_nbytes=buffer_nbytes,
             images=self.images,
             trace=self.trace,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_ssd.memory.budget import SharedBudget
 from lightning_ssd.optim.updater import PendingUpdate, Updater
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.partition import UnitSpec
@@ -29,7 +30,8 @@ def test_gradients_without_room_are_waited_for_unless_memory_in_use_would_change
     """``capacity`` is below or above what is owed by a unit that compute still uses."""
     ran: list[str] = []
     is_free = False
-    queue = Updater(capacity=lambda: capacity, is_async=True, finish=lambda: None, trace=Trace())
+    budget = SharedBudget(gradients_nbytes=capacity)
+    queue = Updater(budget=budget, is_async=True, finish=lambda: None, trace=Trace())
     unit = make_unit("unit")
 
     def run() -> None:
@@ -46,7 +48,7 @@ def test_gradients_without_room_are_waited_for_unless_memory_in_use_would_change
     queue.wait(unit)
     assert ran == ["unit"]
     queue.close()  # until then the thread may be between the two
-    assert queue.held_nbytes == 0
+    assert budget.held_gradients_nbytes == 0
 
 
 class Hesitant(threading.Condition):
@@ -60,7 +62,7 @@ class Hesitant(threading.Condition):
 
 def test_who_waits_for_room_learns_that_nothing_can_run() -> None:
     """One update ends while another, of memory in use, waits: what waits for room has to go on, or both sleep."""
-    queue = Updater(capacity=lambda: 0, is_async=True, finish=lambda: None, trace=Trace())
+    queue = Updater(budget=SharedBudget(), is_async=True, finish=lambda: None, trace=Trace())
     queue._changed = Hesitant()
     free, used = make_unit("free"), make_unit("used")
     is_free = False
