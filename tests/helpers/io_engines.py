@@ -59,7 +59,7 @@ def running(make: MakeEngine, options: IOOptions | None = None) -> Iterator[Engi
         engine.close()
 
 
-class Memory:
+class HostBuffer:
     """Zeroed page-aligned memory of at least ``nbytes``, rounded up to whole blocks; unmapped when nobody holds it."""
 
     def __init__(self, nbytes: int) -> None:
@@ -67,7 +67,7 @@ class Memory:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     @classmethod
-    def of(cls, data: bytes) -> Memory:
+    def of(cls, data: bytes) -> HostBuffer:
         memory = cls(len(data))
         memory._map[: len(data)] = data
         return memory
