@@ -62,7 +62,7 @@ class NonFiniteGradientError(SSDOffloadError):
     """A gradient holds NaN or Inf and nothing (such as a loss scaler) is there to handle it."""
 
 
-class IoError(SSDOffloadError, OSError):
+class IOFailure(SSDOffloadError, OSError):
     """A disk operation failed.
 
     Attributes:
@@ -83,14 +83,14 @@ class IoError(SSDOffloadError, OSError):
         self.nbytes = nbytes
         self._what = what
 
-    def __reduce__(self) -> tuple[type[IoError], tuple[int | None, str, int, int, str]]:
+    def __reduce__(self) -> tuple[type[IOFailure], tuple[int | None, str, int, int, str]]:
         return type(self), (self.errno, self.path, self.offset, self.nbytes, self._what)
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
-class DeadlineError(IoError):
+class DeadlineError(IOFailure):
     """A disk operation did not finish in the time allowed; it is still in flight."""
 
 
@@ -175,7 +175,7 @@ def naming(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def as_io_error(path: str, offset: int = 0, nbytes: int = 0, what: str = "transfer") -> Iterator[None]:
+def as_io_failure(path: str, offset: int = 0, nbytes: int = 0, what: str = "transfer") -> Iterator[None]:
     """Turn the system's error about a file into one of ours, which names file, action and remedy."""
     try:
         yield
@@ -184,4 +184,4 @@ def as_io_error(path: str, offset: int = 0, nbytes: int = 0, what: str = "transf
     except OSError as error:
         if error.errno == ENOENT and not os.path.isdir(os.path.dirname(path)):
             raise gone(os.path.dirname(path)) from error
-        raise IoError(error.errno or EIO, path, offset, nbytes, what) from error
+        raise IOFailure(error.errno or EIO, path, offset, nbytes, what) from error

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_ssd.errors import IoError
+from lightning_ssd.errors import IOFailure
 from lightning_ssd.io.engine import File
 from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.pool import with_span
@@ -53,7 +53,7 @@ class SpillFiles:
         """An extent of ``nbytes`` whose space is reserved.
 
         Raises:
-            IoError: The disk is full, or failed.
+            IOFailure: The disk is full, or failed.
         """
         nbytes = round_up(nbytes)
         disk = next(self._turns) % len(self._disks)
@@ -94,7 +94,7 @@ class SpillFiles:
         name = f"{self._name}-{next(self._numbers):04d}.spill"
         try:
             file = self._disks[disk].make(name, nbytes, direct=True)
-        except IoError as error:
+        except IOFailure as error:
             if error.errno != errno.ENOSPC or nbytes == needed:
                 raise
             file = self._disks[disk].make(name, needed, direct=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.activations.spill_files import Extent, SpillFiles
-from lightning_ssd.errors import DeadlineError, IoError, SSDOffloadError
+from lightning_ssd.errors import DeadlineError, IOFailure, SSDOffloadError
 from lightning_ssd.io.engine import Engine, Transfer
 from lightning_ssd.kernels.api import crc32c
 from lightning_ssd.memory.budget import SharedBudget
@@ -98,7 +98,7 @@ class Slot:
     unit: str
     num_writes: int = 0
     num_reads: int = 0
-    error: IoError | None = None
+    error: IOFailure | None = None
     checksum: int = 0
 
 
@@ -282,7 +282,7 @@ class SpillIO:
         """Wait for a transfer. Memory that was read into is the caller's then, unless this raises.
 
         Raises:
-            IoError: The transfer failed; names the unit and the file.
+            IOFailure: The transfer failed; names the unit and the file.
         """
         what = "writing an input to disk" if move.is_write else "reading an input from disk"
         try:
@@ -291,7 +291,7 @@ class SpillIO:
         except DeadlineError:
             self._unwanted.append(move)  # still in flight, and still owns its memory
             raise
-        except IoError as error:
+        except IOFailure as error:
             if move.is_write:
                 move.slot.error = _without_traceback(error)
             self._end(move, keeps_memory=False)
@@ -302,7 +302,7 @@ class SpillIO:
         """Wait until all of a slot is written.
 
         Raises:
-            IoError: A write failed, now or before.
+            IOFailure: A write failed, now or before.
         """
         while slot.num_writes and self._writes:
             self.finish(self._writes.popleft())
@@ -345,7 +345,7 @@ class SpillIO:
         """Take back what is over.
 
         Raises:
-            IoError: A write failed.
+            IOFailure: A write failed.
         """
         still = [move for move in self._unwanted if not move.transfer.done()]
         over = [move for move in self._unwanted if move not in still]
@@ -383,14 +383,14 @@ def _naming(unit: str, what: str) -> Iterator[None]:
     """Name the unit in errors of the disk."""
     try:
         yield
-    except IoError as error:
+    except IOFailure as error:
         what = f"unit {unit!r}: {what}; transfer"
-        kind = DeadlineError if isinstance(error, DeadlineError) else IoError
+        kind = DeadlineError if isinstance(error, DeadlineError) else IOFailure
         raise kind(error.errno or 0, error.path, error.offset, error.nbytes, what) from error
 
 
-def _without_traceback(error: IoError) -> IoError:
+def _without_traceback(error: IOFailure) -> IOFailure:
     # One that has been raised holds the tensors that the failed calls had in hand, as long as it is kept.
-    again = IoError(error.errno or 0, error.path, error.offset, error.nbytes)
+    again = IOFailure(error.errno or 0, error.path, error.offset, error.nbytes)
     again.args = error.args
     return again

@@ -59,7 +59,7 @@ class FrameInputs:
         """Tensors with the values, sizes and strides of those that were given, without gradient history.
 
         Raises:
-            IoError: The disk failed, then or now.
+            IOFailure: The disk failed, then or now.
         """
         return self._store.load(self)
 
@@ -132,7 +132,7 @@ class ActivationStore:
         """Bring memory back into the budget; to be called before compute takes more.
 
         Raises:
-            IoError: A write failed, this one or an earlier one; names the unit and the file.
+            IOFailure: A write failed, this one or an earlier one; names the unit and the file.
         """
         with self._working():
             self._count()

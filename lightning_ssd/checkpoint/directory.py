@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE, UNITS, check_relative_path
-from lightning_ssd.errors import CheckpointError, IoError, as_io_error, remedy, with_remedy
+from lightning_ssd.errors import CheckpointError, IOFailure, as_io_failure, remedy, with_remedy
 from lightning_ssd.io.deadline import in_time
 from lightning_ssd.io.folder import Folder, close_fd
 
@@ -53,9 +53,9 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
         with Folder.open(os.fspath(path)) as folder:
             return _is_checkpoint(folder)
     except OSError as error:
-        if error.errno in _NOT_THERE and not isinstance(error, IoError):
+        if error.errno in _NOT_THERE and not isinstance(error, IOFailure):
             return False
-        with as_io_error(os.fspath(path), what="open"):
+        with as_io_failure(os.fspath(path), what="open"):
             raise
 
 
@@ -72,7 +72,7 @@ def _is_checkpoint(folder: Folder) -> bool:
         return f'"format":"{FORMAT}"'.encode() in os.pread(fd, 256, 0)
     except OSError as error:
         where = os.path.join(folder.path, MANIFEST)
-        raise IoError(error.errno or errno.EIO, where, 0, 256, "read") from error
+        raise IOFailure(error.errno or errno.EIO, where, 0, 256, "read") from error
     finally:
         close_fd(fd)
 
@@ -219,7 +219,7 @@ def check_replaceable(target: str) -> None:
     """
     if os.path.islink(target) or not os.path.isdir(target) or is_checkpoint(target):
         return
-    with as_io_error(target, what="listing"), os.scandir(target) as found:
+    with as_io_failure(target, what="listing"), os.scandir(target) as found:
         first = next(found, None)
     if first is not None:
         raise CheckpointError(

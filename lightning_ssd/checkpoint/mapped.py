@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_ssd.errors import CheckpointError, IoError
+from lightning_ssd.errors import CheckpointError, IOFailure
 from lightning_ssd.memory.mapped_file import watch_mapping
 from lightning_ssd.sizes import round_down, round_up
 from lightning_ssd.store.dtypes import dtype_of
@@ -32,7 +32,7 @@ def read_header(fd: int, where: str) -> Header:
 
     Raises:
         CheckpointError: If it is malformed or does not fit the file's size.
-        IoError: If the disk failed.
+        IOFailure: If the disk failed.
     """
     file_nbytes = os.fstat(fd).st_size
     first_bytes = read_exactly(fd, min(PREFIX_NBYTES, file_nbytes), 0, where)
@@ -45,7 +45,7 @@ def read_exactly(fd: int, nbytes: int, offset: int, where: str) -> bytes:
 
     Raises:
         CheckpointError: If the file ends before.
-        IoError: If the disk failed.
+        IOFailure: If the disk failed.
     """
     pieces: list[bytes] = []
     missing = nbytes
@@ -54,7 +54,7 @@ def read_exactly(fd: int, nbytes: int, offset: int, where: str) -> bytes:
         try:
             piece = os.pread(fd, missing, begin)
         except OSError as error:
-            raise IoError(error.errno or errno.EIO, where, begin, missing, "read") from error
+            raise IOFailure(error.errno or errno.EIO, where, begin, missing, "read") from error
         if not piece:
             raise CheckpointError(f"{where} ended at byte {begin} while it was read")
         pieces.append(piece)

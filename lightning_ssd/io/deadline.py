@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from lightning_ssd.errors import DeadlineError, as_io_error
+from lightning_ssd.errors import DeadlineError, as_io_failure
 
 T = TypeVar("T")
 
@@ -81,10 +81,10 @@ class Patience:
         """What ``call``, a system call on a disk, returns; it runs in a thread that is left behind if it hangs.
 
         Raises:
-            IoError: It failed.
+            IOFailure: It failed.
             DeadlineError: Time ran out, or the disk was seen to hang before.
         """
-        with as_io_error(path, what=what):
+        with as_io_failure(path, what=what):
             return self.run(call, path, what)
 
     def run(self, call: Callable[[], T], path: str, what: str) -> T:

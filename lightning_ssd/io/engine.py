@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from lightning_ssd.errors import ConfigurationError, as_io_error
+from lightning_ssd.errors import ConfigurationError, as_io_failure
 from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes
@@ -120,12 +120,12 @@ class File:
             folder: The directory it is in, open.
 
         Raises:
-            IoError: No space, no permission, or the path exists. Nothing is left behind.
+            IOFailure: No space, no permission, or the path exists. Nothing is left behind.
         """
         if nbytes <= 0:
             raise ValueError(f"a store file needs a positive length, got {nbytes}")
         path = os.fspath(path)
-        with as_io_error(path, 0, nbytes, "create"):
+        with as_io_failure(path, 0, nbytes, "create"):
             tail_fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder)
             try:
                 _reserve(tail_fd, nbytes)
@@ -147,11 +147,11 @@ class File:
             folder: The directory it is in, open.
 
         Raises:
-            IoError: The file cannot be opened.
+            IOFailure: The file cannot be opened.
         """
         path = os.fspath(path)
         mode = os.O_RDWR if writable else os.O_RDONLY
-        with as_io_error(path, 0, 0, "open"):
+        with as_io_failure(path, 0, 0, "open"):
             tail_fd = _open(path, mode, folder)
             try:
                 nbytes = os.fstat(tail_fd).st_size
@@ -170,11 +170,11 @@ class File:
         """Make what was written durable (fdatasync).
 
         Raises:
-            IoError: The disk refused; what was written since the last sync may be lost.
+            IOFailure: The disk refused; what was written since the last sync may be lost.
         """
         if self.closed:
             raise ValueError(f"{self.path!r} is closed")
-        with as_io_error(self.path, 0, self.nbytes, "sync"):
+        with as_io_failure(self.path, 0, self.nbytes, "sync"):
             os.fdatasync(self.tail_fd)  # sync: waits for the disk
 
     def rename(self, new_path: str | os.PathLike[str], folder: Folder | None = None) -> None:
@@ -185,7 +185,7 @@ class File:
             folder: The directory of ``new_path``, open. Default: that of the file.
         """
         new_path, folder = os.fspath(new_path), folder or self.folder
-        with as_io_error(self.path, 0, self.nbytes, "rename"):
+        with as_io_failure(self.path, 0, self.nbytes, "rename"):
             os.rename(
                 _name(self.path, self.folder),
                 _name(new_path, folder),
@@ -196,17 +196,17 @@ class File:
 
     def unlink(self) -> None:
         """Remove its name; the file lives as long as it is open or mapped."""
-        with as_io_error(self.path, what="unlink"):
+        with as_io_failure(self.path, what="unlink"):
             _unlink(self.path, self.folder)
 
     def open_again(self, flags: int) -> int:
         """Another descriptor of the file by its name, also after `close`; the caller's to close."""
-        with as_io_error(self.path, what="open"):
+        with as_io_failure(self.path, what="open"):
             return _open(self.path, flags, self.folder)
 
     def stat(self) -> os.stat_result:
         """About the file that has the name."""
-        with as_io_error(self.path, what="stat"):
+        with as_io_failure(self.path, what="stat"):
             if self.folder is None:
                 return os.stat(self.path, follow_symlinks=False)
             return self.folder.stat(_name(self.path, self.folder))
@@ -215,7 +215,7 @@ class File:
         """Set the time of the last change, in nanoseconds since 1970."""
         times = (self.stat().st_atime_ns, mtime_ns)
         where = None if self.folder is None else self.folder.fd
-        with as_io_error(self.path, what="utime"):
+        with as_io_failure(self.path, what="utime"):
             os.utime(_name(self.path, self.folder), ns=times, dir_fd=where, follow_symlinks=False)
 
     def give_up(self, is_over: Callable[[], bool]) -> None:
@@ -255,7 +255,7 @@ class Transfer(Protocol):
             deadline_s: Seconds to wait at most; None takes the engine's `IOOptions.deadline_s`.
 
         Raises:
-            IoError: The operation failed; names the path, and offset and bytes of the piece that did.
+            IOFailure: The operation failed; names the path, and offset and bytes of the piece that did.
             DeadlineError: Time ran out. The operation is still in flight and still owns the memory.
         """
         ...

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TypeVar
 
-from lightning_ssd.errors import as_io_error
+from lightning_ssd.errors import as_io_failure
 from lightning_ssd.io.deadline import in_time, require_answering, sync
 
 T = TypeVar("T")
@@ -175,9 +175,9 @@ def device_of(path: str) -> int:
     """Number of the file system of ``path``, which exists.
 
     Raises:
-        IoError: The disk does not say.
+        IOFailure: The disk does not say.
     """
-    with as_io_error(path, what="stat"):
+    with as_io_failure(path, what="stat"):
         return os.stat(path).st_dev
 
 

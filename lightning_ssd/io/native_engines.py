@@ -7,7 +7,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from lightning_ssd.errors import DeadlineError, IoError
+from lightning_ssd.errors import DeadlineError, IOFailure
 from lightning_ssd.io.deadline import Patience, leave_behind
 from lightning_ssd.io.engine import File, IOOptions, IOStats, check_process, check_request
 from lightning_ssd.sizes import parse_nbytes
@@ -132,7 +132,7 @@ class NativeTransfer:
         failure = self._native.failure()
         if failure is not None:
             code, offset, nbytes = failure
-            raise IoError(code, self.path, offset, nbytes, self._what)
+            raise IOFailure(code, self.path, offset, nbytes, self._what)
 
     def is_over_in_time(self, deadline_s: float | None = None) -> bool:
         """Wait for it; False if it hangs."""

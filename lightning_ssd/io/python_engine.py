@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 
-from lightning_ssd.errors import DeadlineError, IoError
+from lightning_ssd.errors import DeadlineError, IOFailure
 from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.engine import File, IOOptions, IOStats, check_process, check_request
 from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes, round_down, round_up
@@ -163,7 +163,7 @@ class PythonTransfer:
             self._file.give_up(self._over.is_set)
             raise DeadlineError(errno.ETIMEDOUT, self.path, self.offset, self.nbytes, self._what)
         if self.failure is not None:
-            raise IoError(self.failure.errno, self.path, self.failure.offset, self.failure.nbytes, self._what)
+            raise IOFailure(self.failure.errno, self.path, self.failure.offset, self.failure.nbytes, self._what)
 
     def times(self) -> tuple[float, float | None] | None:
         """See `Transfer.times`."""

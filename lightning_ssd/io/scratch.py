@@ -6,7 +6,7 @@ import errno
 import os
 from dataclasses import dataclass
 
-from lightning_ssd.errors import IoError, as_io_error
+from lightning_ssd.errors import IOFailure, as_io_failure
 from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.engine import File
 from lightning_ssd.io.folder import Folder
@@ -35,7 +35,7 @@ class Scratch:
             direct: Use O_DIRECT where the directory has it.
 
         Raises:
-            IoError: The disk is full or failed.
+            IOFailure: The disk is full or failed.
             DeadlineError: It hangs.
         """
         path = os.path.join(self.folder.path, name)
@@ -56,12 +56,12 @@ def write_all(file: File, data: bytes | memoryview, offset: int = 0) -> None:
     """Write ``data`` through the page cache, and tell a failure as an engine does.
 
     Raises:
-        IoError: The disk failed or is full.
+        IOFailure: The disk failed or is full.
     """
     left = memoryview(data)
     while left:
-        with as_io_error(file.path, offset, len(left), "write"):
+        with as_io_failure(file.path, offset, len(left), "write"):
             done = os.pwrite(file.tail_fd, left, offset)
         if not done:
-            raise IoError(errno.EIO, file.path, offset, len(left), "write")
+            raise IOFailure(errno.EIO, file.path, offset, len(left), "write")
         left, offset = left[done:], offset + done

@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 
-from lightning_ssd.errors import ConfigurationError, as_io_error
+from lightning_ssd.errors import ConfigurationError, as_io_failure
 from lightning_ssd.io.engine import Engine, File, IOOptions, validate
 from lightning_ssd.io.native_engines import make_posix_engine, make_uring_engine
 from lightning_ssd.io.python_engine import PythonEngine
@@ -76,7 +76,7 @@ def _takes_direct(directory: str | os.PathLike[str]) -> bool:
     # Some file systems (FUSE, overlays) accept the open and refuse the transfer, so a block is really written.
     path = os.path.join(os.fspath(directory), ".direct-probe")
     with (
-        as_io_error(path, what="trying O_DIRECT"),
+        as_io_failure(path, what="trying O_DIRECT"),
         tempfile.TemporaryDirectory(prefix=".direct-probe-", dir=directory) as inside,
     ):
         file = File.create(os.path.join(inside, "probe"), BLOCK_NBYTES, direct=True)

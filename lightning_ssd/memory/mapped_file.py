@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable
 
 from lightning_ssd import _extension
-from lightning_ssd.errors import IoError, as_io_error
+from lightning_ssd.errors import IOFailure, as_io_failure
 from lightning_ssd.memory.views import address_of
 
 About = Callable[[int], str]
@@ -29,7 +29,7 @@ _WAIT_BEFORE = 1  # SYNC_FILE_RANGE_WAIT_BEFORE
 
 
 def handle_bus_errors() -> None:
-    """From now on raise `IoError` where a page of a mapped file cannot be read; see [Note: bus errors]."""
+    """From now on raise `IOFailure` where a page of a mapped file cannot be read; see [Note: bus errors]."""
     if _extension._native is not None:
         _extension._native.handle_bus_errors(_raise)
 
@@ -38,10 +38,10 @@ def map_file(fd: int, nbytes: int, path: str, about: About, *, private: bool = F
     """Map a file, writable; an error of the disk names ``path`` and what ``about`` says.
 
     Raises:
-        IoError: It cannot be mapped: too many mappings or open files, too little memory.
+        IOFailure: It cannot be mapped: too many mappings or open files, too little memory.
     """
     flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
-    with as_io_error(path, 0, nbytes, "mapping"):
+    with as_io_failure(path, 0, nbytes, "mapping"):
         memory = mmap.mmap(fd, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     watch_mapping(memory, address_of(memory), nbytes, path, about)
     return memory
@@ -58,9 +58,9 @@ def flush(memory: mmap.mmap, path: str) -> None:
     """Bring what was written to a shared mapping into its file.
 
     Raises:
-        IoError: The disk failed, now or when the system wrote some of it before.
+        IOFailure: The disk failed, now or when the system wrote some of it before.
     """
-    with as_io_error(path, 0, len(memory), "write of a mapping"):
+    with as_io_failure(path, 0, len(memory), "write of a mapping"):
         memory.flush()  # sync: msync
 
 
@@ -80,4 +80,4 @@ def wait_for_write_back(fd: int) -> None:
 
 def _raise(known: tuple[str, About], offset: int) -> None:
     path, about = known
-    raise IoError(errno.EIO, path, offset, mmap.PAGESIZE, f"read of {about(offset)}, mapped,")
+    raise IOFailure(errno.EIO, path, offset, mmap.PAGESIZE, f"read of {about(offset)}, mapped,")

@@ -117,7 +117,7 @@ class UpdatePipeline:
 
         Raises:
             ResidencyError: A gradient was changed in place since the step.
-            IoError: The disk failed, under this update or under the one that trails; the generations before an update
+            IOFailure: The disk failed, under this update or under the one that trails; the generations before an update
                 that failed are still the current ones.
         """
         self._trace.mark("update", unit.name)
@@ -156,7 +156,7 @@ class UpdatePipeline:
         """Return when the new generations of every update are the current ones.
 
         Raises:
-            IoError: The disk failed; the generations before the update are still the current ones.
+            IOFailure: The disk failed; the generations before the update are still the current ones.
         """
         writes, self._trailing = self._trailing, None
         if writes is None:

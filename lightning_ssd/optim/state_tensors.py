@@ -81,7 +81,7 @@ class ChunkBuffer:
         """Return when the transfers are over.
 
         Raises:
-            IoError: One of them failed.
+            IOFailure: One of them failed.
         """
         while self._transfers:
             self._transfers[0].wait()

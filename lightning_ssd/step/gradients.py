@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ssd.errors import ConfigurationError, CorruptionError, as_io_error
+from lightning_ssd.errors import ConfigurationError, CorruptionError, as_io_failure
 from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.kernels.api import crc32c_each
 from lightning_ssd.memory.forked import make_private
@@ -203,7 +203,7 @@ class GradientStore:
             is_final: They must be what they were at the call before; else they may have been changed.
 
         Raises:
-            IoError: The system could not write some of them.
+            IOFailure: The system could not write some of them.
             CorruptionError: They are not what was written.
         """
         spill = self._spills.get(unit.name)
@@ -359,7 +359,7 @@ class _Spill:
 
     def require_written(self) -> None:
         """Refuse to go on where the system could not write back what lies here; [Note: spilled]."""
-        with as_io_error(self._file.path, 0, self._file.nbytes, f"write of gradients of unit {self._unit.name!r}"):
+        with as_io_failure(self._file.path, 0, self._file.nbytes, f"write of gradients of unit {self._unit.name!r}"):
             wait_for_write_back(self._file.tail_fd)
 
     def check(self, index: int, grad: Tensor, *, is_final: bool) -> None:
@@ -375,7 +375,7 @@ class _Spill:
 
     def refuse(self) -> None:
         """In a forked process: gradients that live here are the parent's, which goes on to write them."""
-        with as_io_error(self._file.path, 0, self._file.nbytes, "mapping"):
+        with as_io_failure(self._file.path, 0, self._file.nbytes, "mapping"):
             make_private(self._memory, self._file.tail_fd)
         for index, param in enumerate(self._unit.params):
             if param.grad is not None and self.holds(index, param.grad):

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ssd.errors import IoError, StoreError, gone
+from lightning_ssd.errors import IOFailure, StoreError, gone
 from lightning_ssd.io.folder import Folder, close_fd, device_of, is_regular
 from lightning_ssd.sizes import fmt
 
@@ -111,7 +111,7 @@ class RunDirectory:
         """
         try:
             return device_of(self.path)
-        except IoError as error:
+        except IOFailure as error:
             if error.errno != errno.ENOENT:
                 raise
             raise gone(self.path) from error

@@ -27,7 +27,7 @@ from functools import partial
 
 from torch import Tensor
 
-from lightning_ssd.errors import Ending, IoError, ResidencyError, StoreError, as_io_error, gone
+from lightning_ssd.errors import Ending, IOFailure, ResidencyError, StoreError, as_io_failure, gone
 from lightning_ssd.io.engine import Engine, File, Transfer
 from lightning_ssd.io.folder import Folder, close_fd, device_of, is_own_file
 from lightning_ssd.io.scratch import Scratch, write_all
@@ -135,7 +135,7 @@ class StateStore:
 
         Raises:
             StoreError: The disk is full. None of them is left behind, as after the others.
-            IoError: The disk failed.
+            IOFailure: The disk failed.
             DeadlineError: The disk did not answer.
         """
         in_memory = [self._in_memory.get((layout.unit, layout.kind)) for layout in layouts]
@@ -395,7 +395,7 @@ class StateStore:
             yield
         except StoreError:
             raise self._missing(generation) from None
-        except IoError as error:
+        except IOFailure as error:
             if error.errno != errno.ENOENT:
                 raise
             raise self._missing(generation) from None
@@ -544,7 +544,7 @@ class StateStore:
             return file
         try:
             return File.create(path, nbytes, direct=self._direct[disk], folder=folder)
-        except IoError as error:
+        except IOFailure as error:
             raise StoreError(
                 f"cannot reserve {fmt(nbytes)} in {directory!r} ({_free_there(directory)}): {error}; "
                 "choose another nvme_path; the last checkpoint is whole"
@@ -587,9 +587,9 @@ class StateStore:
             return
         file = generation.file
         try:
-            with as_io_error(file.path, what="stat"):
+            with as_io_failure(file.path, what="stat"):
                 found = os.fstat(file.tail_fd)
-        except IoError:
+        except IOFailure:
             file.close()  # nobody has it any more
             raise
         if file.hangs:  # what is still in flight would be written over what comes next
@@ -608,7 +608,7 @@ class StateStore:
 def _unlink(file: File) -> None:
     try:
         file.unlink()
-    except IoError as error:
+    except IOFailure as error:
         if error.errno != errno.ENOENT:  # else the user removed the run directory, and the space is free already
             raise
 
@@ -628,14 +628,14 @@ def _is_open(file: File) -> bool:
 
 def free_nbytes(path: str) -> int:
     """Bytes that this user may still write to the file system of ``path``."""
-    with as_io_error(path, what="asking for free space"):
+    with as_io_failure(path, what="asking for free space"):
         stat = os.statvfs(path)
     return stat.f_bavail * stat.f_frsize
 
 
 def free_inodes(path: str) -> int | None:
     """Files that this user may still make on the file system of ``path``; None where they are not counted."""
-    with as_io_error(path, what="asking for free inodes"):
+    with as_io_failure(path, what="asking for free inodes"):
         stat = os.statvfs(path)
     return stat.f_favail if stat.f_files else None
 
@@ -644,7 +644,7 @@ def _free_there(path: str) -> str:
     try:
         inodes = "no inodes, so no more files, and " if free_inodes(path) == 0 else ""
         return f"{inodes}{fmt(free_nbytes(path))} free"
-    except IoError as error:
+    except IOFailure as error:
         return str(error)
 
 

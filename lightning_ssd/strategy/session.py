@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_ssd.activations.spill_files import SpillFiles
 from lightning_ssd.activations.store import ActivationStore
-from lightning_ssd.errors import ConfigurationError, Ending, IoError, ResidencyError, SSDOffloadError
+from lightning_ssd.errors import ConfigurationError, Ending, IOFailure, ResidencyError, SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine, use_direct
@@ -592,5 +592,5 @@ def _end_files(store: StateStore, *, remove: bool) -> None:
     """Close the files, and remove them; a disk that hangs does not keep the process from ending."""
     try:
         store.engine.patience.call(lambda: store.close(remove=remove), store.spill_directory, "end of the run's files")
-    except IoError as error:
+    except IOFailure as error:
         warnings.warn(f"{error}; what is left there can be removed with: lightning-ssd clean", stacklevel=2)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_ssd.errors import as_io_error
+from lightning_ssd.errors import as_io_failure
 from lightning_ssd.memory.forked import make_private
 from lightning_ssd.memory.mapped_file import flush
 from lightning_ssd.memory.views import Views, address_of
@@ -78,13 +78,13 @@ class MappedParams:
         """A process is about to be forked: from now on neither sees what the other writes, as with any memory.
 
         Raises:
-            IoError: The file cannot be mapped again.
+            IOFailure: The file cannot be mapped again.
         """
         if self.is_private:
             return
         file = self.generation.file
         self._was_written = self.was_written()
-        with as_io_error(file.path, 0, file.nbytes, "mapping"):
+        with as_io_failure(file.path, 0, file.nbytes, "mapping"):
             fd = file.open_again(os.O_RDWR) if file.closed else os.dup(file.tail_fd)
             try:
                 make_private(self._memory, fd)

@@ -163,7 +163,7 @@ class ParamCache:
         """Make ``unit`` resident and keep it so until `release`.
 
         Raises:
-            IoError: The disk failed.
+            IOFailure: The disk failed.
             ResidencyError: There is no memory for it.
         """
         if unit.num_holds == 0:

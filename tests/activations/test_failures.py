@@ -12,7 +12,7 @@ import pytest
 
 from lightning_ssd.activations import spill_files as spill
 from lightning_ssd.activations.store import FrameInputs
-from lightning_ssd.errors import CorruptionError, DeadlineError, IoError, SSDOffloadError
+from lightning_ssd.errors import CorruptionError, DeadlineError, IOFailure, SSDOffloadError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.io.python_engine import PythonEngine
 from tests.helpers.activations import (
@@ -32,7 +32,7 @@ from tests.helpers.faulty import Fault, FaultyEngine, When
 def test_a_failed_write_names_unit_and_file(tmp_store: Path, nth: int, budget: int) -> None:
     with faulty(tmp_store, When(Fault(error=errno.EIO), is_write=True, nth=nth), budget=budget) as b:
         frames: list[FrameInputs] = []
-        with pytest.raises(IoError, match=r"unit 'unit \d+': writing an input.*activations-0000\.spill") as caught:
+        with pytest.raises(IOFailure, match=r"unit 'unit \d+': writing an input.*activations-0000\.spill") as caught:
             keep_and_load(b, 12, frames)
         assert caught.value.errno == errno.EIO
         b.store.abort()
@@ -48,7 +48,7 @@ def test_a_failed_read_names_unit_and_file(tmp_store: Path, nth: int, budget: in
         tmp_store, When(Fault(error=errno.EIO), is_write=False, nth=nth % (2 if budget else 8)), budget=budget
     ) as b:
         frames = keep(b, *range(6))
-        with pytest.raises(IoError, match=r"unit 'unit \d+': reading an input.*activations-0000\.spill"):
+        with pytest.raises(IOFailure, match=r"unit 'unit \d+': reading an input.*activations-0000\.spill"):
             load_all(frames)
         b.store.abort()
         frames.clear()
@@ -74,7 +74,7 @@ def test_a_full_disk_names_the_unit(tmp_store: Path, monkeypatch: pytest.MonkeyP
 
     def full(path: str, nbytes: int, **options: Any) -> spill.File:
         if nbytes > limit[0]:
-            raise IoError(errno.ENOSPC, path, 0, nbytes, "create")
+            raise IOFailure(errno.ENOSPC, path, 0, nbytes, "create")
         return create(path, nbytes, **options)
 
     monkeypatch.setattr(spill.File, "create", full)
@@ -82,7 +82,7 @@ def test_a_full_disk_names_the_unit(tmp_store: Path, monkeypatch: pytest.MonkeyP
         frames = keep(b, 0)
         assert b.files.nbytes == NBYTES  # more is tried first, then just what is needed
         limit[0] = 0
-        with pytest.raises(IoError, match=r"unit 'unit 1': making room on disk.*No space left"):
+        with pytest.raises(IOFailure, match=r"unit 'unit 1': making room on disk.*No space left"):
             keep(b, 1)
         load_in_reverse(frames, 0)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_ssd.errors import IoError
+from lightning_ssd.errors import IOFailure
 from lightning_ssd.io import select
 from lightning_ssd.strategy import session as session_module
 from tests.faults.support import finish_backward, streamed
@@ -237,7 +237,7 @@ def test_a_disk_that_fails_is_named(
 
     monkeypatch.setattr(session_module, "make_engine", make)
     made = spilling(budget=budget)
-    with pytest.raises(IoError, match=r"unit 'net.blocks.\d': (writing|reading) an input.*activations-0000\.spill"):
+    with pytest.raises(IOFailure, match=r"unit 'net.blocks.\d': (writing|reading) an input.*activations-0000\.spill"):
         train(tmp_path, Measured, streamed())
     finish_backward()
     assert made[0].files.nbytes == 0

@@ -24,7 +24,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.errors import CheckpointError, CorruptionError, IoError, SSDOffloadError
+from lightning_ssd.errors import CheckpointError, CorruptionError, IOFailure, SSDOffloadError
 from lightning_ssd.io.engine import IOOptions
 from tests.faults.support import finish_backward, small_gpt, streamed
 from tests.helpers.faulty_disk import REPOSITORY, Disk, DiskRule, faulty_disk
@@ -174,7 +174,7 @@ def test_gradients_that_could_not_be_written_back_are_not_trained_on(disk: Disk)
                 ctypes.CDLL(None).syncfs(fd)
                 os.close(fd)
 
-    with pytest.raises(IoError, match=r"write of gradients of unit 'net.*Input/output error.*resume from"):
+    with pytest.raises(IOFailure, match=r"write of gradients of unit 'net.*Input/output error.*resume from"):
         run(disk.path, WriteBack(), **CLIP)
     assert disk.set_rules() > 0
     finish_backward()
@@ -189,7 +189,7 @@ def test_a_parameter_that_cannot_be_read_between_steps_is_an_error_with_its_name
             if trainer.global_step == 2:
                 param = dict(module.named_parameters())["net.blocks.1.up.weight"]
                 disk.set_rules(DiskRule("read", f"{RUN}blocks.1.param*", "EIO"))
-                with pytest.raises(IoError, match=r"param of unit 'net\.blocks\.1', parameter .*Input/output error"):
+                with pytest.raises(IOFailure, match=r"param of unit 'net\.blocks\.1', parameter .*Input/output error"):
                     print(float(param.sum()))
                 assert disk.set_rules() > 0
 

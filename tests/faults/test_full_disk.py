@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_ssd.errors import CheckpointError, IoError, StoreError
+from lightning_ssd.errors import CheckpointError, IOFailure, StoreError
 from lightning_ssd.io.engine import File
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store import state_store
@@ -49,7 +49,7 @@ def _fake_small(patch: pytest.MonkeyPatch, disk: Path) -> None:
 
     def full(path: str, nbytes: int, **options: Any) -> File:
         if used() + nbytes > MiB:
-            raise IoError(errno.ENOSPC, path, 0, nbytes, "create")
+            raise IOFailure(errno.ENOSPC, path, 0, nbytes, "create")
         return create(path, nbytes, **options)
 
     patch.setattr(os, "statvfs", statvfs)
@@ -80,7 +80,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(
     def full(path: str, nbytes: int, **options: Any) -> File:
         made[0] += 1
         if made[0] >= at_file:
-            raise IoError(errno.ENOSPC, path, 0, nbytes, "create")
+            raise IOFailure(errno.ENOSPC, path, 0, nbytes, "create")
         return create(path, nbytes, **options)
 
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")

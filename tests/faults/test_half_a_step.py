@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 from torch.utils.data import DataLoader
 
-from lightning_ssd.errors import CheckpointError, IoError, NonFiniteGradientError
+from lightning_ssd.errors import CheckpointError, IOFailure, NonFiniteGradientError
 from lightning_ssd.optim.pipeline import UpdatePipeline
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.faults.support import finish_backward
@@ -40,13 +40,13 @@ def test_nor_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opti
 
     def fails(self: UpdatePipeline, *args: Any, **kwargs: Any) -> None:
         if next(calls) == 10:
-            raise IoError(errno.EIO, "a file", 0, 4096)
+            raise IOFailure(errno.EIO, "a file", 0, 4096)
         update(self, *args, **kwargs)
 
     monkeypatch.setattr(UpdatePipeline, "update", fails)
     strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0)
     trainer = make_trainer(tmp_path, strategy, max_steps=5, **options)
-    with pytest.raises(IoError, match="a file"):
+    with pytest.raises(IOFailure, match="a file"):
         trainer.fit(Module(GPT()), DataLoader(Tokens(40), batch_size=4))
     with pytest.raises(CheckpointError, match="a part of the model"):
         trainer.save_checkpoint(tmp_path / "failed.ckpt")

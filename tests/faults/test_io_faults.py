@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_ssd.errors import CorruptionError, IoError
+from lightning_ssd.errors import CorruptionError, IOFailure
 from lightning_ssd.io import select
 from lightning_ssd.strategy import session as session_module
 from tests.faults.support import finish_backward, small_gpt, streamed
@@ -68,7 +68,7 @@ def test_an_error_stops_the_run_and_the_last_checkpoint_resumes(
     fault, kind = FAILURES[failure]
     inject([fault])
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    with pytest.raises(IoError, match=rf"of \d+ bytes at offset \d+ of '.*net\.blocks\.0\.{kind}\.") as raised:
+    with pytest.raises(IOFailure, match=rf"of \d+ bytes at offset \d+ of '.*net\.blocks\.0\.{kind}\.") as raised:
         run(tmp_path, callbacks=[saver], overlap=overlap, enable_checkpointing=True)
     assert raised.value.errno == fault.fault.error
     finish_backward()
@@ -142,6 +142,6 @@ def test_a_parameter_that_cannot_be_read_after_the_run_is_an_error_with_its_name
     (path,) = tmp_path.glob(".ssd_offload/*/*net.blocks.1.param*")
     os.truncate(path, 4096)
     with pytest.raises(
-        IoError, match=r"param of unit 'net\.blocks\.1', parameter 'net\.blocks\.1\..*Input/output error"
+        IOFailure, match=r"param of unit 'net\.blocks\.1', parameter 'net\.blocks\.1\..*Input/output error"
     ):
         print(float(param.sum()))

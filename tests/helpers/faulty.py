@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lightning_ssd.errors import IoError
+from lightning_ssd.errors import IOFailure
 from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.engine import Engine, File, IOStats, Transfer, check_request
 from lightning_ssd.io.python_engine import Failure, PythonTransfer
@@ -198,7 +198,7 @@ class FaultyEngine:
                 flipped.value ^= 1 << fault.flip_bit % 8
         except ValueError:  # held until its file was closed
             transfer.failure = Failure(errno.EBADF, transfer.offset, transfer.nbytes)
-        except IoError as error:
+        except IOFailure as error:
             transfer.failure = Failure(error.errno or errno.EIO, error.offset, error.nbytes)
         else:
             if fault.error:

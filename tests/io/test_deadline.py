@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ssd.errors import DeadlineError, IoError
+from lightning_ssd.errors import DeadlineError, IOFailure
 from lightning_ssd.io import deadline
 from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.engine import File, IOOptions
@@ -84,7 +84,7 @@ def test_a_call_that_hangs_is_left_behind_and_one_that_fails_names_the_file() ->
     def full() -> None:
         raise OSError(errno.ENOSPC, "full")
 
-    with pytest.raises(IoError, match=r"sync of 'a file' failed: No space left.*; free space there"):
+    with pytest.raises(IOFailure, match=r"sync of 'a file' failed: No space left.*; free space there"):
         Patience(5.0).call(full, "a file", "sync")
 
 
@@ -102,7 +102,7 @@ def test_what_hangs_keeps_its_memory_and_its_descriptors_and_the_engine_closes(t
     descriptor = file.tail_fd
     file.close()
     engine.close()  # releases what it holds; the file is closed by then
-    with pytest.raises(IoError, match="Bad file"):
+    with pytest.raises(IOFailure, match="Bad file"):
         read.wait()
     del read
     assert pool.lingering == []

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_ssd.errors import DeadlineError, IoError
+from lightning_ssd.errors import DeadlineError, IOFailure
 from lightning_ssd.io.engine import File, IOOptions, IOStats, Transfer
 from lightning_ssd.sizes import BLOCK_NBYTES, KiB, MiB, round_up
 from tests.helpers.io_engines import ENGINES, HostBuffer, MakeEngine, engine_or_skip, running
@@ -110,7 +110,7 @@ def test_end_of_file_inside_the_extent_is_an_error_that_stays(make: MakeEngine, 
             os.truncate(file.path, length_left)
             read = engine.read(file, 0, (memory := HostBuffer(file.nbytes)).address, file.nbytes, keep=memory)
             for _ in range(2):
-                with pytest.raises(IoError) as caught:
+                with pytest.raises(IOFailure) as caught:
                     read.wait()
                 assert (caught.value.errno, caught.value.path) == (errno.EIO, file.path)
                 assert length_left // PIECE_NBYTES * PIECE_NBYTES <= caught.value.offset < file.nbytes
@@ -128,7 +128,7 @@ def test_errors_of_the_system_arrive(make: MakeEngine, tmp_store: Path) -> None:
             memory = HostBuffer(4 * PIECE_NBYTES)
             for fd, path, code in ((full, "/dev/full", errno.ENOSPC), (refusing, "/dev/null", errno.EBADF)):
                 file = File(path, 4 * PIECE_NBYTES, direct_fd=fd, tail_fd=fd, writable=True)
-                with pytest.raises(IoError, match=path) as caught:
+                with pytest.raises(IOFailure, match=path) as caught:
                     engine.write(file, 0, memory.address, 4 * PIECE_NBYTES - 1).wait()
                 assert caught.value.errno == code
             engine.write(good, 0, memory.address, good.nbytes).wait()
@@ -238,7 +238,7 @@ def test_a_transfer_that_fails_has_times(make: MakeEngine, tmp_store: Path) -> N
         for _ in range(3):  # one of three is delayed by the engine that is faulty
             before_s = time.perf_counter()
             read = engine.read(file, 0, memory.address, file.nbytes, keep=memory)
-            with pytest.raises(IoError):
+            with pytest.raises(IOFailure):
                 read.wait()
             begin_s, end_s = read.times()
             assert before_s <= begin_s <= end_s <= time.perf_counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ssd.errors import DeadlineError, IoError
+from lightning_ssd.errors import DeadlineError, IOFailure
 from lightning_ssd.io.engine import File, IOOptions
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.sizes import BLOCK_NBYTES
@@ -48,7 +48,7 @@ def test_a_script_matches_by_path_direction_and_count(file: File, faulty: MakeFa
     new, target = HostBuffer.of(NEW), HostBuffer(NBYTES)
     engine.write(file, 0, new.address, NBYTES).wait()
     engine.read(file, 0, target.address, NBYTES).wait()
-    with pytest.raises(IoError) as caught:
+    with pytest.raises(IOFailure) as caught:
         engine.write(file, BLOCK_NBYTES, new.address, BLOCK_NBYTES).wait()
     assert (caught.value.errno, caught.value.offset) == (errno.ENOSPC, BLOCK_NBYTES)
     engine.write(file, 0, new.address, NBYTES).wait()
@@ -59,7 +59,7 @@ def test_torn_writes_and_flipped_bits(file: File, faulty: MakeFaulty) -> None:
     torn = Fault(error=errno.EIO, moved_nbytes=BLOCK_NBYTES)
     engine = faulty([When(torn, is_write=True), When(Fault(flip_bit=8 * 5000 + 1), is_write=False, nth=0)])
     new = HostBuffer.of(NEW)
-    with pytest.raises(IoError):
+    with pytest.raises(IOFailure):
         engine.write(file, 0, new.address, NBYTES).wait()
     assert Path(file.path).read_bytes() == NEW[:BLOCK_NBYTES] + OLD[BLOCK_NBYTES:]
     target = HostBuffer(NBYTES)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ssd.errors import ConfigurationError, IoError
+from lightning_ssd.errors import ConfigurationError, IOFailure
 from lightning_ssd.io.engine import File, IOOptions
 from lightning_ssd.io.select import use_direct
 from lightning_ssd.sizes import MiB
@@ -32,7 +32,7 @@ def test_a_new_file_is_exact_private_and_reserved(tmp_store: Path) -> None:
     assert status.st_size == file.nbytes == 3 * MiB + 1
     assert status.st_blocks * 512 >= 3 * MiB + 1
     assert status.st_mode & 0o777 == 0o600
-    with pytest.raises(IoError, match="create") as caught:
+    with pytest.raises(IOFailure, match="create") as caught:
         File.create(file.path, 1, direct=True)
     assert caught.value.errno == errno.EEXIST
     assert os.stat(file.path).st_size == file.nbytes  # what was there is not touched
@@ -40,7 +40,7 @@ def test_a_new_file_is_exact_private_and_reserved(tmp_store: Path) -> None:
 
 
 def test_a_full_disk_is_an_error_at_create_and_leaves_nothing(tiny_disk: Path) -> None:
-    with pytest.raises(IoError, match="create") as caught:
+    with pytest.raises(IOFailure, match="create") as caught:
         File.create(tiny_disk / "file", 2 * MiB, direct=True)
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tiny_disk) == []
@@ -57,7 +57,7 @@ def test_rename_and_close(tmp_store: Path) -> None:
     file.close()
     with pytest.raises(ValueError, match="is closed"):
         file.sync()
-    with pytest.raises(IoError, match="open"):
+    with pytest.raises(IOFailure, match="open"):
         File.open(tmp_store / "old", direct=True, writable=False)
     again = File.open(tmp_store / "new", direct=False, writable=False)
     assert (again.nbytes, again.is_direct, again.direct_fd) == (10, False, again.tail_fd)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_ssd.errors import IoError
+from lightning_ssd.errors import IOFailure
 from lightning_ssd.memory.mapped_file import flush, handle_bus_errors, map_file
 from lightning_ssd.memory.views import Views
 from lightning_ssd.sizes import MiB
@@ -25,7 +25,7 @@ def test_a_page_that_cannot_be_read_is_named_and_never_a_plausible_value(tmp_sto
     assert values.sum() == 0
     os.ftruncate(fd, 4 * MiB)
     os.close(fd)
-    with pytest.raises(IoError, match=r"read of the value at 4 MiB.*'.*/file' failed: Input/output error"):
+    with pytest.raises(IOFailure, match=r"read of the value at 4 MiB.*'.*/file' failed: Input/output error"):
         print(float(values[MiB : MiB + 10].sum()))
     assert values[:MiB].sum() == 0  # what can be read is as before
     assert torch.isnan(values[MiB : MiB + 1000]).all()

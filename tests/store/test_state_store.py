@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_ssd.errors import CorruptionError, IoError, StoreError
+from lightning_ssd.errors import CorruptionError, IOFailure, StoreError
 from lightning_ssd.io.engine import File, IOOptions
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.memory.pool import Pool
@@ -195,7 +195,7 @@ def test_full_disks_are_named_with_numbers_and_leave_no_file(
         store.require_free(1 << 50, "the plan")
 
     def create(path: str, nbytes: int, **options: Any) -> File:
-        raise IoError(errno.ENOSPC, path, 0, nbytes, "create")
+        raise IOFailure(errno.ENOSPC, path, 0, nbytes, "create")
 
     with monkeypatch.context() as patch:
         patch.setattr(state_store.File, "create", create)
@@ -207,7 +207,7 @@ def test_full_disks_are_named_with_numbers_and_leave_no_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(state_store.os, "pwrite", pwrite)
-        with pytest.raises(IoError, match=r"write of 4096 bytes at offset 0 of .* failed: Input/output error"):
+        with pytest.raises(IOFailure, match=r"write of 4096 bytes at offset 0 of .* failed: Input/output error"):
             put(store, 1)
     assert store.current("layers/7 ü", "param") is None
     assert is_equal(read(store, put(store, 1)), values(1))

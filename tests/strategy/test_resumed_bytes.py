@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lightning_ssd.checkpoint import load
-from lightning_ssd.errors import CheckpointError, CorruptionError, IoError
+from lightning_ssd.errors import CheckpointError, CorruptionError, IOFailure
 from tests.helpers.models import GPT
 from tests.helpers.training import Result, assert_equal, streamed, train
 
@@ -102,5 +102,5 @@ def test_a_file_that_is_changed_after_it_was_compared_is_refused(
         return report
 
     monkeypatch.setattr(load.CheckpointReader, "verify", then_change)
-    with pytest.raises((CheckpointError, IoError), match=r"was written to while a run resumed|read of"):
+    with pytest.raises((CheckpointError, IOFailure), match=r"was written to while a run resumed|read of"):
         run(tmp_path, 4, good)
