@@ -35,7 +35,7 @@ from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
-from lightning_ssd.store.header import TensorEntry
+from lightning_ssd.store.safetensors_header import TensorEntry
 
 _MAX_MANIFEST_NBYTES = 512 * MiB  # a state of 10 TiB has a manifest of about 100 MiB
 

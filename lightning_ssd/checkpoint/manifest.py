@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from lightning_ssd.checkpoint.checksum import checksum, num_pieces
 from lightning_ssd.checkpoint.unit_file import UnitFile as UnitFile
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.store.header import (
+from lightning_ssd.store.safetensors_header import (
     ITEMSIZE,
     PREFIX_NBYTES,
     TensorEntry,

@@ -24,7 +24,7 @@ from lightning_ssd.errors import CheckpointError, IOFailure
 from lightning_ssd.memory.mapped_file import watch_mapping
 from lightning_ssd.sizes import round_down, round_up
 from lightning_ssd.store.dtypes import dtype_of
-from lightning_ssd.store.header import PREFIX_NBYTES, Header, TensorEntry, decode_data_begin, decode_header
+from lightning_ssd.store.safetensors_header import PREFIX_NBYTES, Header, TensorEntry, decode_data_begin, decode_header
 
 
 def read_header(fd: int, where: str) -> Header:

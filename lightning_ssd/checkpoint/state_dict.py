@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_ssd.checkpoint.manifest import FileRecord, Manifest
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.dtypes import name_of
-from lightning_ssd.store.header import ITEMSIZE, TensorEntry
+from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry
 
 if TYPE_CHECKING:
     from lightning_ssd.checkpoint.load import CheckpointReader

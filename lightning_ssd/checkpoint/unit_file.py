@@ -12,7 +12,7 @@ from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
 from lightning_ssd.checkpoint.writer import StreamWriter, as_bytes, new_file
 from lightning_ssd.io.deadline import in_time
 from lightning_ssd.io.folder import Folder
-from lightning_ssd.store.header import TensorEntry, encode_header
+from lightning_ssd.store.safetensors_header import TensorEntry, encode_header
 
 
 @dataclass(frozen=True)

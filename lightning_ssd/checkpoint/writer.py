@@ -19,7 +19,7 @@ from lightning_ssd.io.deadline import in_time, sync
 from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import name_of
-from lightning_ssd.store.header import ITEMSIZE, TensorEntry, encode_header
+from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry, encode_header
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""

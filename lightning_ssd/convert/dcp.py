@@ -26,7 +26,7 @@ from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import close_fd
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of, name_of
-from lightning_ssd.store.header import is_count
+from lightning_ssd.store.safetensors_header import is_count
 
 METADATA = ".metadata"
 META = "meta.pt"

@@ -39,7 +39,7 @@ from lightning_ssd.convert.sources import (
 from lightning_ssd.convert.weights import Shape, match
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.sizes import GiB
-from lightning_ssd.store.header import ITEMSIZE
+from lightning_ssd.store.safetensors_header import ITEMSIZE
 
 _FILE_NBYTES = 1 * GiB
 _KEPT_WITH_WEIGHTS = ("hyper_parameters", "hparams_name", STATE_DICT_EXTRA)

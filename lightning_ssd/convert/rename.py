@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from lightning_ssd.checkpoint.directory import open_regular
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.store.header import parse_json_object
+from lightning_ssd.store.safetensors_header import parse_json_object
 
 _MAX_NBYTES = 64 * 1024 * 1024
 

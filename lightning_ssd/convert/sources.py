@@ -24,7 +24,7 @@ from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, VALUE_KINDS, S
 from lightning_ssd.convert.weights import Shape, open_weights
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
-from lightning_ssd.store.header import TensorEntry
+from lightning_ssd.store.safetensors_header import TensorEntry
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lightning_ssd.checkpoint.mapped import MappedFile, drop_pages
 from lightning_ssd.checkpoint.state_dict import StateDictView
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder, close_fd
-from lightning_ssd.store.header import MAX_HEADER_NBYTES, parse_json_object
+from lightning_ssd.store.safetensors_header import MAX_HEADER_NBYTES, parse_json_object
 
 Shape = tuple[int, ...]
 

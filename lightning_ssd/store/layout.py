@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lightning_ssd.sizes import BLOCK_NBYTES, round_up
-from lightning_ssd.store.header import ITEMSIZE, TensorEntry, encode_header
+from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry, encode_header
 
 CHECK_NBYTES = 1 << 20
 """Bytes of the data section under one CRC32C."""

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_ssd.sizes import BLOCK_NBYTES
-from lightning_ssd.store.header import ITEMSIZE
 from lightning_ssd.store.layout import MEMORY_ALIGNMENT, Shape, UnitLayout, chunks, file_order, lay_out
+from lightning_ssd.store.safetensors_header import ITEMSIZE
 
 
 @st.composite

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.dtypes import TORCH_DTYPE, dtype_of, name_of
-from lightning_ssd.store.header import ITEMSIZE, TensorEntry, decode_header, encode_header
+from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry, decode_header, encode_header
 
 ENTRIES = (
     TensorEntry("é.weight", "F32", (2, 3), 0, 24),
