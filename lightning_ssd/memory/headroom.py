@@ -51,6 +51,11 @@ class Headroom:
         """From now on the plan is taken, the pools from ``arena``."""
         self._arena = arena
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether the first backward is not over yet."""
+        return self._arena is not None
+
     def look(self) -> None:
         """Something will be computed.
 
@@ -60,13 +65,13 @@ class Headroom:
         if self._arena is not None and available_nbytes() < self._plan.host_nbytes + STEP_NBYTES:
             self._require(0)
 
-    def begin_backward(self, summed_nbytes: int) -> None:
-        """The first backward begins, in which autograd will hold ``summed_nbytes`` of gradients to add them up.
+    def begin_backward(self, repeated_nbytes: int) -> None:
+        """A backward begins, in which autograd will hold ``repeated_nbytes`` of gradients to add them up.
 
         Raises:
             MemoryPlanError: As `look`.
         """
-        self._require(summed_nbytes)
+        self._require(max(repeated_nbytes - self._plan.shared_grad_nbytes, 0))
         self._is_in_backward = True
 
     def end(self) -> None:

@@ -9,15 +9,19 @@ lent again while any tensor on it lives.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 
-from lightning_ssd.step.gradients import GradientStore
+from lightning_ssd.optim.adapter import OptimizerAdapter
+from lightning_ssd.step.gradients import CompleteGrads, GradientStore, Mode
 from lightning_ssd.step.recompute import Frame, FrameUnits
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.trace.recorder import Trace
@@ -29,11 +33,11 @@ from lightning_ssd.units.unit import Unit
 
 
 class BackwardPass:
-    """Holds units during backward.
+    """What is done for a backward: units are held, gradients are taken, complete units are updated.
 
     Args:
         cache: Fetches and releases units.
-        sink: Is told when a backward ends.
+        grads: Takes the gradients.
         trace: Gets the event ``recompute``.
 
     Attributes:
@@ -41,18 +45,19 @@ class BackwardPass:
         step_hooks: For tensors that are saved outside the forward of a module that needs a unit.
     """
 
-    def __init__(self, cache: ParamCache, sink: GradientStore, trace: Trace) -> None:
+    def __init__(self, cache: ParamCache, grads: GradientStore, trace: Trace) -> None:
         self.rerunning: Frame | None = None
         self.step_hooks = StepHooks(self.hooks)
         self._cache = cache
-        self._sink = sink
+        self._grads = grads
+        self._optimizer: OptimizerAdapter | None = None  # updates units in this backward
+        self._grad_hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._trace = trace
         self._held: dict[int, _Hold] = {}  # by id of the frame, which is alive in the value
         self._unpacked: dict[str, Unit] = {}  # held because a view of a parameter was unpacked
         self._is_running = False
         self._used: weakref.WeakKeyDictionary[Frame, list[_Used]] = weakref.WeakKeyDictionary()
         self._packed: dict[str, weakref.WeakSet[_ParameterView]] = {}  # what backward may still unpack, by unit
-        sink.is_needed = lambda unit: bool(self._packed.get(unit.name))
 
     def note(self) -> None:
         """Something of ours happens inside backward: be told when it ends."""
@@ -65,6 +70,44 @@ class BackwardPass:
         self._end_holds()
         self._is_running = False
         self.rerunning = None
+
+    def close(self) -> None:
+        """Remove the hooks of gradients."""
+        for handle in self._grad_hooks.values():
+            handle.remove()
+        self._grad_hooks.clear()
+
+    # -- gradients -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def updating(self, optimizer: OptimizerAdapter | None) -> Iterator[None]:
+        """Around a backward: ``optimizer`` updates each unit whose gradients are all there; None: gradients wait."""
+        mode = Mode.ACCUMULATE if optimizer is None else Mode.UPDATE_IN_BACKWARD
+        self._optimizer = optimizer
+        try:
+            with self._grads.backward(self._cache.units, mode):
+                yield
+        finally:
+            self._optimizer = None
+
+    def watch_grads(self, unit: Unit) -> None:
+        """From now on take the gradients of ``unit``; parameters that start to require grad later are taken up then."""
+        for index, param in enumerate(unit.params):
+            if param.requires_grad and param not in self._grad_hooks:
+                self._grad_hooks[param] = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    partial(self._arrive, unit, index)
+                )
+
+    def _arrive(self, unit: Unit, index: int, param: Tensor) -> None:
+        self.note()
+        complete = self._grads.arrive(unit, index, param, is_needed=bool(self._packed.get(unit.name)))
+        if complete is not None:
+            self._update(complete)
+
+    def _update(self, complete: CompleteGrads) -> None:
+        if self._optimizer is not None:
+            self._optimizer.update(complete.unit, complete.grads, is_last=True, land=complete.land)
+            complete.unit.is_handed_on = True  # what was written to it until now is in the store
 
     # -- saved tensors that view parameters ----------------------------------------------------------------------
 
@@ -221,7 +264,8 @@ class BackwardPass:
     def _end(self) -> None:
         self._is_running = False
         self._end_holds()
-        self._sink.end_backward()
+        for complete in self._grads.end_backward():
+            self._update(complete)
 
 
 @dataclass(eq=False)

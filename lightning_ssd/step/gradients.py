@@ -20,10 +20,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_ssd.errors import ConfigurationError, CorruptionError, as_io_failure
 from lightning_ssd.io.scratch import Scratch
@@ -38,13 +38,25 @@ from lightning_ssd.units.inherited import refused_gradient
 from lightning_ssd.units.unit import Unit
 
 
+class CompleteGrads(NamedTuple):
+    """Gradients of one unit to which this backward adds nothing more.
+
+    Attributes:
+        unit: Whose they are.
+        grads: By parameter index.
+        land: Returns when they are there, called once by any thread before they are read; None if they are there.
+    """
+
+    unit: Unit
+    grads: dict[int, Tensor]
+    land: Callable[[], None] | None
+
+
 class Mode(Enum):
     """What becomes of a gradient."""
 
     ACCUMULATE = auto()  # it stays ``.grad`` until the user's zero_grad
-    UPDATE_IN_BACKWARD = (
-        auto()
-    )  # it goes to `GradientStore.on_complete` with the rest of its unit, and ``.grad`` is None
+    UPDATE_IN_BACKWARD = auto()  # its unit is updated as soon as all of its gradients are there
 
 
 class GradientStore:
@@ -52,8 +64,6 @@ class GradientStore:
 
     Args:
         scratch: Makes files on which waiting gradients are mapped; None keeps them in memory.
-        on_complete: Called in `Mode.UPDATE_IN_BACKWARD` with a unit, its gradients by parameter index, and what to call
-            before they are read, from any thread; None where they are there.
         off_device: Compute runs elsewhere than on the host: gradients are copied to the host as they arrive.
         offloader: Makes these copies.
         heap: Is told how much memory gradients took that came and went; None if that does not matter.
@@ -65,7 +75,6 @@ class GradientStore:
     def __init__(
         self,
         scratch: Scratch | None,
-        on_complete: Callable[[Unit, dict[int, Tensor], Callable[[], None] | None], None],
         *,
         off_device: bool = False,
         offloader: GradOffloader | None = None,
@@ -80,13 +89,8 @@ class GradientStore:
         self._heap = heap
         self._is_gated = waits_for_all_grads
         self._arriving: dict[nn.Parameter, list[tuple[Unit, int, OffloadedGrad]]] = {}  # not yet in `_hidden`
-        self.is_needed: Callable[[Unit], bool] = lambda unit: (
-            False
-        )  # values still to be read by backward; set by the owner
         self._hidden: dict[nn.Parameter, Tensor] = {}  # off the device, gradients while backward runs
         self._scratch = scratch
-        self._on_complete = on_complete
-        self._handles: dict[nn.Parameter, RemovableHandle] = {}
         self._arrived: dict[str, set[int]] = {}  # parameters whose gradient this backward has brought, by unit
         self._uses: dict[str, int] = {}  # forwards of each unit whose backward has not ended
         self._users: Counter[tuple[Unit, nn.Module | None]] = Counter()  # the same, by who runs it
@@ -96,14 +100,6 @@ class GradientStore:
         self._units: dict[str, Unit] = {}
         self._spills: dict[str, _Spill] = {}
         self._numbers = itertools.count()
-
-    def watch(self, unit: Unit, on_backward: Callable[[], None]) -> None:
-        """From now on take the gradients of ``unit``; parameters that start to require grad later are taken up then."""
-        for index, param in enumerate(unit.params):
-            if param.requires_grad and param not in self._handles:
-                self._handles[param] = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    _Arrival(self, unit, index, on_backward)
-                )
 
     def used(self, unit: Unit, module: nn.Module | None = None) -> None:
         """``unit`` runs a forward with grad, in ``module`` or by itself: one more backward will come."""
@@ -135,11 +131,21 @@ class GradientStore:
             repeated |= {param: param.nbytes for param in mine if is_repeated and param.requires_grad}
         return sum(repeated.values())
 
-    def arrive(self, unit: Unit, index: int, param: Tensor) -> None:
-        """The gradient of parameter ``index`` is complete for this pass of autograd."""
+    def arrive(self, unit: Unit, index: int, param: Tensor, *, is_needed: bool) -> CompleteGrads | None:
+        """The gradient of parameter ``index`` is complete for this pass of autograd.
+
+        Args:
+            unit: Whose parameter it is.
+            index: Of the parameter.
+            param: The parameter.
+            is_needed: Backward has yet to read values of the unit, so it must not be updated.
+
+        Returns:
+            The gradients of the unit, which the caller now owns, in `Mode.UPDATE_IN_BACKWARD` and if all are there.
+        """
         grad = param.grad
         if grad is None:  # a hook of the user's has used it up, as an optimizer in backward does
-            return
+            return None
         if grad.layout != torch.strided:
             raise ConfigurationError(
                 f"parameter {unit.names[index]!r} has a sparse gradient; strategy='ssd_offload' needs dense ones: "
@@ -150,19 +156,21 @@ class GradientStore:
         arrived.add(index)
         if self._off_device:
             self._take_off(unit, index, grad)
+        complete = None
         if self.mode is Mode.ACCUMULATE:
             if not self._off_device:
                 param.grad = self._kept(unit, index, grad)
-        elif self._is_complete(unit, len(arrived)):
-            self._hand_on(unit)
+        elif not is_needed and self._is_complete(unit, len(arrived)):
+            complete = self._take(unit)
         if self._heap is not None:
             self._heap.let_go(grad.nbytes)
+        return complete
 
-    def end_backward(self) -> None:
-        """No more gradients come from this backward: what is not handed on yet is complete too."""
+    def end_backward(self) -> Iterator[CompleteGrads]:
+        """No more gradients come from this backward: those of units that were not complete yet, one by one."""
         if self.mode is Mode.UPDATE_IN_BACKWARD:
             for name in list(self._arrived):
-                self._hand_on(self._units[name])
+                yield self._take(self._units[name])
         self._arrived.clear()
         self._uses.clear()
         self._users.clear()
@@ -170,9 +178,17 @@ class GradientStore:
         self._is_in_backward = False
 
     @contextmanager
-    def backward(self, units: Iterable[Unit]) -> Iterator[None]:
+    def backward(self, units: Iterable[Unit], mode: Mode) -> Iterator[None]:
         """Around a backward. Off the device, ``.grad`` is on the host and not where autograd could add to it."""
-        self._is_in_backward = True
+        self.mode, self._is_in_backward = mode, True
+        try:
+            with self._hidden_grads(units):
+                yield
+        finally:
+            self.mode = Mode.ACCUMULATE
+
+    @contextmanager
+    def _hidden_grads(self, units: Iterable[Unit]) -> Iterator[None]:
         for spill in self._spills.values():
             spill.require_written()
         if not self._off_device:
@@ -214,10 +230,7 @@ class GradientStore:
                     spill.check(index, grad, is_final=is_final)
 
     def close(self) -> None:
-        """Remove the hooks. Waiting gradients stay visible."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        """Let go of mapped files. Waiting gradients stay visible."""
         for spill in self._spills.values():
             spill.close()
         self._spills.clear()
@@ -233,9 +246,10 @@ class GradientStore:
         is_all = num_arrived == sum(p.requires_grad for p in unit.params)
         if unit.name in self._late and self._uses_without_grad[unit.name] > 1:
             return False  # autograd runs a backward of its own for each of these
-        return is_all and self._uses.get(unit.name, 0) == 1 and not self.is_needed(unit)
+        return is_all and self._uses.get(unit.name, 0) == 1
 
-    def _hand_on(self, unit: Unit) -> None:
+    def _take(self, unit: Unit) -> CompleteGrads:
+        """The gradients of ``unit``; ``.grad`` is None from now on."""
         self._arrived.pop(unit.name, None)
         grads: dict[int, Tensor] = {}
         sums: list[tuple[Tensor, OffloadedGrad]] = []
@@ -247,8 +261,7 @@ class GradientStore:
                 sums.append((grad, landed))
             if grad is not None:
                 grads[index] = grad
-        self._on_complete(unit, grads, functools.partial(_add_up, sums) if sums else None)
-        unit.is_handed_on = True  # what was written to it until now is in the store
+        return CompleteGrads(unit, grads, functools.partial(_add_up, sums) if sums else None)
 
     def _take_off(self, unit: Unit, index: int, grad: Tensor) -> None:
         param = unit.params[index]
@@ -298,20 +311,6 @@ class GradientStore:
             assert self._scratch is not None
             self._spills[unit.name] = _Spill(self._scratch, next(self._numbers), unit, dtype)
         return self._spills[unit.name]
-
-
-class _Arrival:
-    """The hook of one parameter."""
-
-    def __init__(self, sink: GradientStore, unit: Unit, index: int, on_backward: Callable[[], None]) -> None:
-        self._sink = sink
-        self._unit = unit
-        self._index = index
-        self._on_backward = on_backward
-
-    def __call__(self, param: Tensor) -> None:
-        self._on_backward()
-        self._sink.arrive(self._unit, self._index, param)
 
 
 class _Spill:

@@ -12,6 +12,8 @@ from torch import nn
 
 from lightning_ssd.activations.store import ActivationStore
 from lightning_ssd.errors import ResidencyError
+from lightning_ssd.memory.headroom import Headroom
+from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.step.backward import BackwardPass
 from lightning_ssd.step.fast_path import Removable, hook, hook_encoders
 from lightning_ssd.step.gradients import GradientStore
@@ -46,7 +48,8 @@ class ModuleHooks:
         self._verdicts = Verdicts()
         self._trace = trace
         self._activations: ActivationStore | None = None
-        self._sink: GradientStore
+        self._grads: GradientStore
+        self._headroom: Headroom
         self._backward: BackwardPass
         self._handles: list[Removable] = []
         self._is_in_memory = False
@@ -59,7 +62,8 @@ class ModuleHooks:
         self,
         module: nn.Module,
         *,
-        sink: GradientStore,
+        grads: GradientStore,
+        headroom: Headroom,
         recompute: set[nn.Module],
         activations: ActivationStore | None = None,
         is_in_memory: bool = False,
@@ -68,19 +72,20 @@ class ModuleHooks:
 
         Args:
             module: The model.
-            sink: Gets the gradients.
+            grads: Takes the gradients.
+            headroom: Looks whether memory is left, until the first backward is over.
             recompute: Blocks whose forward is run again in backward.
             activations: Keeps the inputs of recomputed blocks, and is closed by its owner; None leaves them in memory.
             is_in_memory: Saved tensors that view parameters take no memory: all are kept where compute reads them.
         """
-        self._sink = sink
+        self._grads = grads
+        self._headroom = headroom
         self._recompute = recompute
         self._is_in_memory = is_in_memory
         self._verdicts = Verdicts()
         self._activations = activations
-        self._backward = BackwardPass(self.cache, sink, self._trace)
+        self._backward = BackwardPass(self.cache, grads, self._trace)
         self.cache.is_in_step = self._is_in_step
-        self.cache.on_fetch = lambda unit: sink.watch(unit, self._backward.note)
         self.cache.on_touch = self._on_touch
         self.cache.on_load = self._backward.touched
         self.cache.unwatched = self._backward.step_hooks.suspended
@@ -99,6 +104,7 @@ class ModuleHooks:
         if self._handles:
             self.end_step()  # what the last step wrote is kept
             self.abort_step()
+            self._backward.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -106,6 +112,8 @@ class ModuleHooks:
 
     def inherit(self, inherited: Inherited, lost: Callable[[Unit], bool]) -> None:
         """This is a forked process: modules run with what parameters were at the fork, and nothing else is done."""
+        if self._handles:
+            self._backward.close()
         self._calls = []
         self._activations = None
         self._num_steps = 0
@@ -122,7 +130,7 @@ class ModuleHooks:
         """
         if kind and not self._is_in_step():
             self._backward.abort()  # one that failed outside our sight
-            self._sink.begin_step()
+            self._grads.begin_step()
             self.cache.schedule.begin(kind)
         self._num_steps += 1
         if not self._is_in_memory:
@@ -140,11 +148,14 @@ class ModuleHooks:
                 self._backward.step_hooks.end()
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Around a backward."""
+    def backward(self, optimizer: OptimizerAdapter | None) -> Iterator[None]:
+        """Around a backward of the Trainer's; see `BackwardPass.updating`."""
         self.cache.begin_backward()
-        with self.step(""), self._sink.backward(self.cache.units):
+        if self._headroom.is_watching:
+            self._headroom.begin_backward(self._grads.repeated_nbytes)
+        with self.step(""), self._backward.updating(optimizer):
             yield
+        self._headroom.end()
 
     def end_step(self) -> None:
         """The step is over: units that stayed for it go to rest."""
@@ -168,12 +179,13 @@ class ModuleHooks:
 
     def _on_touch(self, unit: Unit) -> None:
         self._backward.touched(unit)
+        self._backward.watch_grads(unit)
         if torch.is_grad_enabled() and self._backward.rerunning is None:
-            self._sink.used(unit)
+            self._grads.used(unit)
             if self._num_steps > 0:
                 self._backward.step_hooks.begin()
         elif self._backward.rerunning is None:
-            self._sink.used_without_grad(unit)
+            self._grads.used_without_grad(unit)
 
     # -- forward, the first and the second -----------------------------------------------------------------------
 
@@ -201,13 +213,13 @@ class ModuleHooks:
                 call.enter(self._backward.hooks())
         elif torch.is_grad_enabled() and not is_rerun:
             for unit in units:
-                self._sink.used(unit, module)
+                self._grads.used(unit, module)
             frame = call.frame = self._frame(module, units, args, kwargs)
             hooks = torch.autograd.graph.saved_tensors_hooks
             call.enter(self._backward.hooks() if frame is None else hooks(frame.pack, frame.unpack))
         elif not is_rerun and not torch.is_grad_enabled():
             for unit in units:
-                self._sink.used_without_grad(unit)
+                self._grads.used_without_grad(unit)
         self._calls.append(call)
         call.enter(self._computing("recompute" if is_rerun else "forward", units[0].name))
         self.cache.begin_module()
@@ -237,8 +249,11 @@ class ModuleHooks:
         call = _ModuleCall(module, units)
         try:
             for unit in units:
-                self.cache.fetch(unit)
+                is_new = self.cache.fetch(unit)
                 call.num_fetched += 1
+                if is_new:
+                    self._backward.watch_grads(unit)
+                    self._headroom.look()
         except BaseException:
             for unit in units[: call.num_fetched]:
                 self.cache.release(unit)

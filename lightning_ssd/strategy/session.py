@@ -10,7 +10,7 @@ import mmap
 import resource
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -39,7 +39,7 @@ from lightning_ssd.optim.pipeline import UpdatePipeline, master_dtype
 from lightning_ssd.optim.updater import Updater
 from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
 from lightning_ssd.step.grad_offload import GradOffloader
-from lightning_ssd.step.gradients import GradientStore, Mode
+from lightning_ssd.step.gradients import GradientStore
 from lightning_ssd.step.module_hooks import ModuleHooks
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
@@ -198,7 +198,6 @@ class Session:
         self._keep(plan, in_memory_states)
         self.sink = GradientStore(
             None if plan.keep_grads or plan.fits else self.store.scratches[0],
-            self._on_complete,
             off_device=self._is_off_host,
             offloader=self._make_offloader(),
             heap=None if plan.fits or self._is_off_host else HeapWatch(),
@@ -240,22 +239,13 @@ class Session:
         recompute = self.sizing.blocks() if plan.recomputes else set()
         self.streamer.start(
             module,
-            sink=self.sink,
+            grads=self.sink,
+            headroom=headroom,
             recompute=recompute,
             activations=self._activations,
             is_in_memory=plan.fits and not self._is_off_host,
         )
-        self._look_at_each_fetch(self.streamer.cache, headroom)
         self.is_started = True
-
-    def _look_at_each_fetch(self, cache: ParamCache, headroom: Headroom) -> None:
-        on_fetch = cache.on_fetch
-
-        def look_too(unit: Unit) -> None:
-            on_fetch(unit)
-            headroom.look()
-
-        cache.on_fetch = look_too
 
     def _require_room(self, plan: MemoryPlan) -> None:
         """Refuse a run for which the disks, or the limits of this process, are too small."""
@@ -437,23 +427,9 @@ class Session:
         assert self.streamer is not None
         self.require_own("a step cannot be made")
         self.drain()  # autograd may add to gradients that an update still reads
-        if self._streaming_for is not None:
-            self.sink.mode = Mode.UPDATE_IN_BACKWARD
-            self.is_updating = True
-        headroom, self._headroom = self._headroom, None
-        if headroom is not None and self.plan is not None:
-            headroom.begin_backward(max(self.sink.repeated_nbytes - self.plan.shared_grad_nbytes, 0))
-        try:
-            with self.streamer.backward():
-                yield
-            if headroom is not None:
-                headroom.end()
-        finally:
-            self.sink.mode = Mode.ACCUMULATE
-
-    def _on_complete(self, unit: Unit, grads: dict[int, Tensor], land: Callable[[], None] | None) -> None:
-        assert self._streaming_for is not None
-        self._streaming_for.update(unit, grads, is_last=True, land=land)
+        self.is_updating = self.is_updating or self._streaming_for is not None
+        with self.streamer.backward(self._streaming_for):
+            yield
 
     # -- forked processes ----------------------------------------------------------------------------------------
 

@@ -73,7 +73,6 @@ class ParamCache:
         units: All units.
         schedule: Order of use.
         is_in_step: Tells whether an operation on a parameter at rest fetches it to the device. Set by the owner.
-        on_fetch: Called with each unit that became resident. Set by the owner.
         on_touch: Called with each unit of which a parameter at rest was used in a step. Set by the owner.
         on_load: The same outside a step. Set by the owner.
         unwatched: Inside what it returns, saved tensors are not watched. Set by the owner.
@@ -84,7 +83,6 @@ class ParamCache:
         self.units = units
         self.schedule = ExecutionOrder()
         self.is_in_step: Callable[[], bool] = lambda: False
-        self.on_fetch: Callable[[Unit], None] = lambda unit: None
         self.on_touch: Callable[[Unit], None] = lambda unit: None
         self.on_load: Callable[[Unit], None] = lambda unit: None
         self.unwatched: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -159,8 +157,8 @@ class ParamCache:
 
     # -- fetch and release ---------------------------------------------------------------------------------------
 
-    def fetch(self, unit: Unit) -> None:
-        """Make ``unit`` resident and keep it so until `release`.
+    def fetch(self, unit: Unit) -> bool:
+        """Make ``unit`` resident and keep it so until `release`; returns whether it was not before.
 
         Raises:
             IOFailure: The disk failed.
@@ -189,10 +187,11 @@ class ParamCache:
                 self._evict(unit)
             raise
         with self._lock:
-            self._end_fetch(unit)
+            is_new = self._end_fetch(unit)
             for touched_in in self._touched:
                 touched_in.pop(unit.name, None)
             self._prefetch()
+        return is_new
 
     def release(self, unit: Unit) -> None:
         """Undo one `fetch`; after the last, the parameters are at rest, or stay for the step if persistent."""
@@ -282,13 +281,14 @@ class ParamCache:
             self._placement.poll()
             self._start_read(unit, self._pool.lend(unit.layout.buffer_nbytes, f"unit {unit.name!r}", self._make_room))
 
-    def _end_fetch(self, unit: Unit) -> None:
+    def _end_fetch(self, unit: Unit) -> bool:
         if unit.state is Residency.READING:
             self._end_read(unit)
-        if unit.state is Residency.STAGED:
-            self._install(unit)
-            self.on_fetch(unit)
-            self._trace.mark("fetch", unit.name)
+        if unit.state is not Residency.STAGED:
+            return False
+        self._install(unit)
+        self._trace.mark("fetch", unit.name)
+        return True
 
     def _start_read(self, unit: Unit, buffer: Buffer) -> None:
         generation = self.current(unit)

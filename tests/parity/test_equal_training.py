@@ -136,7 +136,7 @@ def test_gradients_taken_off_the_device_are_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
 ) -> None:
     """The way gradients go on a GPU, here with the CPU as the other device."""
-    monkeypatch.setattr(session, "GradientStore", lambda spill, done, **_: GradientStore(spill, done, off_device=True))
+    monkeypatch.setattr(session, "GradientStore", lambda scratch, **_: GradientStore(scratch, off_device=True))
     make_net = functools.partial(GPT, tie=True)
     plain = train(tmp_path, make_net, **OPTIONS[options])
     assert_equal(plain, train(tmp_path, make_net, streamed(), **OPTIONS[options]))
