@@ -27,6 +27,7 @@ from lightning_ssd.store.generation import Generation
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units import transforms
 from lightning_ssd.units.fingerprint import fingerprint
+from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.transforms import StepHooks
 from lightning_ssd.units.unit import Unit
@@ -36,7 +37,8 @@ class BackwardPass:
     """What is done for a backward: units are held, gradients are taken, complete units are updated.
 
     Args:
-        cache: Fetches and releases units.
+        model: The units.
+        cache: Fetches and releases them.
         grads: Takes the gradients.
         trace: Gets the event ``recompute``.
 
@@ -45,9 +47,10 @@ class BackwardPass:
         step_hooks: For tensors that are saved outside the forward of a module that needs a unit.
     """
 
-    def __init__(self, cache: ParamCache, grads: GradientStore, trace: Trace) -> None:
+    def __init__(self, model: ModelUnits, cache: ParamCache, grads: GradientStore, trace: Trace) -> None:
         self.rerunning: Frame | None = None
         self.step_hooks = StepHooks(self.hooks)
+        self._model = model
         self._cache = cache
         self._grads = grads
         self._optimizer: OptimizerAdapter | None = None  # updates units in this backward
@@ -145,7 +148,7 @@ class BackwardPass:
         return packed.tensor()
 
     def _require_unchanged(self, unit: Unit, generation: Generation) -> None:
-        if generation.lineage is not self._cache.current(unit).lineage:
+        if generation.lineage is not self._model.current(unit).lineage:
             raise RuntimeError(
                 f"backward needs values of unit {unit.name!r} that an optimizer step has replaced since the forward; "
                 "run the forward again, or the backward before the step"
@@ -153,7 +156,7 @@ class BackwardPass:
 
     def _require_unwritten(self, used: _Used) -> None:
         unit = used.unit
-        is_written = used.generation is not self._cache.current(unit) or used.num_writes != unit.num_writes
+        is_written = used.generation is not self._model.current(unit) or used.num_writes != unit.num_writes
         if not is_written and used.fingerprint is not None and unit.in_memory is not None:
             is_written = used.fingerprint != fingerprint(unit.in_memory)
         if is_written:
@@ -184,13 +187,14 @@ class BackwardPass:
         """Run a frame's module again, for this frame."""
         outer, self.rerunning = self.rerunning, frame
         try:
-            call()
+            with self._model.step.running():
+                call()
         finally:
             self.rerunning = outer
 
     def end_forward(self, frame: Frame, units: list[Unit]) -> None:
         """The forward of ``frame`` is over, and what it wrote to parameters of ``units`` itself is in the store."""
-        self._used[frame] = [_Used(unit, self._cache.current(unit), unit.num_writes) for unit in units]
+        self._used[frame] = [_Used(unit, self._model.current(unit), unit.num_writes) for unit in units]
 
     def touched(self, unit: Unit) -> None:
         """Code outside of modules may write to ``unit`` from now on; no generation tells where it is kept in memory."""

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from lightning_ssd.step.module_hooks import caches_of
+from lightning_ssd.step.module_hooks import models_of
 from lightning_ssd.units.lazy_param import ParamLoader, by_loader
 
 
@@ -28,7 +28,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     """
     params = list(module.parameters())
     # Parameters that are awake do not tell whose they are; hooks on modules do.
-    owners: dict[ParamLoader, None] = dict.fromkeys((*(owner for owner, _ in by_loader(params)), *caches_of(module)))
+    owners: dict[ParamLoader, None] = dict.fromkeys((*(owner for owner, _ in by_loader(params)), *models_of(module)))
     with ExitStack() as stack:
         for owner in owners:
             stack.enter_context(owner.gather(params))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ssd.activations.store import ActivationStore
 from lightning_ssd.errors import ResidencyError
@@ -21,8 +21,8 @@ from lightning_ssd.step.recompute import Frame
 from lightning_ssd.step.trial import Verdicts
 from lightning_ssd.trace.recorder import Lane, Trace
 from lightning_ssd.units import transforms
-from lightning_ssd.units.inherited import Inherited
 from lightning_ssd.units.lazy_param import require_loaded
+from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.transforms import require_no_transform
 from lightning_ssd.units.unit import Residency, Unit
@@ -30,94 +30,80 @@ from lightning_ssd.units.user_writes import may_write
 
 
 class ModuleHooks:
-    """Streams the units of one model.
+    """Streams the units of one model: what happens before and after each module, in a step, and around backward.
 
     Args:
-        cache: The units, and the memory they take.
+        module: The model.
+        model: Its units.
+        cache: Fetches and releases them.
+        grads: Takes the gradients.
+        headroom: Looks whether memory is left, until the first backward is over.
         device: Where compute runs.
+        recompute: Blocks whose forward is run again in backward.
+        activations: Keeps the inputs of recomputed blocks, and is closed by its owner; None leaves them in memory.
+        is_in_memory: Saved tensors that view parameters take no memory: all are held where compute reads them.
         trace: Gets the events of forward and backward.
 
     Attributes:
-        cache: The units, and the memory they take.
+        cache: Fetches and releases units.
     """
 
-    def __init__(self, cache: ParamCache, *, device: torch.device, trace: Trace) -> None:
-        self.cache = cache
-        self._device = device
-        self._recompute: set[nn.Module] = set()
-        self._verdicts = Verdicts()
-        self._trace = trace
-        self._activations: ActivationStore | None = None
-        self._grads: GradientStore
-        self._headroom: Headroom
-        self._backward: BackwardPass
-        self._handles: list[Removable] = []
-        self._is_in_memory = False
-        self._num_steps = 0  # step contexts that are open now
-        self._calls: list[_ModuleCall] = []  # forwards that run now, one inside the other
-
-    # -- life ----------------------------------------------------------------------------------------------------
-
-    def start(
+    def __init__(
         self,
         module: nn.Module,
         *,
+        model: ModelUnits,
+        cache: ParamCache,
         grads: GradientStore,
         headroom: Headroom,
+        device: torch.device,
         recompute: set[nn.Module],
-        activations: ActivationStore | None = None,
-        is_in_memory: bool = False,
+        activations: ActivationStore | None,
+        is_in_memory: bool,
+        trace: Trace,
     ) -> None:
-        """Hook the modules; `cache` has started.
-
-        Args:
-            module: The model.
-            grads: Takes the gradients.
-            headroom: Looks whether memory is left, until the first backward is over.
-            recompute: Blocks whose forward is run again in backward.
-            activations: Keeps the inputs of recomputed blocks, and is closed by its owner; None leaves them in memory.
-            is_in_memory: Saved tensors that view parameters take no memory: all are kept where compute reads them.
-        """
+        self.cache = cache
+        self.model = model
         self._grads = grads
         self._headroom = headroom
+        self._device = device
         self._recompute = recompute
-        self._is_in_memory = is_in_memory
         self._verdicts = Verdicts()
         self._activations = activations
-        self._backward = BackwardPass(self.cache, grads, self._trace)
-        self.cache.is_in_step = self._is_in_step
-        self.cache.on_touch = self._on_touch
-        self.cache.on_load = self._backward.touched
-        self.cache.unwatched = self._backward.step_hooks.suspended
+        self._is_in_memory = is_in_memory
+        self._trace = trace
+        self._backward = BackwardPass(model, cache, grads, trace)
+        self._num_steps = 0  # step contexts that are open now
+        self._calls: list[_ModuleCall] = []  # forwards that run now, one inside the other
+        self._handles = self._hook(module)
+        model.streaming = self
+
+    def _hook(self, module: nn.Module) -> list[Removable]:
         users: dict[nn.Module, list[Unit]] = {}
         writing: dict[type[nn.Module], bool] = {}
         for unit in self.cache.units:
             unit.writes_itself = any(may_write(user, writing) for user in unit.modules)
             for user in unit.modules:
                 users.setdefault(user, []).append(unit)
-        self._handles += hook_encoders(module)
+        handles = hook_encoders(module)
         for user, units in users.items():
-            self._handles += hook(user, _HooksOfModule(self, units))
+            handles += hook(user, _HooksOfModule(self, units))
+        return handles
 
-    def stop(self) -> None:
-        """Remove the hooks and leave plain parameters on mappings of their files. A second call does nothing."""
-        if self._handles:
-            self.end_step()  # what the last step wrote is kept
-            self.abort_step()
-            self._backward.close()
+    def close(self) -> None:
+        """Remove the hooks; no unit is held any more."""
+        self.end_step()  # what the last step wrote is kept
+        self.abort_step()
+        self._backward.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.cache.stop()
+        self.model.streaming = None
 
-    def inherit(self, inherited: Inherited, lost: Callable[[Unit], bool]) -> None:
+    def inherit(self) -> None:
         """This is a forked process: modules run with what parameters were at the fork, and nothing else is done."""
-        if self._handles:
-            self._backward.close()
-        self._calls = []
-        self._activations = None
-        self._num_steps = 0
-        self.cache.inherit(inherited, lost)
+        self._backward.close()
+        self.model.streaming = None
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -128,7 +114,7 @@ class ModuleHooks:
         Args:
             kind: What the order of use is remembered under, such as ``"train"``; empty to go on with the one before.
         """
-        if kind and not self._is_in_step():
+        if kind and not self.model.step.is_running:
             self._backward.abort()  # one that failed outside our sight
             self._grads.begin_step()
             self.cache.schedule.begin(kind)
@@ -136,7 +122,7 @@ class ModuleHooks:
         if not self._is_in_memory:
             self._backward.step_hooks.begin()
         try:
-            with self._computing(f"{kind} step" if kind else "backward", ""):
+            with self.model.step.running(), self._computing(f"{kind} step" if kind else "backward", ""):
                 yield
         except BaseException as error:
             self.abort_step()
@@ -174,25 +160,42 @@ class ModuleHooks:
         """A span of compute; none where this thread only starts it."""
         return self._trace.span(Lane.COMPUTE, name, what) if self._device.type == "cpu" else nullcontext()
 
-    def _is_in_step(self) -> bool:
-        return self._num_steps > 0 or bool(self._calls) or self._backward.rerunning is not None
+    # -- parameters that code outside of modules uses: see `Streaming` --------------------------------------------
 
-    def _on_touch(self, unit: Unit) -> None:
+    def touch(self, units: Sequence[Unit], operands: Sequence[Tensor]) -> None:
+        """See `Streaming.touch`."""
+        with transforms.suspended():
+            self.cache.touch(units, operands)
+        for unit in units:
+            self._backward.touched(unit)
+            self._backward.watch_grads(unit)
+            if torch.is_grad_enabled() and self._backward.rerunning is None:
+                self._grads.used(unit)
+                if self._num_steps > 0:
+                    self._backward.step_hooks.begin()
+            elif self._backward.rerunning is None:
+                self._grads.used_without_grad(unit)
+
+    @contextmanager
+    def hold(self, units: Sequence[Unit]) -> Iterator[None]:
+        """See `Streaming.hold`."""
+        with self._backward.step_hooks.suspended(), self.cache.hold(units):
+            yield
+
+    def before_map(self, unit: Unit) -> None:
+        """See `Streaming.before_map`."""
+        self.cache.before_map(unit)
+
+    def after_map(self, unit: Unit) -> None:
+        """See `Streaming.after_map`."""
         self._backward.touched(unit)
-        self._backward.watch_grads(unit)
-        if torch.is_grad_enabled() and self._backward.rerunning is None:
-            self._grads.used(unit)
-            if self._num_steps > 0:
-                self._backward.step_hooks.begin()
-        elif self._backward.rerunning is None:
-            self._grads.used_without_grad(unit)
 
     # -- forward, the first and the second -----------------------------------------------------------------------
 
     def before_forward(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> None:
         """A module that needs ``units`` is about to run."""
-        if self.cache.inherited is not None:
-            self.cache.wake_inherited(units)
+        if self.model.inherited is not None:
+            self.model.load_inherited(units)
             return
         if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
             _require_exportable(module, units)
@@ -221,6 +224,7 @@ class ModuleHooks:
             for unit in units:
                 self._grads.used_without_grad(unit)
         self._calls.append(call)
+        call.enter(self.model.step.running())
         call.enter(self._computing("recompute" if is_rerun else "forward", units[0].name))
         self.cache.begin_module()
 
@@ -265,6 +269,7 @@ class ModuleHooks:
         require_loaded(module)
         with transforms.suspended():
             self._calls.append(self._fetch(module, units))
+            self._calls[-1].enter(self.model.step.running())
             for unit in units:
                 unit.is_touched = True  # it stays while a graph holds its parameters
             self.cache.begin_module()
@@ -344,15 +349,15 @@ class _ModuleCall:
 
 def is_streamed(root: nn.Module) -> bool:
     """Whether a streamer has hooks on a module of ``root`` now."""
-    return bool(caches_of(root))
+    return bool(models_of(root))
 
 
-def caches_of(root: nn.Module) -> list[ParamCache]:
-    """Those of the streamers that have hooks on a module of ``root`` now."""
+def models_of(root: nn.Module) -> list[ModelUnits]:
+    """Those whose streamers have hooks on a module of ``root`` now."""
     hooks = [hook for module in root.modules() for hook in module._forward_pre_hooks.values()]
     owners = [getattr(hook, "__self__", None) for hook in hooks]
     streamers = [owner.streamer for owner in owners if isinstance(owner, _HooksOfModule) and owner.streamer is not None]
-    return list({streamer: streamer.cache for streamer in streamers}.values())
+    return list({streamer: streamer.model for streamer in streamers}.values())
 
 
 class _HooksOfModule:

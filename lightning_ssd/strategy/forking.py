@@ -50,8 +50,9 @@ class Forking:
         session = self._session()
         if session is None or session.is_inherited:
             return
-        if session.queue is not None and not session.is_updating:
-            session.queue.settle()
+        runtime = session.runtime
+        if runtime is not None and not runtime.is_updating:
+            runtime.updater.settle()
         self._refusals = dict.fromkeys((unit.name for unit in session.units), _IS_OWED)  # should something fail
         self._lacks_kept = _OFF_HOST
         owed = self._hold_still(session)
@@ -62,28 +63,26 @@ class Forking:
     def _hold_still(self, session: Session) -> list[str]:
         """Let no other thread change what the child will see; returns the units of which an update is owed."""
         owed: list[str] = []
-        if session.streamer is not None:
-            cache = session.streamer.cache
-            cache.before_fork()
-            self._releases.append(cache.after_fork)
-        queue = session.queue
-        if queue is not None:
-            owed = queue.before_fork()
-            self._releases.append(queue.after_fork)
+        session.model.before_fork()
+        self._releases.append(session.model.after_fork)
+        if session.runtime is not None:
+            owed = session.runtime.updater.before_fork()
+            self._releases.append(session.runtime.updater.after_fork)
         return owed
 
     def _find_refusals(self, session: Session, owed: list[str]) -> dict[str, str]:
         names = [unit.name for unit in session.units]
-        if session.queue is not None and session.queue.is_broken:
+        if session.runtime is not None and session.runtime.updater.is_broken:
             return dict.fromkeys(names, _IS_BROKEN)
-        if session.is_updating:
+        if session.runtime is not None and session.runtime.is_updating:
             return dict.fromkeys(names, _IS_UPDATING)
         return dict.fromkeys(owed, _IS_OWED)
 
     def _pass_on_memory(self, session: Session) -> str:
         """Let the child have parameters that are in memory; returns why it cannot have those that are kept."""
-        self._passed_on = session.param_pool.pass_on() if session.param_pool is not None else []
-        kept = session.in_memory_params
+        memory = None if session.runtime is None else session.runtime.memory
+        self._passed_on = [] if memory is None else memory.params.pass_on()
+        kept = None if memory is None else memory.in_memory_params
         if kept is None:
             return _OFF_HOST
         # What the next update changes exists twice then, as long as the child lives. Its memory is not in the plan.
@@ -99,7 +98,8 @@ class Forking:
     def _in_parent(self) -> None:
         session = self._session()
         if session is not None and not session.is_inherited:
-            for pool in (session.param_pool, session.in_memory_params):
+            memory = None if session.runtime is None else session.runtime.memory
+            for pool in () if memory is None else (memory.params, memory.in_memory_params):
                 if pool is not None:
                     pool.withhold()
         self._let_go()

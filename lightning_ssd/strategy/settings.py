@@ -51,3 +51,8 @@ class Settings:
     keep_master: bool
     is_autocast: bool
     keep_store: bool
+
+    @property
+    def is_off_host(self) -> bool:
+        """Whether compute runs on a device with memory of its own."""
+        return self.device.type != "cpu"

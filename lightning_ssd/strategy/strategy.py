@@ -334,17 +334,15 @@ class StrategyMixin(CheckpointMixin):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             session.stream_updates_for(None)
-            assert session.streamer is not None
-            session.streamer.end_step()
+            session.running.hooks.end_step()
 
     @contextmanager
     def _stepping(self, kind: str, *, ends: bool = False) -> Iterator[None]:
-        streamer = self.session.streamer
-        assert streamer is not None
-        with streamer.step(kind):
+        hooks = self.session.running.hooks
+        with hooks.step(kind):
             yield
         if ends:
-            streamer.end_step()
+            hooks.end_step()
 
     def _may_stream_updates(self, optimizer: Optimizer) -> bool:
         module = self.lightning_module

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Protocol
 
@@ -13,20 +12,14 @@ from torch import Tensor, nn
 
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.memory.pool import Buffer, Pool
-from lightning_ssd.store.generation import Generation
-from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.trace.recorder import Lane, Trace
-from lightning_ssd.units import transforms
 from lightning_ssd.units.device import DeviceCopy
 from lightning_ssd.units.execution_order import ExecutionOrder
-from lightning_ssd.units.inherited import Inherited
-from lightning_ssd.units.lazy_param import lazy_class
-from lightning_ssd.units.mapped import InMemoryParams, MappedParams
-from lightning_ssd.units.placement import InPlace, Placement
+from lightning_ssd.units.model_units import ModelUnits, give
+from lightning_ssd.units.placement import Placement
 from lightning_ssd.units.prefetch import PrefetchPolicy
 from lightning_ssd.units.unit import Residency, Unit
 from lightning_ssd.units.update_target import UpdateTarget
-from lightning_ssd.units.user_writes import UserWrites
 
 
 class PendingUpdates(Protocol):
@@ -45,64 +38,29 @@ class PendingUpdates(Protocol):
         ...
 
 
-class _NothingPending:
-    """Before the first step there are no updates."""
-
-    def wait(self, unit: Unit) -> None:
-        """See `PendingUpdates.wait`."""
-
-    def is_pending(self, unit: Unit) -> bool:
-        """See `PendingUpdates.is_pending`."""
-        return False
-
-    def notify(self) -> None:
-        """See `PendingUpdates.notify`."""
-
-
 class ParamCache:
-    """The units of one model and the memory they take.
+    """Which units have memory: fetch and release, prefetch and evict, and what updates need of it.
 
     The thread that trains calls everything but `lend`, `unpin` and `updated`, which the thread of updates calls.
 
     Args:
-        units: All units.
-        store: Where their values are.
+        model: The units.
+        pool: Memory for parameters.
+        placement: The way to the device.
+        updates: Updates that have yet to run.
+        keep_cache: Released bytes stay while nobody needs the memory.
+        max_ahead: Units that may be fetched ahead of use; None for as many as the memory holds.
+        prefetch_batch: Units whose reads are started together.
         trace: Gets the events ``prefetch``, ``fetch``, ``release``, and spans.
 
     Attributes:
         units: All units.
         schedule: Order of use.
-        is_in_step: Tells whether an operation on a parameter at rest fetches it to the device. Set by the owner.
-        on_touch: Called with each unit of which a parameter at rest was used in a step. Set by the owner.
-        on_load: The same outside a step. Set by the owner.
-        unwatched: Inside what it returns, saved tensors are not watched. Set by the owner.
-        inherited: In a forked process, where values are; None in the one that trains.
     """
 
-    def __init__(self, units: list[Unit], *, store: StateStore, trace: Trace) -> None:
-        self.units = units
-        self.schedule = ExecutionOrder()
-        self.is_in_step: Callable[[], bool] = lambda: False
-        self.on_touch: Callable[[Unit], None] = lambda unit: None
-        self.on_load: Callable[[Unit], None] = lambda unit: None
-        self.unwatched: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._store = store
-        self._trace = trace
-        self._pool: Pool
-        self._placement: Placement = InPlace()
-        self._updates: PendingUpdates = _NothingPending()
-        self._keep_cache = False
-        self._outlook = PrefetchPolicy(units, self.schedule)
-        self._lock = threading.Condition()
-        self._owners = {param: unit for unit in units for param in unit.params}
-        self._lazy_class = lazy_class(self)
-        self._places: dict[int, tuple[Unit, int]] = {}  # of resident parameters, by address of their storage
-        self._writes = UserWrites(store, units, self.is_current)
-        self._touched: list[dict[str, Unit]] = [{}]  # resident without a hold, by the visit that touched them
-        self.inherited: Inherited | None = None
-
-    def start(
+    def __init__(
         self,
+        model: ModelUnits,
         *,
         pool: Pool,
         placement: Placement,
@@ -110,20 +68,18 @@ class ParamCache:
         keep_cache: bool,
         max_ahead: int | None,
         prefetch_batch: int,
+        trace: Trace,
     ) -> None:
-        """Stream from now on.
-
-        Args:
-            pool: Memory for parameters.
-            placement: The way to the device.
-            updates: Updates that have yet to run.
-            keep_cache: Released bytes stay while nobody needs the memory.
-            max_ahead: Units that may be fetched ahead of use; None for as many as the memory holds.
-            prefetch_batch: Units whose reads are started together.
-        """
-        self._pool, self._placement, self._updates = pool, placement, updates
-        self._writes.keeps_buffer = placement.keeps_buffer
+        self.units = model.units
+        self.schedule = ExecutionOrder()
+        self._model = model
+        self._writes = model.writes
+        self._lock = model.lock
+        self._pool = pool
+        self._placement = placement
+        self._updates = updates
         self._keep_cache = keep_cache
+        self._trace = trace
         self._outlook = PrefetchPolicy(
             self.units,
             self.schedule,
@@ -131,29 +87,16 @@ class ParamCache:
             max_ahead=len(self.units) if max_ahead is None else max_ahead,
             prefetch_batch=prefetch_batch,
         )
+        self._places: dict[int, tuple[Unit, int]] = {}  # of resident parameters, by address of their storage
+        self._touched: list[dict[str, Unit]] = [{}]  # resident without a hold, by the module call that touched them
 
-    def keep(self, unit: Unit) -> None:
-        """``unit`` is kept in memory by the store from now on."""
-        unit.in_memory = self._store.in_memory(unit.name, "param")
-        unit.move(Residency.STAGED)
-
-    def stop(self) -> None:
-        """Hold no memory; leave plain parameters on mappings of their files."""
+    def close(self) -> None:
+        """Hold no memory."""
         for unit in self.units:
             unit.num_holds = 0
             self._evict(unit)
-            if unit.in_memory is not None:
-                self.write_back(unit)
-                unit.in_memory = None
-                unit.move(Residency.ON_DISK)
         self._placement.close()
-        self._store.flush_in_memory()
-        for unit in self.units:
-            unit.generation = unit.device_copy = None
-            is_placed = self._store.current(unit.name, "param") is not None  # not if the disk failed or filled before
-            if unit.mapped is None and is_placed:
-                unit.mapped = MappedParams(self._store, self.current(unit))
-                self._load(unit)
+        self._model.release_memory()
 
     # -- fetch and release ---------------------------------------------------------------------------------------
 
@@ -197,7 +140,9 @@ class ParamCache:
         """Undo one `fetch`; after the last, the parameters are at rest, or stay for the step if persistent."""
         with self._lock:
             unit.num_holds -= 1
-            if unit.num_holds == 0 and not (unit.persistent and self.is_in_step() and self.is_current(unit)):
+            if unit.num_holds == 0 and not (
+                unit.persistent and self._model.step.is_running and self._model.is_current(unit)
+            ):
                 self._let_go(unit)
 
     def begin_module(self) -> None:
@@ -227,24 +172,19 @@ class ParamCache:
 
     @contextmanager
     def outside_step(self) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-        """Inside, parameters are at rest, whatever runs around it; gives a context that is as it was before."""
-        before = self.is_in_step
+        """Inside, parameters are offloaded, whatever runs around it; gives a context that is as it was before."""
 
         @contextmanager
         def inside_step() -> Iterator[None]:
-            self.is_in_step = before
-            try:
-                yield
-            finally:
-                self.end_step()
-                self.is_in_step = lambda: False
+            with self._model.step.suspended(False):
+                try:
+                    yield
+                finally:
+                    self.end_step()
 
         self.end_step()
-        self.is_in_step = lambda: False
-        try:
+        with self._model.step.suspended():
             yield inside_step
-        finally:
-            self.is_in_step = before
 
     def drop_holds(self) -> None:
         """Forget who holds what, after a failure."""
@@ -253,10 +193,6 @@ class ParamCache:
                 self._writes.forget(unit)
                 unit.num_holds = 0
             self.end_step()
-
-    def is_current(self, unit: Unit) -> bool:
-        """Whether the bytes in memory are those of the newest generation."""
-        return unit.generation is self.current(unit)
 
     def find(self, tensor: Tensor) -> tuple[Unit, int] | None:
         """The resident parameter that ``tensor`` views: its unit and index."""
@@ -270,7 +206,7 @@ class ParamCache:
 
     def _begin_fetch(self, unit: Unit) -> None:
         is_free = unit.state is Residency.STAGED or (unit.state is Residency.RESIDENT and unit.num_holds == 1)
-        is_stale = is_free and not self.is_current(unit)
+        is_stale = is_free and not self._model.is_current(unit)
         if unit.mapped is not None or is_stale:
             self._evict(unit)
         if unit.mapped is not None:
@@ -291,13 +227,13 @@ class ParamCache:
         return True
 
     def _start_read(self, unit: Unit, buffer: Buffer) -> None:
-        generation = self.current(unit)
+        generation = self._model.current(unit)
         unit.buffer = buffer
         unit.generation = generation
         unit.move(Residency.READING)
         if unit.layout.data_nbytes:
             keep = buffer.hold()
-            unit.transfer = self._store.read(generation, 0, buffer.address, unit.layout.data_nbytes, keep=keep)
+            unit.transfer = self._model.store.read(generation, 0, buffer.address, unit.layout.data_nbytes, keep=keep)
 
     def _end_read(self, unit: Unit) -> None:
         unit.transfer = None
@@ -306,7 +242,7 @@ class ParamCache:
     def _install(self, unit: Unit) -> None:
         unit.device_copy = self._place(unit)
         for index, (param, tensor) in enumerate(zip(unit.params, unit.device_copy.tensors, strict=True)):
-            _give(param, tensor, nn.Parameter)
+            give(param, tensor, nn.Parameter)
             if tensor.numel():
                 self._places[tensor.untyped_storage().data_ptr()] = (unit, index)
         unit.move(Residency.RESIDENT)
@@ -317,7 +253,7 @@ class ParamCache:
 
     def _place(self, unit: Unit) -> DeviceCopy:
         if unit.buffer is None:  # it is kept, or on the device
-            unit.generation = self.current(unit)
+            unit.generation = self._model.current(unit)
         device_copy = unit.device_copy
         if device_copy is None or not (self._has_device_copy(unit) and self._placement.reuse(device_copy)):
             if unit.in_memory is not None:
@@ -332,7 +268,11 @@ class ParamCache:
     def _has_device_copy(self, unit: Unit) -> bool:
         """Whether the newest values are where compute reads."""
         device_copy = unit.device_copy
-        return device_copy is not None and bool(device_copy.tensors) and device_copy.generation is self.current(unit)
+        return (
+            device_copy is not None
+            and bool(device_copy.tensors)
+            and device_copy.generation is self._model.current(unit)
+        )
 
     def _prefetch(self, *, beyond: bool = False) -> None:
         """Start reads of what is needed next, as far as free memory goes; see `PrefetchPolicy.wanted`."""
@@ -366,7 +306,7 @@ class ParamCache:
     def pin(self, unit: Unit) -> bool:
         """Whether the newest values of ``unit`` are in a buffer; if so they stay until `end_borrow`."""
         with self._lock:
-            if unit.in_memory is not None or unit.buffer is None or not self.is_current(unit):
+            if unit.in_memory is not None or unit.buffer is None or not self._model.is_current(unit):
                 return False
             unit.num_pins += 1
             return True
@@ -391,7 +331,7 @@ class ParamCache:
                     unit.move(Residency.STAGED)
             if unit.buffer is None:
                 return None
-            is_current = self.is_current(unit)
+            is_current = self._model.is_current(unit)
             # A view that the user kept shows the values it had.
             is_writable = unit.state is Residency.STAGED and unit.num_holds == 0 and not unit.buffer.in_use
             if not is_writable and not (reads and is_current):
@@ -405,7 +345,7 @@ class ParamCache:
     def _end_loan(self, unit: Unit, was_writable: bool, is_new: bool) -> None:
         with self._lock:
             if was_writable and is_new and (self._keep_cache or self._outlook.is_next(unit, self._has_device_copy)):
-                unit.generation = self.current(unit)
+                unit.generation = self._model.current(unit)
             self.unpin(unit)
 
     def end_copy(self, unit: Unit) -> None:
@@ -430,7 +370,7 @@ class ParamCache:
 
     def _drop_stale(self, unit: Unit) -> None:
         is_idle = unit.num_holds == 0 and unit.num_pins == 0
-        if is_idle and unit.state in (Residency.STAGED, Residency.READING) and not self.is_current(unit):
+        if is_idle and unit.state in (Residency.STAGED, Residency.READING) and not self._model.is_current(unit):
             self._evict(unit)
 
     # -- giving memory back --------------------------------------------------------------------------------------
@@ -470,7 +410,7 @@ class ParamCache:
         self._writes.collect_in_step(unit)
         # A block that is needed next, at the turn of forward to backward, is not read again.
         is_wanted = self._keep_cache or unit.num_pins > 0 or next(self.schedule.upcoming(), "") == unit.name
-        stays = is_wanted and unit.buffer is not None and (self.is_current(unit) or unit.num_pins > 0)
+        stays = is_wanted and unit.buffer is not None and (self._model.is_current(unit) or unit.num_pins > 0)
         self._offload(unit)
         if not stays:
             self._evict(unit)
@@ -478,7 +418,7 @@ class ParamCache:
 
     def _offload(self, unit: Unit) -> None:
         self._writes.end(unit)
-        self.offload(unit)
+        self._model.offload(unit)
         self._forget_places(unit)
         if unit.device_copy is not None:
             self._placement.release(unit.device_copy)
@@ -508,25 +448,11 @@ class ParamCache:
             if torch.is_autocast_enabled(kind):
                 torch.clear_autocast_cache()  # it holds casts of parameters that are going
 
-    # -- at rest -------------------------------------------------------------------------------------------------
+    # -- parameters that code outside of modules uses -------------------------------------------------------------
 
-    def offload(self, unit: Unit) -> None:
-        """Put the parameters of ``unit``, whose values are in the store, at rest."""
-        for param, placeholders in zip(unit.params, unit.placeholders, strict=True):
-            _give(param, placeholders, self._lazy_class)
-
-    def load(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
-        """See `ParamLoader.load`."""
-        units = list({self._owners[p].name: self._owners[p] for p in params}.values())
-        if self.inherited is not None:
-            self.wake_inherited(units)
-            return
-        with transforms.suspended(), ExitStack() as stack:
-            if not self.is_in_step():
-                for unit in units:
-                    self._load_offloaded(unit)
-                    self.on_load(unit)
-                return
+    def touch(self, units: Sequence[Unit], operands: Sequence[Tensor]) -> None:
+        """Fetch ``units`` all at the same time; they stay until the module that runs is over. See `Streaming.touch`."""
+        with ExitStack() as stack:
             for unit in self._units_of(operands):
                 unit.num_holds += 1
                 stack.callback(self._release_touch, unit)
@@ -535,20 +461,14 @@ class ParamCache:
                 self._move_aside(unit)
                 stack.callback(self._release_touch, unit)
                 self._writes.touch(unit)
-        for unit in units:
-            self.on_touch(unit)
 
     @contextmanager
-    def gather(self, params: Sequence[nn.Parameter]) -> Iterator[None]:
-        """See `ParamLoader.gather`; inside a step their units are held."""
-        params = [param for param in params if param in self._owners]
+    def hold(self, units: Sequence[Unit]) -> Iterator[None]:
+        """Inside, ``units`` are fetched; afterwards they stay until the module that runs is over."""
         with ExitStack() as stack:
-            if self.is_in_step():
-                stack.enter_context(self.unwatched())
-                for unit in {self._owners[p].name: self._owners[p] for p in params}.values():
-                    self.fetch(unit)
-                    stack.callback(self._release_touch, unit)
-            self.load(params)
+            for unit in units:
+                self.fetch(unit)
+                stack.callback(self._release_touch, unit)
             yield
 
     def _move_aside(self, unit: Unit) -> None:
@@ -574,92 +494,22 @@ class ParamCache:
         return list({unit.name: unit for unit, _ in found}.values())
 
     def write_back(self, unit: Unit) -> None:
-        """Bring what the user did to ``unit`` at rest into the store, and put its parameters at rest."""
-        at_rest = unit.mapped
-        if at_rest is None:
-            self._writes.collect_in_step(unit)
-            return
+        """See `ModelUnits.write_back`."""
         with self._lock:
-            is_written = self._writes.collect_mapped(unit, at_rest)
-            if is_written:
+            if self._model.write_back(unit):
                 self._evict(unit)  # bytes in a buffer may be those that the file had before
-            self.offload(unit)
-            at_rest.unmap(is_written=is_written)
-            unit.mapped = None
+
+    def before_map(self, unit: Unit) -> None:
+        """See `Streaming.before_map`."""
+        self._updates.wait(unit)
+        self.end_copy(unit)
 
     def before_update(self, unit: Unit) -> None:
         """See `UserWrites.before_update`."""
         self._writes.before_update(unit)
-
-    def _load_offloaded(self, unit: Unit) -> None:
-        self._updates.wait(unit)
-        self.end_copy(unit)
-        with self._lock:
-            if unit.mapped is None:
-                unit.device_copy = None  # the user may write a value of the same generation
-                generation = self.current(unit)
-                unit.mapped = (
-                    MappedParams(self._store, generation) if unit.in_memory is None else InMemoryParams(generation)
-                )
-                self._load(unit)
-
-    @staticmethod
-    def _load(unit: Unit) -> None:
-        assert unit.mapped is not None
-        for param, tensor in zip(unit.params, unit.mapped.tensors, strict=True):
-            _give(param, tensor, nn.Parameter)
-
-    # -- forked processes: [Note: inherited] ---------------------------------------------------------------------
-
-    def before_fork(self) -> None:
-        """Let nothing change until `after_fork`, and let what is mapped now be mapped for each process alone."""
-        self._lock.acquire()
-        for unit in self.units:
-            if isinstance(unit.mapped, MappedParams):
-                with suppress(SSDOffloadError):  # its file is gone: only this process and its children see it
-                    unit.mapped.make_private()
-
-    def after_fork(self) -> None:
-        """Undo `before_fork`, in both processes."""
-        self._lock.release()
-
-    def inherit(self, inherited: Inherited, lost: Callable[[Unit], bool]) -> None:
-        """This is a forked process: parameters that are awake stay so, but where their memory is ``lost``."""
-        self.inherited = self._updates = inherited
-        self.is_in_step = lambda: False
-        self._places = {}
-        self._touched = [{}]
-        for unit in self.units:
-            unit.num_holds = 0
-            if lost(unit) and (unit.state is Residency.RESIDENT or unit.in_memory is not None):
-                self.offload(unit)
-            if unit.state is not Residency.ON_DISK:
-                unit.move(Residency.ON_DISK)  # nothing releases it any more
-
-    def wake_inherited(self, units: Sequence[Unit]) -> None:
-        """In a forked process: let parameters of ``units`` that are at rest have the values of the fork."""
-        assert self.inherited is not None
-        with transforms.suspended():
-            for unit in units:
-                if self._lazy_class in map(type, unit.params):
-                    for param, tensor in zip(unit.params, self.inherited.values(unit), strict=True):
-                        if type(param) is self._lazy_class:
-                            _give(param, tensor, nn.Parameter)
 
     def _release_touch(self, unit: Unit) -> None:
         """Undo a hold; the unit stays resident until the module that runs now is over, or its memory is needed."""
         unit.num_holds -= 1
         if unit.num_holds == 0 and not any(unit.name in touched_in for touched_in in self._touched):
             self._touched[-1][unit.name] = unit
-
-    def current(self, unit: Unit) -> Generation:
-        """The newest generation of the parameters of ``unit``."""
-        generation = self._store.current(unit.name, "param")
-        assert generation is not None, unit.name
-        return generation
-
-
-def _give(param: nn.Parameter, data: Tensor, cls: type[nn.Parameter]) -> None:
-    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
-        param.data = data
-    param.__class__ = cls

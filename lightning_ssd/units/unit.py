@@ -132,6 +132,16 @@ class Unit:
             raise ResidencyError(f"unit {self.name!r}: {self.state.name} -> {to.name} is not a move")
         self.state = to
 
+    def hold_in_memory(self, tensors: tuple[Tensor, ...]) -> None:
+        """The plan holds the values in ``tensors``, one per parameter, from now on."""
+        self.in_memory = tensors
+        self.move(Residency.STAGED)
+
+    def release_memory(self) -> None:
+        """The plan holds the values in memory no longer."""
+        self.in_memory = None
+        self.move(Residency.ON_DISK)
+
     def layout_of(self, kind: str, dtype: str) -> UnitLayout:
         """Layout of another kind of this unit: the same parameters in the same order."""
         return lay_out(self.name, kind, self.shapes, dtype)

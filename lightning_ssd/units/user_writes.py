@@ -37,9 +37,12 @@ class UserWrites:
         store: Where values are.
         units: All units.
         is_current: Whether the bytes of a unit in memory are those of its newest generation.
+        keeps_buffer: See `Placement.keeps_buffer`.
     """
 
-    def __init__(self, store: StateStore, units: Sequence[Unit], is_current: Callable[[Unit], bool]) -> None:
+    def __init__(
+        self, store: StateStore, units: Sequence[Unit], is_current: Callable[[Unit], bool], *, keeps_buffer: bool
+    ) -> None:
         self._store = store
         self._units = units
         self._is_current = is_current
@@ -47,7 +50,7 @@ class UserWrites:
         self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
         self._left: dict[int, tuple[str, Any]] = {}  # memory that was a parameter's, while somebody else views it
         self._told: set[str] = set()
-        self.keeps_buffer = True
+        self._keeps_buffer = keeps_buffer
 
     # -- inside a step -------------------------------------------------------------------------------------------
 
@@ -186,7 +189,7 @@ class UserWrites:
 
     def _is_in_place(self, unit: Unit) -> bool:
         """Whether resident parameters are what the store keeps, and nothing beside them depends on their values."""
-        return unit.in_memory is not None and self.keeps_buffer and unit.layout.itemsize >= 4
+        return unit.in_memory is not None and self._keeps_buffer and unit.layout.itemsize >= 4
 
     def _put(self, unit: Unit, tensors: Sequence[Tensor]) -> None:
         """Bring the parameters of ``unit`` into the store; before they were written they viewed ``tensors``."""
@@ -200,7 +203,7 @@ class UserWrites:
         self._note_ties(unit, moved)
         before = self._store.current(unit.name, "param")
         assert before is not None, unit.name
-        if unit.in_memory is not None and self.keeps_buffer:
+        if unit.in_memory is not None and self._keeps_buffer:
             unit.in_memory = self._store.adopt(unit.layout, _kept(unit.params, unit.in_memory))
         generation = self._store.put(unit.layout, lambda i: unit.params[i].data)
         generation.lineage = before.lineage  # no update

@@ -142,8 +142,8 @@ def plan_of(session: Any) -> dict[str, Any]:
         "depth": plan.depth,
         "fits": plan.fits,
         "num_units": len(session.units),
-        "num_kept_params": len(plan.in_memory_params),
-        "num_kept_states": len(plan.in_memory_states),
+        "num_in_memory_params": len(plan.in_memory_params),
+        "num_in_memory_states": len(plan.in_memory_states),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ssd.activations import saved_input as kept
 from lightning_ssd.activations.spill_files import SpillFiles
@@ -25,6 +25,7 @@ from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import KiB
 from lightning_ssd.step.module_hooks import ModuleHooks
 from lightning_ssd.trace.recorder import Trace
+from lightning_ssd.units.model_units import ModelUnits
 from tests.helpers.faulty import FaultyEngine, When
 
 BUFFER_NBYTES = 8 * KiB
@@ -161,21 +162,21 @@ def spill_inputs(monkeypatch: pytest.MonkeyPatch, *, min_nbytes: int = 1, **opti
     Everything is large enough to be kept, unless a test says otherwise.
     """
     monkeypatch.setattr(kept, "MIN_NBYTES", min_nbytes)
-    start, stop = ModuleHooks.start, ModuleHooks.stop
+    init, close = ModuleHooks.__init__, ModuleHooks.close
     made: list[Bench] = []
 
-    def start_with_ours(self: ModuleHooks, *args: Any, **kwargs: Any) -> None:
-        store = self.cache._store
-        ours = Bench(Path(store.spill_directory), store.engine, trace=self._trace, **options)
+    def with_ours(self: ModuleHooks, module: nn.Module, *, model: ModelUnits, **kwargs: Any) -> None:
+        store = model.store
+        ours = Bench(Path(store.spill_directory), store.engine, trace=kwargs["trace"], **options)
         made.append(ours)
-        start(self, *args, **(kwargs | {"activations": ours.store}))
+        init(self, module, model=model, **(kwargs | {"activations": ours.store}))
 
-    def stop_ours(self: ModuleHooks) -> None:
-        stop(self)
+    def close_ours(self: ModuleHooks) -> None:
+        close(self)
         for ours in made:
             ours.store.close()
             ours.folder.close()
 
-    monkeypatch.setattr(ModuleHooks, "start", start_with_ours)
-    monkeypatch.setattr(ModuleHooks, "stop", stop_ours)
+    monkeypatch.setattr(ModuleHooks, "__init__", with_ours)
+    monkeypatch.setattr(ModuleHooks, "close", close_ours)
     return made

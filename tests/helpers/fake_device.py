@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.step.grad_offload import GradOffloader
-from lightning_ssd.strategy import session as session_module
-from lightning_ssd.strategy.session import Session
+from lightning_ssd.strategy import runtime as runtime_module
+from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.units.device import CopyToDevice
 
 
@@ -197,8 +197,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> list[CopyToD
         routes.append(CopyToDevice(LateStreams(rng), **options))
         return routes[-1]
 
-    monkeypatch.setattr(session_module, "make_route", make_placement)
-    monkeypatch.setattr(session_module, "Pinned", _NotPinned)
-    monkeypatch.setattr(session_module, "GradOffloader", functools.partial(GradOffloader, copies=LateCopies(rng)))
-    monkeypatch.setattr(Session, "_is_off_host", property(lambda session: True))
+    monkeypatch.setattr(runtime_module, "make_placement", make_placement)
+    monkeypatch.setattr(runtime_module, "Pinned", _NotPinned)
+    monkeypatch.setattr(runtime_module, "GradOffloader", functools.partial(GradOffloader, copies=LateCopies(rng)))
+    monkeypatch.setattr(Settings, "is_off_host", property(lambda settings: True))
     return routes

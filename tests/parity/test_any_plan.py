@@ -44,8 +44,8 @@ def random_choices(rng: random.Random, draft: Any) -> dict[str, Any]:
         "num_queued": rng.choice([0, 1, 1, 2, 9]),
         "keep_cache": rng.random() < 0.5,
         "keep_grads": rng.random() < 0.5,
-        "kept_params": {name for name in names if rng.random() < some},
-        "kept_states": {name for name in names if rng.random() < some},
+        "in_memory_params": {name for name in names if rng.random() < some},
+        "in_memory_states": {name for name in names if rng.random() < some},
     }
 
 
@@ -81,7 +81,7 @@ def test_any_plan_and_any_order_of_threads(tmp_path: Path, monkeypatch: pytest.M
         expected = run(host_memory="min", overlap="off")
     choose_plan(monkeypatch, lambda draft: random_choices(rng, draft))
     monkeypatch.setattr(UpdatePipeline, "update", delayed(rng, UpdatePipeline.update))
-    for name in ("acquire", "release", "updated"):
+    for name in ("fetch", "release", "updated"):
         monkeypatch.setattr(ParamCache, name, delayed(rng, getattr(ParamCache, name)))
     found = run(host_memory="1GiB")
     assert_equal(expected, found)

@@ -127,16 +127,17 @@ def test_a_copy_does_not_wait_for_compute(tmp_path: Path, monkeypatch: pytest.Mo
     arrived_early: list[bool] = []
     fetch = ParamCache.fetch
 
-    def watched(self: ParamCache, unit: Any) -> None:
+    def watched(self: ParamCache, unit: Any) -> bool:
         torch.cuda._sleep(100_000_000)  # compute is busy for some 50 ms
         busy = torch.cuda.Event()
         busy.record()
-        fetch(self, unit)
+        is_new = fetch(self, unit)
         if unit.device_copy is not None and unit.device_copy.copied is not None and not busy.query():
             unit.device_copy.copied.synchronize()
             arrived_early.append(not busy.query())
+        return is_new
 
-    monkeypatch.setattr(ParamCache, "acquire", watched)
+    monkeypatch.setattr(ParamCache, "fetch", watched)
     strategy = SSDOffloadStrategy(host_memory="1GiB", min_unit_numel=0, device_memory="1GiB")
     run(tmp_path, WIDE, strategy, max_steps=3)
     assert len(arrived_early) > 10

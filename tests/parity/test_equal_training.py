@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_ssd.step.gradients import GradientStore
-from lightning_ssd.strategy import session
+from lightning_ssd.strategy import runtime
 from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
 from tests.helpers.training import Images, Tokens, adamw, assert_equal, streamed, train
@@ -136,7 +136,7 @@ def test_gradients_taken_off_the_device_are_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
 ) -> None:
     """The way gradients go on a GPU, here with the CPU as the other device."""
-    monkeypatch.setattr(session, "GradientStore", lambda scratch, **_: GradientStore(scratch, off_device=True))
+    monkeypatch.setattr(runtime, "GradientStore", lambda scratch, **_: GradientStore(scratch, off_device=True))
     make_net = functools.partial(GPT, tie=True)
     plain = train(tmp_path, make_net, **OPTIONS[options])
     assert_equal(plain, train(tmp_path, make_net, streamed(), **OPTIONS[options]))

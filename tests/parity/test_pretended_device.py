@@ -57,11 +57,12 @@ def test_parameters_take_no_more_than_the_plan(tmp_path: Path, monkeypatch: pyte
     seen: list[int] = []
     fetch = ParamCache.fetch
 
-    def watched(self: ParamCache, unit: Any) -> None:
-        fetch(self, unit)
+    def watched(self: ParamCache, unit: Any) -> bool:
+        is_new = fetch(self, unit)
         seen.append(routes[0]._nbytes)
+        return is_new
 
-    monkeypatch.setattr(ParamCache, "acquire", watched)
+    monkeypatch.setattr(ParamCache, "fetch", watched)
     strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0)
     train(tmp_path, functools.partial(GPT, layers=6), strategy, data=Tokens(400))
     units = [tensors_nbytes(e.nbytes for e in unit.layout.entries) for unit in strategy.session.units]

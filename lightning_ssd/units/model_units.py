@@ -1,0 +1,215 @@
+"""The units of one model outside of steps: lazy parameters, and values on mapped files."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ssd.errors import SSDOffloadError, StoreError
+from lightning_ssd.store.generation import Generation
+from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.units import transforms
+from lightning_ssd.units.inherited import Inherited
+from lightning_ssd.units.lazy_param import lazy_class
+from lightning_ssd.units.mapped import InMemoryParams, MappedParams
+from lightning_ssd.units.step_state import StepState
+from lightning_ssd.units.unit import Residency, Unit
+from lightning_ssd.units.user_writes import UserWrites
+
+
+class Streaming(Protocol):
+    """What streams the units between setup and teardown, seen from parameters that code outside of modules uses."""
+
+    def touch(self, units: Sequence[Unit], operands: Sequence[Tensor]) -> None:
+        """In a step: fetch ``units``, all at the same time; the units that ``operands`` view stay."""
+        ...
+
+    def hold(self, units: Sequence[Unit]) -> AbstractContextManager[None]:
+        """In a step: inside, ``units`` are fetched, and saved tensors are not watched."""
+        ...
+
+    def before_map(self, unit: Unit) -> None:
+        """Outside a step: return when the newest values of ``unit`` are in the store, and nothing reads its memory."""
+        ...
+
+    def after_map(self, unit: Unit) -> None:
+        """Outside a step: the parameters of ``unit`` show its values now, and may be written to."""
+        ...
+
+
+class ModelUnits:
+    """The units of one model, and their values while no step runs. It is the loader of their lazy parameters.
+
+    Args:
+        units: All units.
+        store: Where their values are.
+        keeps_buffer: Whether resident parameters view host memory; see `Placement.keeps_buffer`.
+
+    Attributes:
+        units: All units.
+        store: Where their values are.
+        step: Whether a step runs.
+        lock: Guards who has a unit; the thread that trains and the thread of updates take it.
+        writes: What the user wrote to parameters.
+        streaming: What streams the units; None before `start` and after the end.
+        inherited: In a forked process, where values are; None in the one that trains.
+    """
+
+    def __init__(self, units: list[Unit], store: StateStore, *, keeps_buffer: bool) -> None:
+        self.units = units
+        self.store = store
+        self.step = StepState()
+        self.lock = threading.Condition()
+        self.writes = UserWrites(store, units, self.is_current, keeps_buffer=keeps_buffer)
+        self.streaming: Streaming | None = None
+        self.inherited: Inherited | None = None
+        self._unit_of = {param: unit for unit in units for param in unit.params}
+        self._lazy_class = lazy_class(self)
+
+    def current(self, unit: Unit) -> Generation:
+        """The newest generation of the parameters of ``unit``.
+
+        Raises:
+            StoreError: There is none: the disk failed while the model was placed.
+        """
+        generation = self.store.current(unit.name, "param")
+        if generation is None:
+            raise StoreError(f"unit {unit.name!r} has no values on disk: the disk failed while the model was placed")
+        return generation
+
+    def is_current(self, unit: Unit) -> bool:
+        """Whether the bytes in memory are those of the newest generation."""
+        return unit.generation is self.current(unit)
+
+    # -- lazy parameters -----------------------------------------------------------------------------------------
+
+    def offload(self, unit: Unit) -> None:
+        """Make the parameters of ``unit``, whose values are in the store, lazy."""
+        for param, placeholder in zip(unit.params, unit.placeholders, strict=True):
+            give(param, placeholder, self._lazy_class)
+
+    def load(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
+        """See `ParamLoader.load`."""
+        units = self._units_of(params)
+        if self.inherited is not None:
+            self.load_inherited(units)
+        elif self.step.is_running and self.streaming is not None:
+            self.streaming.touch(units, operands)
+        else:
+            with transforms.suspended():
+                for unit in units:
+                    self._map(unit)
+
+    @contextmanager
+    def gather(self, params: Sequence[nn.Parameter]) -> Iterator[None]:
+        """See `ParamLoader.gather`; inside a step their units are held."""
+        mine = [param for param in params if param in self._unit_of]
+        if self.step.is_running and self.streaming is not None:
+            with self.streaming.hold(self._units_of(mine)):
+                self.load(mine)
+                yield
+        else:
+            self.load(mine)
+            yield
+
+    def _units_of(self, params: Sequence[nn.Parameter]) -> list[Unit]:
+        return list({self._unit_of[param].name: self._unit_of[param] for param in params}.values())
+
+    # -- mapped values -------------------------------------------------------------------------------------------
+
+    def map_all(self) -> None:
+        """Nothing streams any more: all parameters are plain ones on mapped files."""
+        for unit in self.units:
+            unit.generation = unit.device_copy = None
+            # Not placed if the disk failed or filled before.
+            if unit.mapped is None and self.store.current(unit.name, "param") is not None:
+                self._show(unit, MappedParams(self.store, self.current(unit)))
+
+    def release_memory(self) -> None:
+        """Write what is held in memory into files; nothing computes with it any more."""
+        for unit in self.units:
+            if unit.in_memory is not None:
+                self.write_back(unit)
+                unit.release_memory()
+        self.store.flush_in_memory()
+
+    def write_back(self, unit: Unit) -> bool:
+        """Bring what the user wrote to ``unit`` into the store; if it is mapped, make its parameters lazy again.
+
+        Returns:
+            Whether it was mapped and written to: what else of it is in memory is out of date.
+        """
+        if unit.mapped is None:
+            self.writes.collect_in_step(unit)
+            return False
+        with self.lock:
+            mapped, is_written = unit.mapped, self.writes.collect_mapped(unit, unit.mapped)
+            self.offload(unit)
+            mapped.unmap(is_written=is_written)
+            unit.mapped = None
+        return is_written
+
+    def _map(self, unit: Unit) -> None:
+        if self.streaming is not None:
+            self.streaming.before_map(unit)
+        with self.lock:
+            if unit.mapped is None:
+                unit.device_copy = None  # the user may write a value of the same generation
+                generation = self.current(unit)
+                in_memory = unit.in_memory is not None
+                self._show(unit, InMemoryParams(generation) if in_memory else MappedParams(self.store, generation))
+        if self.streaming is not None:
+            self.streaming.after_map(unit)
+
+    @staticmethod
+    def _show(unit: Unit, mapped: MappedParams | InMemoryParams) -> None:
+        unit.mapped = mapped
+        for param, tensor in zip(unit.params, mapped.tensors, strict=True):
+            give(param, tensor, nn.Parameter)
+
+    # -- forked processes: [Note: inherited] ---------------------------------------------------------------------
+
+    def before_fork(self) -> None:
+        """Let nothing change until `after_fork`, and let what is mapped now be mapped for each process alone."""
+        self.lock.acquire()
+        for unit in self.units:
+            if isinstance(unit.mapped, MappedParams):
+                with suppress(SSDOffloadError):  # its file is gone: only this process and its children see it
+                    unit.mapped.make_private()
+
+    def after_fork(self) -> None:
+        """Undo `before_fork`, in both processes."""
+        self.lock.release()
+
+    def inherit(self, inherited: Inherited, lost: Callable[[Unit], bool]) -> None:
+        """This is a forked process: parameters that are loaded stay so, but where their memory is ``lost``."""
+        self.inherited = inherited
+        for unit in self.units:
+            unit.num_holds = 0
+            if lost(unit) and (unit.state is Residency.RESIDENT or unit.in_memory is not None):
+                self.offload(unit)
+            if unit.state is not Residency.ON_DISK:
+                unit.move(Residency.ON_DISK)  # nothing releases it any more
+
+    def load_inherited(self, units: Sequence[Unit]) -> None:
+        """In a forked process: give lazy parameters of ``units`` the values of the fork."""
+        if self.inherited is None:
+            return
+        with transforms.suspended():
+            for unit in units:
+                if self._lazy_class in map(type, unit.params):
+                    for param, tensor in zip(unit.params, self.inherited.values(unit), strict=True):
+                        if type(param) is self._lazy_class:
+                            give(param, tensor, nn.Parameter)
+
+
+def give(param: nn.Parameter, data: Tensor, cls: type[nn.Parameter]) -> None:
+    """Let ``param`` view ``data`` and be a ``cls``."""
+    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+        param.data = data
+    param.__class__ = cls
