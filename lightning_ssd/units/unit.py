@@ -157,7 +157,8 @@ def _is_saved(param: nn.Parameter) -> bool:
     """
     accumulator = None  # of gradients; it holds the parameter too
     if param.requires_grad:
-        with torch._C.DisableTorchFunctionSubclass(), transforms.suspended():
+        # In inference mode no view of a parameter has a history.
+        with torch._C.DisableTorchFunctionSubclass(), transforms.suspended(), torch.inference_mode(False):
             accumulator = torch.autograd.graph.get_gradient_edge(param)
     num_holders: int = param._use_count()  # type: ignore[attr-defined]
     return num_holders > (1 if accumulator is None else 2)
