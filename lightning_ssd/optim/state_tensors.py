@@ -104,7 +104,7 @@ class StateTensor:
         kind: Which.
         layout: Of its files.
         current: What is read.
-        in_memory: One tensor per parameter of what has no file; [Note: kept] of `StateStore`.
+        in_memory: One tensor per parameter of what has no file; [Note: in memory].
         out: All elements, flat, of what is written to a new file from where compute will read it.
     """
 

@@ -1,46 +1,54 @@
-"""One written version of one kind of one unit, and reads that compare it with what was written."""
+"""One version of one kind of one unit, and reads of it that compare checksums."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from torch import Tensor
 
-from lightning_ssd.errors import CorruptionError
+from lightning_ssd.errors import CorruptionError, StoreError
 from lightning_ssd.io.engine import File, Transfer
 from lightning_ssd.kernels.api import crc32c_each
 from lightning_ssd.store.layout import CHECK_NBYTES, UnitLayout, chunks
 
 
-@dataclass(eq=False)
 class Generation:
-    """One written version of one kind of one unit: one file, or memory that is kept, or both.
+    """One version of one kind of one unit: in a file, in memory, or both.
+
+    Args:
+        layout: What is where in the file.
+        file: The open file, None if the values are in memory only.
+        in_memory: One tensor per parameter, in file order, if the values are in memory; see [Note: in memory].
 
     Attributes:
-        layout: What is where in the file.
-        in_memory: One tensor per parameter, in file order, where the values are kept in memory; see [Note: kept].
+        layout: As given.
+        in_memory: As given; None once the memory holds newer values.
         checks: CRC32C of each `CHECK_NBYTES` of the data section, None where not written yet or not known.
-        is_mapped: Somebody may hold a view that writes to the file: never link it.
-        damage: Why the values are unusable: an update of kept memory failed midway. Empty if they are whole.
-        lineage: The same for generations between which there was no update, only writes of the user.
-        is_inherited: A forked process may read the file: never write to it again.
+        is_mapped: A mapping may write to the file, so no checkpoint may link it.
+        damage: Why the values are unusable (an update in memory failed midway), as a message. Empty if they are whole.
+        lineage: One object for all generations between two updates, which differ by writes of the user only.
+        is_inherited: A forked process may read the file, so it is never written again.
         fingerprint: Checksums of the tensors as the user wrote them; None if an update wrote them.
     """
 
-    layout: UnitLayout
-    _file: File | None
-    in_memory: tuple[Tensor, ...] | None = None
-    checks: list[int | None] = field(default_factory=list)
-    is_mapped: bool = False
-    damage: str = ""
-    lineage: object = field(default_factory=object)
-    is_inherited: bool = False
-    fingerprint: tuple[int, ...] | None = None
+    def __init__(self, layout: UnitLayout, file: File | None, in_memory: tuple[Tensor, ...] | None = None) -> None:
+        self.layout = layout
+        self._file = file
+        self.in_memory = in_memory
+        self.checks: list[int | None] = [None] * -(-layout.data_nbytes // CHECK_NBYTES)
+        self.is_mapped = False
+        self.damage = ""
+        self.lineage = object()
+        self.is_inherited = False
+        self.fingerprint: tuple[int, ...] | None = None
 
     @property
     def file(self) -> File:
-        """The open file; what is kept has one after `StateStore.on_disk`."""
-        assert self._file is not None, f"{self.layout.unit} {self.layout.kind}: not on disk"
+        """The open file.
+
+        Raises:
+            StoreError: The values are in memory only; `StateStore.on_disk` writes a file of them.
+        """
+        if self._file is None:
+            raise StoreError(f"the {self.layout.kind} of unit {self.layout.unit!r} is in memory and has no file")
         return self._file
 
     @file.setter
@@ -49,12 +57,24 @@ class Generation:
 
     @property
     def has_file(self) -> bool:
-        """Whether the values are on disk."""
+        """Whether the values are in a file."""
         return self._file is not None
+
+    def detach(self) -> None:
+        """Forget the file; the values are in memory."""
+        self._file = None
 
 
 class CheckedRead:
-    """A read whose bytes are compared with the checksums of what was written, once, when it is waited for."""
+    """A read of whole pieces of `CHECK_NBYTES`, which the first `wait` compares with their checksums.
+
+    Args:
+        transfer: Reads the bytes.
+        generation: What is read.
+        offset: First byte, counted in the data section; a multiple of `CHECK_NBYTES`.
+        address: Where the bytes arrive; the transfer keeps that memory.
+        nbytes: How many.
+    """
 
     def __init__(self, transfer: Transfer, generation: Generation, offset: int, address: int, nbytes: int) -> None:
         self._transfer = transfer
@@ -88,10 +108,11 @@ class CheckedRead:
         self._is_checked = True
 
     def _compare(self, expected: list[int | None]) -> None:
+        """Compare pieces with their checksums, but for a last piece that was read in part."""
         found = crc32c_each(self._address, self._nbytes, CHECK_NBYTES)
         for (begin, end), ours, check in zip(chunks(self._nbytes, CHECK_NBYTES), found, expected, strict=True):
-            whole = end - begin == min(CHECK_NBYTES, self._generation.layout.data_nbytes - self._offset - begin)
-            if whole and check is not None and ours != check:
+            is_whole = end - begin == min(CHECK_NBYTES, self._generation.layout.data_nbytes - self._offset - begin)
+            if is_whole and check is not None and ours != check:
                 raise CorruptionError(self._message(self._offset + begin))
 
     def _message(self, offset: int) -> str:

@@ -24,7 +24,7 @@ from lightning_ssd.errors import ConfigurationError, StoreError
 from lightning_ssd.io.folder import device_of
 from lightning_ssd.paths import home_path, too_long
 from lightning_ssd.sizes import fmt
-from lightning_ssd.store.state_store import free_nbytes
+from lightning_ssd.store.disks import free_nbytes
 from lightning_ssd.strategy.session import Session
 
 
