@@ -1,8 +1,8 @@
-"""Arithmetic of the CPU update on flat host tensors: fused Adam and SGD, norms, casts, checksums.
+"""Arithmetic of the CPU update on flat host tensors: fused Adam and SGD, sums of squares, conversions, checksums.
 
-Runs in the native module where it was built, else through ``reference`` with the same results. Tensors are 1D,
-contiguous, on the CPU; state is float32, a gradient or an ``out`` may be float32, bfloat16 or float16. In-place
-updates do not move autograd's version counters.
+The native module computes it if it was built, else `kernels.reference`, with the same results. Tensors are 1D,
+contiguous and on the CPU. State is float32; a gradient or an ``out`` may be float32, bfloat16 or float16. In-place
+updates do not change autograd's version counters.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_ssd._extension import _native
 from lightning_ssd.kernels import reference
+from lightning_ssd.kernels.options import AdamOptions, SGDOptions
 from lightning_ssd.kernels.torch_sqrt import torch_sqrt
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -26,136 +27,73 @@ def adam_(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    options: AdamOptions,
     *,
     out: Tensor | None = None,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool = False,
-    grad_scale: float = 1.0,
 ) -> None:
-    """One Adam (or, with ``decoupled``, AdamW) step, in place.
+    """One Adam or AdamW step, in place.
 
     Args:
         param: float32 master values, updated.
-        grad: Gradient; widened exactly to float32, left as it is.
+        grad: Gradient; widened exactly to float32, not changed.
         exp_avg: float32 first moment, updated.
         exp_avg_sq: float32 second moment, updated.
+        options: Settings of the step.
         out: Receives the updated values in its own dtype in the same pass.
-        step: Number of this step; 1 for the first.
-        lr: Learning rate.
-        betas: Decay of the first and the second moment.
-        eps: Added to the denominator.
-        weight_decay: Decay of the weights, or L2 penalty if not ``decoupled``.
-        decoupled: AdamW's weight decay instead of Adam's L2 penalty.
-        maximize: Step along the gradient instead of against it.
-        grad_scale: Factor on the gradient, applied first and rounded to float32; 1.0 does nothing.
 
     Raises:
-        ValueError: If a tensor's dtype, shape, device or layout does not fit, or ``step`` is below 1.
+        ValueError: A tensor's dtype, shape, device or layout does not fit, or the step is below 1.
     """
     _check_update(param, grad, out, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    if step < 1:
-        raise ValueError(f"step counts from 1, got {step}")
+    if options.step < 1:
+        raise ValueError(f"step counts from 1, got {options.step}")
     update = _native_adam_ if is_native() else reference.adam_
-    update(
-        param,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        out=out,
-        step=step,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled=decoupled,
-        maximize=maximize,
-        grad_scale=grad_scale,
-    )
+    update(param, grad, exp_avg, exp_avg_sq, options, out=out)
 
 
 def sgd_(
-    param: Tensor,
-    grad: Tensor,
-    momentum: Tensor | None,
-    *,
-    out: Tensor | None = None,
-    lr: float,
-    momentum_factor: float,
-    dampening: float,
-    nesterov: bool,
-    weight_decay: float,
-    maximize: bool = False,
-    first_step: bool,
-    grad_scale: float = 1.0,
+    param: Tensor, grad: Tensor, momentum: Tensor | None, options: SGDOptions, *, out: Tensor | None = None
 ) -> None:
     """One SGD step, in place.
 
     Args:
         param: float32 master values, updated.
-        grad: Gradient; widened exactly to float32, left as it is.
-        momentum: float32 momentum buffer, updated; ``None`` if and only if ``momentum_factor`` is 0.
+        grad: Gradient; widened exactly to float32, not changed.
+        momentum: float32 momentum buffer, updated; None if and only if the momentum factor is 0.
+        options: Settings of the step.
         out: Receives the updated values in its own dtype in the same pass.
-        lr: Learning rate.
-        momentum_factor: Decay of the momentum buffer; 0 is plain SGD.
-        dampening: Taken off the gradient's weight in the buffer.
-        nesterov: Look ahead along the new momentum.
-        weight_decay: L2 penalty.
-        maximize: Step along the gradient instead of against it.
-        first_step: The momentum buffer holds nothing yet and becomes a copy of the gradient.
-        grad_scale: Factor on the gradient, applied first and rounded to float32; 1.0 does nothing.
 
     Raises:
-        ValueError: If a tensor's dtype, shape, device or layout does not fit, or momentum is missing.
+        ValueError: A tensor's dtype, shape, device or layout does not fit, or the momentum buffer is missing.
     """
-    if (momentum is None) != (momentum_factor == 0):
+    if (momentum is None) != (options.momentum_factor == 0):
         given = "is missing" if momentum is None else "was given"
-        raise ValueError(f"momentum buffer {given} with momentum_factor={momentum_factor}")
-    if momentum is None:
-        _check_update(param, grad, out)
-    else:
-        _check_update(param, grad, out, momentum=momentum)
+        raise ValueError(f"momentum buffer {given} with momentum_factor={options.momentum_factor}")
+    _check_update(param, grad, out, **({} if momentum is None else {"momentum": momentum}))
     update = _native_sgd_ if is_native() else reference.sgd_
-    update(
-        param,
-        grad,
-        momentum,
-        out=out,
-        lr=lr,
-        momentum_factor=momentum_factor,
-        dampening=dampening,
-        nesterov=nesterov,
-        weight_decay=weight_decay,
-        maximize=maximize,
-        first_step=first_step,
-        grad_scale=grad_scale,
-    )
+    update(param, grad, momentum, options, out=out)
 
 
 def sum_of_squares(t: Tensor) -> tuple[float, bool]:
     """Sum of squares in float64, and whether every element is finite, in one pass.
 
-    The native sum does not depend on the number of threads.
+    The result does not depend on the number of threads of the native module.
 
     Raises:
-        ValueError: If the tensor's dtype, shape, device or layout does not fit.
+        ValueError: The tensor's dtype, shape, device or layout does not fit.
     """
     _check("t", t, None)
     if not is_native():
         return reference.sum_of_squares(t)
     total = float(_native.sum_of_squares(t.data_ptr(), _code(t), t.numel()))
-    return total, math.isfinite(total)  # a sum of finite float32 squares is far below float64's largest
+    return total, math.isfinite(total)  # the squares of finite float32 values cannot overflow float64
 
 
 def convert_(dst: Tensor, src: Tensor) -> None:
     """Copy ``src`` into ``dst`` in ``dst``'s dtype, with the bits of ``src.to(dst.dtype)``.
 
     Raises:
-        ValueError: If a tensor's dtype, shape, device or layout does not fit.
+        ValueError: A tensor's dtype, shape, device or layout does not fit.
     """
     _check("src", src, None)
     _check("dst", dst, src.numel())
@@ -171,10 +109,10 @@ def crc32c(address: int, nbytes: int, initial: int = 0) -> int:
     Args:
         address: Address of the first byte; the caller keeps the memory alive.
         nbytes: Number of bytes.
-        initial: CRC32C of the bytes that come before, to continue it.
+        initial: CRC32C of the bytes before these, which this one continues.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: An argument is out of range.
     """
     if nbytes < 0 or not 0 <= initial < 2**32 or (address <= 0 and nbytes > 0):
         raise ValueError(f"cannot checksum {nbytes} bytes at address {address} from {initial}")
@@ -184,15 +122,15 @@ def crc32c(address: int, nbytes: int, initial: int = 0) -> int:
 
 
 def crc32c_each(address: int, nbytes: int, piece_nbytes: int) -> list[int]:
-    """CRC32C of each piece of memory of ``piece_nbytes`` bytes, of which the last may be shorter.
+    """CRC32C of each ``piece_nbytes`` bytes of memory.
 
     Args:
         address: Address of the first byte; the caller keeps the memory alive.
-        nbytes: Number of bytes of all pieces.
-        piece_nbytes: Bytes of one.
+        nbytes: Number of bytes in all.
+        piece_nbytes: Bytes of a piece; the last one may be shorter.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: An argument is out of range.
     """
     if nbytes < 0 or piece_nbytes <= 0 or (address <= 0 and nbytes > 0):
         raise ValueError(f"cannot checksum {nbytes} bytes at address {address} in pieces of {piece_nbytes}")
@@ -200,11 +138,6 @@ def crc32c_each(address: int, nbytes: int, piece_nbytes: int) -> list[int]:
         return list(_native.crc32c_each(address, nbytes, piece_nbytes))
     begins = range(0, nbytes, piece_nbytes)
     return [reference.crc32c(address + begin, min(piece_nbytes, nbytes - begin), 0) for begin in begins]
-
-
-def supports(*, amsgrad: bool = False, capturable: bool = False, differentiable: bool = False) -> bool:
-    """Whether ``adam_`` covers an optimizer with these settings; for any other, run its own ``step``."""
-    return not (amsgrad or capturable or differentiable)
 
 
 def is_native() -> bool:
@@ -216,27 +149,13 @@ def is_native() -> bool:
 def is_bit_equal_to_torch() -> bool:
     """Whether these kernels give the bits of torch.optim's for-loop path on this machine; tried once, on random data.
 
-    Without the native module they do: they are the same torch operations.
+    Always true without the native module: the reference runs the same torch operations.
     """
     return all(_same_bits(numel, grad_dtype) for numel in (1, 15, 1003, 40_007) for grad_dtype in _DTYPES)
 
 
-def set_num_threads(n: int) -> None:
-    """Set the number of native worker threads; without the native module torch's counts.
-
-    At first half of the CPUs, and two where there are two: memory bounds the kernels, and compute needs the rest.
-
-    Raises:
-        ValueError: If ``n`` is below 1.
-    """
-    if n < 1:
-        raise ValueError(f"at least one thread is needed, got {n}")
-    if is_native():
-        _native.set_num_kernel_threads(n)
-
-
 def describe() -> str:
-    """What does the work, for the start-up summary: ``'native avx512, 2 threads'``."""
+    """The kernels in use, for the summary at the start of a run: ``'native avx512, 2 threads'``."""
     if is_native():
         root = " (Adam's square roots by torch's own function)" if torch_sqrt()[0] is _native.SqrtForm.external else ""
         return f"native {_native.kernel_level()}, {_native.num_kernel_threads()} threads{root}"
@@ -254,7 +173,17 @@ def _check_update(param: Tensor, grad: Tensor, out: Tensor | None, **states: Ten
 
 
 def _check(name: str, t: Tensor, numel: int | None, *, master: bool = False) -> None:
-    """Raise unless ``t`` is a flat host tensor of a dtype we know and of ``numel`` elements if given."""
+    """Refuse a tensor that the kernels cannot work on.
+
+    Args:
+        name: What the message calls it.
+        t: The tensor.
+        numel: Elements it must have, if given.
+        master: It must be float32.
+
+    Raises:
+        ValueError: Names the tensor and the rule it breaks.
+    """
     if master and t.dtype != torch.float32:
         raise ValueError(f"{name} must be float32, got {t.dtype}")
     if t.dtype not in _DTYPES:
@@ -268,24 +197,11 @@ def _check(name: str, t: Tensor, numel: int | None, *, master: bool = False) -> 
 
 
 def _native_adam_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    out: Tensor | None,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: float,
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, options: AdamOptions, *, out: Tensor | None
 ) -> None:
-    beta1, beta2 = betas
+    o, (beta1, beta2) = options, options.betas
     sqrt_form, external_sqrt, set_external_threads = torch_sqrt()
-    # All in Python floats, as torch.optim has it: rounded to float32 once, below.
+    # In Python floats, as torch.optim computes them; the kernel rounds each to float32 once.
     _native.adam(
         param.data_ptr(),
         grad.data_ptr(),
@@ -294,15 +210,15 @@ def _native_adam_(
         exp_avg_sq.data_ptr(),
         *_out_arguments(out),
         param.numel(),
-        grad_scale=grad_scale,
-        maximize=maximize,
-        decay=1 - lr * weight_decay if decoupled else 1.0,
-        penalty=0.0 if decoupled else weight_decay,
+        grad_scale=o.grad_scale,
+        maximize=o.maximize,
+        decay=1 - o.lr * o.weight_decay if o.decoupled else 1.0,
+        penalty=0.0 if o.decoupled else o.weight_decay,
         beta1=beta1,
         beta2=beta2,
-        step_size=lr / (1 - beta1**step),
-        bias2_sqrt=(1 - beta2**step) ** 0.5,
-        eps=eps,
+        step_size=o.lr / (1 - beta1**o.step),
+        bias2_sqrt=(1 - beta2**o.step) ** 0.5,
+        eps=o.eps,
         sqrt_form=sqrt_form,
         external_sqrt=external_sqrt,
         set_external_threads=set_external_threads,
@@ -310,19 +226,7 @@ def _native_adam_(
 
 
 def _native_sgd_(
-    param: Tensor,
-    grad: Tensor,
-    momentum: Tensor | None,
-    *,
-    out: Tensor | None,
-    lr: float,
-    momentum_factor: float,
-    dampening: float,
-    nesterov: bool,
-    weight_decay: float,
-    maximize: bool,
-    first_step: bool,
-    grad_scale: float,
+    param: Tensor, grad: Tensor, momentum: Tensor | None, options: SGDOptions, *, out: Tensor | None
 ) -> None:
     _native.sgd(
         param.data_ptr(),
@@ -331,14 +235,14 @@ def _native_sgd_(
         0 if momentum is None else momentum.data_ptr(),
         *_out_arguments(out),
         param.numel(),
-        grad_scale=grad_scale,
-        maximize=maximize,
-        penalty=weight_decay,
-        momentum_factor=momentum_factor,
-        dampening=dampening,
-        nesterov=nesterov,
-        first_step=first_step,
-        lr=lr,
+        grad_scale=options.grad_scale,
+        maximize=options.maximize,
+        penalty=options.weight_decay,
+        momentum_factor=options.momentum_factor,
+        dampening=options.dampening,
+        nesterov=options.nesterov,
+        first_step=options.first_step,
+        lr=options.lr,
     )
 
 
@@ -356,36 +260,11 @@ def _same_bits(numel: int, grad_dtype: torch.dtype) -> bool:
     state = torch.randn(4, numel, generator=generator)
     state[2].square_()
     grad = state[3].to(grad_dtype)
+    adam_options = AdamOptions(7, 1e-2, (0.9, 0.99), eps=1e-8, weight_decay=0.1, decoupled=True, grad_scale=0.7)
+    sgd_options = SGDOptions(1e-2, 0.9, 0.1, nesterov=True, weight_decay=0.1, first_step=False, grad_scale=0.7)
     ours, theirs = state.clone(), state.clone()
     for tensors, adam, sgd in ((ours, adam_, sgd_), (theirs, reference.adam_, reference.sgd_)):
         param, exp_avg, exp_avg_sq, momentum = tensors.unbind()
-        adam(
-            param,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            out=None,
-            step=7,
-            lr=1e-2,
-            betas=(0.9, 0.99),
-            eps=1e-8,
-            weight_decay=0.1,
-            decoupled=True,
-            maximize=False,
-            grad_scale=0.7,
-        )
-        sgd(
-            param,
-            grad,
-            momentum,
-            out=None,
-            lr=1e-2,
-            momentum_factor=0.9,
-            dampening=0.1,
-            nesterov=True,
-            weight_decay=0.1,
-            maximize=False,
-            first_step=False,
-            grad_scale=0.7,
-        )
+        adam(param, grad, exp_avg, exp_avg_sq, adam_options, out=None)
+        sgd(param, grad, momentum, sgd_options, out=None)
     return torch.equal(ours.view(torch.int32), theirs.view(torch.int32))

@@ -1,4 +1,4 @@
-"""The square root of this machine's torch: which of the native kernels' forms has its bits."""
+"""Which square root of the native kernels has the bits of this machine's torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from lightning_ssd._extension import _native
 
 @cache
 def torch_sqrt() -> tuple[Any, int, int]:
-    """How torch takes float32 square roots here: the form with its bits, and its own functions if no form has them.
+    """How the native kernels take float32 square roots to have torch's bits.
 
-    A torch with MKL uses MKL's root, which is not correctly rounded and depends on the CPU; any other uses the exact.
+    A torch with MKL uses MKL's square root, which is not correctly rounded and depends on the CPU. Any other torch uses
+    the correctly rounded one.
 
     Returns:
-        The form; address of the root; address of what limits the threads that it may start, 0 if there is none.
+        The form of the native kernels; address of MKL's square root; address of the function that limits MKL's
+        threads. An address is 0 if torch has no such function.
     """
     address, set_threads = (_address_in_torch(name) for name in ("vmsSqrt", "MKL_Set_Num_Threads_Local"))
     return _native.matching_sqrt(address), address, set_threads
 
 
 def _address_in_torch(name: str) -> int:
-    """Where a C function is that torch brought along; 0 if it did not."""
+    """Address of a C function in torch's libraries, 0 if they have none of that name."""
     try:
         function = ctypes.CDLL(torch._C.__file__)[name]
     except (OSError, AttributeError):

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.kernels import api as kernels
+from lightning_ssd.kernels.options import AdamOptions, SGDOptions
 from lightning_ssd.optim.shared import same
 
 Options = Mapping[str, Any]
@@ -94,13 +95,15 @@ class AdamRule:
             grad,
             states["exp_avg"],
             states["exp_avg_sq"],
-            step=int(scalars["step"]),
-            lr=float(options["lr"]),
-            betas=(float(options["betas"][0]), float(options["betas"][1])),
-            eps=float(options["eps"]),
-            weight_decay=float(options["weight_decay"]),
-            decoupled=self._decoupled or bool(options.get("decoupled_weight_decay", False)),
-            maximize=bool(options["maximize"]),
+            AdamOptions(
+                step=int(scalars["step"]),
+                lr=float(options["lr"]),
+                betas=(float(options["betas"][0]), float(options["betas"][1])),
+                eps=float(options["eps"]),
+                weight_decay=float(options["weight_decay"]),
+                decoupled=self._decoupled or bool(options.get("decoupled_weight_decay", False)),
+                maximize=bool(options["maximize"]),
+            ),
             out=out,
         )
 
@@ -133,13 +136,15 @@ class SGDRule:
             param,
             grad,
             states.get("momentum_buffer"),
-            lr=float(options["lr"]),
-            momentum_factor=float(options["momentum"]),
-            dampening=float(options["dampening"]),
-            nesterov=bool(options["nesterov"]),
-            weight_decay=float(options["weight_decay"]),
-            maximize=bool(options["maximize"]),
-            first_step=is_first,
+            SGDOptions(
+                lr=float(options["lr"]),
+                momentum_factor=float(options["momentum"]),
+                dampening=float(options["dampening"]),
+                nesterov=bool(options["nesterov"]),
+                weight_decay=float(options["weight_decay"]),
+                first_step=is_first,
+                maximize=bool(options["maximize"]),
+            ),
             out=out,
         )
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.kernels import api as kernels
+from lightning_ssd.kernels.options import AdamOptions
 from lightning_ssd.memory.pool import Pool, pool_nbytes
 from tests.benchmarks.support import emit, end, facts, in_own_session, launch, median, say
 
@@ -72,7 +73,8 @@ def main() -> None:
     tensors = Tensors(args.numel)
     for num_threads in args.threads:
         say(f"kernels: {num_threads} threads")
-        kernels.set_num_threads(num_threads)
+        if kernels.is_native():
+            kernels._native.set_num_kernel_threads(num_threads)
         torch.set_num_threads(num_threads)
         with ExitStack() as stack:
             cases = contestants(tensors) | stack.enter_context(floors(tensors, num_threads))
@@ -103,12 +105,12 @@ class Tensors:
 def contestants(t: Tensors) -> dict[str, Case]:
     """What runs in this process, by name."""
     moments: dict[str, Any] = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.01}
-    adamw: dict[str, Any] = {**moments, "betas": (0.9, 0.999), "step": 10, "decoupled": True}
+    adamw = AdamOptions(step=10, betas=(0.9, 0.999), decoupled=True, **moments)
     fused: dict[str, Any] = {**moments, "beta1": 0.9, "beta2": 0.999, "amsgrad": False, "maximize": False}
     states = ([t.param], [t.grad], [t.exp_avg], [t.exp_avg_sq], [], [t.step])
 
     def ours(grad: Tensor, out: Tensor | None) -> None:
-        kernels.adam_(t.param, grad, t.exp_avg, t.exp_avg_sq, out=out, **adamw)
+        kernels.adam_(t.param, grad, t.exp_avg, t.exp_avg_sq, adamw, out=out)
 
     def torch_fused() -> None:
         torch._fused_adamw_(*states, **fused)

@@ -29,6 +29,7 @@ import lightning_ssd
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.io.select import make_engine
 from lightning_ssd.kernels import api as kernels
+from lightning_ssd.kernels.options import AdamOptions
 from tests.benchmarks.disk import scratch
 from tests.benchmarks.gpt import Module, batches, numel
 from tests.benchmarks.support import median, plan_of
@@ -191,12 +192,12 @@ def time_kernel(job: Job) -> dict[str, Any]:
     chunks = [[torch.rand(CHUNK_NUMEL) for _ in range(3)] for _ in range(NUM_CHUNKS)]
     grads = [torch.rand(CHUNK_NUMEL).to(low) for _ in range(NUM_CHUNKS)]
     outs = [torch.zeros(CHUNK_NUMEL, dtype=low) for _ in range(NUM_CHUNKS)] if low == torch.bfloat16 else None
-    settings: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    options = AdamOptions(step=10, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, decoupled=True)
 
     def update(i: int, size: int) -> None:
         param, exp_avg, exp_avg_sq = (t[:size] for t in chunks[i])
         out = None if outs is None else outs[i][:size]
-        kernels.adam_(param, grads[i][:size], exp_avg, exp_avg_sq, out=out, step=10, decoupled=True, **settings)
+        kernels.adam_(param, grads[i][:size], exp_avg, exp_avg_sq, options, out=out)
 
     def check(i: int, size: int) -> None:
         kernels.sum_of_squares(grads[i][:size])

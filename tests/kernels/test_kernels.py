@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.kernels import reference
+from lightning_ssd.kernels.options import AdamOptions, SGDOptions
 
 NATIVE = kernels._native
 LEVELS = NATIVE.kernel_levels() if NATIVE is not None else []
@@ -124,7 +125,7 @@ def test_adam_equals_the_reference(level: str, case: dict[str, Any], options: di
     for adam in (kernels.adam_, reference.adam_):
         states = [shifted(made[kind], case["shift"]) for kind in ("param", "exp_avg", "exp_avg_sq")]
         out = case["out_dtype"] and shifted(torch.zeros(case["numel"], dtype=case["out_dtype"]), case["shift"])
-        adam(states[0], grad, states[1], states[2], out=out, **options)  # type: ignore[operator]
+        adam(states[0], grad, states[1], states[2], AdamOptions(**options), out=out)
         if options["betas"][0] == 0:  # in torch the sign of a zero average, so of a zero, then depends on the position
             states = [state.add_(0.0) for state in states]
             out = out if out is None else out.add_(0.0)
@@ -144,7 +145,7 @@ def test_sgd_equals_the_reference(level: str, case: dict[str, Any], options: dic
         param = shifted(made["param"], case["shift"])
         momentum = shifted(made["exp_avg"], case["shift"]) if options["momentum_factor"] else None
         out = case["out_dtype"] and shifted(torch.zeros(case["numel"], dtype=case["out_dtype"]), case["shift"])
-        sgd(param, grad, momentum, out=out, **options)  # type: ignore[operator]
+        sgd(param, grad, momentum, SGDOptions(**options), out=out)
         results.append([param, momentum, out])
     assert same_bits(*results)
 
@@ -174,7 +175,9 @@ def test_adam_steps_equal_torch_optim(level: str, make: Any, decoupled: bool, sh
         theirs.grad = torch.randn(shape) * 10.0 ** (step - 4)
         optimizer.step()
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "maximize")}
-        kernels.adam_(ours, theirs.grad.flatten(), exp_avg, exp_avg_sq, step=step, decoupled=decoupled, **options)
+        kernels.adam_(
+            ours, theirs.grad.flatten(), exp_avg, exp_avg_sq, AdamOptions(step, decoupled=decoupled, **options)
+        )
         state = optimizer.state[theirs]
         pairs = ((ours, theirs), (exp_avg, state["exp_avg"]), (exp_avg_sq, state["exp_avg_sq"]))
         _assert_torch(pairs)
@@ -203,9 +206,11 @@ def test_sgd_steps_equal_torch_optim(level: str, options: dict[str, Any]) -> Non
             ours,
             theirs.grad.flatten(),
             momentum,
-            momentum_factor=group["momentum"],
-            first_step=step == 1,
-            **{name: group[name] for name in ("lr", "dampening", "nesterov", "weight_decay", "maximize")},
+            SGDOptions(
+                momentum_factor=group["momentum"],
+                first_step=step == 1,
+                **{name: group[name] for name in ("lr", "dampening", "nesterov", "weight_decay", "maximize")},
+            ),
         )
         _assert_torch([(ours, theirs)])
 
@@ -218,9 +223,7 @@ def _assert_torch(pairs: Any) -> None:
             torch.testing.assert_close(ours, theirs.detach().flatten())
 
 
-ADAMW: dict[str, Any] = {
-    "step": 3, "lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "decoupled": True
-}  # fmt: skip
+ADAMW = AdamOptions(step=3, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, decoupled=True)
 
 
 @SLOW_FIXTURE
@@ -228,9 +231,9 @@ ADAMW: dict[str, Any] = {
 def test_pieces_of_a_tensor_give_the_bits_of_the_whole(level: str, cuts: list[int], seed: int) -> None:
     whole, pieces = (list(random_tensors(5000, seed).values()) for _ in range(2))
     out, out_of_pieces = torch.zeros(5000, dtype=torch.bfloat16), torch.zeros(5000, dtype=torch.bfloat16)
-    kernels.adam_(*whole, out=out, **ADAMW)
+    kernels.adam_(*whole, ADAMW, out=out)
     for begin, end in itertools.pairwise([0, *sorted(cuts), 5000]):
-        kernels.adam_(*(t[begin:end] for t in pieces), out=out_of_pieces[begin:end], **ADAMW)
+        kernels.adam_(*(t[begin:end] for t in pieces), ADAMW, out=out_of_pieces[begin:end])
     assert same_bits([*whole, out], [*pieces, out_of_pieces])
 
 
@@ -240,14 +243,14 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     before = NATIVE.num_kernel_threads()
     results = []
     for num_threads in (1, 2, 3, 8):
-        kernels.set_num_threads(num_threads)
+        NATIVE.set_num_kernel_threads(num_threads)
         made = list(random_tensors(numel, 5).values())
         out = torch.zeros(numel, dtype=torch.float16)
-        kernels.adam_(*made, out=out, **ADAMW)
+        kernels.adam_(*made, ADAMW, out=out)
         total = torch.tensor([kernels.sum_of_squares(made[1])[0]], dtype=torch.float64)
         results.append([*made, out, total.view(torch.float32)])
         assert f"{num_threads} threads" in kernels.describe()
-    kernels.set_num_threads(before)
+    NATIVE.set_num_kernel_threads(before)
     for other in results[1:]:
         assert same_bits(results[0], other)
 
@@ -261,9 +264,9 @@ def test_a_foreign_square_root_gives_the_same_bits(level: str, monkeypatch: pyte
         pytest.skip("this torch has no square root of its own")
     assert set_threads, "MKL, which the root is from, must be told not to start threads"
     made, again = (list(random_tensors(2 * BLOCK + 5, 6, specials=True).values()) for _ in range(2))
-    kernels.adam_(*made, **ADAMW)
+    kernels.adam_(*made, ADAMW)
     monkeypatch.setattr(kernels, "torch_sqrt", lambda: (NATIVE.SqrtForm.external, address, set_threads))
-    kernels.adam_(*again, **ADAMW)
+    kernels.adam_(*again, ADAMW)
     assert same_bits(made, again)
 
 

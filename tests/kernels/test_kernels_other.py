@@ -6,6 +6,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.kernels import reference
+from lightning_ssd.kernels.options import AdamOptions, SGDOptions
 
 NATIVE = kernels._native
 LEVELS = NATIVE.kernel_levels() if NATIVE is not None else []
@@ -156,10 +158,10 @@ def test_calls_from_several_threads_do_not_disturb_each_other(level: str) -> Non
     assert not wrong
 
 
-def _adam(**changed: Tensor | int | None) -> None:
+def _adam(step: int = 1, **changed: Tensor) -> None:
     tensors = {name: torch.ones(8) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
-    options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled": True, "step": 1}
-    kernels.adam_(**{**tensors, **options, **changed})  # type: ignore[arg-type]
+    options = AdamOptions(step, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=True)
+    kernels.adam_(**{**tensors, **changed}, options=options)
 
 
 @pytest.mark.parametrize(
@@ -176,28 +178,21 @@ def _adam(**changed: Tensor | int | None) -> None:
         ({"step": 0}, "counts from 1"),
     ],
 )
-def test_adam_refuses_what_it_cannot_do(changed: dict[str, Tensor | int], said: str) -> None:
+def test_adam_refuses_what_it_cannot_do(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         _adam(**changed)
 
 
 def test_other_refusals() -> None:
     t = torch.ones(4)
-    options = {"lr": 0.1, "dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "first_step": True}
+    options = SGDOptions(0.1, 0.9, dampening=0.0, nesterov=False, weight_decay=0.0, first_step=True)
     with pytest.raises(ValueError, match="is missing"):
-        kernels.sgd_(t, t, None, momentum_factor=0.9, **options)  # type: ignore[arg-type]
+        kernels.sgd_(t, t, None, options)
     with pytest.raises(ValueError, match="was given"):
-        kernels.sgd_(t, t, t, momentum_factor=0.0, **options)  # type: ignore[arg-type]
+        kernels.sgd_(t, t, t, options._replace(momentum_factor=0.0))
     with pytest.raises(ValueError, match="dst must have 4 elements"):
         kernels.convert_(torch.ones(3), t)
     with pytest.raises(ValueError, match="cannot checksum -1 bytes"):
         kernels.crc32c(t.data_ptr(), -1)
     with pytest.raises(ValueError, match="in pieces of 0"):
         kernels.crc32c_each(t.data_ptr(), 16, 0)
-    with pytest.raises(ValueError, match="at least one thread"):
-        kernels.set_num_threads(0)
-
-
-def test_support() -> None:
-    assert kernels.supports()
-    assert not kernels.supports(amsgrad=True)
