@@ -1,13 +1,13 @@
-"""How long a disk is waited for, and calls to the system that end in time whatever the disk does.
+"""How long a disk is waited for, and system calls that return within that time even if the disk hangs.
 
-[Note: deadline] Time counts while this process runs and waits. One that was stopped (SIGSTOP, a suspended machine) and
-goes on finds a disk that has had no time to answer: a tick counts once, however long it took.
+[Note: deadline] Only time in which this process runs counts. After SIGSTOP, or on a machine that was suspended, the
+disk had no time to answer: one tick of a wait counts as at most a second, however long it took.
 
-Once a wait has run out, the disk is taken to hang until that operation ends: nobody waits for it again. So an error is
-shown one deadline after the disk stopped, whatever else would have waited for it, and teardown ends.
+Once a wait has run out, the disk counts as hanging until that operation ends, and nobody waits for it again. So an
+error is raised one deadline after the disk stopped, whatever else would have waited for it, and teardown ends.
 
-What hangs in the kernel cannot be ended, only left behind: a thread with its call, a transfer with its memory and its
-descriptors. All of these are daemons, so the process can end.
+An operation that hangs in the kernel cannot be cancelled, only abandoned: a thread with its system call, a transfer
+with its memory and descriptors. All such threads are daemons, so the process can end.
 """
 
 from __future__ import annotations
@@ -21,21 +21,45 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from lightning_ssd.errors import DeadlineError, as_io_failure
 
 T = TypeVar("T")
 
 TICK_S = 0.2
-"""A wait returns to the interpreter this often, so that Ctrl-C is heard while the disk hangs."""
+"""A wait returns to the interpreter this often, so that Ctrl-C works while the disk hangs."""
 
 _MOST_PER_TICK_S = 5 * TICK_S
-"""A tick that took longer, as on a busy machine or where the process was stopped, counts as that."""
+"""A tick that took longer, on a busy machine or while the process was stopped, counts as this."""
+
+
+class InFlight(Protocol):
+    """An operation of a disk, which may hang."""
+
+    def done(self) -> bool:
+        """Whether it is over."""
+        ...
+
+    def wait_for(self, seconds: float) -> bool:
+        """Wait at most this long; returns `done`."""
+        ...
+
+
+class Over(threading.Event):
+    """An `InFlight` that is over once somebody calls `set`."""
+
+    def done(self) -> bool:
+        """See `InFlight.done`."""
+        return self.is_set()
+
+    def wait_for(self, seconds: float) -> bool:
+        """See `InFlight.wait_for`."""
+        return self.wait(seconds)
 
 
 class Patience:
-    """How long one disk is waited for; see [Note: deadline].
+    """How long the disks of one engine are waited for; see [Note: deadline].
 
     Args:
         deadline_s: Seconds that a wait without a deadline of its own may take.
@@ -43,24 +67,26 @@ class Patience:
 
     def __init__(self, deadline_s: float) -> None:
         self.deadline_s = deadline_s
-        self._hangs: Callable[[], bool] = lambda: False
+        self._overdue: InFlight | None = None
         self._idle: list[_Caller] = []
         self._is_closed = False
 
     @property
     def is_spent(self) -> bool:
-        """Whether a wait has run out for what is still not over."""
-        return self._hangs()
+        """Whether a wait has run out and its operation is still not over."""
+        overdue = self._overdue
+        return overdue is not None and not overdue.done()
 
-    def wait(
-        self, wait_for: Callable[[float], bool], is_over: Callable[[], bool], deadline_s: float | None = None
-    ) -> bool:
-        """Call ``wait_for`` with a few seconds each time until it says that it is over; False if time runs out.
+    def wait(self, operation: InFlight, deadline_s: float | None = None) -> bool:
+        """Wait for ``operation``.
 
         Args:
-            wait_for: Waits so many seconds at most and tells whether it is over.
-            is_over: Tells it without waiting.
-            deadline_s: Seconds to wait at most; None takes the disk's, and then running out tells that it hangs.
+            operation: What to wait for.
+            deadline_s: Seconds to wait at most. With None it is the disk's deadline, and once that has run out, the
+                disk counts as hanging.
+
+        Returns:
+            Whether it is over.
         """
         left_s = self.deadline_s if deadline_s is None else deadline_s
         if self.is_spent:
@@ -68,34 +94,42 @@ class Patience:
         while True:
             begin_s = time.monotonic()
             asked_s = max(0.0, min(left_s, TICK_S))
-            if wait_for(asked_s):
+            if operation.wait_for(asked_s):
                 return True
             left_s -= max(asked_s, min(time.monotonic() - begin_s, _MOST_PER_TICK_S))
             if left_s <= 0:
                 break
         if deadline_s is None and not self.is_spent:
-            self._hangs = lambda: not is_over()
-        return is_over()
+            self._overdue = operation
+        return operation.done()
 
     def call(self, call: Callable[[], T], path: str, what: str) -> T:
-        """What ``call``, a system call on a disk, returns; it runs in a thread that is left behind if it hangs.
+        """Make a system call on a disk, in a thread that is abandoned if it hangs.
+
+        Args:
+            call: Makes it.
+            path: The file, for messages.
+            what: The action, for messages.
+
+        Returns:
+            What ``call`` returns.
 
         Raises:
             IOFailure: It failed.
-            DeadlineError: Time ran out, or the disk was seen to hang before.
+            DeadlineError: Time ran out, or the disk hangs already.
         """
         with as_io_failure(path, what=what):
             return self.run(call, path, what)
 
     def run(self, call: Callable[[], T], path: str, what: str) -> T:
-        """The same; what it fails with is raised as it is."""
+        """As `call`, but raises what ``call`` raises."""
         self.require_answering(path, what)
         try:
             caller = self._idle_caller()
         except RuntimeError:  # the interpreter ends and starts no more threads
             return call()
         running = caller.start(call)
-        if not self.wait(running.over.wait, running.over.is_set):
+        if not self.wait(running.over):
             raise DeadlineError(errno.ETIMEDOUT, path, 0, 0, what)
         if self._is_closed:
             caller.end()
@@ -104,23 +138,27 @@ class Patience:
         return running.result()
 
     def close(self) -> None:
-        """Threads that wait for calls end; from now on each call has its own."""
+        """End the threads that wait for calls; from now on each call has a thread of its own."""
         self._is_closed = True
         while self._idle:
             self._idle.pop().end()
 
+    def require_answering(self, path: str, what: str) -> None:
+        """Refuse to use a disk that hangs.
+
+        Raises:
+            DeadlineError: It does.
+        """
+        if self.is_spent:
+            raise DeadlineError(errno.ETIMEDOUT, path, 0, 0, what)
+
     def _idle_caller(self) -> _Caller:
-        """One that makes no call now: to start a thread for each would take longer than most calls."""
+        """A thread that makes no call now; to start one for each call would take longer than most calls."""
         with suppress(IndexError):
             caller = self._idle.pop()
             if caller.pid == os.getpid():
                 return caller
         return _Caller()
-
-    def require_answering(self, path: str, what: str) -> None:
-        """Refuse to ask a disk that was seen to hang, and has not answered yet."""
-        if self.is_spent:
-            raise DeadlineError(errno.ETIMEDOUT, path, 0, 0, what)
 
 
 _patience: ContextVar[Patience] = ContextVar("patience")
@@ -137,34 +175,34 @@ def within(patience: Patience) -> Iterator[None]:
 
 
 def in_time(call: Callable[[], T], path: str, what: str) -> T:
-    """What ``call``, which changes a name or a file, returns; inside `within` it ends in time.
+    """What ``call`` returns, a system call that changes a name or a file; `within` a patience it ends in time.
 
     Raises:
         OSError: As ``call`` does.
-        DeadlineError: It did not end.
+        DeadlineError: Time ran out.
     """
     patience = _patience.get(None)
     return call() if patience is None else patience.run(call, path, what)
 
 
 def require_answering(path: str, what: str) -> None:
-    """Inside `within`, refuse to ask a disk that was seen to hang; for what is too short to be watched itself."""
+    """Inside `within`, refuse to use a disk that hangs; for calls that are too short to get a thread."""
     patience = _patience.get(None)
     if patience is not None:
         patience.require_answering(path, what)
 
 
 def sync(fd: int, call: Callable[[int], None]) -> None:
-    """``os.fsync`` or ``os.fdatasync`` of a descriptor; inside `within` it ends in time.
+    """``os.fsync`` or ``os.fdatasync`` of a descriptor; `within` a patience it ends in time.
 
     Raises:
-        OSError: It failed, or did not end.
+        OSError: It failed, or time ran out.
     """
     patience = _patience.get(None)
     if patience is None:
         call(fd)
         return
-    own = os.dup(fd)  # the caller closes his while this one may still hang
+    own = os.dup(fd)  # the caller may close ``fd`` while this call hangs
 
     def run() -> None:
         try:
@@ -180,33 +218,35 @@ def sync(fd: int, call: Callable[[int], None]) -> None:
 
 
 def leave_behind(thing: object) -> None:
-    """Keep ``thing`` until the process ends: something that hangs may still write to its memory."""
+    """Keep ``thing`` until the process ends: a transfer that hangs may still write to its memory."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 class _Call(Generic[T]):
-    """A call that a caller makes."""
+    """A call that a `_Caller` makes."""
 
     def __init__(self, call: Callable[[], T]) -> None:
-        self.over = threading.Event()
-        self._call: Callable[[], T] | None = call
+        self.over = Over()
+        self._call = [call]
         self._result: list[T] = []
         self._error: BaseException | None = None
 
     def result(self) -> T:
+        """What it returned, or its error raised; once."""
         error, self._error = self._error, None
         if error is not None:
             raise error
         return self._result.pop()
 
     def run(self) -> None:
-        assert self._call is not None
+        """Make the call, and drop it before `over` is set: nothing that it holds is kept by who waited."""
+        call = self._call.pop()
         try:
-            self._result.append(self._call())
+            self._result.append(call())
         except BaseException as error:
             self._error = error
         finally:
-            self._call = None
+            del call
             self.over.set()
 
 
@@ -220,12 +260,13 @@ class _Caller:
         self._thread.start()
 
     def start(self, call: Callable[[], T]) -> _Call[T]:
+        """Start a call; the one before is over."""
         started = _Call(call)
         self._calls.put(started)
         return started
 
     def end(self) -> None:
-        """Return when the thread, which makes no call now, is gone."""
+        """End the thread, which makes no call now, and wait until it is gone."""
         self._calls.put(None)
         if self.pid == os.getpid():
             self._thread.join()
@@ -237,4 +278,4 @@ class _Caller:
 def _make_calls(calls: SimpleQueue[_Call[Any] | None]) -> None:
     while (call := calls.get()) is not None:
         call.run()
-        del call  # what it holds is not held until the next one
+        del call  # else it would be kept until the next one

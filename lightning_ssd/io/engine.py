@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from lightning_ssd.errors import ConfigurationError, as_io_failure
-from lightning_ssd.io.deadline import Patience
+from lightning_ssd.io.deadline import InFlight, Patience
 from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes
 
@@ -107,7 +106,7 @@ class File:
         self.tail_fd = tail_fd
         self.is_direct = direct_fd != tail_fd
         self.writable = writable
-        self._hanging: list[Callable[[], bool]] = []  # of transfers that were given up: whether they are over
+        self._abandoned: list[InFlight] = []  # transfers that nobody waits for any more
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], nbytes: int, *, direct: bool, folder: Folder | None = None) -> File:
@@ -218,15 +217,15 @@ class File:
         with as_io_failure(self.path, what="utime"):
             os.utime(_name(self.path, self.folder), ns=times, dir_fd=where, follow_symlinks=False)
 
-    def give_up(self, is_over: Callable[[], bool]) -> None:
-        """A transfer on it is not waited for any more; until ``is_over`` it may still use the descriptors."""
-        self._hanging.append(is_over)
+    def give_up(self, transfer: InFlight) -> None:
+        """Nobody waits for ``transfer`` any more; until it is over, it may still use the descriptors."""
+        self._abandoned.append(transfer)
 
     @property
     def hangs(self) -> bool:
-        """Whether a transfer that was given up is still in flight: nothing else may be written here."""
-        self._hanging = [is_over for is_over in self._hanging if not is_over()]
-        return bool(self._hanging)
+        """Whether a transfer that was given up is still in flight: nothing else may be written to the file."""
+        self._abandoned = [transfer for transfer in self._abandoned if not transfer.done()]
+        return bool(self._abandoned)
 
     def close(self) -> None:
         """Close the descriptors; a second call does nothing. Where a transfer `hangs` they stay open."""

@@ -135,10 +135,10 @@ class NativeTransfer:
             raise IOFailure(code, self.path, offset, nbytes, self._what)
 
     def is_over_in_time(self, deadline_s: float | None = None) -> bool:
-        """Wait for it; False if it hangs."""
-        if self._patience.wait(self._native.wait_for, self._native.done, deadline_s):  # sync: waits for the disk
+        """Wait for it; False if time ran out, and then nobody waits for it again."""
+        if self._patience.wait(self._native, deadline_s):  # sync: waits for the disk
             return True
-        self._file.give_up(self._native.done)
+        self._file.give_up(self._native)
         return False
 
     def times(self) -> tuple[float, float | None] | None:

@@ -9,10 +9,9 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 
 from lightning_ssd.errors import DeadlineError, IOFailure
-from lightning_ssd.io.deadline import Patience
+from lightning_ssd.io.deadline import Over, Patience
 from lightning_ssd.io.engine import File, IOOptions, IOStats, check_process, check_request
 from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes, round_down, round_up
 
@@ -34,7 +33,7 @@ class PythonEngine:
         self._meters = {False: _Meter(), True: _Meter()}  # by is_write
         num_threads = min(options.num_threads, options.depth)
         self._threads = [
-            threading.Thread(target=self._work, name=f"lightning-ssd-io-{i}", daemon=True) for i in range(num_threads)
+            _Worker(target=self._work, name=f"lightning-ssd-io-{i}", daemon=True) for i in range(num_threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -74,7 +73,7 @@ class PythonEngine:
             self._closing = True
             self._wake.notify_all()
         for thread in self._threads:  # sync: waits for the disk
-            self.patience.wait(partial(_ends_within, thread), partial(_has_ended, thread))
+            self.patience.wait(thread)
 
     def _start(
         self, file: File, offset: int, address: int, nbytes: int, keep: object, *, is_write: bool
@@ -149,7 +148,7 @@ class PythonTransfer:
         self._file = file
         self._keep = keep
         self._patience = patience
-        self._over = threading.Event()
+        self._over = Over()
         self._begin_s: float | None = None
         self._end_s: float | None = None
 
@@ -159,8 +158,8 @@ class PythonTransfer:
 
     def wait(self, deadline_s: float | None = None) -> None:
         """See `Transfer.wait`."""
-        if not self._patience.wait(self._over.wait, self._over.is_set, deadline_s):  # sync: waits for the disk
-            self._file.give_up(self._over.is_set)
+        if not self._patience.wait(self._over, deadline_s):  # sync: waits for the disk
+            self._file.give_up(self._over)
             raise DeadlineError(errno.ETIMEDOUT, self.path, self.offset, self.nbytes, self._what)
         if self.failure is not None:
             raise IOFailure(self.failure.errno, self.path, self.failure.offset, self.failure.nbytes, self._what)
@@ -232,6 +231,17 @@ class _Piece:
                 continue
 
 
+class _Worker(threading.Thread):
+    """A thread of the engine; an `InFlight` until it has ended."""
+
+    def done(self) -> bool:
+        return not self.is_alive()
+
+    def wait_for(self, seconds: float) -> bool:
+        self.join(seconds)
+        return self.done()
+
+
 class _Meter:
     """Bytes and busy time of one direction; belongs to the engine's lock."""
 
@@ -258,12 +268,3 @@ class _Meter:
     def busy_s(self, now: float) -> float:
         """Seconds with something in flight, the current stretch included."""
         return self._busy_s + (now - self._busy_since if self._num_in_flight else 0.0)
-
-
-def _ends_within(thread: threading.Thread, seconds: float) -> bool:
-    thread.join(seconds)
-    return not thread.is_alive()
-
-
-def _has_ended(thread: threading.Thread) -> bool:
-    return not thread.is_alive()

@@ -6,7 +6,6 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,16 +29,22 @@ class Clock:
     def monotonic(self) -> float:
         return self.now_s
 
-    def wait_for(self, jump_s: float = 0.0) -> Callable[[float], bool]:
-        """A wait in vain that takes as long as it was asked to, and ``jump_s`` longer the first time."""
-        jumps = [jump_s]
 
-        def wait_for(seconds: float) -> bool:
-            self.asked.append(seconds)
-            self.now_s += seconds + (jumps.pop() if jumps else 0.0)
-            return False
+class Hanging:
+    """An operation that is waited for in vain; the first wait takes ``jump_s`` longer than it was asked to."""
 
-        return wait_for
+    def __init__(self, clock: Clock, jump_s: float = 0.0) -> None:
+        self.is_over = False
+        self._clock = clock
+        self._jumps = [jump_s]
+
+    def done(self) -> bool:
+        return self.is_over
+
+    def wait_for(self, seconds: float) -> bool:
+        self._clock.asked.append(seconds)
+        self._clock.now_s += seconds + (self._jumps.pop() if self._jumps else 0.0)
+        return self.is_over
 
 
 @pytest.fixture
@@ -51,27 +56,27 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_process_that_was_stopped_goes_on_to_wait(clock: Clock) -> None:
     """An hour between two looks is no hour that the disk had."""
-    assert not Patience(10.0).wait(clock.wait_for(jump_s=3600.0), lambda: False)
+    assert not Patience(10.0).wait(Hanging(clock, jump_s=3600.0))
     assert 8.0 < sum(clock.asked) <= 10.0
 
 
 def test_nobody_waits_again_for_a_disk_that_hangs_until_it_answers(clock: Clock) -> None:
-    patience, over = Patience(10.0), [False]
-    assert not patience.wait(clock.wait_for(), lambda: over[0])
+    patience, first = Patience(10.0), Hanging(clock)
+    assert not patience.wait(first)
     assert patience.is_spent
     clock.asked.clear()
-    assert not patience.wait(clock.wait_for(), lambda: False)
+    assert not patience.wait(Hanging(clock))
     assert clock.asked == [0.0]
     with pytest.raises(DeadlineError, match=r"sync of 'a file' failed: .*raise io.deadline_s"):
         patience.call(lambda: pytest.fail("it was called all the same"), "a file", "sync")
-    over[0] = True
+    first.is_over = True
     assert not patience.is_spent
     assert patience.call(lambda: 7, "a file", "sync") == 7
 
 
 def test_a_wait_with_a_deadline_of_its_own_does_not_judge_the_disk(clock: Clock) -> None:
     patience = Patience(10.0)
-    assert not patience.wait(clock.wait_for(), lambda: False, 1.0)
+    assert not patience.wait(Hanging(clock), 1.0)
     assert not patience.is_spent
 
 

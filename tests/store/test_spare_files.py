@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ssd.errors import IOFailure, StoreError
+from lightning_ssd.io.deadline import Over
 from lightning_ssd.io.engine import File
 from lightning_ssd.sizes import KiB
 from lightning_ssd.store.disks import Disk, Disks
@@ -67,9 +68,9 @@ def test_a_file_that_somebody_may_see_is_only_unlinked(
     disk = disks.of(file)
     if seen_by == "checkpoint":
         os.link(file.path, tmp_path / "linked")
-    is_over = False
+    over = Over()
     if seen_by == "transfer that hangs":
-        file.give_up(lambda: is_over)
+        file.give_up(over)
     fd = file.tail_fd
     spare.retire(file, is_seen=seen_by == "mapping")
     assert names(disk) == []
@@ -77,7 +78,7 @@ def test_a_file_that_somebody_may_see_is_only_unlinked(
     assert file.closed
     if seen_by == "transfer that hangs":
         assert os.fstat(fd).st_size == file.nbytes  # its descriptor stays open, so that no other file gets the number
-        is_over = True
+        over.set()
         os.close(fd)
 
 
