@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_ssd.errors import IOFailure
-from lightning_ssd.io.engine import File
+from lightning_ssd.io.file import File
 from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.pool import with_span
 from lightning_ssd.sizes import GiB, MiB, round_up

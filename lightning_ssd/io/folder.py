@@ -1,7 +1,7 @@
-"""A directory by its descriptor: what is done in it is done in the very one that was opened, whatever has its path now.
+"""A directory by its descriptor: every access goes to the directory that was opened, whatever has its path now.
 
-Where others may write to the directory around it, anybody can put something else in the place of a path between two
-looks at it. So names are given relative to a descriptor, and no symlink is followed.
+If other users may write to the directory above, they can replace what has a path between two uses of that path. So
+names are looked up relative to a descriptor, and no symlink is followed.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Folder:
     """
 
     def __init__(self, fd: int, path: str) -> None:
-        """Take ``fd`` over."""
+        """Own ``fd`` from now on."""
         self.fd = fd
         self.path = path
 
     @classmethod
     def open(cls, path: str) -> Folder:
-        """Open a directory by the path that the user gave, which may lead through symlinks."""
+        """Open a directory by a path of the user, which may lead through symlinks."""
         return cls(os.open(path or ".", _OPEN), path)
 
     def __enter__(self) -> Folder:
@@ -51,20 +51,20 @@ class Folder:
         self.close()
 
     def close(self) -> None:
-        """Close the descriptor, and with it give up the lock; a second call does nothing."""
+        """Close the descriptor, which releases its lock; a second call does nothing."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             close_fd(fd)
 
     def folder(self, name: str) -> Folder:
-        """Open a directory in this one; a symlink is none."""
+        """Open a directory in this one; a symlink is an error."""
         return Folder(self.open_file(name, _OPEN), os.path.join(self.path, name))
 
     def make(self, name: str) -> Folder:
-        """Make a directory, for its owner only, and open it.
+        """Create a directory with mode 0700 and open it.
 
         Raises:
-            OSError: It exists, cannot be made, or somebody else has put another one in its place.
+            OSError: It exists, cannot be created, or another user has replaced it.
         """
         self._change(name, lambda: os.mkdir(name, 0o700, dir_fd=self.fd), "making a directory")
         try:
@@ -84,7 +84,7 @@ class Folder:
         return made
 
     def open_file(self, name: str, flags: int, mode: int = 0o600) -> int:
-        """Open what is called ``name``; neither a symlink nor a FIFO in its place is followed or waited for."""
+        """Open a file; a symlink is an error, and a FIFO is not waited for."""
         if self.fd < 0:
             raise FileNotFoundError(errno.ENOENT, "its directory was closed", os.path.join(self.path, name))
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -102,11 +102,11 @@ class Folder:
         self._change(name, lambda: os.rmdir(name, dir_fd=self.fd), "rmdir")
 
     def rename(self, name: str, new_name: str) -> None:
-        """Give what is called ``name`` another name in this directory."""
+        """Rename a file or directory in this directory."""
         self._change(name, lambda: os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=self.fd), "rename")
 
     def stat(self, name: str) -> os.stat_result:
-        """About what has the name, a symlink itself."""
+        """The status of what has the name; of a symlink itself."""
         with self._naming(name):
             return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
 
@@ -119,18 +119,18 @@ class Folder:
         return True
 
     def is_at(self, name: str, inner: Folder | int) -> bool:
-        """Whether ``name`` still is what was opened as ``inner``, a folder or a descriptor."""
+        """Whether ``name`` still names what was opened as ``inner``, a folder or a descriptor."""
         try:
             return os.path.samestat(self.stat(name), os.fstat(inner.fd if isinstance(inner, Folder) else inner))
         except FileNotFoundError:
             return False
 
     def is_new(self) -> bool:
-        """Whether it is empty and of this user, as `make` leaves it."""
+        """Whether it is empty and belongs to this user, as after `make`."""
         return not os.listdir(self.fd) and (os.fstat(self.fd).st_uid == os.geteuid() or self._gives_its_owner())
 
     def names(self) -> list[str]:
-        """What is in it, in order."""
+        """The names in it, sorted."""
         return sorted(os.listdir(self.fd))
 
     def sync(self) -> None:
@@ -146,7 +146,7 @@ class Folder:
         return try_lock(self.fd, shared=shared)
 
     def _gives_its_owner(self) -> bool:
-        """Whether the file system gives all files one owner (as network disks may), whoever makes them."""
+        """Whether the file system gives all files one owner, whoever creates them, as network disks may."""
         name = f".owner-{secrets.token_hex(8)}"
         fd = self.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
@@ -157,12 +157,13 @@ class Folder:
                 self.unlink(name)
 
     def _change(self, name: str, call: Callable[[], T], what: str) -> T:
+        """Make a system call that changes a name, in time; its error shows the whole path."""
         with self._naming(name):
             return in_time(call, os.path.join(self.path, name), what)
 
     @contextmanager
     def _naming(self, name: str) -> Iterator[None]:
-        """Let an error show the whole path."""
+        """Let an error show the whole path; refuse if the disk hangs."""
         require_answering(os.path.join(self.path, name), "access")
         try:
             yield
@@ -182,15 +183,16 @@ def device_of(path: str) -> int:
 
 
 def close_fd(fd: int) -> None:
-    """Close a descriptor; of a disk that is gone too, whatever it says. What must be durable is synced before."""
+    """Close a descriptor and ignore errors, as of a disk that is gone; what must be durable was synced before."""
     with suppress(OSError):
         os.close(fd)
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool | None:
-    """Whether the lock was free and is ours now; None where directories cannot be locked (some network disks).
+    """Lock a descriptor without waiting: exclusively to change what it is, ``shared`` to read it.
 
-    Whoever works on it holds the lock alone; who only looks shares it.
+    Returns:
+        Whether it is locked now; None if the file system cannot lock directories, as some network disks.
     """
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -202,11 +204,11 @@ def try_lock(fd: int, *, shared: bool = False) -> bool | None:
 
 
 def is_regular(fd: int) -> bool:
-    """Whether a descriptor is of a plain file."""
+    """Whether a descriptor is of a regular file."""
     return stat.S_ISREG(os.fstat(fd).st_mode)
 
 
 def is_own_file(found: os.stat_result, made: Folder) -> bool:
-    """Whether a plain file belongs to whom a directory belongs that we made, and nobody else may write to it."""
+    """Whether a regular file has the owner of ``made``, a directory of ours, and nobody else may write to it."""
     is_ours = found.st_uid == os.fstat(made.fd).st_uid
     return stat.S_ISREG(found.st_mode) and is_ours and not found.st_mode & 0o022

@@ -1,4 +1,4 @@
-"""The engines of the native module ("uring", "posix") as `Engine` and `Transfer`; they need no interpreter lock."""
+"""The engines of the native module, "uring" and "posix", as `Engine`. Their threads need no interpreter lock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from lightning_ssd.errors import DeadlineError, IOFailure
 from lightning_ssd.io.deadline import Patience, leave_behind
-from lightning_ssd.io.engine import File, IOOptions, IOStats, check_process, check_request
+from lightning_ssd.io.engine import IOOptions, IOStats, check_process, check_request
+from lightning_ssd.io.file import File
 from lightning_ssd.sizes import parse_nbytes
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def make_posix_engine(options: IOOptions, *, reason: str) -> NativeEngine:
 
 
 class NativeEngine:
-    """`Engine` over one of the native module's."""
+    """`Engine` over an engine of the native module."""
 
     def __init__(self, name: str, native: IoEngine, options: IOOptions, *, reason: str) -> None:
         self.name = name
@@ -47,7 +48,7 @@ class NativeEngine:
         self.patience = Patience(options.deadline_s)
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._in_flight: list[NativeTransfer] = []  # they keep memory alive, waited for or not
+        self._in_flight: list[NativeTransfer] = []  # they keep memory alive, whether or not anyone waits
 
     def read(self, file: File, offset: int, address: int, nbytes: int, *, keep: object = None) -> NativeTransfer:
         """See `Engine.read`."""
@@ -70,7 +71,7 @@ class NativeEngine:
         """See `Engine.close`."""
         self.patience.close()
         if os.getpid() == self._pid and not all([transfer.is_over_in_time() for transfer in self._in_flight]):
-            leave_behind(self)  # with the memory that its transfers own
+            leave_behind(self)  # with the memory that its transfers use
             return
         self._native.close()  # sync: waits for the disk, which has answered
         self._let_go()
@@ -88,8 +89,11 @@ class NativeEngine:
         return transfer
 
     def _let_go(self) -> None:
-        # Swept here, not by the thread that completes transfers: dropping a Python object would make it wait for the
-        # interpreter lock, and the disk would wait with it.
+        """Drop transfers that are over.
+
+        Not done by the native thread that completes them: to drop a Python object it would have to wait for the
+        interpreter lock, and the disk would wait for it.
+        """
         with self._lock:
             self._in_flight = [transfer for transfer in self._in_flight if not transfer.done()]
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from lightning_ssd.errors import DeadlineError, IOFailure
 from lightning_ssd.io.deadline import Over, Patience
-from lightning_ssd.io.engine import File, IOOptions, IOStats, check_process, check_request
+from lightning_ssd.io.engine import IOOptions, IOStats, check_process, check_request
+from lightning_ssd.io.file import File
 from lightning_ssd.sizes import BLOCK_NBYTES, parse_nbytes, round_down, round_up
 
 
 class PythonEngine:
-    """`Engine` in plain Python. ``num_threads`` pieces are in flight at most."""
+    """`Engine` in plain Python, with at most ``num_threads`` pieces in flight."""
 
     name = "python"
 
@@ -47,7 +48,7 @@ class PythonEngine:
         return self._start(file, offset, address, nbytes, keep, is_write=True)
 
     def register_memory(self, address: int, nbytes: int) -> bool:
-        """See `Engine.register_memory`; of no use here."""
+        """See `Engine.register_memory`; not supported."""
         return False
 
     def stats(self) -> IOStats:
@@ -68,7 +69,7 @@ class PythonEngine:
         """See `Engine.close`."""
         self.patience.close()
         if os.getpid() != self._pid:
-            return  # a forked child has none of the threads, and the lock may have been held at the fork
+            return  # a forked child has none of the threads, and one may have held the lock at the fork
         with self._lock:
             self._closing = True
             self._wake.notify_all()
@@ -122,11 +123,11 @@ class PythonEngine:
                     meter = self._meters[piece.is_write]
                     meter.stop(time.monotonic(), piece.transfer.nbytes, ok=piece.transfer.failure is None)
                     piece.transfer.finish()
-            del piece  # an idle worker must not keep the transfer, or the caller's memory, alive
+            del piece  # an idle worker must not keep the transfer and the caller's memory alive
 
 
 class PythonTransfer:
-    """`Transfer` of `PythonEngine`. ``failure`` and ``num_pieces_left`` belong to the engine's lock."""
+    """`Transfer` of `PythonEngine`. The engine's lock guards ``failure`` and ``num_pieces_left``."""
 
     def __init__(
         self,
@@ -169,12 +170,12 @@ class PythonTransfer:
         return None if self._begin_s is None else (self._begin_s, self._end_s)
 
     def begin(self, at_s: float | None = None) -> None:
-        """Note that it has begun, now or at ``at_s``; only the first call counts."""
+        """Note when it began, by default now; only the first call counts."""
         if self._begin_s is None:
             self._begin_s = time.perf_counter() if at_s is None else at_s
 
     def finish(self) -> None:
-        """Let go of the caller's memory and wake who waits; called once, by the engine."""
+        """Drop the caller's memory and wake waiting threads; called once, by the engine."""
         self._end_s = time.perf_counter()
         self.begin(self._end_s)
         self._keep = None
@@ -183,7 +184,7 @@ class PythonTransfer:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a transfer failed, and at which piece."""
+    """Why a transfer failed, and the range of the piece that did."""
 
     errno: int
     offset: int
@@ -203,7 +204,7 @@ class _Piece:
     nbytes: int
 
     def run(self) -> Failure | None:
-        """Move the bytes; the failure, if any, is of this piece."""
+        """Move the bytes; returns the failure of this piece, if any."""
         try:
             self._move()
         except OSError as error:
@@ -214,7 +215,7 @@ class _Piece:
         body_nbytes = round_down(self.nbytes) if self.is_write else round_up(self.nbytes)
         done = 0
         while done < self.nbytes:
-            # A short result may end off a block boundary, where O_DIRECT cannot go on; the buffered descriptor can.
+            # O_DIRECT cannot continue after a short result that ends off a block boundary; the buffered descriptor can.
             direct = done < body_nbytes and done % BLOCK_NBYTES == 0
             end = body_nbytes if direct else self.nbytes
             memory = (ctypes.c_char * (end - done)).from_address(self.address + done)
@@ -243,7 +244,7 @@ class _Worker(threading.Thread):
 
 
 class _Meter:
-    """Bytes and busy time of one direction; belongs to the engine's lock."""
+    """Bytes and busy time of reads or of writes, guarded by the engine's lock."""
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -266,5 +267,5 @@ class _Meter:
             self.num_done += 1
 
     def busy_s(self, now: float) -> float:
-        """Seconds with something in flight, the current stretch included."""
+        """Seconds with something in flight, until ``now``."""
         return self._busy_s + (now - self._busy_since if self._num_in_flight else 0.0)

@@ -1,4 +1,4 @@
-"""Files without a name, for what waits on disk only as long as this process lives: a killed one leaves nothing."""
+"""Files without a name, for data that only this process needs: if it is killed, nothing is left on disk."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 from lightning_ssd.errors import IOFailure, as_io_failure
 from lightning_ssd.io.deadline import Patience
-from lightning_ssd.io.engine import File
+from lightning_ssd.io.file import File
 from lightning_ssd.io.folder import Folder
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """Makes them.
+    """Creates files without a name on one disk.
 
     Attributes:
-        folder: Where; a name is there while a file is made.
-        direct: Whether files in it take O_DIRECT.
-        patience: How long its disk is waited for.
+        folder: The directory; a new file has a name in it for a moment.
+        direct: Whether files in it may be opened with O_DIRECT.
+        patience: How long the disk is waited for.
     """
 
     folder: Folder
@@ -27,16 +27,16 @@ class Scratch:
     patience: Patience
 
     def make(self, name: str, nbytes: int, *, direct: bool = False) -> File:
-        """A file of ``nbytes`` whose space is reserved.
+        """Create a file of ``nbytes`` with reserved space.
 
         Args:
             name: Must not exist yet.
             nbytes: Length, above 0.
-            direct: Use O_DIRECT where the directory has it.
+            direct: Use O_DIRECT if the directory supports it.
 
         Raises:
             IOFailure: The disk is full or failed.
-            DeadlineError: It hangs.
+            DeadlineError: The disk hangs.
         """
         path = os.path.join(self.folder.path, name)
 
@@ -53,7 +53,7 @@ class Scratch:
 
 
 def write_all(file: File, data: bytes | memoryview, offset: int = 0) -> None:
-    """Write ``data`` through the page cache, and tell a failure as an engine does.
+    """Write ``data`` through the page cache.
 
     Raises:
         IOFailure: The disk failed or is full.

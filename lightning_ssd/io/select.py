@@ -1,4 +1,4 @@
-"""Which engine runs here, and whether a directory takes O_DIRECT: found by trying, said in one sentence."""
+"""Which engine works on this machine, and whether a directory supports O_DIRECT: found out by trying."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import tempfile
 import warnings
 
 from lightning_ssd.errors import ConfigurationError, as_io_failure
-from lightning_ssd.io.engine import Engine, File, IOOptions, validate
+from lightning_ssd.io.engine import Engine, IOOptions, validate
+from lightning_ssd.io.file import File
 from lightning_ssd.io.native_engines import make_posix_engine, make_uring_engine
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.sizes import BLOCK_NBYTES
@@ -38,7 +39,7 @@ def make_engine(options: IOOptions) -> Engine:
 
 
 def native_is_built() -> bool:
-    """Whether the native module is there; importing `_extension` says so, once, if it is not."""
+    """Whether the native module can be imported; the first import of `_extension` warns if it cannot."""
     from lightning_ssd import _extension
 
     return _extension._native is not None
@@ -53,10 +54,11 @@ def _without_native(options: IOOptions) -> Engine:
 
 
 def use_direct(options: IOOptions, directory: str | os.PathLike[str]) -> bool:
-    """Whether files in ``directory`` are to be opened with O_DIRECT, after trying it there.
+    """Whether to open files in ``directory`` with O_DIRECT; warns if the file system refuses it.
 
     Raises:
         ConfigurationError: ``direct="on"`` and the file system refuses it.
+        IOFailure: The disk failed.
     """
     if options.direct == "off":
         return False
@@ -73,7 +75,7 @@ def use_direct(options: IOOptions, directory: str | os.PathLike[str]) -> bool:
 
 
 def _takes_direct(directory: str | os.PathLike[str]) -> bool:
-    # Some file systems (FUSE, overlays) accept the open and refuse the transfer, so a block is really written.
+    """Whether a block can be written there with O_DIRECT; some file systems (FUSE, overlays) refuse only the write."""
     path = os.path.join(os.fspath(directory), ".direct-probe")
     with (
         as_io_failure(path, what="trying O_DIRECT"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lightning_ssd.errors import Ending, IOFailure, StoreError, as_io_failure
-from lightning_ssd.io.engine import File
+from lightning_ssd.io.file import File
 from lightning_ssd.io.folder import device_of
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.run_directory import RunDirectory

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_ssd.errors import CorruptionError, StoreError
-from lightning_ssd.io.engine import File, Transfer
+from lightning_ssd.io.engine import Transfer
+from lightning_ssd.io.file import File
 from lightning_ssd.kernels.api import crc32c_each
 from lightning_ssd.store.layout import CHECK_NBYTES, UnitLayout, chunks
 

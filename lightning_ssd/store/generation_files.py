@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from lightning_ssd.errors import IOFailure, ResidencyError, StoreError, gone
-from lightning_ssd.io.engine import Engine, File, Transfer
+from lightning_ssd.io.engine import Engine, Transfer
+from lightning_ssd.io.file import File
 from lightning_ssd.io.folder import close_fd
 from lightning_ssd.io.scratch import write_all
 from lightning_ssd.kernels.api import crc32c_each, is_native

@@ -14,7 +14,7 @@ from collections import defaultdict
 from functools import partial
 
 from lightning_ssd.errors import Ending, IOFailure, as_io_failure
-from lightning_ssd.io.engine import File
+from lightning_ssd.io.file import File
 from lightning_ssd.io.folder import close_fd, is_own_file
 from lightning_ssd.store.disks import Disk, Disks
 

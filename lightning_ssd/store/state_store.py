@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from lightning_ssd.errors import Ending, StoreError
-from lightning_ssd.io.engine import Engine, File, Transfer
+from lightning_ssd.io.engine import Engine, Transfer
+from lightning_ssd.io.file import File
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.store.disks import Disks

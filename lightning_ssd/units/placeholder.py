@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from lightning_ssd.io.engine import File
+from lightning_ssd.io.file import File
 from lightning_ssd.io.scratch import Scratch, write_all
 from lightning_ssd.memory.mapped_file import map_file
 from lightning_ssd.memory.views import Views

@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_ssd.io.engine import Engine, File, IOOptions, Transfer
+from lightning_ssd.io.engine import Engine, IOOptions, Transfer
+from lightning_ssd.io.file import File
 from lightning_ssd.io.select import make_engine
 from lightning_ssd.memory.pool import map_anonymous
 from lightning_ssd.memory.views import address_of

@@ -13,7 +13,7 @@ from lightning_ssd.checkpoint import directory
 from lightning_ssd.checkpoint.stale_files import leftover, remove_leftover
 from lightning_ssd.convert.importing import import_checkpoint
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.io.engine import File
+from lightning_ssd.io.file import File
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.store.run_directory import RunDirectory
 from tests.checkpoint.support import Training, assert_whole

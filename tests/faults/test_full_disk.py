@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ssd.errors import CheckpointError, IOFailure, StoreError
-from lightning_ssd.io.engine import File
+from lightning_ssd.io.file import File
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store import state_store
 from tests.faults.support import refused, run_directories, small_gpt, streamed

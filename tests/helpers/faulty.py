@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from lightning_ssd.errors import IOFailure
 from lightning_ssd.io.deadline import Patience
-from lightning_ssd.io.engine import Engine, File, IOStats, Transfer, check_request
+from lightning_ssd.io.engine import Engine, IOStats, Transfer, check_request
+from lightning_ssd.io.file import File
 from lightning_ssd.io.python_engine import Failure, PythonTransfer
 
 

@@ -13,7 +13,8 @@ import pytest
 from lightning_ssd.errors import DeadlineError, IOFailure
 from lightning_ssd.io import deadline
 from lightning_ssd.io.deadline import Patience
-from lightning_ssd.io.engine import File, IOOptions
+from lightning_ssd.io.engine import IOOptions
+from lightning_ssd.io.file import File
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.memory.pool import Pool
 from tests.helpers.faulty import Fault, FaultyEngine, When

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_ssd.errors import DeadlineError, IOFailure
-from lightning_ssd.io.engine import File, IOOptions, IOStats, Transfer
+from lightning_ssd.io.engine import IOOptions, IOStats, Transfer
+from lightning_ssd.io.file import File
 from lightning_ssd.sizes import BLOCK_NBYTES, KiB, MiB, round_up
 from tests.helpers.io_engines import ENGINES, HostBuffer, MakeEngine, engine_or_skip, running
 

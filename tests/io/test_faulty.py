@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ssd.errors import DeadlineError, IOFailure
-from lightning_ssd.io.engine import File, IOOptions
+from lightning_ssd.io.engine import IOOptions
+from lightning_ssd.io.file import File
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.sizes import BLOCK_NBYTES
 from tests.helpers.faulty import Fault, FaultyEngine, Rule, When

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ssd.errors import ConfigurationError, IOFailure
-from lightning_ssd.io.engine import File, IOOptions
+from lightning_ssd.io.engine import IOOptions
+from lightning_ssd.io.file import File
 from lightning_ssd.io.select import use_direct
 from lightning_ssd.sizes import MiB
 

@@ -10,7 +10,7 @@ import pytest
 
 from lightning_ssd.errors import IOFailure, StoreError
 from lightning_ssd.io.deadline import Over
-from lightning_ssd.io.engine import File
+from lightning_ssd.io.file import File
 from lightning_ssd.sizes import KiB
 from lightning_ssd.store.disks import Disk, Disks
 from lightning_ssd.store.run_directory import RunDirectory

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightning_ssd.errors import CorruptionError, IOFailure, StoreError
-from lightning_ssd.io.engine import File, IOOptions
+from lightning_ssd.io.engine import IOOptions
+from lightning_ssd.io.file import File
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import MiB
