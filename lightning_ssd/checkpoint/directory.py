@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
-from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, ODD, REST, STATE, UNITS, check_relative_path
+from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, OWN_FILES, UNITS, check_relative_path
 from lightning_ssd.errors import CheckpointError, IOFailure, as_io_failure, remedy, with_remedy
 from lightning_ssd.io.deadline import in_time
 from lightning_ssd.io.folder import Folder, close_fd
@@ -427,7 +427,7 @@ def _discard(parent: Folder, aside: str, found: Folder, name: str, recycle: Recy
 def discard_contents(found: Folder, recycle: Recycle | None = None, *, is_old: bool = False) -> None:
     """Remove what we write into a checkpoint."""
     # The manifest goes first: what is left of a checkpoint must not look like one.
-    for name in (MANIFEST, STATE, REST, ODD):
+    for name in OWN_FILES:
         with suppress(FileNotFoundError):
             found.unlink(name)
     if is_old:

@@ -17,9 +17,9 @@ from torch import Tensor
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
 from lightning_ssd.checkpoint.directory import open_inside, open_regular, recover
 from lightning_ssd.checkpoint.manifest import (
+    BUFFERS,
+    EXTRA_TENSORS,
     MANIFEST,
-    ODD,
-    REST,
     STATE,
     FileRecord,
     Manifest,
@@ -155,8 +155,10 @@ class CheckpointReader:
         """A file of the checkpoint by its relative path, open for reading; the descriptor is the caller's."""
         return open_inside(self._open_directory_fd(), path, self.directory)
 
-    def rest(self, weights_only: bool | None = None) -> dict[str, Tensor]:
-        """Buffers, unmanaged tensors and odd-shaped optimizer state, checked against their checksum; in place.
+    def buffers(self, weights_only: bool | None = None) -> dict[str, Tensor]:
+        """Map every tensor that is in no unit file: buffers, and optimizer state of another shape than its parameter.
+
+        Their bytes are compared with the checksum first.
 
         Args:
             weights_only: As in `state`, for tensors of other classes than torch's own.
@@ -164,13 +166,14 @@ class CheckpointReader:
         Raises:
             CorruptionError: If the bytes are not those that were written.
         """
-        mapped = self._mapped.get(REST)
+        name = self.manifest.file_name(BUFFERS)
+        mapped = self._mapped.get(name)
         if mapped is None:
-            with _Closing(self._open_small(REST)) as fd:
-                mapped = self._mapped[REST] = MappedFile(fd, self._where(REST))
-        found = {name: mapped.tensor(name) for name in mapped.header.entries}
-        if ODD in self.manifest.small_files:
-            found.update(self._load(ODD, weights_only is not False, safe_globals=()))
+            with _Closing(self._open_small(name)) as fd:
+                mapped = self._mapped[name] = MappedFile(fd, self._where(name))
+        found = {entry: mapped.tensor(entry) for entry in mapped.header.entries}
+        if (extra := self.manifest.file_name(EXTRA_TENSORS)) in self.manifest.small_files:
+            found.update(self._load(extra, weights_only is not False, safe_globals=()))
         return found
 
     def state(self, weights_only: bool | None = None, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:
@@ -215,7 +218,7 @@ class CheckpointReader:
             CorruptionError: If a byte differs; names file, parameter and offset.
             CheckpointError: If a header is not what the manifest says, or something that it lists is nowhere.
         """
-        require_whole(self.manifest, self.rest(), self.directory)
+        require_whole(self.manifest, self.buffers(), self.directory)
         done = 0
         for name in self.manifest.small_files:
             close_fd(self._open_small(name))

@@ -26,12 +26,16 @@ from lightning_ssd.store.safetensors_header import (
 )
 
 FORMAT = "lightning-ssd-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 STATE = "state.pt"
-REST = "rest.safetensors"
-ODD = "odd.pt"
+BUFFERS = "buffers.safetensors"
+EXTRA_TENSORS = "extra_tensors.pt"
 UNITS = "units"
+
+_NAMES_1 = {BUFFERS: "rest.safetensors", EXTRA_TENSORS: "odd.pt"}
+OWN_FILES = (MANIFEST, STATE, BUFFERS, EXTRA_TENSORS, *_NAMES_1.values())
+"""Every name that a file of a checkpoint has beside ``units``, in any version of the format."""
 
 _NO_CHECKSUM = b'"crc32c":"00000000"'
 _MAX_PATH_PARTS = 8
@@ -106,10 +110,11 @@ class Manifest:
         dtypes: The dtype a parameter has at rest, where it is not that of its one stored form.
         aliases: Further names of tied tensors, each with the name under which it is stored.
         optimizers: Records whose values are still in JSON form; ``CheckpointReader.optimizers`` decodes them.
-        small_files: ``state.pt``, ``rest.safetensors`` and, if there is one, ``odd.pt``.
-        names: The tensors of the module's state dict, in its order; of one that is in ``rest`` and in a unit file too,
-            the value is the one in ``rest``. None in a checkpoint that was imported, or written before this was kept:
-            then it is every parameter with a value, every alias and what else is in ``rest``.
+        small_files: ``state.pt``, ``buffers.safetensors`` and, if there is one, ``extra_tensors.pt``; see `file_name`.
+        names: The tensors of the module's state dict, in its order. The value of a tensor that is in ``buffers`` and in
+            a unit file is the one in ``buffers``. None in a checkpoint that was imported or is older than this field:
+            then the names are every parameter with a value, every alias and everything else in ``buffers``.
+        version: Version of the format.
     """
 
     step: int
@@ -123,6 +128,7 @@ class Manifest:
     optimizers: tuple[OptimizerRecord, ...]
     small_files: Mapping[str, SmallFile]
     names: tuple[str, ...] | None = None
+    version: int = VERSION
 
     @cached_property
     def parameters(self) -> Mapping[str, Mapping[str, tuple[FileRecord, TensorEntry]]]:
@@ -132,6 +138,10 @@ class Manifest:
             for entry in record.entries:
                 found.setdefault(entry.name, {})[record.kind] = (record, entry)
         return found
+
+    def file_name(self, name: str) -> str:
+        """What this version of the format calls the small file ``name``."""
+        return _NAMES_1.get(name, name) if self.version == 1 else name
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +153,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     """The text of ``manifest.json``, with the checksum of itself."""
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": manifest.version,
         "crc32c": "00000000",
         "step": manifest.step,
         "created_at": manifest.created_at,
@@ -185,10 +195,11 @@ def decode_manifest(text: bytes, where: str) -> Manifest:
     content = parse_json_object(text, where)
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{where}: not a checkpoint of lightning_ssd (format {str(content.get('format'))!r:.80})")
-    if content.get("version") != VERSION:
+    version = content.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(
-            f"{where}: version {str(content.get('version'))!r:.80} of the format, this lightning_ssd reads version "
-            f"{VERSION}; read it with the lightning_ssd that wrote it and export it to a .ckpt"
+            f"{where}: version {str(version)!r:.80} of the format, this lightning_ssd reads versions 1 to {VERSION}; "
+            "update it, or export the checkpoint to a .ckpt with the lightning_ssd that wrote it"
         )
     _check_seal(text, _take(content, "crc32c", str, where), where)
     files = tuple(_decode_file(value, where) for value in _take(content, "files", list, where))
@@ -203,8 +214,9 @@ def decode_manifest(text: bytes, where: str) -> Manifest:
         dtypes=_texts(content, "dtypes", where),
         aliases=_texts(content, "aliases", where),
         optimizers=tuple(_decode_optimizer(value, where) for value in _take(content, "optimizers", list, where)),
-        small_files=_decode_small_files(_take(content, "small_files", dict, where), where),
+        small_files=_decode_small_files(_take(content, "small_files", dict, where), version, where),
         names=_decode_names(content, where),
+        version=version,
     )
     _check_names(manifest, where)
     return manifest
@@ -298,9 +310,10 @@ def _decode_checksums(value: object, data_nbytes: int, where: str) -> tuple[int,
     return tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(0, len(raw), 4))
 
 
-def _decode_small_files(content: dict[str, Any], where: str) -> dict[str, SmallFile]:
-    if not {STATE, REST} <= set(content) <= {STATE, REST, ODD}:
-        raise CheckpointError(f"{where}: small_files must be {STATE}, {REST} and perhaps {ODD}")
+def _decode_small_files(content: dict[str, Any], version: int, where: str) -> dict[str, SmallFile]:
+    buffers, extra = (_NAMES_1[name] if version == 1 else name for name in (BUFFERS, EXTRA_TENSORS))
+    if not {STATE, buffers} <= set(content) <= {STATE, buffers, extra}:
+        raise CheckpointError(f"{where}: small_files must be {STATE}, {buffers} and perhaps {extra}")
     found: dict[str, SmallFile] = {}
     for name, value in content.items():
         item = _expect(value, dict, name, where)
@@ -356,7 +369,7 @@ def _check_unique(files: tuple[FileRecord, ...], where: str) -> None:
     paths: set[str] = set()
     names: set[tuple[str, str]] = set()
     for record in files:
-        if record.path in paths or record.path in (MANIFEST, STATE, REST, ODD):
+        if record.path in paths or record.path in OWN_FILES:
             raise CheckpointError(f"{where}: the file {record.path!r} is listed twice")
         paths.add(record.path)
         for entry in record.entries:

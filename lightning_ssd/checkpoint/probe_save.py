@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from lightning_ssd.checkpoint.directory import remove
-from lightning_ssd.checkpoint.save import save
+from lightning_ssd.checkpoint.save import write_checkpoint
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
 from lightning_ssd.checkpoint.writer import lay_out_tensors
 from lightning_ssd.errors import CheckpointError
@@ -36,12 +36,12 @@ def probe_save(folder: str, stores: Sequence[str]) -> float:
     Raises:
         CheckpointError: If no checkpoint can be saved, or a saved one not removed, in ``folder``.
     """
-    name = f"rehearsal.tmp-{os.getpid()}-{os.urandom(8).hex()}"
+    name = f"probe.tmp-{os.getpid()}-{os.urandom(8).hex()}"
     target = os.path.join(folder, f".{name}")
     sources = [os.path.join(store, f"{name}.safetensors") for store in stores]
     try:
         with _without_traces(folder), _files(sources) as files:
-            done = save(target, files, {}, {}, [], step=0, progress=lambda done, total: None)
+            done = write_checkpoint(target, files, {}, {}, [], step=0, progress=lambda done, total: None)
             _remove(target)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
@@ -67,15 +67,15 @@ def _remove(target: str) -> None:
 @contextmanager
 def _files(paths: Sequence[str]) -> Iterator[list[UnitFile]]:
     """Files that stand for the generations of a store."""
-    tensors = {"rehearsal": torch.zeros(1)}
+    tensors = {"probe": torch.zeros(1)}
     entries = lay_out_tensors(tensors)
     files: list[UnitFile] = []
     try:
         for path in paths:
-            made = ComposedFile("rehearsal", "param", entries, tensors.__getitem__, lambda name: None)
+            made = ComposedFile("probe", "param", entries, tensors.__getitem__, lambda name: None)
             sums = made.write(path, lambda nbytes: None)
             kind = f"param-{len(files)}"  # a checkpoint has each kind of a unit once
-            files.append(UnitFile("rehearsal", kind, path, True, entries, sums, made.data_begin))
+            files.append(UnitFile("probe", kind, path, True, entries, sums, made.data_begin))
         yield files
     finally:
         for path in paths:

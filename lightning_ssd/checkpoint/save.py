@@ -1,11 +1,11 @@
-"""Freezing a training state into a directory: hard links to generations, a small state file, a manifest last.
+"""Write a training state as a checkpoint directory: hard links to generations, small files, the manifest last.
 
-Order: unit files (linked, or copied where they cannot be), rest, state, the manifest; all of them and their directories
-made durable; then one rename. Whoever dies on the way leaves the previous checkpoint as it was.
+Order: unit files (linked, or copied where a link is impossible), buffers, state, manifest; then all of them and their
+directories are synced; then one rename. A process that dies on the way leaves the previous checkpoint unchanged.
 
-[Note: failed sync] After a sync that failed Linux calls the pages clean, and the next sync of the file succeeds though
-they never reached the disk. So a generation that could not be synced once is never linked: a later save copies it, and
-compares what it reads with the checksums of what was written.
+[Note: failed sync] After a failed sync Linux marks the pages clean, and the next sync of the file succeeds although the
+bytes never reached the disk. So a generation whose sync failed once is never linked: a later save copies it and
+compares its bytes with the checksums of what was written.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from torch import Tensor
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
 from lightning_ssd.checkpoint.directory import Recycle, moved_aside_name, sibling, staging, sync_directory
 from lightning_ssd.checkpoint.manifest import (
+    BUFFERS,
+    EXTRA_TENSORS,
     MANIFEST,
-    ODD,
-    REST,
     STATE,
     UNITS,
     FileRecord,
@@ -82,10 +82,10 @@ class SaveReport:
     moved_aside: str | None
 
 
-def save(
+def write_checkpoint(
     directory: str | os.PathLike[str],
     files: Sequence[UnitFile | ComposedFile],
-    rest: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
     state: Mapping[str, Any],
     optimizers: Sequence[OptimizerRecord],
     *,
@@ -104,7 +104,7 @@ def save(
     Args:
         directory: Where. A plain file of that name is renamed to ``NAME.replaced``, a symlink is replaced.
         files: The generations, of which nobody may write to a linkable one any more; or tensors to make files of.
-        rest: Tensors that are in no unit file, by state-dict name; optimizer state of a shape other than its
+        buffers: Tensors that are in no unit file, by state-dict name; optimizer state of a shape other than its
             parameter's as ``optimizer.<i>.<parameter>.<key>``.
         state: What else Lightning wants kept.
         optimizers: One record per optimizer, in Lightning's order.
@@ -113,7 +113,7 @@ def save(
         world_size: Processes that train together.
         dtypes: Safetensors dtype each parameter has at rest, where both ``param`` and ``master`` exist or neither has
             that dtype. Default: the dtype of ``master`` if there is one, else of ``param``.
-        aliases: Further names of tied tensors -> the name under which the tensor is in ``files`` or ``rest``.
+        aliases: Further names of tied tensors -> the name under which the tensor is in ``files`` or ``buffers``.
         names: The tensors of the module's state dict; see `Manifest.names`.
         recycle: Takes unit files of a replaced checkpoint that nothing else links; see `directory.Recycle`.
         unsynced: Paths of generations that could not be made durable; this save adds those it finds. The caller keeps
@@ -140,7 +140,7 @@ def save(
         with byte_bar(f"saving {os.path.basename(target)!r}") as bar, staging(target, recycle) as staged:
             job = _Job(progress or bar, sum(file.nbytes for file in files), unsynced)
             records = _place_units(staged, files, job)
-            encoded, small = _write_small_files(staged, rest, state, optimizers, job)
+            encoded, small = _write_small_files(staged, buffers, state, optimizers, job)
             manifest = Manifest(
                 step=step,
                 created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -154,7 +154,7 @@ def save(
                 small_files=small,
                 names=None if names is None else tuple(names),
             )
-            require_whole(manifest, rest, target)
+            require_whole(manifest, buffers, target)
             _write_manifest(staged, manifest, job)
             _make_durable(staged, (*small, MANIFEST))
     except OSError as error:
@@ -325,29 +325,29 @@ def _compare(checksums: list[int], expected: tuple[int, ...] | None, file: UnitF
 
 def _write_small_files(
     staged: Folder,
-    rest: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
     state: Mapping[str, Any],
     optimizers: Sequence[OptimizerRecord],
     job: _Job,
 ) -> tuple[tuple[OptimizerRecord, ...], dict[str, SmallFile]]:
-    """Write rest and state; return the encoded optimizer records and what was written."""
+    """Write buffers and state; return the encoded optimizer records and what was written."""
     pickled: dict[str, Any] = {}
     encoded = tuple(encode_optimizer(record, index, pickled) for index, record in enumerate(optimizers))
-    odd = {name: tensor for name, tensor in rest.items() if not _is_plain(tensor)}
+    extra = {name: tensor for name, tensor in buffers.items() if not _is_plain(tensor)}
     small: dict[str, SmallFile] = {}
-    with _small_file(staged, REST, small, job) as writer:
-        plain = {name: tensor for name, tensor in rest.items() if name not in odd}
+    with _small_file(staged, BUFFERS, small, job) as writer:
+        plain = {name: tensor for name, tensor in buffers.items() if name not in extra}
         write_tensors(writer, lay_out_tensors(plain), plain.__getitem__)
     with _small_file(staged, STATE, small, job) as writer:
         write_pickle(writer, {"state": dict(state), "hyper": pickled})
-    if odd:
-        with _small_file(staged, ODD, small, job) as writer:
-            write_pickle(writer, {name: tensor.detach() for name, tensor in odd.items()})
+    if extra:
+        with _small_file(staged, EXTRA_TENSORS, small, job) as writer:
+            write_pickle(writer, {name: tensor.detach() for name, tensor in extra.items()})
     return encoded, small
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a safetensors file can hold the tensor; complex128, sparse and subclassed ones go to ``odd.pt``."""
+    """Whether a safetensors file can hold the tensor; others go to ``extra_tensors.pt``."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
         and tensor.layout == torch.strided

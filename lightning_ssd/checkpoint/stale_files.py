@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from lightning_ssd.checkpoint.directory import UNIT_FILE, discard_contents, sync_directory
 from lightning_ssd.checkpoint.export_staging import discard_export, is_unfinished_export
-from lightning_ssd.checkpoint.manifest import MANIFEST, ODD, REST, STATE, UNITS
+from lightning_ssd.checkpoint.manifest import OWN_FILES, UNITS
 from lightning_ssd.io.folder import Folder
 
 _NAME = re.compile(r"\.(?P<target>.+)\.(?P<role>tmp|old|copy|export)-\d+-[0-9a-f]{8,}")
@@ -119,7 +119,7 @@ def _is_ours(found: Folder, role: str) -> bool:
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
         return False
     for name, inside, each in _entries(found):
-        known = UNIT_FILE.fullmatch(name) is not None if inside else name in (MANIFEST, STATE, REST, ODD)
+        known = UNIT_FILE.fullmatch(name) is not None if inside else name in OWN_FILES
         is_units = not inside and name == UNITS and stat.S_ISDIR(each.st_mode)
         if not (stat.S_ISREG(each.st_mode) and known) and not is_units:
             return False

@@ -41,24 +41,24 @@ class StateDictView(Mapping[str, Tensor]):
     """
 
     def __init__(self, reader: CheckpointReader, weights_only: bool | None = None) -> None:
-        """Look into ``reader``, which stays the caller's and must stay open; see `CheckpointReader.rest`.
+        """Look into ``reader``, which stays the caller's and must stay open; see `CheckpointReader.buffers`.
 
         Raises:
             CheckpointError: If a name leads nowhere.
         """
         self._reader = reader
-        self._rest, _ = split_rest(reader, weights_only)
+        self._buffers, _ = split_buffers(reader, weights_only)
         manifest = reader.manifest
-        require_whole(manifest, self._rest, reader.directory)
+        require_whole(manifest, self._buffers, reader.directory)
         stored = {name: next(iter(places.values()))[1].shape for name, places in valued(manifest).items()}
-        stored |= {name: tuple(tensor.shape) for name, tensor in self._rest.items()}
+        stored |= {name: tuple(tensor.shape) for name, tensor in self._buffers.items()}
         stored |= {alias: stored[name] for alias, name in manifest.aliases.items()}
         names = stored if manifest.names is None else manifest.names
         self.shapes: dict[str, tuple[int, ...]] = {name: stored[name] for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
         stored = self.stored_name(name)
-        return self._rest[stored] if stored in self._rest else self._reader.value(stored)
+        return self._buffers[stored] if stored in self._buffers else self._reader.value(stored)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -73,7 +73,7 @@ class StateDictView(Mapping[str, Tensor]):
     def dtype_of(self, name: str) -> str:
         """Safetensors dtype of a tensor, known without reading it."""
         stored = self.stored_name(name)
-        return name_of(self._rest[stored].dtype) if stored in self._rest else self._reader.dtype_at_rest(stored)
+        return name_of(self._buffers[stored].dtype) if stored in self._buffers else self._reader.dtype_at_rest(stored)
 
     def nbytes_of(self, name: str) -> int:
         """Bytes of a tensor in the dtype it had at rest."""
@@ -82,12 +82,12 @@ class StateDictView(Mapping[str, Tensor]):
     def is_in_place(self, name: str) -> bool:
         """Whether a tensor is mapped as it lies in its file, without a conversion."""
         stored = self.stored_name(name)
-        return stored in self._rest or self._reader.is_in_place(stored)
+        return stored in self._buffers or self._reader.is_in_place(stored)
 
     def drop(self, name: str) -> None:
         """Give back the memory of a parameter's pages."""
         stored = self.stored_name(name)
-        if stored not in self._rest:
+        if stored not in self._buffers:
             self._reader.drop_parameter(stored)
 
 
@@ -108,12 +108,12 @@ def valued(manifest: Manifest) -> dict[str, Mapping[str, tuple[FileRecord, Tenso
     return {name: places for name, places in manifest.parameters.items() if any(k in places for k in VALUE_KINDS)}
 
 
-def require_whole(manifest: Manifest, rest: Collection[str], where: str) -> None:
+def require_whole(manifest: Manifest, buffers: Collection[str], where: str) -> None:
     """Refuse a checkpoint from which training could not go on: something that it lists is nowhere.
 
     Args:
         manifest: The checkpoint.
-        rest: Names of what is not in unit files.
+        buffers: Names of what is not in unit files.
         where: Its path, for messages.
 
     Raises:
@@ -121,10 +121,10 @@ def require_whole(manifest: Manifest, rest: Collection[str], where: str) -> None
     """
     values = valued(manifest)
     for alias, stored in manifest.aliases.items():
-        if stored not in values and stored not in rest:
+        if stored not in values and stored not in buffers:
             raise CheckpointError(f"{where}: {alias!r} is tied to {stored!r}, which is not stored")
     for name in manifest.names or ():
-        if name not in values and name not in rest and name not in manifest.aliases:
+        if name not in values and name not in buffers and name not in manifest.aliases:
             raise CheckpointError(f"{where}: {name!r} of the state dict is not stored")
     for number, record in enumerate(manifest.optimizers):
         for name in record.state if record.kinds else ():
@@ -140,15 +140,15 @@ def require_whole(manifest: Manifest, rest: Collection[str], where: str) -> None
                 )
 
 
-def split_rest(
+def split_buffers(
     reader: CheckpointReader, weights_only: bool | None = None
 ) -> tuple[dict[str, Tensor], dict[int, dict[str, dict[str, Tensor]]]]:
-    """Split ``rest`` into the module's tensors and optimizer state: optimizer -> parameter -> key -> tensor."""
+    """Split ``buffers`` into the module's tensors and optimizer state: optimizer -> parameter -> key -> tensor."""
     module: dict[str, Tensor] = {}
     states: dict[int, dict[str, dict[str, Tensor]]] = {}
     records = reader.manifest.optimizers
     known = [{name for group in record.param_groups for name in group["params"]} for record in records]
-    for full_name, tensor in reader.rest(weights_only).items():
+    for full_name, tensor in reader.buffers(weights_only).items():
         place = _optimizer_place(full_name, known)
         if place is None:
             module[full_name] = tensor

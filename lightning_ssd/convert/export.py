@@ -24,7 +24,7 @@ from lightning_ssd.checkpoint.export_staging import file_beside, folder_beside, 
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.mapped import drop_pages, map_bytes
-from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, join_state_dict, split_rest
+from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, join_state_dict, split_buffers
 from lightning_ssd.checkpoint.writer import (
     Progress,
     StreamWriter,
@@ -160,14 +160,14 @@ WHOLE_STATES = "whole_optimizer_states"
 
 
 def optimizer_state(
-    record: OptimizerRecord, full: Callable[[str, str], Tensor], odd: Mapping[str, Any]
+    record: OptimizerRecord, full: Callable[[str, str], Tensor], extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One optimizer's state as ``torch.optim`` saves it: parameters are numbered through the groups in order.
 
     Args:
         record: The optimizer.
         full: Gives a state of a parameter's own shape, by parameter and kind; KeyError if there is none.
-        odd: Further tensors: parameter -> key -> tensor.
+        extra: Further tensors: parameter -> key -> tensor.
     """
     numbers: dict[str, int] = {}
     groups: list[dict[str, Any]] = []
@@ -185,7 +185,7 @@ def optimizer_state(
                 entry[kind.removesuffix(suffix_of(kind))] = full(name, kind)
             except KeyError:
                 continue
-        entry |= odd.get(name, {})
+        entry |= extra.get(name, {})
         if entry:
             state[number] = entry
     return {"state": state, "param_groups": groups}
@@ -214,7 +214,7 @@ def _as_torch_keeps_it(key: str, value: Any) -> Any:
 
 def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> list[dict[str, Any]]:
     """State of each optimizer as ``torch.optim`` saves it, with mapped tensors."""
-    _, odd = split_rest(reader, weights_only)
+    _, extra = split_buffers(reader, weights_only)
 
     def full(name: str, kind: str) -> Tensor:
         if kind not in reader.manifest.parameters.get(name, {}):
@@ -222,7 +222,7 @@ def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> lis
         return reader.tensor(name, kind)
 
     records = reader.optimizers(weights_only)
-    return [optimizer_state(record, full, odd.get(index, {})) for index, record in enumerate(records)]
+    return [optimizer_state(record, full, extra.get(index, {})) for index, record in enumerate(records)]
 
 
 def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool | None) -> dict[str, Tensor]:

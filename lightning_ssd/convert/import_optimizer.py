@@ -18,13 +18,13 @@ from lightning_ssd.errors import CheckpointError
 _MOMENT = "exp_avg"
 _STEP = "step"
 
-Odd = list[tuple[int, str, str, Tensor]]
+ExtraState = list[tuple[int, str, str, Tensor]]
 """Optimizer, parameter, key and tensor of state that has another shape than its parameter."""
 
 
 def optimizers_for(
     source: ImportSource, like: ImportSource | None, names: Mapping[str, str], step: int | None
-) -> tuple[list[OptimizerRecord], Odd]:
+) -> tuple[list[OptimizerRecord], ExtraState]:
     """Records of the target.
 
     Args:
@@ -55,14 +55,14 @@ def optimizers_for(
         class_name = record.class_name if model is None or record.class_name != "unknown" else model.class_name
         lacking = {names[old]: list(kinds) for old, kinds in record.lacking.items() if names.get(old) in state}
         records.append(OptimizerRecord(class_name, groups, state, list(record.kinds), lacking))
-    odd = [
+    extra = [
         (index, names[old], key, value)
-        for index, states in source.odd.items()
+        for index, states in source.extra_state.items()
         for old, values in states.items()
         if old in names
         for key, value in values.items()
     ]
-    return records, odd
+    return records, extra
 
 
 def _groups(

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.save import save
+from lightning_ssd.checkpoint.save import write_checkpoint
 from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, STATE_DICT_EXTRA, VALUE_KINDS
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
 from lightning_ssd.checkpoint.writer import Progress, lay_out
@@ -125,7 +125,7 @@ def import_checkpoint(
             _leave_weights(found)
         places, report = _pair(found, like, options)
         job = _Job(found, like, places)
-        records, odd = optimizers_for(found, like, job.names, options.step)
+        records, extra = optimizers_for(found, like, job.names, options.step)
         report.optimizers = "none" if not records else "imported" if found.optimizers else "fresh"
         state = _lightning_state(found, has_optimizers=bool(records))
         report.step = int(state.get("global_step", 0))
@@ -135,11 +135,11 @@ def import_checkpoint(
         if any(isinstance(file, ComposedFile) for file in files):  # which have checksums of their own
             _verify(found, None if records else VALUE_KINDS)
             _verify(like, VALUE_KINDS)
-        rest = {name: held.load() for name, held in job.buffers.items()}
-        for index, name, key, value in odd:
-            rest[f"{OPTIMIZER_PREFIX}{index}.{name}.{key}"] = value
-        done = save(
-            to, files, rest, state, records, step=report.step, dtypes=job.dtypes(files), aliases=job.aliases,
+        buffers = {name: held.load() for name, held in job.buffers.items()}
+        for index, name, key, value in extra:
+            buffers[f"{OPTIMIZER_PREFIX}{index}.{name}.{key}"] = value
+        done = write_checkpoint(
+            to, files, buffers, state, records, step=report.step, dtypes=job.dtypes(files), aliases=job.aliases,
             progress=progress,
         )  # fmt: skip
     report.nbytes_linked, report.nbytes_written = done.nbytes_linked, done.nbytes_written
@@ -178,7 +178,7 @@ def _verify(source: ImportSource | None, kinds: Collection[str] | None) -> None:
 
 
 def _leave_weights(source: ImportSource) -> None:
-    source.optimizers, source.odd = [], {}
+    source.optimizers, source.extra_state = [], {}
     source.state = {k: v for k, v in source.state.items() if k in _KEPT_WITH_WEIGHTS}
     for kinds in source.parameters.values():
         for kind in [kind for kind in kinds if kind not in VALUE_KINDS]:

@@ -20,7 +20,7 @@ from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import FileRecord, OptimizerRecord
 from lightning_ssd.checkpoint.mapped import drop_pages
 from lightning_ssd.checkpoint.param_names import optimizer_from_torch
-from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, VALUE_KINDS, StateDictView, split_rest
+from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, VALUE_KINDS, StateDictView, split_buffers
 from lightning_ssd.convert.weights import Shape, open_weights
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
@@ -58,7 +58,7 @@ class ImportSource:
         buffers: Further tensors of the module.
         aliases: Further names of tied tensors -> name under which the tensor is held.
         optimizers: Records; one without groups is of a source that does not say which parameters were in which.
-        odd: Optimizer state of another shape than its parameter's: optimizer -> parameter -> key -> tensor.
+        extra_state: Optimizer state of another shape than its parameter's: optimizer -> parameter -> key -> tensor.
         state: What Lightning keeps beside tensors; empty if the source is not from Lightning.
         reader: The checkpoint, if it is one of ours.
     """
@@ -68,7 +68,7 @@ class ImportSource:
     buffers: dict[str, TensorRef] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     optimizers: list[OptimizerRecord] = field(default_factory=list)
-    odd: dict[int, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
+    extra_state: dict[int, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     reader: CheckpointReader | None = None
     stack: ExitStack = field(default_factory=ExitStack)
@@ -114,8 +114,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
         reader = stack.enter_context(CheckpointReader(path))
         source = ImportSource(reader.directory, reader=reader)
         view = StateDictView(reader, weights_only)
-        buffers, source.odd = split_rest(reader, weights_only)
-        # What a hook put in a parameter's place is in `rest`, and what it left out is only there for its optimizer.
+        buffers, source.extra_state = split_buffers(reader, weights_only)
+        # What a hook put in a parameter's place is in `buffers`, and what it left out is only there for its optimizer.
         kept = {n: p for n, p in reader.manifest.parameters.items() if n in view.shapes and n not in buffers}
         for name, places in kept.items():
             source.parameters[name] = {
@@ -208,7 +208,7 @@ def add_state(source: ImportSource, number: int, name: str, values: Mapping[str,
         elif tuple(value.shape) == shape and value.is_floating_point():
             source.parameters[source.aliases.get(name, name)][key] = held_tensor(value)
         else:
-            source.odd.setdefault(number, {}).setdefault(name, {})[key] = value
+            source.extra_state.setdefault(number, {}).setdefault(name, {})[key] = value
     return scalars
 
 

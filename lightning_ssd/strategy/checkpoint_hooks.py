@@ -20,7 +20,7 @@ from lightning_ssd.paths import home_path
 from lightning_ssd.strategy.dumped import Dumped, are_unchanged
 from lightning_ssd.strategy.lightning_classes import StrategyBase
 from lightning_ssd.strategy.resume import Resume
-from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, save, state_dict, with_masters
+from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, state_dict, to_checkpoint, with_masters
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.strategy.succession import Handover
 
@@ -72,7 +72,7 @@ class CheckpointMixin(StrategyBase):
         whole = {**checkpoint, **self._resume.state(self.lightning_module.trainer)}
         dumped, self._dumped = [self._dumped.get(optimizer) for optimizer in self.optimizers], {}
         streams = are_unchanged(dumped, checkpoint.get("optimizer_states"))
-        save(self.session, whole, home_path(filepath, "checkpoint"), streams=streams)
+        to_checkpoint(self.session, whole, home_path(filepath, "checkpoint"), streams=streams)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors stay mapped until they are placed."""

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_ssd.checkpoint import save as saving
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.directory import remove as remove
 from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
 from lightning_ssd.checkpoint.mapped import SeenFiles
+from lightning_ssd.checkpoint.save import write_checkpoint
 from lightning_ssd.checkpoint.state_dict import (
     OPTIMIZER_PREFIX,
     STATE_DICT_EXTRA,
@@ -54,7 +54,7 @@ def state_dict(module: nn.Module) -> dict[str, Any]:
         return module.state_dict()
 
 
-def save(session: Session, checkpoint: dict[str, Any], path: Any, *, streams: bool) -> None:
+def to_checkpoint(session: Session, checkpoint: dict[str, Any], path: Any, *, streams: bool) -> None:
     """Save what Lightning dumped, and hooks have changed since, as a checkpoint directory.
 
     Args:
@@ -85,13 +85,13 @@ def save(session: Session, checkpoint: dict[str, Any], path: Any, *, streams: bo
         weights = _sort(session, small)
         kinds = _kinds(session, weights, with_state=has_optimizers and streams, with_masters=has_optimizers)
         files = [_unit_file(session.store.on_disk(g)) for g in _generations(session, kinds)]
-        records = _records(session, weights.rest) if has_optimizers and streams else []
+        records = _records(session, weights.buffers) if has_optimizers and streams else []
         dtypes = {n: u.layout.dtype for u in session.units if "param" in kinds[u.name] for n in u.names}
         with within(session.engine.patience):
-            done = saving.save(
+            done = write_checkpoint(
                 os.fspath(path),
                 files,
-                weights.rest,
+                weights.buffers,
                 small,
                 records,
                 step=int(small.get("global_step", 0)),
@@ -132,13 +132,13 @@ class _Weights:
         names: Of its tensors, in order.
         units: Units of which it has a parameter.
         aliases: Further names of their parameters -> their own.
-        rest: Every other tensor.
+        buffers: Every other tensor.
     """
 
     names: list[str] = field(default_factory=list)
     units: set[str] = field(default_factory=set)
     aliases: dict[str, str] = field(default_factory=dict)
-    rest: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _sort(session: Session, small: dict[str, Any]) -> _Weights:
@@ -164,7 +164,7 @@ def _sort(session: Session, small: dict[str, Any]) -> _Weights:
             if name != key:
                 found.aliases[key] = name
         else:
-            found.rest[key] = value.detach().cpu()
+            found.buffers[key] = value.detach().cpu()
     metadata = getattr(state, "_metadata", None)
     if metadata is not None and any(entry.get("version", 1) != 1 for entry in metadata.values()):
         small[STATE_DICT_METADATA] = dict(metadata)
@@ -257,7 +257,7 @@ def _unit_file(generation: Generation) -> UnitFile:
     )
 
 
-def _records(session: Session, rest: dict[str, Tensor]) -> list[OptimizerRecord]:
+def _records(session: Session, buffers: dict[str, Tensor]) -> list[OptimizerRecord]:
     records = []
     for number, adopted in enumerate(session.optimizers):
         initialised = adopted.initialised()
@@ -268,9 +268,9 @@ def _records(session: Session, rest: dict[str, Tensor]) -> list[OptimizerRecord]
             for key, value in scalars.get(name, {}).items():
                 if isinstance(value, Tensor) and value.dim() > 0:
                     place = f"{OPTIMIZER_PREFIX}{number}.{name}.{key}"
-                    if place in rest:
+                    if place in buffers:
                         raise CheckpointError(f"the name {place!r} is that of a tensor of the state dict; rename that")
-                    rest[place] = value
+                    buffers[place] = value
                 else:
                     state[name][key] = value
         kinds = sorted({kind + adopted.suffix for found in initialised.values() for kind in found})

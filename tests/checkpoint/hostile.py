@@ -57,7 +57,7 @@ def read_all(path: Path) -> None:
                 reader.tensor(name, kind).sum()
         for name in (*reader.parameter_names, *reader.manifest.aliases):
             reader.value(name)
-        reader.rest()
+        reader.buffers()
         reader.state()
         reader.optimizers()
         reader.verify()
@@ -69,7 +69,7 @@ def read_state_and_rest(path: Path) -> None:
         try:
             reader.state()
         finally:
-            reader.rest()
+            reader.buffers()
 
 
 def read_weights(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
 from lightning_ssd.checkpoint.manifest import seal
 
-MANIFEST, UNIT, REST, STATE = "manifest.json", "units/00000-a.master.safetensors", "rest.safetensors", "state.pt"
+MANIFEST, UNIT, REST, STATE = "manifest.json", "units/00000-a.master.safetensors", "buffers.safetensors", "state.pt"
 FOLDER, INDEX = "folder", "folder/model.safetensors.index.json"
 SECRET = "secret.safetensors"
 

@@ -13,7 +13,7 @@ from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
 from lightning_ssd.checkpoint.mapped import read_header
-from lightning_ssd.checkpoint.save import SaveReport, save
+from lightning_ssd.checkpoint.save import SaveReport, write_checkpoint
 from lightning_ssd.checkpoint.writer import StreamWriter, lay_out_tensors, new_file, write_tensors
 
 
@@ -73,10 +73,14 @@ class Training:
         )
 
     def save(self, target: Path, **options: Any) -> SaveReport:
-        rest = {"buffer": torch.arange(4) + self.step, "optimizer.0.a.weight.row": torch.full((700,), float(self.step))}
+        buffers = {
+            "buffer": torch.arange(4) + self.step,
+            "optimizer.0.a.weight.row": torch.full((700,), float(self.step)),
+        }
         state = {"loops": {"epoch": self.step}, "tensor": torch.ones(3) * self.step}
         defaults: dict[str, Any] = {"aliases": {"head.weight": "a.weight"}, "dtypes": {"b.bias": "BF16"}}
-        return save(target, self.files, rest, state, [self.record()], step=self.step, **(defaults | options))
+        options = defaults | options
+        return write_checkpoint(target, self.files, buffers, state, [self.record()], step=self.step, **options)
 
 
 def assert_whole(target: Path, training: Training, step: int) -> None:
@@ -90,7 +94,7 @@ def assert_whole(target: Path, training: Training, step: int) -> None:
                     found = reader.tensor(name, kind)
                     assert found.dtype == expected.dtype
                     assert torch.equal(found, expected)
-        assert torch.equal(reader.rest()["buffer"], torch.arange(4) + step)
+        assert torch.equal(reader.buffers()["buffer"], torch.arange(4) + step)
         assert reader.state()["loops"] == {"epoch": step}
         record = training.record()
         (found_record,) = reader.optimizers()

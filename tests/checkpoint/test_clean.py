@@ -283,8 +283,8 @@ def test_a_directory_with_something_else_in_it_is_no_leftover(training: Training
     (path / "units" / "notes.txt").touch()
     assert leftover(str(path)) is None
     (path / "units" / "notes.txt").unlink()
-    (path / "rest.safetensors").unlink()
-    (path / "rest.safetensors").symlink_to(tmp_store)
+    (path / "buffers.safetensors").unlink()
+    (path / "buffers.safetensors").symlink_to(tmp_store)
     assert leftover(str(path)) is None
 
 

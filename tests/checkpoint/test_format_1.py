@@ -72,8 +72,8 @@ def values_of(checkpoint: Path) -> dict[str, Tensor]:
             for name in reader.parameter_names
             for kind in reader.kinds(name)
         }
-        rest = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in reader.rest().items()}
-        return {name: tensor.clone() for name, tensor in (found | rest).items()}
+        buffers = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in reader.buffers().items()}
+        return {name: tensor.clone() for name, tensor in (found | buffers).items()}
 
 
 def write(directory: Path) -> None:

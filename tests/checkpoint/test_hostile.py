@@ -80,7 +80,7 @@ def test_paths_stay_inside(checkpoint: Path, path: str) -> None:
         CheckpointReader(checkpoint)
 
 
-@pytest.mark.parametrize("what", ["file", "units", "manifest.json", "rest.safetensors", "state.pt"])
+@pytest.mark.parametrize("what", ["file", "units", "manifest.json", "buffers.safetensors", "state.pt"])
 def test_symlinks_and_fifos_inside_are_not_followed(checkpoint: Path, tmp_store: Path, what: str) -> None:
     inside = checkpoint / ("units/00000-a.master.safetensors" if what == "file" else what)
     outside = tmp_store / "outside"
@@ -116,14 +116,14 @@ def test_missing_truncated_and_flipped_files_are_named(checkpoint: Path) -> None
         reader.tensor("a.weight", "exp_avg")
 
 
-@pytest.mark.parametrize("name", ["rest.safetensors", "state.pt"])
+@pytest.mark.parametrize("name", ["buffers.safetensors", "state.pt"])
 def test_damaged_small_files_are_not_used(checkpoint: Path, name: str) -> None:
     data = bytearray((checkpoint / name).read_bytes())
     data[-1] ^= 0x80
     (checkpoint / name).write_bytes(data)
     with CheckpointReader(checkpoint) as reader:
         with pytest.raises(CorruptionError, match=name):
-            reader.rest() if name.startswith("rest") else reader.state()
+            reader.buffers() if name.startswith("buffers") else reader.state()
         with pytest.raises(CorruptionError, match=name):
             reader.verify()
 
@@ -148,8 +148,8 @@ def test_a_damaged_manifest_is_refused(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_bytes(text.replace(b'"lr":0.0005', b'"lr":0.0015'))
     with pytest.raises(CheckpointError, match="changed or damaged"):
         CheckpointReader(checkpoint)
-    rewrite(checkpoint, json.loads(text) | {"version": 2})
-    with pytest.raises(CheckpointError, match=r"version '2'.*reads version 1.*export"):
+    rewrite(checkpoint, json.loads(text) | {"version": 3})
+    with pytest.raises(CheckpointError, match=r"version '3'.*reads versions 1 to 2; update it"):
         CheckpointReader(checkpoint)
 
 
@@ -201,7 +201,7 @@ def test_no_manifest_does_harm(checkpoint: Path, data: st.DataObject) -> None:
 
 @settings(max_examples=500, **SETTINGS)
 @given(
-    name=st.sampled_from(["manifest.json", "units/00000-a.master.safetensors", "rest.safetensors", "state.pt"]),
+    name=st.sampled_from(["manifest.json", "units/00000-a.master.safetensors", "buffers.safetensors", "state.pt"]),
     edits=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=3),
     keep=st.one_of(st.just(1.0), st.floats(0, 1)),
 )

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from lightning_ssd.checkpoint import directory
 from lightning_ssd.checkpoint.directory import is_checkpoint, remove
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.save import save
+from lightning_ssd.checkpoint.save import write_checkpoint
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import Folder
 from tests.checkpoint.support import Training, assert_whole
@@ -70,9 +70,9 @@ def test_tensors_no_safetensors_file_can_hold(training: Training, tmp_store: Pat
     }
     record = training.record()
     record.param_groups[0]["schedule"] = torch.Size([2, 3])  # JSON cannot say it
-    save(tmp_store / "c", training.files, rest, {}, [record], step=1)
+    write_checkpoint(tmp_store / "c", training.files, rest, {}, [record], step=1)
     with CheckpointReader(tmp_store / "c") as reader:
-        found = reader.rest()
+        found = reader.buffers()
         assert torch.equal(found["freqs"], rest["freqs"])
         assert torch.equal(found["sparse"].to_dense(), torch.eye(3))
         assert torch.equal(found["cols"], rest["cols"])
@@ -80,7 +80,7 @@ def test_tensors_no_safetensors_file_can_hold(training: Training, tmp_store: Pat
 
 
 def test_state_with_a_class_of_the_user_says_the_way_out(training: Training, tmp_store: Path) -> None:
-    save(tmp_store / "c", training.files, {}, {"hyper_parameters": {"path": Path("x")}}, [], step=1)
+    write_checkpoint(tmp_store / "c", training.files, {}, {"hyper_parameters": {"path": Path("x")}}, [], step=1)
     with CheckpointReader(tmp_store / "c") as reader:
         with pytest.raises(CheckpointError, match=r"Path.*weights_only=False"):
             reader.state()
@@ -89,7 +89,7 @@ def test_state_with_a_class_of_the_user_says_the_way_out(training: Training, tmp
 
 def test_state_that_cannot_be_pickled_is_a_sentence(training: Training, tmp_store: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be pickled.*lambda"):
-        save(tmp_store / "c", training.files, {}, {"hyper_parameters": {"f": lambda: 0}}, [], step=1)
+        write_checkpoint(tmp_store / "c", training.files, {}, {"hyper_parameters": {"f": lambda: 0}}, [], step=1)
     assert os.listdir(tmp_store) == ["live"]
 
 

@@ -221,7 +221,7 @@ def test_a_torch_file_of_any_other_form(tmp_path: Path) -> None:
     import_checkpoint(tmp_path / "w.pt", tmp_path / "c")
     with CheckpointReader(tmp_path / "c") as reader:
         assert reader.parameter_names == ("w",)
-        assert set(reader.rest()) == {"n", "z"}
+        assert set(reader.buffers()) == {"n", "z"}
         assert reader.state()["global_step"] == 0
     torch.save({"epoch": 3}, tmp_path / "none.ckpt")
     with pytest.raises(CheckpointError, match="no named tensors"):
@@ -238,7 +238,7 @@ def test_odd_optimizer_state_comes_along(tmp_path: Path) -> None:
     import_checkpoint(tmp_path / "a.ckpt", tmp_path / "c")
     with CheckpointReader(tmp_path / "c") as reader:
         expected = optimizer.state[model.weight]["row_var"]
-        assert torch.equal(reader.rest()["optimizer.0.weight.row_var"], expected)
+        assert torch.equal(reader.buffers()["optimizer.0.weight.row_var"], expected)
         assert reader.optimizers()[0].param_groups[0]["eps"] == optimizer.param_groups[0]["eps"]
 
 
@@ -259,7 +259,7 @@ def test_a_checkpoint_of_ours_under_other_names(training: Training, tmp_store: P
             assert torch.equal(reader.tensor("b.scale", kind), training.tensors("b", kind, 1)["b.scale"])
         record = reader.optimizers()[0]
         assert [group["params"] for group in record.param_groups] == [["x.weight", "a.none"], ["b.scale"]]
-        assert torch.equal(reader.rest()["optimizer.0.x.weight.row"], torch.full((700,), 1.0))
+        assert torch.equal(reader.buffers()["optimizer.0.x.weight.row"], torch.full((700,), 1.0))
         # The file of unit a is a link; that of b lost a tensor, so it is written anew.
         links = {file.name: file.stat().st_nlink for file in (tmp_store / "d" / "units").iterdir()}
         assert sorted(links.values()) == [1, 1, 3, 3]

@@ -117,7 +117,7 @@ SITES: tuple[Site, ...] = (
     Site("generation copied: written", "copy", ("write",), f"{SAVING}/units/*", SYSTEM_WRITE_FAULTS, nth=1),
     Site("generation copied: synced", "copy", ("fsync", "fdatasync"), f"{SAVING}/units/*", CALL_FAULTS, nth=1),
     Site("staging directory made", "save", ("mkdir",), SAVING, CALL_FAULTS, nth=0),
-    Site("rest.safetensors written", "save", ("write",), f"{SAVING}/rest.safetensors", SYSTEM_WRITE_FAULTS),
+    Site("buffers.safetensors written", "save", ("write",), f"{SAVING}/buffers.safetensors", SYSTEM_WRITE_FAULTS),
     Site("state.pt written", "save", ("write",), f"{SAVING}/state.pt", SYSTEM_WRITE_FAULTS, nth=2),
     Site("manifest written", "save", ("write",), f"{SAVING}/manifest.json", SYSTEM_WRITE_FAULTS),
     Site("small files synced", "save", ("fsync",), f"{SAVING}/*.*", CALL_FAULTS, nth=1),

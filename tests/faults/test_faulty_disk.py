@@ -112,7 +112,7 @@ def run(folder: Path, *callbacks: pl.Callback, **kwargs: Any) -> Result:
 def plain(text: str, folder: Path) -> str:
     """Without what differs from run to run."""
     text = re.sub(r"ssd-run-[\w-]+", "ssd-run", text.replace(str(folder), ""))
-    text = re.sub(r"\.(tmp|old|rehearsal)-[\w-]+", r".\1", text)
+    text = re.sub(r"\.(tmp|old|probe)-[\w-]+", r".\1", text)
     text = re.sub(r"\([\d.]+ [KMGT]iB free\)", "(... free)", re.sub(r"/\d{8}-", "/", text))
     return text.replace("|", "\\|").replace("\n", " ")
 

@@ -231,7 +231,7 @@ def main(folder: Path, rounds: int, works: tuple[str, ...]) -> None:
     print(json.dumps(facts | {"removed": dict(cleaning.removed), "done": cleaning.counts(), "ended": 0, "lost": 0}))
 
 
-WORKS = ("run", "save", "remove", "copy", "export", "rehearse")
+WORKS = ("run", "save", "remove", "copy", "export", "probe_save")
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), tuple(sys.argv[3:]) or WORKS)

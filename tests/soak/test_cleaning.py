@@ -25,11 +25,11 @@ def cleaning(directory: Path, rounds: int, *works: str) -> dict[str, Any]:
 
 
 def test_a_little_cleaning_beside_the_living(tmp_store: Path) -> None:
-    cleaning(tmp_store, 60, "run", "save", "remove", "copy", "rehearse")
+    cleaning(tmp_store, 60, "run", "save", "remove", "copy", "probe_save")
 
 
 @pytest.mark.soak
 def test_a_thousand_rounds_beside_the_living_and_the_dying(tmp_store: Path) -> None:
-    works = ("run", "save", "remove", "copy", "export", "rehearse", "train")
+    works = ("run", "save", "remove", "copy", "export", "probe_save", "train")
     report = cleaning(tmp_store, 1000, *works)
     assert {"dead run", "unfinished save"} <= set(report["removed"])

@@ -48,7 +48,7 @@ class Extent(pl.Callback):
         found = {}
         for path in self._top.rglob("*.safetensors"):
             stat = path.stat()
-            found[stat.st_ino] = stat.st_size if path.name != "rest.safetensors" else 0
+            found[stat.st_ino] = stat.st_size if path.name != "buffers.safetensors" else 0
         self.most_nbytes = max(self.most_nbytes, sum(found.values()))
 
 
