@@ -15,9 +15,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
-from lightning_ssd.checkpoint.directory import UNIT_FILE, sync_directory
+from lightning_ssd.checkpoint.directory import sync_directory
+from lightning_ssd.checkpoint.discard import UNIT_FILE
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.manifest import MANIFEST, UNITS, FileRecord, decode_manifest
+from lightning_ssd.checkpoint.manifest import MANIFEST, UNITS, FileRecord
+from lightning_ssd.checkpoint.manifest_json import decode_manifest
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import Folder, close_fd

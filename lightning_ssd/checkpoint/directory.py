@@ -21,30 +21,23 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import IO
 
-from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST, OWN_FILES, UNITS, check_relative_path
-from lightning_ssd.errors import CheckpointError, IOFailure, as_io_failure, remedy, with_remedy
+from lightning_ssd.checkpoint.discard import NOT_EMPTY, NOT_THERE, Recycle, discard_contents, rmdir
+from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST
+from lightning_ssd.errors import CheckpointError, IOFailure, as_io_failure, with_remedy
 from lightning_ssd.io.deadline import in_time
 from lightning_ssd.io.folder import Folder, close_fd
 
 INNER_NBYTES = 1 + 255 + 1 + 150
 """Longest that the name of a checkpoint and that of a file in it add to the path of their folder, with slashes."""
 
-Recycle = Callable[[str, Folder], bool]
-"""Called with the path of a unit file that nothing else links, and the open directory it is in, before it is unlinked;
-True if it was moved away."""
-
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
 _TRIES = 100
 """New directories that others may take for stale before we give up: in some places, as /proc, none can be made."""
 
-_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 _OLD = re.compile(r"\.old-\d+-[0-9a-f]{8,}$")
-UNIT_FILE = re.compile(r"\d{5,}-[^/]*\.safetensors")
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -53,7 +46,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
         with Folder.open(os.fspath(path)) as folder:
             return _is_checkpoint(folder)
     except OSError as error:
-        if error.errno in _NOT_THERE and not isinstance(error, IOFailure):
+        if error.errno in NOT_THERE and not isinstance(error, IOFailure):
             return False
         with as_io_failure(os.fspath(path), what="open"):
             raise
@@ -63,7 +56,7 @@ def _is_checkpoint(folder: Folder) -> bool:
     try:
         fd = folder.open_file(MANIFEST, os.O_RDONLY)
     except OSError as error:
-        if error.errno in (*_NOT_THERE, errno.ENXIO):
+        if error.errno in (*NOT_THERE, errno.ENXIO):
             return False
         raise
     try:
@@ -111,54 +104,6 @@ def _remove(target: str, recycle: Recycle | None) -> None:
             _discard(parent, aside, found, name, recycle)
 
 
-def open_inside(directory_fd: int, path: str, where: str) -> int:
-    """Open a regular file for reading by a relative path of which no part may be a symlink.
-
-    Raises:
-        CheckpointError: If the path leads outside, through a symlink, to something else than a file, or nowhere.
-    """
-    parts = check_relative_path(path, where)
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.dup(directory_fd)
-    try:
-        for part in parts[:-1]:
-            inner = os.open(part, flags | os.O_DIRECTORY, dir_fd=fd)
-            close_fd(fd)
-            fd = inner
-        # Without O_NONBLOCK a FIFO put in the file's place would hold us for ever.
-        opened = os.open(parts[-1], flags | os.O_NONBLOCK, dir_fd=fd)
-    except OSError as error:
-        what = "is a symlink or leads through one" if error.errno in (errno.ELOOP, errno.ENOTDIR) else error.strerror
-        raise CheckpointError(f"{where}: cannot open {path!r}: {what}") from error
-    finally:
-        close_fd(fd)
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
-        close_fd(opened)
-        raise CheckpointError(f"{where}: {path!r} is not a regular file")
-    return opened
-
-
-@contextmanager
-def open_regular(path: str, where: str) -> Iterator[IO[bytes]]:
-    """A plain file by the path that the user gave, which may lead through symlinks; a FIFO is not waited for.
-
-    Raises:
-        CheckpointError: If it is something else, or cannot be opened.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        way_out = (
-            "name a file that is there" if error.errno in (errno.ENOENT, errno.ELOOP) else remedy(error.errno or 0)
-        )
-        raise CheckpointError(f"{where} cannot be opened: {error.strerror}; {way_out}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        close_fd(fd)
-        raise CheckpointError(f"{where} is not a regular file")
-    with os.fdopen(fd, "rb") as file:
-        yield file
-
-
 def sync_directory(place: str | Folder) -> None:
     """Make the names in a directory durable."""
     if isinstance(place, Folder):
@@ -203,7 +148,7 @@ def staging(target: str, recycle: Recycle | None = None) -> Iterator[Folder]:
                 with suppress(OSError):  # what cannot be removed now, the next save removes
                     if parent.is_at(own, staged):  # it has not taken its name yet
                         discard_contents(staged)
-                        _rmdir(parent, own, staged)
+                        rmdir(parent, own, staged)
                 raise
             # If this fails, the old one stays where it is: the disk may still have it under the name.
             sync_directory(parent)
@@ -248,7 +193,7 @@ def _claimed(parent: Folder, name: str) -> Iterator[Folder | None]:
     try:
         found = parent.folder(name)
     except OSError as error:
-        if error.errno not in _NOT_THERE or error.errno == errno.EACCES:
+        if error.errno not in NOT_THERE or error.errno == errno.EACCES:
             raise
         yield None
         return
@@ -297,7 +242,7 @@ def _publish(parent: Folder, staged: Folder, name: str, old: Folder | None) -> s
         try:
             parent.rename(own, name)
         except OSError as error:
-            if error.errno not in _NOT_EMPTY:
+            if error.errno not in NOT_EMPTY:
                 raise
             raise _told(target, "was saved by another process in the meantime") from error
     if not parent.is_at(name, staged):
@@ -376,7 +321,7 @@ def make_locked(parent: Folder, new_name: Callable[[], str]) -> Folder:
                 undo.pop_all()
                 return made
             with suppress(OSError):  # whoever has the lock may be faster
-                _rmdir(parent, name, made)
+                rmdir(parent, name, made)
     raise CheckpointError(f"others remove each directory that is made in {parent.path!r}; choose another place")
 
 
@@ -405,7 +350,7 @@ def locked(parent: Folder, name: str, *, shared: bool = False) -> Iterator[Folde
     try:
         folder = parent.folder(name)
     except OSError as error:
-        if error.errno not in _NOT_THERE:
+        if error.errno not in NOT_THERE:
             raise
         yield None
         return
@@ -419,49 +364,6 @@ def _discard(parent: Folder, aside: str, found: Folder, name: str, recycle: Recy
     sync_directory(parent)
     found.path = os.path.join(parent.path, aside)
     discard_contents(found, recycle, is_old=_OLD.search(aside) is not None)
-    if not _rmdir(parent, aside, found):
+    if not rmdir(parent, aside, found):
         sync_directory(found)  # that the manifest is gone, before the name comes back
         parent.rename(aside, f"{name}.kept-{secrets.token_hex(4)}" if parent.has(name) else name)
-
-
-def discard_contents(found: Folder, recycle: Recycle | None = None, *, is_old: bool = False) -> None:
-    """Remove what we write into a checkpoint."""
-    # The manifest goes first: what is left of a checkpoint must not look like one.
-    for name in OWN_FILES:
-        with suppress(FileNotFoundError):
-            found.unlink(name)
-    if is_old:
-        sync_directory(found)  # or a power cut may leave its manifest, but not its units, and `recover` would trust it
-    try:
-        units = found.folder(UNITS)
-    except OSError as error:
-        if error.errno not in _NOT_THERE:
-            raise
-        return
-    with units:
-        for name in units.names():
-            if UNIT_FILE.fullmatch(name):
-                _discard_file(units, name, recycle)
-    _rmdir(found, UNITS)
-
-
-def _rmdir(parent: Folder, name: str, found: Folder | None = None) -> bool:
-    """Remove a directory if it is empty and still what it was; whether it is gone from there."""
-    if found is not None and not parent.is_at(name, found):
-        return True
-    try:
-        parent.rmdir(name)
-    except FileNotFoundError:
-        return True
-    except OSError as error:
-        if error.errno not in (*_NOT_EMPTY, errno.ENOTDIR):
-            raise
-        return False
-    return True
-
-
-def _discard_file(units: Folder, name: str, recycle: Recycle | None) -> None:
-    with suppress(FileNotFoundError):
-        if recycle is not None and units.stat(name).st_nlink == 1 and recycle(os.path.join(units.path, name), units):
-            return
-        units.unlink(name)

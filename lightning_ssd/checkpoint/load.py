@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import pickle
-import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
-from lightning_ssd.checkpoint.directory import open_inside, open_regular, recover
+from lightning_ssd.checkpoint.directory import recover
 from lightning_ssd.checkpoint.manifest import (
     BUFFERS,
     EXTRA_TENSORS,
@@ -24,18 +21,19 @@ from lightning_ssd.checkpoint.manifest import (
     FileRecord,
     Manifest,
     OptimizerRecord,
-    decode_manifest,
 )
+from lightning_ssd.checkpoint.manifest_json import decode_manifest
 from lightning_ssd.checkpoint.mapped import MappedFile, SeenFiles, read_exactly
 from lightning_ssd.checkpoint.state_dict import require_whole
-from lightning_ssd.checkpoint.torch_file import check_tensors, check_torch_file
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import Folder, close_fd
+from lightning_ssd.io.safe_open import open_inside
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.safetensors_header import TensorEntry
+from lightning_ssd.store.torch_file import load_pickle
 
 _MAX_MANIFEST_NBYTES = 512 * MiB  # a state of 10 TiB has a manifest of about 100 MiB
 
@@ -372,51 +370,6 @@ class CheckpointReader:
 
     def _where(self, name: str) -> str:
         return os.path.join(self.directory, name)
-
-
-def load_pickle(path: str, where: str, weights_only: bool, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:
-    """Load a torch file that holds a dictionary; its tensors lie in the mapped file.
-
-    Raises:
-        CheckpointError: If it is no such file, or names a class that is not allowed.
-    """
-    loaded = load_any(path, where, weights_only, safe_globals)
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{where} holds a {type(loaded).__name__}, not a dictionary")
-    return loaded
-
-
-def load_any(path: str | IO[bytes], where: str, weights_only: bool, safe_globals: Sequence[Any] = ()) -> Any:
-    """As `load_pickle`, whatever the file holds; from an open file, tensors are read instead of mapped."""
-    if isinstance(path, str):
-        with open_regular(path, where) as file:
-            check_torch_file(file, where, is_trusted=not weights_only)
-            found = _load_checked(f"/proc/self/fd/{file.fileno()}", where, weights_only, safe_globals)
-            check_tensors(found, os.fstat(file.fileno()).st_size, where)
-        return found
-    check_torch_file(path, where, is_trusted=not weights_only)
-    nbytes = path.seek(0, os.SEEK_END)
-    path.seek(0)
-    found = _load_checked(path, where, weights_only, safe_globals)
-    check_tensors(found, nbytes, where)
-    return found
-
-
-def _load_checked(path: str | IO[bytes], where: str, weights_only: bool, safe_globals: Sequence[Any]) -> Any:
-    try:
-        with torch.inference_mode(False), torch.serialization.safe_globals(list(safe_globals)):
-            return torch.load(path, map_location="cpu", mmap=isinstance(path, str), weights_only=weights_only)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
-        what = (found[1] or found[2]) if found else "something beside tensors and plain values"
-        raise CheckpointError(
-            f"{where} holds {what}, which is not loaded from files one may not trust. If you trust this file, "
-            f"pass weights_only=False, or allow the class with torch.serialization.add_safe_globals([...])"
-        ) from error
-    except (FileNotFoundError, PermissionError, MemoryError):
-        raise
-    except Exception as error:  # a pickle that means harm can make the unpickler fail in any way
-        raise CheckpointError(f"{where} cannot be read as a torch file: {type(error).__name__}: {error}") from error
 
 
 class _Closing:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
-from lightning_ssd.checkpoint.directory import Recycle, moved_aside_name, sibling, staging, sync_directory
+from lightning_ssd.checkpoint.directory import moved_aside_name, sibling, staging, sync_directory
+from lightning_ssd.checkpoint.discard import Recycle
 from lightning_ssd.checkpoint.manifest import (
     BUFFERS,
     EXTRA_TENSORS,
@@ -39,9 +40,8 @@ from lightning_ssd.checkpoint.manifest import (
     Manifest,
     OptimizerRecord,
     SmallFile,
-    decode_manifest,
-    encode_manifest,
 )
+from lightning_ssd.checkpoint.manifest_json import decode_manifest, encode_manifest
 from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.stale_files import could_be_left_over, leftover, remove_leftover
 from lightning_ssd.cli import arguments as types
 from lightning_ssd.cli.output import error_line, fmt_age, line, table
+from lightning_ssd.cli.stale_files import could_be_left_over, leftover, remove_leftover
 from lightning_ssd.paths import local_path
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.run_directory import DeadRun, dead_run, is_run_directory, remove_dead_run

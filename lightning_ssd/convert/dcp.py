@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ssd.checkpoint.directory import open_inside
-from lightning_ssd.checkpoint.load import load_any, load_pickle
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.checkpoint.torch_file import check_pickle
 from lightning_ssd.convert.sources import ImportSource, TensorRef, add_state, state_kinds
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import close_fd
+from lightning_ssd.io.safe_open import open_inside
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of, name_of
 from lightning_ssd.store.safetensors_header import is_count
+from lightning_ssd.store.torch_file import check_pickle, load_any, load_pickle
 
 METADATA = ".metadata"
 META = "meta.pt"

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssd.checkpoint.directory import open_inside
-from lightning_ssd.checkpoint.load import load_any
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.convert.sources import ImportSource, TensorRef, held_tensor, state_kinds
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder, close_fd
+from lightning_ssd.io.safe_open import open_inside
+from lightning_ssd.store.torch_file import load_any
 
 _ZERO = "zero"
 _VALUE = "fp32"

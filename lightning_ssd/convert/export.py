@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
-from lightning_ssd.checkpoint.export_staging import file_beside, folder_beside, publish
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.mapped import drop_pages, map_bytes
@@ -34,6 +33,7 @@ from lightning_ssd.checkpoint.writer import (
     write_pickle,
     write_tensors,
 )
+from lightning_ssd.convert.export_staging import file_beside, folder_beside, publish
 from lightning_ssd.convert.shards import HF_INDEX, Shard, cut_shards, index_text, strip_prefix
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder

@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
-from lightning_ssd.checkpoint.export_staging import folder_beside, publish
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.state_dict import join_state_dict
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress, StreamWriter, new_file, write_pickle
@@ -33,6 +32,7 @@ from lightning_ssd.convert.export import (
     optimizer_states,
     os_errors,
 )
+from lightning_ssd.convert.export_staging import folder_beside, publish
 from lightning_ssd.errors import CheckpointError
 
 

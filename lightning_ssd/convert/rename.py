@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 
-from lightning_ssd.checkpoint.directory import open_regular
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io.safe_open import open_regular
 from lightning_ssd.store.safetensors_header import parse_json_object
 
 _MAX_NBYTES = 64 * 1024 * 1024

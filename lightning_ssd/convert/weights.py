@@ -15,13 +15,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_ssd.checkpoint.directory import is_checkpoint, open_inside, open_regular
-from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
+from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.mapped import MappedFile, drop_pages
 from lightning_ssd.checkpoint.state_dict import StateDictView
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder, close_fd
+from lightning_ssd.io.safe_open import open_inside, open_regular
 from lightning_ssd.store.safetensors_header import MAX_HEADER_NBYTES, parse_json_object
+from lightning_ssd.store.torch_file import load_pickle
 
 Shape = tuple[int, ...]
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.mapped import SeenFiles
-from lightning_ssd.checkpoint.param_names import in_order_of
+from lightning_ssd.convert.param_names import in_order_of
 from lightning_ssd.errors import CheckpointError, ConfigurationError
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.directory import remove as remove
-from lightning_ssd.checkpoint.load import CheckpointReader, load_pickle
+from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
 from lightning_ssd.checkpoint.mapped import SeenFiles
 from lightning_ssd.checkpoint.save import write_checkpoint
@@ -32,6 +32,7 @@ from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.store.generation import Generation
+from lightning_ssd.store.torch_file import load_pickle
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.units.masters import master_of
 

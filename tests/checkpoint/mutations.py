@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
-from lightning_ssd.checkpoint.manifest import seal
+from lightning_ssd.checkpoint.manifest_json import seal
 
 MANIFEST, UNIT, REST, STATE = "manifest.json", "units/00000-a.master.safetensors", "buffers.safetensors", "state.pt"
 FOLDER, INDEX = "folder", "folder/model.safetensors.index.json"

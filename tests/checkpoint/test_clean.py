@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from lightning_ssd.checkpoint import directory
-from lightning_ssd.checkpoint.stale_files import leftover, remove_leftover
 from lightning_ssd.cli.main import main
+from lightning_ssd.cli.stale_files import leftover, remove_leftover
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.store.run_directory import RunDirectory, dead_runs, remove_dead_run
 from tests.checkpoint.support import Training, assert_whole

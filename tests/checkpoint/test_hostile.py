@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lightning_ssd.checkpoint.checksum import checksum
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.manifest import seal
+from lightning_ssd.checkpoint.manifest_json import seal
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from tests.checkpoint.hostile import read_all
 from tests.checkpoint.mutations import places

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ssd.checkpoint import directory
-from lightning_ssd.checkpoint.stale_files import leftover, remove_leftover
+from lightning_ssd.cli.stale_files import leftover, remove_leftover
 from lightning_ssd.convert.importing import import_checkpoint
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.file import File

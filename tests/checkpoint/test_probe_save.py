@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_ssd.checkpoint.probe_save import probe_save
-from lightning_ssd.checkpoint.stale_files import leftover
+from lightning_ssd.cli.stale_files import leftover
 from lightning_ssd.errors import CheckpointError
 
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_ssd.checkpoint.torch_file import check_pickle
 from lightning_ssd.convert.importing import open_source
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.store.torch_file import check_pickle
 
 VALUE = {"w": torch.arange(6.0)}
 

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.manifest import seal
-from lightning_ssd.checkpoint.param_names import in_order_of, optimizer_from_torch
+from lightning_ssd.checkpoint.manifest_json import seal
 from lightning_ssd.convert.dcp import open_dcp
 from lightning_ssd.convert.export import consolidate, to_safetensors
 from lightning_ssd.convert.export_dcp import to_dcp
 from lightning_ssd.convert.importing import Options, import_checkpoint, open_source
+from lightning_ssd.convert.param_names import in_order_of, optimizer_from_torch
 from lightning_ssd.convert.rename import Renaming
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from tests.checkpoint.support import Training

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ssd.checkpoint.manifest import seal
+from lightning_ssd.checkpoint.manifest_json import seal
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from tests.faults.support import small_gpt, streamed
 from tests.helpers.models import GPT

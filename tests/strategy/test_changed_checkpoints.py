@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.manifest import MANIFEST, seal
+from lightning_ssd.checkpoint.manifest import MANIFEST
+from lightning_ssd.checkpoint.manifest_json import seal
 from lightning_ssd.convert.export import consolidate
 from lightning_ssd.errors import CheckpointError
 from tests.helpers.training import make_trainer, streamed

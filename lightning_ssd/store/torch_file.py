@@ -1,4 +1,4 @@
-"""What a torch file or a pickle may ask for, found by reading it without running it; for files that anybody wrote.
+"""Torch files that anybody may have written: each is checked before it is loaded, by reading it without running it.
 
 ``torch.load(weights_only=True)`` runs no code of a file, but it takes the memory that the file asks for: an entry that
 is compressed, a ``bytearray`` or a tensor of a made-up size. And a key of tuples within tuples ends the interpreter.
@@ -7,11 +7,13 @@ is compressed, a ``bytearray`` or a tensor of a made-up size. And a key of tuple
 from __future__ import annotations
 
 import io
+import os
+import pickle
 import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io.safe_open import open_regular
 from lightning_ssd.sizes import MiB
 
 _LOCAL = b"PK\x03\x04"
@@ -31,6 +34,51 @@ _TAKES_MEMORY = re.compile(r"(torch(\.\w+)*) \w*(Tensor|Storage)")
 _BYTEARRAY = ("builtins bytearray", "__builtin__ bytearray")
 _REBUILD_ANY = "torch._tensor _rebuild_from_type_v2"
 _BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error, OverflowError, EOFError)
+
+
+def load_pickle(path: str, where: str, weights_only: bool, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:
+    """Load a torch file that holds a dictionary; its tensors lie in the mapped file.
+
+    Raises:
+        CheckpointError: If it is no such file, or names a class that is not allowed.
+    """
+    loaded = load_any(path, where, weights_only, safe_globals)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{where} holds a {type(loaded).__name__}, not a dictionary")
+    return loaded
+
+
+def load_any(path: str | IO[bytes], where: str, weights_only: bool, safe_globals: Sequence[Any] = ()) -> Any:
+    """As `load_pickle`, whatever the file holds; from an open file, tensors are read instead of mapped."""
+    if isinstance(path, str):
+        with open_regular(path, where) as file:
+            check_torch_file(file, where, is_trusted=not weights_only)
+            found = _load_checked(f"/proc/self/fd/{file.fileno()}", where, weights_only, safe_globals)
+            check_tensors(found, os.fstat(file.fileno()).st_size, where)
+        return found
+    check_torch_file(path, where, is_trusted=not weights_only)
+    nbytes = path.seek(0, os.SEEK_END)
+    path.seek(0)
+    found = _load_checked(path, where, weights_only, safe_globals)
+    check_tensors(found, nbytes, where)
+    return found
+
+
+def _load_checked(path: str | IO[bytes], where: str, weights_only: bool, safe_globals: Sequence[Any]) -> Any:
+    try:
+        with torch.inference_mode(False), torch.serialization.safe_globals(list(safe_globals)):
+            return torch.load(path, map_location="cpu", mmap=isinstance(path, str), weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))
+        what = (found[1] or found[2]) if found else "something beside tensors and plain values"
+        raise CheckpointError(
+            f"{where} holds {what}, which is not loaded from files one may not trust. If you trust this file, "
+            f"pass weights_only=False, or allow the class with torch.serialization.add_safe_globals([...])"
+        ) from error
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # a pickle that means harm can make the unpickler fail in any way
+        raise CheckpointError(f"{where} cannot be read as a torch file: {type(error).__name__}: {error}") from error
 
 
 def check_torch_file(file: IO[bytes], where: str, *, is_trusted: bool = False) -> None:

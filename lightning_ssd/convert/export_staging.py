@@ -1,7 +1,7 @@
 """What an export writes before it has its name: a hidden, locked file or folder beside the target.
 
 ``.NAME.export-PID-RANDOM``, as in [Note: staging]: the lock (``flock`` on the file or folder itself) dies with the
-process, so what can be locked belongs to nobody, and `lightning_ssd.checkpoint.stale_files` may remove it.
+process, so what can be locked belongs to nobody, and `lightning_ssd.cli.stale_files` may remove it.
 """
 
 from __future__ import annotations

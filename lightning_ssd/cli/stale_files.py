@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
-from lightning_ssd.checkpoint.directory import UNIT_FILE, discard_contents, sync_directory
-from lightning_ssd.checkpoint.export_staging import discard_export, is_unfinished_export
+from lightning_ssd.checkpoint.directory import sync_directory
+from lightning_ssd.checkpoint.discard import UNIT_FILE, discard_contents
 from lightning_ssd.checkpoint.manifest import OWN_FILES, UNITS
+from lightning_ssd.convert.export_staging import discard_export, is_unfinished_export
 from lightning_ssd.io.folder import Folder
 
 _NAME = re.compile(r"\.(?P<target>.+)\.(?P<role>tmp|old|copy|export)-\d+-[0-9a-f]{8,}")
