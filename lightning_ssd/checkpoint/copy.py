@@ -20,9 +20,11 @@ from lightning_ssd.checkpoint.discard import UNIT_FILE
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import MANIFEST, UNITS, FileRecord
 from lightning_ssd.checkpoint.manifest_json import decode_manifest
+from lightning_ssd.checkpoint.mapped import read_exactly
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import Folder, close_fd
+from lightning_ssd.io.safe_open import closing_fd
 from lightning_ssd.sizes import fmt
 
 _WAIT_S = 1.0
@@ -185,8 +187,8 @@ class _Job:
             raise CheckpointError(f"{self._reader.directory}: {record.path!r} is no name that a save gives")
         sums = record.checksums
         with ExitStack() as stack:
-            source = stack.enter_context(_closing(self._reader.open_file(record.path)))
-            target = stack.enter_context(_closing(_open_for_writing(self._fd, record.path)))
+            source = stack.enter_context(closing_fd(self._reader.open_file(record.path)))
+            target = stack.enter_context(closing_fd(_open_for_writing(self._fd, record.path)))
             self._piece(source, target, 0, record.data_begin, None, record.path)
             for index, offset in enumerate(range(record.data_begin, record.nbytes, PIECE_NBYTES)):
                 nbytes = min(PIECE_NBYTES, record.nbytes - offset)
@@ -200,14 +202,14 @@ class _Job:
         """Copy the small files, and last the manifest."""
         for name, small in self._reader.manifest.small_files.items():
             with (
-                _closing(self._reader.open_file(name)) as source,
-                _closing(_open_for_writing(self._fd, name)) as target,
+                closing_fd(self._reader.open_file(name)) as source,
+                closing_fd(_open_for_writing(self._fd, name)) as target,
             ):
                 for offset in range(0, small.nbytes, PIECE_NBYTES):
                     self._piece(source, target, offset, min(PIECE_NBYTES, small.nbytes - offset), None, name)
                 os.ftruncate(target, small.nbytes)
                 _flush(source, target)
-        with _closing(_open_for_writing(self._fd, MANIFEST)) as target:
+        with closing_fd(_open_for_writing(self._fd, MANIFEST)) as target:
             _write(target, manifest, 0)
             os.ftruncate(target, len(manifest))
             os.fsync(target)
@@ -215,10 +217,10 @@ class _Job:
     def _piece(self, source: int, target: int, offset: int, nbytes: int, expected: int | None, name: str) -> None:
         """Copy some bytes, unless they are there and known to be right."""
         is_there = expected is not None and os.fstat(target).st_size >= offset + nbytes
-        if is_there and checksum(_read(target, nbytes, offset, name)) == expected:
+        if is_there and checksum(read_exactly(target, nbytes, offset, name)) == expected:
             self.report(kept=nbytes)
             return
-        data = _read(source, nbytes, offset, name)
+        data = read_exactly(source, nbytes, offset, name)
         if expected is not None and checksum(data) != expected:
             raise CorruptionError(
                 f"{self._reader.directory}: {name!r} is damaged in the {nbytes} bytes at offset {offset}; see "
@@ -244,18 +246,6 @@ def _open_for_writing(directory_fd: int, path: str) -> int:
     return fd
 
 
-def _read(fd: int, nbytes: int, offset: int, name: str) -> bytes:
-    pieces: list[bytes] = []
-    missing = nbytes
-    while missing:
-        piece = os.pread(fd, missing, offset + nbytes - missing)
-        if not piece:
-            raise CheckpointError(f"{name!r} ended at byte {offset + nbytes - missing} while it was read")
-        pieces.append(piece)
-        missing -= len(piece)
-    return b"".join(pieces)
-
-
 def _write(fd: int, data: bytes, offset: int) -> None:
     left = memoryview(data)
     while left:
@@ -268,11 +258,3 @@ def _flush(source: int, target: int) -> None:
     os.fdatasync(target)
     for fd in (source, target):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-@contextmanager
-def _closing(fd: int) -> Iterator[int]:
-    try:
-        yield fd
-    finally:
-        close_fd(fd)

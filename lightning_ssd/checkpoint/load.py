@@ -29,7 +29,7 @@ from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import Folder, close_fd
-from lightning_ssd.io.safe_open import open_inside
+from lightning_ssd.io.safe_open import closing_fd, open_inside
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.safetensors_header import TensorEntry
@@ -167,7 +167,7 @@ class CheckpointReader:
         name = self.manifest.file_name(BUFFERS)
         mapped = self._mapped.get(name)
         if mapped is None:
-            with _Closing(self._open_small(name)) as fd:
+            with closing_fd(self._open_small(name)) as fd:
                 mapped = self._mapped[name] = MappedFile(fd, self._where(name))
         found = {entry: mapped.tensor(entry) for entry in mapped.header.entries}
         if (extra := self.manifest.file_name(EXTRA_TENSORS)) in self.manifest.small_files:
@@ -241,7 +241,7 @@ class CheckpointReader:
         for record in self.manifest.files:
             if kinds is not None and record.kind not in kinds:
                 continue
-            with _Closing(self._open(record)) as fd:
+            with closing_fd(self._open(record)) as fd:
                 self._map(record, fd)  # so that what `tensor` gives from now on are the bytes that are compared
                 if record.checksums is None:
                     unchecked.append(record.path)
@@ -270,7 +270,7 @@ class CheckpointReader:
         )
 
     def _read_manifest(self) -> Manifest:
-        with _Closing(open_inside(self._fd, MANIFEST, self.directory)) as fd:
+        with closing_fd(open_inside(self._fd, MANIFEST, self.directory)) as fd:
             nbytes = os.fstat(fd).st_size
             if nbytes > _MAX_MANIFEST_NBYTES:
                 raise CheckpointError(f"{self._where(MANIFEST)}: {nbytes} bytes are no manifest")
@@ -300,7 +300,7 @@ class CheckpointReader:
     def _mapped_file(self, record: FileRecord) -> MappedFile:
         if record.path in self._mapped:
             return self._mapped[record.path]
-        with _Closing(self._open(record)) as fd:
+        with closing_fd(self._open(record)) as fd:
             return self._map(record, fd)
 
     def _map(self, record: FileRecord, fd: int) -> MappedFile:
@@ -365,24 +365,11 @@ class CheckpointReader:
         return found
 
     def _load(self, name: str, weights_only: bool, safe_globals: Sequence[Any]) -> dict[str, Any]:
-        with _Closing(self._open_small(name)) as fd:
+        with closing_fd(self._open_small(name)) as fd:
             return load_pickle(f"/proc/self/fd/{fd}", self._where(name), weights_only, safe_globals)
 
     def _where(self, name: str) -> str:
         return os.path.join(self.directory, name)
-
-
-class _Closing:
-    """A descriptor that is closed on leaving."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def __enter__(self) -> int:
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        close_fd(self._fd)
 
 
 def _order(entry: Any) -> tuple[int, int, str]:

@@ -42,6 +42,7 @@ from lightning_ssd.checkpoint.manifest import (
     SmallFile,
 )
 from lightning_ssd.checkpoint.manifest_json import decode_manifest, encode_manifest
+from lightning_ssd.checkpoint.mapped import read_exactly
 from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
@@ -285,7 +286,7 @@ def _copy(fd: int, file: UnitFile, units: Folder, to: str, job: _Job) -> tuple[i
         while offset < file.nbytes:
             # The first piece is the header, so that the others are the manifest's pieces of the data section.
             nbytes = file.data_begin if offset == 0 else min(PIECE_NBYTES, file.nbytes - offset)
-            piece = _read_exactly(fd, nbytes, offset, file)
+            piece = read_exactly(fd, nbytes, offset, file.source)
             if offset:
                 checksums.append(checksum(piece))
                 _compare(checksums, expected, file, offset)
@@ -296,19 +297,6 @@ def _copy(fd: int, file: UnitFile, units: Folder, to: str, job: _Job) -> tuple[i
                 os.posix_fadvise(fd, 0, offset, os.POSIX_FADV_DONTNEED)
         writer.finish()
     return tuple(checksums)
-
-
-def _read_exactly(fd: int, nbytes: int, offset: int, file: UnitFile) -> bytes:
-    pieces: list[bytes] = []
-    missing = nbytes
-    while missing:
-        with naming(file.source):
-            piece = os.pread(fd, missing, offset + nbytes - missing)
-        if not piece:
-            raise CheckpointError(f"{file.source!r} ends at byte {offset + nbytes - missing} of {file.nbytes}")
-        pieces.append(piece)
-        missing -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _compare(checksums: list[int], expected: tuple[int, ...] | None, file: UnitFile, offset: int) -> None:

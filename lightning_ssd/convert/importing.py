@@ -28,22 +28,21 @@ from lightning_ssd.checkpoint.writer import Progress, lay_out
 from lightning_ssd.convert.dcp import is_dcp, open_dcp
 from lightning_ssd.convert.deepspeed import is_universal, open_universal
 from lightning_ssd.convert.import_optimizer import optimizers_for
+from lightning_ssd.convert.match import Shape, match
 from lightning_ssd.convert.rename import Renaming
 from lightning_ssd.convert.sources import (
     ImportSource,
     TensorRef,
     open_checkpoint,
     open_torch_file,
-    open_weight_files,
 )
-from lightning_ssd.convert.weights import Shape, match
+from lightning_ssd.convert.weight_files import open_weight_files
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.sizes import GiB
 from lightning_ssd.store.safetensors_header import ITEMSIZE
 
 _FILE_NBYTES = 1 * GiB
 _KEPT_WITH_WEIGHTS = ("hyper_parameters", "hparams_name", STATE_DICT_EXTRA)
-_TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclass
@@ -159,7 +158,7 @@ def open_source(path: str | os.PathLike[str], *, trust: bool = False) -> ImportS
         return open_dcp(name, weights_only=not trust)
     if is_universal(name):
         return open_universal(name, weights_only=not trust)
-    if os.path.lexists(name) and not os.path.isdir(name) and name.endswith(_TORCH_SUFFIXES):
+    if os.path.lexists(name) and not os.path.isdir(name) and not name.endswith(".safetensors"):
         return open_torch_file(name, weights_only=not trust)
     return open_weight_files(name)
 
@@ -202,7 +201,7 @@ def _pair(source: ImportSource, like: ImportSource | None, options: Options) -> 
         return {new: _Place(source, old) for new, old in old_names.items()}, report
     wanted = like.shapes
     found = {new: _shape(source, old, wanted.get(new)) for new, old in old_names.items()}
-    matched = match(wanted, found, tied=like.aliases, prefix="" if options.renaming else None)
+    matched = match(wanted, found, tied=like.aliases, by_prefix=not options.renaming)
     _refuse_faults(matched.mismatched, matched.missing, matched.unexpected, source.where, partial=options.partial)
     places = {name: _Place(source, old_names[new]) for name, new in matched.sources.items()}
     places |= {name: _Place(like, name) for name in matched.missing}

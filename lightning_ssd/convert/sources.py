@@ -20,8 +20,8 @@ from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import FileRecord, OptimizerRecord
 from lightning_ssd.checkpoint.mapped import drop_pages
 from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, VALUE_KINDS, StateDictView, split_buffers
+from lightning_ssd.convert.match import Shape
 from lightning_ssd.convert.param_names import optimizer_from_torch
-from lightning_ssd.convert.weights import Shape, open_weights
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
 from lightning_ssd.store.safetensors_header import TensorEntry
@@ -141,18 +141,6 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
             )
         source.state = reader.state(weights_only)
         source.stack = stack.pop_all()
-    return source
-
-
-def open_weight_files(path: str | os.PathLike[str]) -> ImportSource:
-    """A Hugging Face folder, or a ``.safetensors`` file: weights alone."""
-    weights = open_weights(path)
-    source = ImportSource(weights.where)
-    source.stack.callback(weights.close)
-    for name, shape in weights.shapes.items():
-        dtype = name_of(weights.tensor(name).dtype)
-        held = TensorRef(shape, dtype, partial(weights.tensor, name), partial(weights.drop, name))
-        source.add(name, held)
     return source
 
 

@@ -15,6 +15,15 @@ from lightning_ssd.io.folder import close_fd
 _MAX_PATH_PARTS = 8
 
 
+@contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """Close a descriptor on leaving."""
+    try:
+        yield fd
+    finally:
+        close_fd(fd)
+
+
 def check_relative_path(path: str, where: str) -> tuple[str, ...]:
     """Parts of a path that stays inside its directory whatever the directory holds.
 

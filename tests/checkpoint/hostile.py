@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.convert.weights import open_weights
+from lightning_ssd.convert.importing import open_source
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.sizes import MiB
 from tests.checkpoint.mutations import (
@@ -74,13 +74,10 @@ def read_state_and_rest(path: Path) -> None:
 
 def read_weights(path: Path) -> None:
     """As a source of initial weights."""
-    source = open_weights(path)
-    try:
+    with open_source(path) as source:
         for name in source.shapes:
-            source.tensor(name).sum()
-            source.drop(name)
-    finally:
-        source.close()
+            source.value(name).load().sum()
+            source.value(name).drop()
 
 
 def read_folder(path: Path) -> None:
