@@ -32,7 +32,9 @@ FOUND = {
         522, features=("func_grad_gathered", "read_weights"), memory="auto"
     ),
     "a reentrant checkpoint in blocks that run twice": Program(1147, blocks=("CheckpointedReentrant",) * 2, loops=2),
-    "touched by code, then evaluated in inference mode": Program(225, features=("flat_penalty", "inference_eval")),
+    "touched by code, then evaluated in inference mode": Program(
+        225, features=("flat_penalty", "inference_eval"), memory="auto"
+    ),
     "a tied weight in a checkpoint in a block": Program(516, blocks=("Checkpointed", "Checkpointed"), tie="blocks"),
 }
 
