@@ -1,4 +1,4 @@
-"""Whether machine and control group hold a run, before its first step: else it is refused, not killed. Bytes."""
+"""Whether a run fits into the memory of its machine and control groups: if not, it is refused, not killed. Bytes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.sizes import KiB, MiB, fmt
 
 COMPUTE_NBYTES = 96 * MiB
-"""What is left for activations, libraries that are loaded in the first step, and pieces of the heap."""
+"""Memory to leave for activations, libraries that the first step loads, and fragments of the heap."""
 
 STEP_NBYTES = 32 * MiB
-"""The same once a forward runs."""
+"""The same during the first step."""
 
 PARAMETER_NBYTES = 8 * KiB
-"""Python's and autograd's objects for one parameter from the first step on; seen with 20,000 of them."""
+"""Memory of Python's and autograd's objects for one parameter, measured with 20,000 parameters."""
 
 
 class Headroom:
     """Refuses a plan that does not fit beside what else this process takes.
 
-    Nobody knows before a forward what compute will take. So until the first step is over each unit that is fetched is
-    an occasion to look: what the plan still has to take must be there. That costs a few small system files a unit.
+    What compute will take is not known before the first step. So until that is over, each fetch of a unit checks that
+    what the plan has yet to take is available, by reading a few small files of the system.
 
     Args:
-        plan: What will be taken; nothing of it is taken yet.
+        plan: The memory that will be taken; none of it is taken yet.
         num_params: Parameters of the model.
 
     Raises:
-        MemoryPlanError: There is less than that.
+        MemoryPlanError: Less is available.
     """
 
     def __init__(self, plan: MemoryPlan, num_params: int) -> None:
@@ -48,7 +48,7 @@ class Headroom:
             )
 
     def watch(self, arena: mmap.mmap) -> None:
-        """From now on the plan is taken, the pools from ``arena``."""
+        """The first step begins; the memory of the pools comes from ``arena``."""
         self._arena = arena
 
     @property
@@ -57,16 +57,19 @@ class Headroom:
         return self._arena is not None
 
     def look(self) -> None:
-        """Something will be computed.
+        """Check, before a unit is fetched, whether the rest of the plan is available.
 
         Raises:
-            MemoryPlanError: What compute has taken leaves less than the plan still has to take.
+            MemoryPlanError: Compute has left less than the plan has yet to take.
         """
         if self._arena is not None and available_nbytes() < self._plan.host_nbytes + STEP_NBYTES:
             self._require(0)
 
     def begin_backward(self, repeated_nbytes: int) -> None:
-        """A backward begins, in which autograd will hold ``repeated_nbytes`` of gradients to add them up.
+        """Check the same when a backward begins.
+
+        Args:
+            repeated_nbytes: Gradients of parameters that forward used several times, which autograd adds up.
 
         Raises:
             MemoryPlanError: As `look`.
@@ -82,7 +85,7 @@ class Headroom:
         if self._arena is None:
             return
         plan, available = self._plan, available_nbytes()
-        # In backward some gradients are there; how many is nobody's knowledge.
+        # In backward some gradients exist already, but not how many is known; so none is counted.
         grads = 0 if self._is_in_backward else plan.grad_nbytes + plan.temporary_nbytes
         need = _untouched_nbytes(self._arena) + grads + more_nbytes + STEP_NBYTES
         if need > available:
@@ -101,7 +104,7 @@ class Headroom:
 
 
 def _untouched_nbytes(memory: mmap.mmap) -> int:
-    """Of anonymous memory what has no pages yet."""
+    """Bytes of anonymous memory that have no pages yet."""
     num_pages = -(-len(memory) // mmap.PAGESIZE)
     pages = (ctypes.c_ubyte * num_pages)()
     address = ctypes.c_char.from_buffer(memory)

@@ -1,4 +1,4 @@
-"""The C library's heap, where torch's tensors on the host live: what of it goes back to the system, and when. Bytes."""
+"""The C library's heap, where torch allocates tensors on the host: when freed memory returns to the system. Bytes."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def bound_heap() -> None:
-    """Make the C library give freed blocks of 8 MiB or more back to the system at once, and keep others to reuse.
+    """Make the C library return freed blocks of 8 MiB or more to the system at once, and keep smaller ones for reuse.
 
-    For the whole process. By default glibc raises that threshold to the size of what it has seen freed (up to 32 MiB)
-    and keeps such blocks in its heap, in pieces: gradients of a streamed model then stay in memory and grow with it.
-    Far below that, or where the end of the heap goes back whenever it is free, every intermediate result is a page
-    fault for each 4 KiB: of a step of 124 million parameters that took 15 %. With 16 MiB, activations of a large batch
-    took 60 MiB more than the budget allows. Does nothing where the environment sets ``MALLOC_MMAP_THRESHOLD_``, or the
-    C library has no such switch.
+    This holds for the whole process. By default glibc raises the threshold to the largest block it has seen freed (up
+    to 32 MiB) and keeps such blocks in its heap, fragmented: the memory that gradients take then grows with the model.
+    With a threshold far below 8 MiB, or if the end of the heap is returned whenever it is free, each intermediate
+    result costs a page fault for every 4 KiB: 15 % of a step of 124 million parameters. With 16 MiB, activations of a
+    large batch took 60 MiB more than the budget. Does nothing if the environment sets ``MALLOC_MMAP_THRESHOLD_``, or
+    if the C library has no such setting.
 
-    To be called before a model is made too: where its weights were in the heap, gradients find room that stays theirs.
+    Call it before a model is created, too: else its freed weights leave room in the heap that gradients keep in use.
     """
     _set_thresholds(8 << 20, -1)  # never trim
 
 
 def unbound_heap() -> None:
-    """Undo `bound_heap`: the thresholds that glibc comes to by itself when it has seen large blocks freed."""
+    """Undo `bound_heap`: set the thresholds that glibc reaches by itself once it has seen large blocks freed."""
     _set_thresholds(32 << 20, 64 << 20)
 
 
@@ -39,33 +39,36 @@ def _set_thresholds(mmap_nbytes: int, trim_nbytes: int) -> None:
 
 
 def trim_heap() -> None:
-    """Give what is free in the C library's heap back to the system."""
+    """Return all free memory of the C library's heap to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 class HeapWatch:
-    """Gives free pieces of the heap back to the system when they pile up.
+    """Returns free memory of the heap to the system when it has become fragmented.
 
-    [Note: holes] glibc cuts the aligned block of a tensor out of a longer one. So the hole that a freed tensor leaves
-    is too short for the next one of its size, unless what lies beside it is free too. Where small objects that stay
-    lie between gradients, each gradient extends the heap, and what is free there grows with the model.
+    [Note: holes] glibc cuts the aligned block of a tensor out of a longer one. So a freed tensor leaves a hole that is
+    too short for the next tensor of its size, unless the memory beside it is free too. If small objects that stay
+    alive lie between gradients, each gradient extends the heap, and the free memory in it grows with the model.
 
-    What compute frees and takes again all the time is no hole, and giving it back would cost page faults: as much is
-    left as memory was seen to grow by more than what was let go meanwhile.
+    Memory that compute frees and allocates again all the time is not a hole, and to return it would cost page faults.
+    So as much stays in the heap as memory was seen to grow beyond what was freed meanwhile.
+
+    Args:
+        slack_nbytes: Free memory that is tolerated.
     """
 
     def __init__(self, *, slack_nbytes: int = 16 * MiB) -> None:
         self._slack_nbytes = slack_nbytes
         self._step_nbytes = slack_nbytes // 4
-        self._let_go_nbytes = 0  # since the last look
+        self._let_go_nbytes = 0  # since memory was measured last
         self._freed_nbytes = 0  # since the last trim
         self._left_nbytes = anonymous_nbytes()  # by the last trim
         self._working_nbytes = 0
 
     def let_go(self, nbytes: int) -> None:
-        """A tensor of ``nbytes`` is not needed any more. Looks at the memory of the process every few MiB."""
+        """Note that a tensor of ``nbytes`` was freed. Every few MiB the memory of the process is measured."""
         self._let_go_nbytes += nbytes
         if self._let_go_nbytes < self._step_nbytes:
             return
@@ -80,7 +83,7 @@ class HeapWatch:
 
 
 def anonymous_nbytes() -> int:
-    """Anonymous memory of this process."""
+    """Anonymous memory that this process has."""
     with open("/proc/self/statm") as file:
         _, resident, shared, *_ = file.read().split()
     return (int(resident) - int(shared)) * resource.getpagesize()

@@ -1,4 +1,4 @@
-"""How much host memory this process may still take: the machine's, or its control group's if that is less. Bytes."""
+"""How much host memory this process can still take, by the machine and by its control groups. Bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ AUTO_SHARE = 0.5
 
 
 def available_nbytes() -> int:
-    """Memory that can be taken now without swapping, within the limit of every enclosing control group."""
+    """Memory that this process can take now without swapping and within the limits of its control groups."""
     return min([_meminfo("MemAvailable"), *_cgroup_rooms()])
 
 
@@ -22,7 +22,7 @@ def _meminfo(key: str) -> int:
 
 
 def _cgroup_rooms() -> list[int]:
-    """Limit minus use of each enclosing group that has a limit (version 2, else version 1)."""
+    """Limit minus use of each control group around this process that has a limit (version 2, else version 1)."""
     rooms = []
     for line in _lines("/proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -43,12 +43,12 @@ def _cgroup_rooms() -> list[int]:
 
 
 def _reclaimable(path: str) -> int:
-    """Page cache of a group: counted as used, but the kernel gives it back when somebody needs memory.
+    """Page cache of a control group: it counts as used, but the kernel frees it when memory is needed.
 
-    Without this a group that has just written a checkpoint, or read a data set, looks full.
+    If it counted here, a group that has just written a checkpoint or read a data set would look full.
     """
     found = dict(line.split(maxsplit=1) for line in _lines(path))
-    # Version 1 gives the sums over a group and those inside it a name of their own; version 2 has only those.
+    # In version 1 the sums over a group and the groups inside it have names of their own; version 2 has only sums.
     return sum(int(found.get(f"total_{key}", found.get(key, 0))) for key in ("active_file", "inactive_file"))
 
 

@@ -1,4 +1,4 @@
-"""Registers host memory with CUDA, so that copies between it and a GPU run beside the host and compute."""
+"""Host memory registered with CUDA (pinned), so that copies between it and a GPU are asynchronous."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ from lightning_ssd.sizes import fmt
 
 
 class Pinned:
-    """``nbytes`` of memory at ``address``, registered if CUDA allows it; else copies work the same, slower.
+    """Memory that is registered with CUDA until `close`, or a warning that CUDA refused; then copies are slower.
+
+    Args:
+        address: Its first byte.
+        nbytes: Its length.
+        device: The GPU.
 
     Attributes:
-        is_registered: Whether it is.
+        is_registered: Whether it is registered.
     """
 
     def __init__(self, address: int, nbytes: int, device: torch.device) -> None:
@@ -32,7 +37,7 @@ class Pinned:
             )
 
     def close(self) -> None:
-        """Undo it, after everything that the device has to do. A second call does nothing."""
+        """Unregister the memory when the device has finished all its work. A second call does nothing."""
         if not self.is_registered:
             return
         self.is_registered = False
@@ -45,6 +50,6 @@ class Pinned:
 
 
 def _forget_error(device: torch.device) -> None:
-    # CUDA keeps the error of a failed call, and torch would raise it at the next kernel, which did nothing wrong.
+    """Clear the error of a failed call: CUDA keeps it, and torch would raise it at the next kernel."""
     with suppress(RuntimeError):
         torch.ones(1, device=device)

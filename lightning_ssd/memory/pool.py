@@ -1,7 +1,7 @@
-"""The host memory that we lend: one anonymous mapping of exact size, cut into buffers; bytes, 4096-aligned.
+"""Pools of host memory: anonymous mappings of fixed size, lent in buffers. Sizes in bytes, 4096-aligned.
 
-Nothing is allocated while training. Each buffer has one owner; it returns to the pool by `Pool.give_back`, at once or,
-if a tensor on it is still alive, as soon as that tensor dies and somebody needs the space.
+Nothing is allocated while training. Each buffer has one owner until `Pool.give_back`. If a tensor on it is still alive
+then, its space is free again when that tensor is gone.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ HUGE_PAGE_NBYTES = 2 * MiB
 
 
 class Buffer:
-    """One lent piece of a pool.
+    """A part of a pool's memory, lent to one owner.
 
     Attributes:
-        offset: First byte, counted in the pool.
-        address: The same as an address.
+        offset: First byte, counted in the memory that the pool is in.
+        address: Address of that byte.
         nbytes: Length.
-        owner: Who holds it, for messages.
+        owner: Who has it, for messages.
     """
 
     def __init__(self, memory: mmap.mmap, base: int, offset: int, nbytes: int, owner: str) -> None:
@@ -45,37 +45,36 @@ class Buffer:
         return self._views.tensor(self.offset + offset, dtype, shape)
 
     def hold(self) -> object:
-        """For a transfer to keep: as long as it lives the buffer is in use, also if it is given back while it hangs."""
+        """An object for a transfer to keep: the buffer is in use as long as it lives, also if the transfer hangs."""
         return self._views.hold(self.offset)
 
     @property
     def in_use(self) -> bool:
-        """Whether a tensor on this buffer, or a view of one, still exists."""
+        """Whether a tensor on this buffer, a view of one, or an object of `hold` still exists."""
         return self._views.in_use
 
     @property
     def is_viewed(self) -> bool:
-        """Whether a tensor is on this buffer; a transfer that holds it does not count."""
+        """Whether a tensor on this buffer, or a view of one, still exists."""
         return self._views.are_seen
 
     def fill(self, byte: int, offset: int = 0, nbytes: int | None = None) -> None:
-        """Overwrite ``nbytes`` at ``offset``, by default every byte."""
+        """Set ``nbytes`` bytes at ``offset``, by default all after it, to ``byte``."""
         ctypes.memset(self.address + offset, byte, self.nbytes if nbytes is None else nbytes)
 
 
 def map_anonymous(nbytes: int) -> mmap.mmap:
-    """Anonymous memory, page-aligned, in huge pages where there is more than one; forked processes have none of it.
+    """Map anonymous memory, page-aligned, in huge pages if it is as large as one.
 
-    See [Note: forks] for the latter.
-    A transfer from scattered small pages is cut into many requests: huge pages read and wrote 2 to 3 times faster on a
-    virtio disk (tests/benchmarks/bench_io.py measures them beside fio's).
+    The kernel cuts a transfer from scattered small pages into many requests: with huge pages a virtio disk read and
+    wrote 2 to 3 times faster (tests/benchmarks/bench_io.py). Forked processes do not get the memory; [Note: forks].
     """
     is_large = nbytes >= HUGE_PAGE_NBYTES
     nbytes = round_up(nbytes, HUGE_PAGE_NBYTES) if is_large else nbytes
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     forked.withhold(memory)
     if is_large:
-        with suppress(OSError):  # a kernel without them
+        with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
@@ -86,13 +85,14 @@ def pool_nbytes(nbytes: int) -> int:
 
 
 class Pool:
-    """Buffers of any size out of ``nbytes`` of anonymous memory, first fit from both ends, neighbours joined.
+    """Buffers of any size out of ``nbytes`` of anonymous memory: first fit, and free neighbours are joined.
 
     Args:
         nbytes: Size of the pool.
         name: What messages call it.
-        arena: Memory that it is a part of, from byte ``begin``; None maps memory of its own.
-        poison: Fill what comes back with NaN bytes (0xFF), so that a use after return shows (for tests).
+        arena: Memory that the pool is a part of; None maps memory of its own.
+        begin: First byte of the pool in ``arena``.
+        poison: For tests: fill what is given back with NaN bytes (0xFF), so that a use after that shows.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class Pool:
         self._end = begin + self.nbytes
         self._free: list[tuple[int, int]] = [(begin, self.nbytes)]  # (offset, nbytes), by offset
         self._lent: dict[int, Buffer] = {}  # by offset
-        self._lingering: list[Buffer] = []  # given back while a tensor on them was alive
+        self._lingering: list[Buffer] = []  # given back, but a tensor on them was alive
 
     def try_lend(self, nbytes: int, owner: str, make_room: Callable[[], bool] | None = None) -> Buffer | None:
         """A buffer of at least ``nbytes``, or None if there is no room now.
 
         Args:
             nbytes: Bytes needed.
-            owner: Who asks, for messages.
-            make_room: Called while there is no room; gives something back and returns True, or returns False.
+            owner: Who needs them, for messages.
+            make_room: Called while there is no room; gives buffers back and returns True, or returns False.
         """
         while True:
             buffer = self._try_lend(nbytes, owner)
@@ -133,8 +133,12 @@ class Pool:
         return buffer
 
     def give_back(self, buffer: Buffer) -> None:
-        """Return a buffer. While a tensor on it is alive it lingers: nobody gets it before that tensor is gone."""
-        if self._lent.get(buffer.offset) is not buffer:  # nobody's, or by now somebody else's
+        """Return a buffer. While it is in use it lingers: its space is not lent again.
+
+        Raises:
+            ResidencyError: It was given back before.
+        """
+        if self._lent.get(buffer.offset) is not buffer:
             raise ResidencyError(f"{self.name}: buffer of {buffer.owner} was given back twice")
         del self._lent[buffer.offset]
         if buffer.in_use:
@@ -143,7 +147,7 @@ class Pool:
             self._reclaim(buffer)
 
     def is_cut_by(self, held: Sequence[Buffer], nbytes: int) -> bool:
-        """Whether ``held``, if all else came back, would leave ``nbytes`` free, but not in one piece."""
+        """Whether, with only ``held`` lent, ``nbytes`` would be free in all, but not in one piece."""
         pieces = [(self._end - self.nbytes, self.nbytes)]
         for buffer in sorted(held, key=lambda buffer: buffer.offset):
             begin, room = pieces.pop()
@@ -153,7 +157,11 @@ class Pool:
         return max(rooms) < round_up(nbytes) <= sum(rooms)
 
     def pass_on(self) -> list[tuple[int, int]]:
-        """Let a process that is forked next have the buffers that tensors view: ``(offset, nbytes)`` of each."""
+        """Let a process that is forked next have the buffers that tensors view; [Note: forks].
+
+        Returns:
+            ``(offset, nbytes)`` of each.
+        """
         viewed = [b for b in (*self._lent.values(), *self._lingering) if b.is_viewed]
         for buffer in viewed:
             forked.pass_on(self._memory, buffer.offset, buffer.nbytes)
@@ -164,24 +172,24 @@ class Pool:
         forked.withhold(self._memory, self._end - self.nbytes, self.nbytes)
 
     def forbid(self, passed_on: list[tuple[int, int]]) -> None:
-        """In a forked process: nothing may be read here but what was passed on; of an arena nothing else at all."""
+        """In a forked process: an access to anything in the whole arena but what was passed on ends the process."""
         forked.forbid(self._memory, passed_on)
 
     @property
     def num_lent(self) -> int:
-        """Buffers that have an owner now."""
+        """Number of buffers that have an owner now."""
         return len(self._lent)
 
     @property
     def lingering(self) -> list[str]:
-        """Owners of buffers that were given back but are still referenced by a tensor somewhere."""
+        """Owners of buffers that were given back but are still in use."""
         self._collect()
         return [buffer.owner for buffer in self._lingering]
 
     def close(self) -> None:
-        """Let go of the memory. The system has it back at once, but for buffers under tensors that live on.
+        """Give the memory back to the system, at once except for buffers in use. No transfer on it may be in flight.
 
-        No transfer on it may be in flight. It is unmapped when the last tensor on it dies.
+        It is unmapped when the last tensor on it is gone.
         """
         free = [(b.offset, b.nbytes) for b in (*self._lent.values(), *self._lingering) if not b.in_use]
         for offset, nbytes in [*self._free, *free]:
@@ -197,8 +205,8 @@ class Pool:
         need = round_up(max(nbytes, 1))
         for i, (offset, room) in enumerate(self._free):
             if room >= need:
-                # The last stretch is filled from its end: a buffer in the middle would leave the free memory in two
-                # pieces, neither long enough for the one other unit that the smallest plan has room for.
+                # The last free span is filled from its end: a buffer in the middle would leave two pieces, neither of
+                # them long enough for the one other unit that the smallest plan has room for.
                 is_last = offset > self._end - self.nbytes and offset + room == self._end
                 begin = offset + room - need if is_last else offset
                 rest = (offset, room - need) if is_last else (offset + need, room - need)
@@ -209,6 +217,7 @@ class Pool:
         return None
 
     def _collect(self) -> None:
+        """Free lingering buffers that are not in use any more."""
         still: list[Buffer] = []
         for buffer in self._lingering:
             if buffer.in_use:
@@ -233,7 +242,7 @@ class Pool:
 
 
 def with_span(free: list[tuple[int, int]], offset: int, nbytes: int) -> list[tuple[int, int]]:
-    """Free stretches ``(offset, nbytes)``, by offset, and one more; neighbours are joined."""
+    """Free spans ``(offset, nbytes)``, sorted, with one more added; neighbours are joined."""
     spans = sorted([*free, (offset, nbytes)])
     joined = [spans[0]]
     for begin, room in spans[1:]:

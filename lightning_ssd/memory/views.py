@@ -1,4 +1,4 @@
-"""Tensors on memory that we own: each has a storage of its own, and it can be told when nobody uses it any more."""
+"""Tensors on memory that we own, each with a storage of its own, and whether any of them is still alive."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 
 class Views:
-    """Tensors lent on one piece of memory, and whether any of them, or a view of one, is still alive.
+    """Tensors on one piece of memory, and whether any of them, or a view of one, is still alive.
 
-    A tensor's storage keeps a ctypes array alive, the array keeps ``memory`` alive, and a weak reference to the array
-    dies with the last tensor on the storage. So memory goes back only when torch is done with it, whoever kept a view:
-    the user, a saved tensor, a hook.
+    A tensor's storage keeps a ctypes array alive, and the array keeps ``memory`` alive. A weak reference to the array
+    dies with the last tensor on the storage. So memory is reused only when nobody has a view of it any more: the user,
+    autograd's saved tensors, or a hook.
     """
 
     def __init__(self, memory: mmap.mmap) -> None:
@@ -39,20 +39,20 @@ class Views:
             return torch.frombuffer(exported, dtype=dtype, count=numel).view(tuple(shape))
 
     def hold(self, offset: int) -> object:
-        """Something that counts as a tensor as long as it lives."""
+        """An object that counts for `in_use` as a tensor does."""
         exported = ctypes.c_char.from_buffer(self._memory, offset)
         self._holds.append(weakref.ref(exported))
         return exported
 
     @property
     def in_use(self) -> bool:
-        """Whether a tensor made here, or a view of one, still exists."""
+        """Whether a tensor made here, a view of one, or an object of `hold` still exists."""
         self._holds = [ref for ref in self._holds if ref() is not None]
         return self.are_seen or bool(self._holds)
 
     @property
     def are_seen(self) -> bool:
-        """The same, but for what only `hold` made."""
+        """Whether a tensor made here, or a view of one, still exists."""
         self._refs = [ref for ref in self._refs if ref() is not None]
         return bool(self._refs)
 

@@ -1,4 +1,4 @@
-"""Names of dtypes in safetensors files and in torch, both ways."""
+"""Safetensors names of torch dtypes, and back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def name_of(dtype: torch.dtype) -> str:
     """The safetensors name of a torch dtype.
 
     Raises:
-        CheckpointError: If the file format has no such type.
+        CheckpointError: The format has no such dtype.
     """
     name = _NAME.get(dtype)
     if name is None:
@@ -51,7 +51,7 @@ def dtype_of(name: str) -> torch.dtype:
     """The torch dtype of a safetensors name.
 
     Raises:
-        CheckpointError: If the name is unknown.
+        CheckpointError: The name is unknown.
     """
     dtype = TORCH_DTYPE.get(name)
     if dtype is None:

@@ -1,7 +1,7 @@
-"""Where every byte of one kind of one unit lives, on disk and in memory. Pure arithmetic: sizes and offsets in bytes.
+"""Where every byte of one kind of one unit is, on disk and in memory. Pure arithmetic: sizes and offsets in bytes.
 
-All tensors of a unit have one dtype per kind, and every kind keeps them in the same order. So element ``i`` of the
-unit is element ``i`` of each of its files, and a range of elements is one contiguous range of bytes in each.
+All tensors of a kind have one dtype, and every kind of a unit has them in the same order. So element ``i`` of the unit
+is element ``i`` of each of its files, and a range of elements is one contiguous range of bytes in each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHECK_NBYTES = 1 << 20
 """Bytes of the data section under one CRC32C."""
 
 MEMORY_ALIGNMENT = 64
-"""Alignment of a tensor in a buffer: what torch's own allocator gives, so that compute picks the same code paths."""
+"""Alignment of a tensor in a buffer, as of torch's own allocator, so that compute takes the same code paths."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class UnitLayout:
         entries: One per parameter, in file order; offsets count from the data section.
         header: Bytes before the data section, a multiple of 4096.
         numel: Elements of all parameters.
-        places: Byte offset in the buffer of each parameter, a multiple of 64. Equal to its file offset where that is
-            aligned; the others are moved, after the read, behind the last block.
+        places: Byte offset of each parameter in the buffer, a multiple of 64. It is its offset in the data section if
+            that is aligned; the other parameters are copied behind the last block after a read.
         buffer_nbytes: Bytes of the buffer, a multiple of 4096.
     """
 
@@ -96,7 +96,7 @@ class UnitLayout:
         return self.data_begin + self.data_nbytes
 
     def about(self, offset: int) -> str:
-        """What lies at a byte of the file, for messages."""
+        """Names of what is in the block at byte ``offset`` of the file, for messages."""
         found = [
             e.name
             for e in self.entries
@@ -106,7 +106,7 @@ class UnitLayout:
         return f"{self.kind} of unit {self.unit!r}, parameter {names}"
 
     def segments(self, begin: int, end: int) -> Iterator[Segment]:
-        """Parts of parameters in elements ``[begin, end)`` of the unit; empty parameters have none."""
+        """The parts of parameters in elements ``[begin, end)`` of the unit; empty parameters have none."""
         for index, entry in enumerate(self.entries):
             first, last = entry.begin // self.itemsize, entry.end // self.itemsize
             low, high = max(first, begin), min(last, end)
@@ -115,15 +115,21 @@ class UnitLayout:
 
 
 def file_order(shapes: Iterable[Shape], itemsize: int) -> list[Shape]:
-    """Order in which parameters stand in a unit's files: those that keep their successors aligned come first."""
+    """The order of parameters in a unit's files: first those whose size keeps the next one aligned."""
     return sorted(shapes, key=lambda shape: shape.numel * itemsize % MEMORY_ALIGNMENT != 0)
 
 
 def lay_out(unit: str, kind: str, shapes: Sequence[Shape], dtype: str) -> UnitLayout:
-    """Lay out the tensors ``shapes`` (in file order) of one kind of a unit.
+    """Lay out one kind of a unit.
+
+    Args:
+        unit: Name of the unit.
+        kind: Name of the kind.
+        shapes: Its tensors, in file order.
+        dtype: Their safetensors dtype.
 
     Raises:
-        CheckpointError: If two parameters share a name or a size is out of range.
+        CheckpointError: Two parameters have one name, or a size is out of range.
     """
     itemsize = ITEMSIZE[dtype]
     entries: list[TensorEntry] = []
@@ -138,7 +144,7 @@ def lay_out(unit: str, kind: str, shapes: Sequence[Shape], dtype: str) -> UnitLa
 
 
 def suffix_of(kind: str) -> str:
-    """What tells the states of one optimizer from those of another over the same parameters; empty for the first."""
+    """The suffix of ``kind`` that names its optimizer among several over the same parameters; empty for the first."""
     _, mark, number = kind.partition("@")
     return mark + number
 

@@ -1,8 +1,8 @@
-"""The directory of one run's live store: made, locked, recognised when its run is dead, and removed by its owner.
+"""The run directory: where the files of one run are. It is locked while the run is alive, and removed at its end.
 
-What is removed, by the owner or after its death, is what a run makes: plain files with our endings, the lock, and the
-directory if that left it empty. Everything goes through descriptors (`lightning_ssd.io.folder`): nothing is reached
-through a symlink or a path that another user can change, and nothing of another user's is touched.
+Only what a run creates is ever removed: regular files with our suffixes, the lock, and the directory if it is empty
+then. Every access goes through descriptors (`lightning_ssd.io.folder`): not through a symlink or a path that another
+user can change, and never to files of another user.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _DATA_SUFFIXES = (".safetensors", ".spill")
 _PROBE = re.compile(r"\.direct-probe-\w+")
 _ABOUT_NBYTES = 512
 INNER_NBYTES = 1 + 63 + 1 + 190
-"""Longest that the name of a run's directory and that of a file in it add to the path of ``root``, with slashes."""
+"""Most bytes that the names of a run directory and of a file in it add to the path of ``root``, with slashes."""
 
 _UNBORN_S = 3600.0
-"""Age at which a directory that never got its name, and so may not have been locked yet, is taken for dead."""
+"""Age from which a directory with its first, hidden name counts as dead. A younger one may not be locked yet."""
 
 
 @dataclass(frozen=True)
 class DeadRun:
-    """What a run that ended without cleaning up has left behind.
+    """The run directory of a run that is not alive.
 
     Attributes:
         path: The directory.
-        nbytes: Bytes on disk that removing it frees; files that a checkpoint links stay and are not counted.
+        nbytes: Bytes on disk that removing it frees; files that a checkpoint links are not counted.
         age_s: Seconds since something in it was changed.
-        host: Name of the machine that made it; a lock on a network disk may not be seen from another one.
+        host: Name of the machine that created it; another machine may not see its lock on a network disk.
         is_kept: The run was told to keep it (``keep_store=True``).
-        has_ended: It was kept by a run that came to its end, rather than was killed.
+        has_ended: The run came to its end and kept the directory; it was not killed.
     """
 
     path: str
@@ -62,24 +62,24 @@ class DeadRun:
 
 
 class RunDirectory:
-    """One directory under ``root``, held by a lock as long as this object is open.
+    """The directory of this run, locked until `close`.
 
     Attributes:
-        path: The directory, mode 0700.
-        folder: The same, open.
+        path: Its path; its mode is 0700.
+        folder: The same directory, open.
     """
 
     def __init__(self, root: str, *, keep: bool = False) -> None:
         """Create and lock the directory.
 
         Args:
-            root: Where.
-            keep: Note in it that it is to stay when the run ends, however that ends.
+            root: The directory to create it in, created if needed.
+            keep: Note in it that it stays when the run ends, killed or not.
 
         Raises:
-            StoreError: If ``root`` cannot be created or written.
+            StoreError: ``root`` cannot be created or written.
         """
-        # Nobody can guess the name and have something there first.
+        # Nobody can guess the name and create something there first.
         name = f"{_PREFIX}{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(8)}"
         self.path = os.path.join(root, name)
         self._pid = os.getpid()
@@ -99,15 +99,15 @@ class RunDirectory:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is this run's: `close` was not called."""
+        """Whether `close` was not called."""
         return self._lock_fd >= 0
 
     @property
     def device(self) -> int:
-        """Number of its file system.
+        """Device number of its file system.
 
         Raises:
-            StoreError: Somebody has removed it.
+            StoreError: Somebody has removed the directory.
         """
         try:
             return device_of(self.path)
@@ -117,9 +117,12 @@ class RunDirectory:
             raise gone(self.path) from error
 
     def close(self, *, remove: bool) -> None:
-        """Give up the lock; with ``remove`` delete the directory, else note that it is kept.
+        """Unlock the directory; with ``remove`` delete it, else note in it that the run ended and kept it.
 
-        A second call does nothing. In a forked child nothing is deleted: the run is the parent's.
+        A second call does nothing. In a forked child nothing is deleted or noted: the run is the parent's.
+
+        Raises:
+            OSError: Something could not be removed.
         """
         if self._lock_fd < 0:
             return
@@ -129,7 +132,7 @@ class RunDirectory:
             if remove:
                 self._remove()
             else:
-                with suppress(OSError):  # the user removed it, or the disk is full: then it is as one of a dead run
+                with suppress(OSError):  # the user removed it, or the disk is full: then it counts as a dead run's
                     _describe(self._lock_fd, keep=True, ended=True)
         finally:
             close_fd(self._lock_fd)
@@ -150,12 +153,12 @@ class RunDirectory:
 
 
 def is_run_directory(name: str) -> bool:
-    """Whether a directory of that name is a run's, alive or dead, as far as a name can tell."""
+    """Whether a directory of that name is, by its name, a run directory, alive or dead."""
     return _NAME.fullmatch(name) is not None
 
 
 def dead_runs(root: str) -> list[DeadRun]:
-    """Run directories under ``root`` whose lock nobody holds, but those that a run kept when it ended."""
+    """Run directories under ``root`` that nobody holds locked, without those that a run kept when it ended."""
     try:
         names = sorted(os.listdir(root))
     except OSError:  # none yet, or not ours to list
@@ -165,8 +168,8 @@ def dead_runs(root: str) -> list[DeadRun]:
 
 
 def dead_run(path: str) -> DeadRun | None:
-    """What is known of one run directory, None if it is alive, not ours, or no run directory."""
-    with suppress(OSError), _held(path, shared=True) as held:  # gone while we looked
+    """The dead run at ``path``; None if it is alive, another user's, or no run directory."""
+    with suppress(OSError), _held(path, shared=True) as held:  # it may be removed meanwhile
         if held is not None:
             folder, lock_fd = held
             nbytes, changed_s = _extent(folder)
@@ -178,16 +181,19 @@ def dead_run(path: str) -> DeadRun | None:
 
 
 def remove_dead_run(path: str, *, kept: bool = False) -> bool:
-    """Remove what a dead run left behind; False if it is alive, not ours, or gone. Files that are not ours stay.
+    """Remove the directory of a dead run. Files that no run creates stay, and then the directory does.
 
     Args:
         path: The directory.
         kept: Remove it also if its run was to keep it.
 
+    Returns:
+        Whether it was removed; False if its run is alive, another user's, kept, or gone.
+
     Raises:
-        OSError: If something could not be removed.
+        OSError: Something could not be removed.
     """
-    # The lock is held until all is gone: who finds it now finds a run that lives.
+    # Locked until all is gone: to others the run is alive meanwhile.
     with _held(path, shared=False) as held:
         if held is None or (_about(held[1]).get("keep") is True and not kept):
             return False
@@ -200,7 +206,7 @@ def remove_dead_run(path: str, *, kept: bool = False) -> bool:
 
 
 def warn_of_dead_runs(root: str) -> None:
-    """Say once what dead runs have left under ``root``; nothing is removed."""
+    """Warn of the dead runs under ``root``, if any; nothing is removed."""
     dead = dead_runs(root)
     if dead:
         total = sum(run.nbytes for run in dead)
@@ -212,7 +218,7 @@ def warn_of_dead_runs(root: str) -> None:
 
 
 def _make(root: Folder, name: str, *, keep: bool) -> tuple[Folder, int]:
-    """Make the directory with its lock held from the moment on at which it can be seen; both open."""
+    """Create and open a run directory, and its lock file, which is locked before the directory gets its name."""
     hidden = f".new-{name}"
     folder = root.make(hidden)
     lock_fd = -1
@@ -237,13 +243,14 @@ def _make(root: Folder, name: str, *, keep: bool) -> tuple[Folder, int]:
 
 
 def _describe(lock_fd: int, *, keep: bool, ended: bool = False) -> None:
+    """Write into the lock file who runs, and whether the directory is kept."""
     about = {"pid": os.getpid(), "host": socket.gethostname(), "keep": keep, "ended": ended}
     os.lseek(lock_fd, 0, os.SEEK_SET)
-    os.write(lock_fd, json.dumps(about).ljust(_ABOUT_NBYTES).encode())  # one length, so that it can be written over
+    os.write(lock_fd, json.dumps(about).ljust(_ABOUT_NBYTES).encode())  # of fixed length: it replaces the old text
 
 
 def _about(lock_fd: int) -> dict[str, Any]:
-    """What a run wrote into its lock; nothing if its disk was full, or it died before."""
+    """What a run wrote into its lock file; empty if its disk was full, or it was killed before."""
     try:
         found = json.loads(os.pread(lock_fd, 4096, 0))
     except (ValueError, RecursionError):
@@ -252,6 +259,11 @@ def _about(lock_fd: int) -> dict[str, Any]:
 
 
 def _lock(folder: Folder, flags: int, *, shared: bool) -> int:
+    """Open and lock the lock file.
+
+    Raises:
+        OSError: It is locked by another process, missing, removed meanwhile, or no regular file.
+    """
     fd = folder.open_file(_LOCK, os.O_RDWR | flags)
     try:
         if not is_regular(fd):
@@ -267,7 +279,7 @@ def _lock(folder: Folder, flags: int, *, shared: bool) -> int:
 
 @contextmanager
 def _held(path: str, *, shared: bool) -> Iterator[tuple[Folder, int] | None]:
-    """Hold a dead run's directory and lock; None if it is alive, another user's, or no run's."""
+    """Inside, a dead run's directory and lock file, open and locked; None if it is alive, another user's, or none."""
     with ExitStack() as stack:
         held: tuple[Folder, int] | None = None
         with suppress(OSError):
@@ -281,20 +293,20 @@ def _held(path: str, *, shared: bool) -> Iterator[tuple[Folder, int] | None]:
 
 
 def _may_be_dead(path: str, found: os.stat_result) -> bool:
-    # A run that is being made has not locked its lock yet; it would find ours.
+    # A new run that has not locked its lock file yet would find it locked by us.
     is_unborn = os.path.basename(path).startswith(".") and time.time() - found.st_mtime < _UNBORN_S
     return found.st_uid == os.geteuid() and not is_unborn
 
 
 def _extent(folder: Folder) -> tuple[int, float]:
-    """Bytes that removing the contents frees, and the time of the last change in seconds since 1970."""
+    """Bytes on disk that removing the contents frees, and the time of the last change in seconds since 1970."""
     found = [os.fstat(folder.fd), *map(folder.stat, folder.names())]
     nbytes = sum(each.st_blocks * 512 for each in found[1:] if each.st_nlink == 1)
     return nbytes, max(each.st_mtime for each in found)
 
 
 def _remove_contents(folder: Folder) -> None:
-    """Remove what a run makes, the lock last: as long as it is there, what is left can be recognised."""
+    """Remove what a run creates, the lock file last: without it nobody could recognise what is left."""
     names = folder.names()
     for name in names:
         mode = folder.stat(name).st_mode
@@ -307,14 +319,14 @@ def _remove_contents(folder: Folder) -> None:
 
 
 def _remove_probe(name: str, folder: Folder) -> None:
-    """Remove the directory in which a run tried what its disk can do, if it died at that."""
+    """Remove the directory in which `io.select.use_direct` tried O_DIRECT, if the run was killed meanwhile."""
     with folder.folder(name) as probe, suppress(FileNotFoundError):
         probe.unlink("probe")
     folder.rmdir(name)
 
 
 def _remove_empty(root: Folder, folder: Folder) -> None:
-    """Remove the directory itself, if it still has its name."""
+    """Remove the directory itself, unless another one has its name now."""
     name = os.path.basename(folder.path)
     if root.is_at(name, folder):
         root.rmdir(name)

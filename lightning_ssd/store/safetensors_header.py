@@ -1,8 +1,8 @@
 """The header of a safetensors file: names, dtypes, shapes and byte ranges. Pure arithmetic in bytes; opens nothing.
 
-A file is: 8 bytes of header length (little endian), a JSON header padded with spaces so that the data section starts on
-a 4096-byte boundary (direct I/O needs that; the format allows it), then the tensors, one after the other without
-holes. Files read here may come from anywhere, so every number is checked before it is used.
+A file is: 8 bytes of header length (little endian), a JSON header, and the data section: the tensors one after the
+other without holes. We pad the header with spaces, so that the data section starts on a 4096-byte boundary, which
+direct I/O needs. A file may come from anywhere, so every number is checked before it is used.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lightning_ssd.errors import CheckpointError
 from lightning_ssd.sizes import round_up
 
 MAX_HEADER_NBYTES = 100_000_000
-"""Longest JSON header the format's own reader accepts, in bytes."""
+"""Longest JSON header that the format's own library accepts, in bytes."""
 
 PREFIX_NBYTES = 8
-"""Bytes of the length field that opens a file."""
+"""Bytes of the header length at the begin of a file."""
 
 ITEMSIZE: Mapping[str, int] = MappingProxyType(
     {
@@ -43,7 +43,7 @@ ITEMSIZE: Mapping[str, int] = MappingProxyType(
         "C64": 8,
     }
 )
-"""Bytes per element of each safetensors dtype we read; types of less than a byte are not among them."""
+"""Bytes per element of each safetensors dtype that we read; dtypes of less than a byte are not supported."""
 
 _METADATA = "__metadata__"
 _MAX_COUNT = 2**63
@@ -73,7 +73,13 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header: what a file holds, and where its data section starts."""
+    """A checked header.
+
+    Attributes:
+        entries: The tensors by name, in file order.
+        metadata: What the file says about itself.
+        data_begin: Offset of the data section in the file.
+    """
 
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
@@ -86,10 +92,10 @@ class Header:
 
 
 def encode_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Bytes that open a file holding ``entries``; their length is the offset of the data section, a multiple of 4096.
+    """The bytes before the data section of a file with ``entries``; their number is a multiple of 4096.
 
     Raises:
-        CheckpointError: If the entries leave a hole, overlap, repeat a name, or disagree with dtype and shape.
+        CheckpointError: The entries leave a hole, overlap, repeat a name, or disagree with dtype and shape.
     """
     where = "header to be written"
     ordered = sorted(entries, key=lambda entry: (entry.begin, entry.end))
@@ -117,10 +123,15 @@ def encode_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | 
 
 
 def decode_data_begin(first_bytes: bytes, file_nbytes: int, where: str = "safetensors file") -> int:
-    """Offset of the data section, from at least the first 8 bytes: how many bytes `decode_header` needs.
+    """Offset of the data section: how many bytes of the file `decode_header` needs.
+
+    Args:
+        first_bytes: At least the first 8 bytes of the file.
+        file_nbytes: Bytes of the whole file.
+        where: What messages call the file.
 
     Raises:
-        CheckpointError: If the file is too short for the header it announces.
+        CheckpointError: The file is too short for the header it announces.
     """
     if file_nbytes < PREFIX_NBYTES or len(first_bytes) < PREFIX_NBYTES:
         raise CheckpointError(f"{where}: {file_nbytes} bytes are too few for a safetensors file")
@@ -142,7 +153,7 @@ def decode_header(first_bytes: bytes, file_nbytes: int, where: str = "safetensor
         where: What messages call the file.
 
     Raises:
-        CheckpointError: If anything about the header is not exactly as the format says.
+        CheckpointError: The header is not exactly as the format says.
     """
     data_begin = decode_data_begin(first_bytes, file_nbytes, where)
     if len(first_bytes) < data_begin:
@@ -166,7 +177,7 @@ def check_entry(entry: TensorEntry, where: str) -> None:
     """Check that dtype, shape and byte range of one tensor agree.
 
     Raises:
-        CheckpointError: If they do not, or a number is out of range.
+        CheckpointError: They do not, or a number is out of range.
     """
     what = f"{where}: parameter {entry.name!r}"
     itemsize = ITEMSIZE.get(entry.dtype)
@@ -174,7 +185,7 @@ def check_entry(entry: TensorEntry, where: str) -> None:
         raise CheckpointError(f"{what} has dtype {entry.dtype!r}; known are {', '.join(ITEMSIZE)}")
     if len(entry.shape) > _MAX_DIMS:
         raise CheckpointError(f"{what} has {len(entry.shape)} dimensions, at most {_MAX_DIMS} are allowed")
-    # Zero-sized dimensions are left out of the overflow check's product: strides are computed from the others alone.
+    # The other dimensions of an empty tensor must not overflow either: torch computes strides from them.
     extent = itemsize
     for size in entry.shape:
         if not 0 <= size < _MAX_COUNT:
@@ -191,10 +202,10 @@ def check_entry(entry: TensorEntry, where: str) -> None:
 
 
 def check_contiguous(ordered: Iterable[TensorEntry], where: str) -> int:
-    """Check that tensors sorted by offset follow each other from 0 without hole or overlap; return the end.
+    """Check that tensors, sorted by offset, follow each other from 0 without hole or overlap; return their end.
 
     Raises:
-        CheckpointError: If they do not.
+        CheckpointError: They do not.
     """
     position = 0
     for entry in ordered:
@@ -208,7 +219,7 @@ def check_contiguous(ordered: Iterable[TensorEntry], where: str) -> int:
 
 
 def is_count(value: object) -> bool:
-    """Whether a JSON value is an integer in [0, 2^63); True and False are not."""
+    """Whether a JSON value is an integer in [0, 2^63); a boolean is not."""
     return type(value) is int and 0 <= value < _MAX_COUNT
 
 
@@ -216,7 +227,7 @@ def parse_json_object(text: bytes, where: str) -> dict[str, object]:
     """Parse a JSON object strictly: UTF-8, no repeated name, no NaN, nesting and integers bounded.
 
     Raises:
-        CheckpointError: If the text is anything else.
+        CheckpointError: The text is anything else.
     """
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
