@@ -1,175 +1,31 @@
-// Both engines over system calls that come back short, busy, interrupted, empty or failed, as a script says.
+// The native engines over system calls that come back short, busy, interrupted, empty or failed, as a script says.
 //
-// The bytes really move: a short result is a real, shorter call. So what is checked is that every byte arrived where it
-// belongs although no call did what it was asked to.
-#include <fcntl.h>
-#include <sys/mman.h>
+// The bytes really move: a short result is a real, shorter call. So the tests check that every byte arrives where it
+// belongs although calls did not do what they were asked to.
 #include <unistd.h>
 
-#include <algorithm>
+#include <atomic>
 #include <cerrno>
-#include <cstdlib>
+#include <chrono>
+#include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <future>
+#include <iterator>
 #include <memory>
+#include <mutex>
 #include <random>
-#include <string>
+#include <stdexcept>
 #include <system_error>
 #include <thread>
 #include <vector>
 
-#include "io/engine.hpp"
-#include "io/ring.hpp"
-#include "io/system.hpp"
-#include "tests/check.hpp"
+#include "tests/io_support.hpp"
 
 using namespace lightning_ssd::io;
 
 namespace {
-
-constexpr size_t kPieceNbytes = 4 * kBlockNbytes;
-constexpr size_t kDepth = 3;  // pieces in flight
-
-struct Outcome {                // of one call
-  size_t at_most = ~size_t{0};  // bytes moved
-  int error = 0;                // instead of moving anything
-  bool end_of_file = false;     // likewise
-};
-
-class Script {
- public:
-  explicit Script(std::function<Outcome(size_t)> outcome) : outcome_(std::move(outcome)) {}
-
-  Outcome begin() {
-    std::lock_guard lock(mutex_);
-    CHECK(++num_in_flight_ <= kDepth);
-    return outcome_(num_calls_++);
-  }
-
-  void end() {
-    std::lock_guard lock(mutex_);
-    num_in_flight_ -= 1;
-  }
-
- private:
-  std::mutex mutex_;
-  size_t num_in_flight_ = 0;
-  size_t num_calls_ = 0;
-  std::function<Outcome(size_t)> outcome_;
-};
-
-// What the script makes of a call without the engine's own descriptor, or nothing if the call is to be made.
-// O_DIRECT refuses lengths off a block boundary, so a result that ends there is had from a buffered descriptor.
-std::optional<ssize_t> made_up(const Outcome& outcome, const Attempt& attempt) {
-  if (outcome.error != 0) return -outcome.error;
-  if (outcome.end_of_file) return 0;
-  if (attempt.nbytes <= outcome.at_most || outcome.at_most % kBlockNbytes == 0) return std::nullopt;
-  Attempt buffered = attempt;
-  buffered.fd = open(("/proc/self/fd/" + std::to_string(attempt.fd)).c_str(), O_RDWR);
-  buffered.nbytes = outcome.at_most;
-  CHECK(buffered.fd >= 0);
-  const ssize_t result = System().transfer(buffered);
-  close(buffered.fd);
-  return result;
-}
-
-Attempt shortened(const Outcome& outcome, const Attempt& attempt) {
-  Attempt shorter = attempt;
-  shorter.nbytes = std::min(attempt.nbytes, outcome.at_most);
-  return shorter;
-}
-
-class ScriptedSystem final : public System {
- public:
-  explicit ScriptedSystem(std::shared_ptr<Script> script) : script_(std::move(script)) {}
-
-  ssize_t transfer(const Attempt& attempt) override {
-    const Outcome outcome = script_->begin();
-    const auto made_up_result = made_up(outcome, attempt);
-    const ssize_t result = made_up_result ? *made_up_result : System::transfer(shortened(outcome, attempt));
-    script_->end();
-    return result;
-  }
-
- private:
-  std::shared_ptr<Script> script_;
-};
-
-class ScriptedRing final : public Ring {
- public:
-  ScriptedRing(std::shared_ptr<Script> script, std::unique_ptr<Ring> real)
-      : script_(std::move(script)), real_(std::move(real)) {}
-
-  void push(const Attempt& attempt, uint64_t tag) override {
-    const Outcome outcome = script_->begin();
-    const auto result = made_up(outcome, attempt);
-    if (!result) return real_->push(shortened(outcome, attempt), tag);
-    made_up_.push_back({tag, *result});
-    real_->wake();
-  }
-
-  std::optional<Completion> pop() override {
-    std::optional<Completion> completion;
-    if (made_up_.empty()) {
-      completion = real_->pop();
-    } else {
-      completion = made_up_.front();
-      made_up_.pop_front();
-    }
-    if (completion) script_->end();
-    return completion;
-  }
-
-  int submit_and_wait() override { return num_enters_++ % 7 == 3 ? EINTR : real_->submit_and_wait(); }
-  void wake() override { real_->wake(); }
-  bool register_memory(std::byte* data, size_t nbytes) override { return real_->register_memory(data, nbytes); }
-
- private:
-  std::shared_ptr<Script> script_;
-  std::unique_ptr<Ring> real_;
-  std::deque<Completion> made_up_;
-  size_t num_enters_ = 0;
-};
-
-// A ring over blocking calls: completions come in the reverse order. For machines without io_uring, and for that order.
-class BlockingRing final : public Ring {
- public:
-  void push(const Attempt& attempt, uint64_t tag) override {
-    std::lock_guard lock(mutex_);
-    completions_.push_back({tag, System().transfer(attempt)});
-  }
-
-  int submit_and_wait() override {
-    std::unique_lock lock(mutex_);
-    woken_.wait(lock, [this] { return is_woken_ || !completions_.empty(); });
-    is_woken_ = false;
-    return 0;
-  }
-
-  std::optional<Completion> pop() override {
-    std::lock_guard lock(mutex_);
-    if (completions_.empty()) return std::nullopt;
-    const Completion completion = completions_.back();
-    completions_.pop_back();
-    return completion;
-  }
-
-  void wake() override {
-    std::lock_guard lock(mutex_);
-    is_woken_ = true;
-    woken_.notify_all();
-  }
-
-  bool register_memory(std::byte*, size_t) override { return false; }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable woken_;
-  bool is_woken_ = false;
-  std::vector<Completion> completions_;
-};
 
 using MakeEngine = std::function<std::unique_ptr<Engine>(std::function<Outcome(size_t)>)>;
 
@@ -198,52 +54,11 @@ bool has_uring() {
   }
 }
 
-class Memory {
- public:
-  explicit Memory(size_t nbytes) : nbytes_(nbytes) {
-    void* data = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    CHECK(data != MAP_FAILED);
-    data_ = static_cast<std::byte*>(data);
-  }
-  Memory(const Memory&) = delete;
-  ~Memory() { munmap(data_, nbytes_); }
-  std::byte* data() const { return data_; }
-
- private:
-  std::byte* data_;
-  size_t nbytes_;
-};
-
-class TestFile {  // unlinked; direct where the file system allows it
- public:
-  explicit TestFile(size_t nbytes) {
-    std::string path = "test_io_engines.XXXXXX";
-    tail_fd_ = mkstemp(path.data());
-    CHECK(tail_fd_ >= 0 && ftruncate(tail_fd_, static_cast<off_t>(nbytes)) == 0);
-    direct_fd_ = open(path.c_str(), O_RDWR | O_DIRECT);
-    if (direct_fd_ < 0) direct_fd_ = dup(tail_fd_);
-    unlink(path.c_str());
-  }
-  TestFile(const TestFile&) = delete;
-  ~TestFile() {
-    close(tail_fd_);
-    close(direct_fd_);
-  }
-  Request request(Direction direction, uint64_t offset, std::byte* data, size_t nbytes) const {
-    return {direction, direct_fd_, tail_fd_, offset, data, nbytes};
-  }
-  int fd() const { return tail_fd_; }
-
- private:
-  int tail_fd_;
-  int direct_fd_;
-};
-
 void fill(std::byte* data, size_t nbytes, std::mt19937& random) {
   for (size_t i = 0; i < nbytes; ++i) data[i] = static_cast<std::byte>(random());
 }
 
-// Any mix of short (aligned or not), busy and interrupted calls: everything arrives, nothing else is touched.
+// With any mix of short (aligned or not), busy and interrupted calls everything arrives, and nothing else is written.
 void test_every_byte_arrives(const MakeEngine& make_engine, unsigned seed) {
   std::mt19937 random(seed);
   constexpr size_t kSizes[] = {1, 511, 4095, 4096, 4097, 5000, 16384, 16385, 70000, 131072};
@@ -265,7 +80,7 @@ void test_every_byte_arrives(const MakeEngine& make_engine, unsigned seed) {
   CHECK(engine->stats().num_reads == std::size(kSizes) && engine->stats().num_writes == std::size(kSizes));
 }
 
-// One call fails: the transfer fails with that error and the bounds of the piece, only when no piece is in flight.
+// One call fails: the transfer fails with that error and the range of the piece, and the engine works on.
 void test_failure_names_the_piece(const MakeEngine& make_engine, Outcome bad, int expected_error) {
   constexpr size_t kNbytes = 8 * kPieceNbytes - 100;
   Memory memory(8 * kPieceNbytes);
@@ -277,7 +92,7 @@ void test_failure_names_the_piece(const MakeEngine& make_engine, Outcome bad, in
   CHECK(write->failure()->offset % kPieceNbytes == 0 && write->failure()->nbytes <= kPieceNbytes);
   CHECK(engine->stats().num_writes == 0 && engine->stats().written_nbytes == 0);
   auto after = engine->start(file.request(Direction::write, 0, memory.data(), kNbytes));
-  CHECK(after->wait_for(60) && !after->failure());  // the engine lives on
+  CHECK(after->wait_for(60) && !after->failure());
 }
 
 // A failed transfer is done only when none of its pieces can still touch the memory.
@@ -322,7 +137,7 @@ void test_failure_waits_for_pieces_in_flight() {
   CHECK(read->failure()->offset == kPieceNbytes && num_begun == 1);  // the rest was never started
 }
 
-// One thread, the first transfer at a gate: what is known of it and of the one behind it, before and after.
+// The times of a transfer that is in flight, of one that is queued behind it, and of both afterwards.
 void test_times() {
   Memory memory(kPieceNbytes);
   TestFile file(kPieceNbytes);
@@ -363,7 +178,8 @@ void test_real_end_of_file(const MakeEngine& make_engine) {
   }
 }
 
-// Nobody waits, many threads start, close comes in between: everything accepted is completed, the rest refused.
+// Many threads start transfers, nobody waits, and the engine is closed: what it accepted completes, the rest is
+// refused.
 void test_close_completes_what_was_accepted(const MakeEngine& make_engine) {
   constexpr size_t kNumThreads = 4;
   constexpr size_t kNumEach = 50;
