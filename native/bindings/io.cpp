@@ -24,8 +24,8 @@ namespace {
 
 std::byte* at(uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
 
-// An engine and the process that its threads are in. After a fork, the child's copy has no threads and may have locks
-// that were held: there it is leaked, not destroyed, because destroying it would wait for ever.
+// An engine and the process that has its threads. In a forked child the copy has no threads, and its locks may be held
+// for ever. So the child leaks it: to destroy it would never return.
 class OwnedEngine {
  public:
   explicit OwnedEngine(std::unique_ptr<Engine> engine) : engine_(std::move(engine)), owner_(getpid()) {}
@@ -71,7 +71,8 @@ auto stats(const OwnedEngine& engine) {
                          stats.write_busy_s);
 }
 
-// What is known of each watched mapping; with the interpreter's lock. Never destroyed: it may outlive the interpreter.
+// Path and `about` of each watched mapping, guarded by the interpreter's lock. Never destroyed: handlers may run until
+// the process ends.
 struct KnownMappings {
   std::unordered_map<uintptr_t, nb::object> about;
   nb::object raise;
@@ -102,7 +103,7 @@ int raise_bus_error(void*) {
   return 0;
 }
 
-// In a signal's handler. The signal comes from an access to mapped memory, so its thread holds no lock of Python's.
+// Runs in the signal handler. An access to mapped memory raised the signal, so its thread holds no lock of Python.
 void call_for_bus_errors() {
   if (!is_called.exchange(true) && Py_AddPendingCall(raise_bus_error, nullptr) != 0) is_called = false;
 }

@@ -1,4 +1,4 @@
-// The Python module lightning_ssd._native. Each area binds itself; errors are translated where the area is.
+// The Python module lightning_ssd._native. io.cpp and optim.cpp bind their functions and translate their errors.
 #include <nanobind/nanobind.h>
 
 namespace nb = nanobind;
@@ -10,7 +10,7 @@ void bind_optim(nb::module_& module);
 
 NB_MODULE(_native, module) {
   module.doc() = "Native I/O engines and optimizer kernels.";
-  nb::set_leak_warnings(false);  // an engine that lives until the interpreter ends is no mistake
+  nb::set_leak_warnings(false);  // an engine may live until the interpreter ends
   bind_io(module);
 #ifdef LIGHTNING_SSD_HAS_OPTIM
   bind_optim(module);

@@ -26,7 +26,7 @@ void adam(uintptr_t param, uintptr_t grad, optim::Dtype grad_dtype, uintptr_t ex
           uintptr_t out, optim::Dtype out_dtype, size_t numel, double grad_scale, bool maximize, double decay,
           double penalty, double beta1, double beta2, double step_size, double bias2_sqrt, double eps,
           optim::SqrtForm sqrt_form, uintptr_t external_sqrt, uintptr_t set_external_threads) {
-  // Differences are taken in double and rounded once, as Python and torch do.
+  // Differences are computed in double and rounded once, as in Python and torch.
   optim::adam({
       .param = pointer<float>(param),
       .grad = pointer<const void>(grad),

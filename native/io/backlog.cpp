@@ -66,7 +66,7 @@ void Backlog::over(const Piece& piece, int error) {
     if (!transfer.failure_) transfer.failure_ = piece.failure(error);
     if (waits(transfer)) works_.pop_front();
   }
-  // Pieces still in flight own the memory: the transfer is done when the last of them is over, failed or not.
+  // Pieces in flight still use the memory, so a failed transfer too is done when the last of them is over.
   if (--transfer.num_pieces_in_flight_ > 0 || waits(transfer)) return;
   meter(transfer.request().direction).stop(transfer.request().nbytes, !transfer.failure_);
   transfer.finish();
@@ -101,7 +101,7 @@ Piece Backlog::take_front() {
 }
 
 bool Backlog::waits(const Transfer& begun) const {
-  // Pieces are taken from the front only, so a transfer that was begun is at the front or fully taken.
+  // Pieces are taken from the front only, so of a transfer that has begun either it is at the front, or no piece waits.
   return !works_.empty() && works_.front().transfer.get() == &begun;
 }
 

@@ -1,4 +1,4 @@
-// What an engine has accepted and not finished: transfers, cut into pieces as slots become free, and their statistics.
+// The transfers that an engine has accepted and not finished, cut into pieces as slots become free, and statistics.
 #pragma once
 
 #include <chrono>
@@ -19,7 +19,7 @@ class Meter {  // one direction
 
   void start();
   void stop(size_t nbytes, bool ok);
-  double busy_s() const;  // the current stretch included
+  double busy_s() const;  // up to now
   uint64_t nbytes() const { return nbytes_; }
   uint64_t num_done() const { return num_done_; }
 
@@ -41,10 +41,10 @@ class Backlog {
   // The next piece in order of arrival, or nothing when there is none now.
   std::optional<Piece> take();
 
-  // The same, but waits; nothing only when closed and empty.
+  // The same, but waits for one; nothing only when closed and empty.
   std::optional<Piece> wait_and_take();
 
-  // A piece that was taken is over; with an error the rest of its transfer is not started.
+  // Notes that a piece is over. With an error, the pieces of its transfer that were not taken yet never start.
   void over(const Piece& piece, int error);
 
   void close();

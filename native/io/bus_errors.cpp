@@ -14,7 +14,7 @@ namespace lightning_ssd::io {
 
 namespace {
 
-// A stretch of addresses. The handler walks the list while others change it, so a node is never freed, only used again.
+// A range of addresses. The handler reads the list while other threads change it, so nodes are reused but never freed.
 struct Node {
   std::atomic<uintptr_t> begin{0};  // 0: free
   std::atomic<uintptr_t> end{0};
@@ -27,10 +27,10 @@ std::mutex nodes_mutex;
 std::atomic<void (*)()> notify_owner = nullptr;
 struct sigaction action_before;
 
-// A disk may take seconds to fail, so that many bytes are not asked for page by page.
+// Bytes that are replaced at once: a failing disk may take seconds for each page that is read.
 constexpr size_t kReplacedNbytes = size_t{2} << 20;
 
-// Only calls what a handler may call: system calls and memory.
+// Calls only what a signal handler may call: system calls and memset.
 bool replace(Node& node, uintptr_t address) {
   const auto page_nbytes = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t page = address / page_nbytes * page_nbytes;
@@ -58,7 +58,7 @@ void on_bus_error(int, siginfo_t* info, void*) {
   if (handle(*info)) {
     notify_owner.load()();
   } else {
-    sigaction(SIGBUS, &action_before, nullptr);  // the access is repeated, and faults under that one
+    sigaction(SIGBUS, &action_before, nullptr);  // the access is repeated, and that action handles the fault
   }
   errno = error;
 }

@@ -1,4 +1,4 @@
-// Mapped files whose pages cannot be read: instead of the process's end by SIGBUS, something that can be raised.
+// Mapped files with unreadable pages: an error that can be raised, instead of a SIGBUS that ends the process.
 #pragma once
 
 #include <cstddef>
@@ -8,20 +8,20 @@
 namespace lightning_ssd::io {
 
 struct BusError {
-  uintptr_t watched;  // as `watch_mapping` returned
-  size_t offset;      // in it, of the page that could not be read
+  uintptr_t watched;  // what `watch_mapping` returned
+  size_t offset;      // of the unreadable page, in the mapping
 };
 
-// From now on, where a page of a watched mapping cannot be read, it and up to 2 MiB after it become private memory of
-// 0xFF bytes (NaN), and `notify` is called, in the signal's handler, by the thread that read. What faults elsewhere
-// gets the action that was there before. Returns whether the handler is there.
+// Installs the handler of SIGBUS and returns whether that succeeded. If a page of a watched mapping cannot be read, the
+// handler replaces it and up to 2 MiB after it by private memory of 0xFF bytes (NaN), and calls `notify`, in the thread
+// that read the page. Faults elsewhere get the action that was installed before.
 bool handle_bus_errors(void (*notify)());
 
-// Returns what `forget_mapping` takes. Thread-safe; not for handlers.
+// Watches a mapping; `forget_mapping` takes what it returns. Thread-safe, but not to be called by signal handlers.
 uintptr_t watch_mapping(uintptr_t begin, size_t nbytes);
 void forget_mapping(uintptr_t watched);
 
-// One that was not taken yet.
+// The next bus error that was not taken yet.
 std::optional<BusError> take_bus_error();
 
 }  // namespace lightning_ssd::io

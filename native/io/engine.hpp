@@ -19,10 +19,10 @@ enum class Direction { read, write };
 struct Request {  // sizes and offsets in bytes
   Direction direction;
   int direct_fd;    // whole blocks
-  int tail_fd;      // buffered; what lies past the last block boundary, and what a short transfer left unaligned
+  int tail_fd;      // buffered: bytes past the last block boundary, and the rest after a short, unaligned transfer
   uint64_t offset;  // multiple of kBlockNbytes
   std::byte* data;  // multiple of kBlockNbytes; owned by the caller until the transfer is done
-  size_t nbytes;    // logical; a read may fill memory up to the next multiple of kBlockNbytes
+  size_t nbytes;    // a read may fill memory up to the next multiple of kBlockNbytes
 };
 
 struct Failure {  // of one piece of a transfer
@@ -33,8 +33,8 @@ struct Failure {  // of one piece of a transfer
 
 // Seconds of std::chrono::steady_clock, which on Linux is the clock of Python's time.perf_counter.
 struct Times {
-  double begin_s;               // the first piece was handed to the system
-  std::optional<double> end_s;  // the last piece came back
+  double begin_s;               // of the first piece
+  std::optional<double> end_s;  // of the last piece
 };
 
 struct Stats {  // of transfers that succeeded; see IOStats in Python
@@ -46,7 +46,7 @@ struct Stats {  // of transfers that succeeded; see IOStats in Python
   double write_busy_s = 0;
 };
 
-// One asynchronous operation. It completes whether or not anyone waits; the engine shares its ownership until then.
+// One asynchronous read or write. It completes whether or not anyone waits; the engine shares its ownership until then.
 class Transfer {
  public:
   explicit Transfer(const Request& request) : request_(request) {}
@@ -60,7 +60,7 @@ class Transfer {
   // The first piece that failed; call once done.
   std::optional<Failure> failure() const { return failure_; }
 
-  // When the disk worked on it; nothing while it is queued.
+  // When it was in flight; nothing while it is queued.
   std::optional<Times> times() const;
 
  private:
@@ -69,7 +69,7 @@ class Transfer {
   void finish();
 
   const Request request_;
-  // Both belong to the backlog's lock until the transfer is done.
+  // The backlog's lock guards both until the transfer is done.
   size_t num_pieces_in_flight_ = 0;
   std::optional<Failure> failure_;
 
@@ -81,12 +81,12 @@ class Transfer {
   std::condition_variable over_;
 };
 
-// Thread-safe. The threads stay with the parent of a fork: the child must neither use its copy nor destroy it.
+// Thread-safe. A forked child has no threads of it and must neither use nor destroy its copy.
 class Engine {
  public:
   virtual ~Engine() = default;
 
-  // Starts at once; throws std::invalid_argument when the engine is closed.
+  // Starts a transfer and returns at once; throws std::invalid_argument if the engine is closed.
   virtual std::shared_ptr<Transfer> start(const Request& request) = 0;
 
   virtual Stats stats() const = 0;
@@ -94,19 +94,19 @@ class Engine {
   // Waits for everything in flight and ends the threads. A second call does nothing.
   virtual void close() = 0;
 
-  // Tells the engine about memory that most requests will use, so that it need not be pinned for each of them.
-  // At most once; the memory must outlive the engine. False where that is not possible: all works the same, slower.
+  // Pins memory that most requests use, once instead of for each request. At most once; the memory must outlive the
+  // engine. Returns false if that is not possible: all works the same, with more CPU time.
   virtual bool register_memory(std::byte* data, size_t nbytes) = 0;
 };
 
-class System;  // see system.hpp: what tests replace
-class Ring;    // see ring.hpp: what tests replace
+class System;  // system.hpp; tests replace it
+class Ring;    // ring.hpp; tests replace it
 
-// `num_threads` pieces in flight.
+// At most `num_threads` pieces are in flight.
 std::unique_ptr<Engine> make_posix_engine(size_t block_nbytes, size_t num_threads);
 std::unique_ptr<Engine> make_posix_engine(size_t block_nbytes, size_t num_threads, std::unique_ptr<System> system);
 
-// `depth` pieces in flight. Throws std::system_error where io_uring is missing, forbidden or too old.
+// At most `depth` pieces are in flight. Throws std::system_error if io_uring is missing, forbidden or too old.
 std::unique_ptr<Engine> make_uring_engine(size_t block_nbytes, size_t depth);
 std::unique_ptr<Engine> make_ring_engine(size_t block_nbytes, size_t depth, std::unique_ptr<Ring> ring);
 

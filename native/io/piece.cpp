@@ -21,7 +21,7 @@ Piece::Piece(std::shared_ptr<Transfer> transfer, size_t start, size_t nbytes)
 
 Attempt Piece::attempt() const {
   const Request& request = transfer_->request();
-  // A short result may end off a block boundary, where O_DIRECT cannot go on; the buffered descriptor can.
+  // O_DIRECT cannot continue after a short result that ends off a block boundary; the buffered descriptor can.
   const bool direct = moved_nbytes_ < body_nbytes_ && moved_nbytes_ % kBlockNbytes == 0;
   const size_t end = direct ? body_nbytes_ : nbytes_;
   return {request.direction, direct ? request.direct_fd : request.tail_fd, offset_ + moved_nbytes_,
@@ -32,7 +32,7 @@ Piece::Step Piece::advance(ssize_t result) {
   if (result == -EINTR) return Step::again;
   if (result == -EAGAIN) return Step::busy;
   if (result <= 0) {
-    error_ = result == 0 ? EIO : static_cast<int>(-result);  // 0: end of file inside the extent
+    error_ = result == 0 ? EIO : static_cast<int>(-result);  // 0: end of file inside the range
     return Step::failed;
   }
   moved_nbytes_ += static_cast<size_t>(result);

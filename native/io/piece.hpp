@@ -1,4 +1,4 @@
-// One piece of a transfer: which system call moves it on, and what that call's result means. Pure arithmetic.
+// One piece of a transfer: its next system call, and what the result of that call means. Pure arithmetic.
 #pragma once
 
 #include <sys/types.h>
@@ -28,7 +28,7 @@ class Piece {
 
   Attempt attempt() const;
 
-  // Takes what the attempt's call returned: bytes moved, or a negative errno.
+  // Takes the result of the attempt's call: bytes moved, or a negative errno.
   Step advance(ssize_t result);
 
   const std::shared_ptr<Transfer>& transfer() const { return transfer_; }
@@ -40,7 +40,7 @@ class Piece {
   uint64_t offset_;
   std::byte* data_;
   size_t nbytes_;
-  size_t body_nbytes_;  // what goes through direct_fd
+  size_t body_nbytes_;  // bytes that go through direct_fd
   size_t moved_nbytes_ = 0;
   int error_ = 0;
 };

@@ -1,4 +1,4 @@
-// The reference among the native engines: a pool of threads, one blocking pread or pwrite each.
+// The portable native engine: a pool of threads, each with one blocking pread or pwrite at a time.
 #include <unistd.h>
 
 #include <cerrno>
@@ -30,7 +30,7 @@ class PosixEngine final : public Engine {
     try {
       for (size_t i = 0; i < num_threads; ++i) threads_.push_back(start_thread("ssd-io", [this] { work(); }));
     } catch (...) {
-      PosixEngine::close();  // a thread that was started and not joined would end the process
+      PosixEngine::close();  // else the destructor of a running thread would end the process
       throw;
     }
   }

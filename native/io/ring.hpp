@@ -1,4 +1,4 @@
-// A submission and completion ring, behind an interface so that tests can shorten attempts and make them fail.
+// A submission and completion ring. An interface, so that tests can shorten attempts or let them fail.
 #pragma once
 
 #include <sys/types.h>
@@ -17,15 +17,15 @@ struct Completion {
   ssize_t result;  // bytes moved, or a negative errno
 };
 
-// All but wake() and register_memory() are called by one thread, the one that drives the ring.
+// One thread drives the ring and calls all of this; wake() and register_memory() may be called by others.
 class Ring {
  public:
   virtual ~Ring() = default;
 
-  // Queues an attempt; at most as many as the ring was made for may be without completion.
+  // Queues an attempt. The ring has room for the number of attempts in flight that it was created for.
   virtual void push(const Attempt& attempt, uint64_t tag) = 0;
 
-  // Hands what was pushed to the kernel and waits until a completion or a wake-up is there. 0 or a positive errno.
+  // Submits what was pushed and waits for a completion or a wake-up. Returns 0 or a positive errno.
   virtual int submit_and_wait() = 0;
 
   // The next completion, without waiting.
@@ -38,7 +38,7 @@ class Ring {
   virtual bool register_memory(std::byte* data, size_t nbytes) = 0;
 };
 
-// Over io_uring, for `num_entries` attempts. Throws std::system_error where io_uring is missing, forbidden or too old.
+// Over io_uring, for `num_entries` attempts. Throws std::system_error if io_uring is missing, forbidden or too old.
 std::unique_ptr<Ring> make_uring_ring(unsigned num_entries);
 
 }  // namespace lightning_ssd::io

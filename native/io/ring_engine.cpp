@@ -1,4 +1,4 @@
-// The fast engine: one thread drives a ring that holds up to `depth` pieces; callers only queue.
+// The fast engine: one thread drives a ring with up to `depth` pieces in flight; callers only queue transfers.
 #include <cerrno>
 #include <chrono>
 #include <thread>
@@ -43,7 +43,7 @@ class RingEngine final : public Engine {
     if (!thread_.joinable()) return;
     ring_->wake();
     thread_.join();  // sync: waits for the disk
-    ring_.reset();   // its descriptors go now, not when the last Python reference does
+    ring_.reset();   // closes its descriptors now, not with the last Python reference
   }
 
  private:
@@ -76,8 +76,9 @@ class RingEngine final : public Engine {
   void wait() {
     const int error = ring_->submit_and_wait();  // sync: waits for the disk, or for callers
     if (error == 0 || error == EINTR) return;
-    // The kernel is short of memory for a moment; anything else should not happen and is kept as the error of all that
-    // was not handed over yet. What was handed over still owns its memory, so it stays in flight until it completes.
+    // EAGAIN and EBUSY: the kernel is short of memory for a moment. Other errors are not expected; they become the
+    // error of all attempts that were not submitted. Submitted ones still use their memory and stay in flight until
+    // completed.
     if (error != EAGAIN && error != EBUSY) ring_error_ = error;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
@@ -97,7 +98,7 @@ class RingEngine final : public Engine {
 
   Backlog backlog_;
   std::unique_ptr<Ring> ring_;
-  // The rest belongs to the driving thread.
+  // Only the driving thread uses what follows.
   std::vector<std::optional<Piece>> slots_;  // index is the tag
   std::vector<size_t> free_slots_;
   int ring_error_ = 0;

@@ -1,4 +1,4 @@
-// The system calls of the posix engine, behind an interface so that tests can shorten them and make them fail.
+// The system calls of the posix engine. An interface, so that tests can shorten calls or let them fail.
 #pragma once
 
 #include <sys/types.h>

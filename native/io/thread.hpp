@@ -1,4 +1,4 @@
-// Threads that nobody but their engine talks to.
+// Threads of the engines.
 #pragma once
 
 #include <pthread.h>
@@ -9,8 +9,8 @@
 
 namespace lightning_ssd::io {
 
-// A thread called `name` (15 characters at most) that takes no signal: else Ctrl-C could end up where no one handles
-// it.
+// Starts a thread called `name` (at most 15 characters). It blocks asynchronous signals, so that a thread that handles
+// them gets them, such as Python's main thread on Ctrl-C.
 template <typename Body>
 std::thread start_thread(const char* name, Body body) {
   sigset_t all, before;

@@ -6,7 +6,7 @@
 
 namespace lightning_ssd::io::uring {
 
-// The same numbers on every architecture that has io_uring, alpha aside.
+// The same numbers on every architecture with io_uring, except alpha.
 inline constexpr long kSetupCall = 425;
 inline constexpr long kEnterCall = 426;
 inline constexpr long kRegisterCall = 427;

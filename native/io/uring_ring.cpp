@@ -1,4 +1,4 @@
-// io_uring by raw system calls. No polling thread in the kernel: it would take a core that computes.
+// io_uring by raw system calls. No polling thread in the kernel, which would take a core from compute.
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -125,7 +125,7 @@ class UringRing final : public Ring {
   }
 
   bool register_memory(std::byte* data, size_t nbytes) override {
-    // Before Linux 5.13 registering waits until nothing is in flight, which never is: the wake-up read always waits.
+    // Before Linux 5.13 the call waits until nothing is in flight, but the read for wake-ups always is.
     if (!(params_.features & uring::kFeatureResourceTags)) return false;
     std::vector<iovec> slices;
     for (size_t start = 0; start < nbytes; start += kSliceNbytes) {
@@ -139,7 +139,7 @@ class UringRing final : public Ring {
   }
 
  private:
-  // Plain reads and writes are as old as Linux 5.6, rings are older.
+  // The operations read and write came with Linux 5.6, later than io_uring itself.
   void require_operations() const {
     uring::Probe probe{};
     const unsigned num_ops = sizeof(probe.ops) / sizeof(probe.ops[0]);
@@ -162,7 +162,7 @@ class UringRing final : public Ring {
     publish_entry();
   }
 
-  // There is always room: the ring has an entry for everything that may be without completion.
+  // There is always room: the ring has an entry for every attempt that may be in flight.
   uring::SubmissionEntry& next_entry() {
     const uint32_t index = *rings_.at<uint32_t>(params_.sq_off.tail) & *rings_.at<uint32_t>(params_.sq_off.ring_mask);
     rings_.at<uint32_t>(params_.sq_off.array)[index] = index;
@@ -177,7 +177,7 @@ class UringRing final : public Ring {
     num_unsubmitted_ += 1;
   }
 
-  // Index of the registered slice that the bytes lie in, if they lie in one.
+  // Index of the registered slice that all the bytes are in, if there is one.
   std::optional<uint16_t> fixed_buffer(const std::byte* data, size_t nbytes) const {
     const std::byte* begin = fixed_data_.load(std::memory_order_acquire);
     if (begin == nullptr || data < begin || data + nbytes > begin + fixed_nbytes_) return std::nullopt;
@@ -191,7 +191,7 @@ class UringRing final : public Ring {
   Descriptor wake_fd_;
   Mapping rings_;
   Mapping entries_;
-  uint64_t wake_count_ = 0;  // where the kernel puts what the wake-up read returns
+  uint64_t wake_count_ = 0;  // the kernel puts here what the read for wake-ups returns
   uint32_t num_unsubmitted_ = 0;
   size_t fixed_nbytes_ = 0;
   std::atomic<std::byte*> fixed_data_ = nullptr;

@@ -1,4 +1,4 @@
-// CRC32C (Castagnoli, reflected, as in iSCSI), with the CPU's instruction where it has one.
+// CRC32C (Castagnoli, reflected, as in iSCSI), by the CPU's instructions if it has them.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// Arithmetic of the CPU update: what one call does, and the table of kernels each instruction set fills in.
+// Arithmetic of the CPU update: the arguments of one call, and the table of kernels that each instruction set fills in.
 // No Python, no torch. Every kernel gives the bits of the scalar one; docs/design/numerics.md says which bits and why.
 #pragma once
 
@@ -22,7 +22,7 @@ struct FloatBits {  // positive floats, by their bits; `last` is not one of them
   uint32_t last;
 };
 
-// Where a form of MKL's is its plain formula.
+// The floats for which one of MKL's forms is its plain formula; the others are special cases.
 constexpr FloatBits plain_range(SqrtForm form) {
   switch (form) {
     case SqrtForm::mkl_sse:

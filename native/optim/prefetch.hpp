@@ -1,4 +1,4 @@
-// Fetching into the cache what a pass over memory needs later. In an unnamed namespace: see simd_body.hpp.
+// Prefetches into the cache what a pass over memory needs later. In an unnamed namespace: see simd_body.hpp.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,7 @@ namespace {
 
 constexpr size_t kPrefetchNbytes = 4096;  // ahead: the CPU's own prefetchers stop at each page
 
-// The lines of kNbytes that lie so far ahead of `at`. An address past the end does no harm.
+// Prefetches kNbytes at that distance after `at`. An address past the end of the array does no harm.
 template <size_t kNbytes>
 [[gnu::always_inline]] inline void prefetch(const void* at) {
   for (size_t line = 0; line < kNbytes; line += 64) {

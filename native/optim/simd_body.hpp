@@ -116,7 +116,7 @@ void adam_in_passes(const AdamUpdate& u, size_t begin, size_t end, Roots roots) 
 
 template <Dtype kGrad>
 void adam_around_external_sqrt(const AdamUpdate& u, size_t begin, size_t end) {
-  // Threads of its own would spend their time waiting for each other: a pass is some microseconds of work.
+  // The function's own threads would spend their time waiting for each other: a pass takes some microseconds.
   const bool has_threads = u.set_external_threads != nullptr;
   const int num_before = has_threads ? u.set_external_threads(1) : 0;
   adam_in_passes<kGrad>(u, begin, end, [&u](size_t num, const float* in, float* out) {

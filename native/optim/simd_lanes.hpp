@@ -60,8 +60,8 @@ template <Dtype kDtype>
   }
 }
 
-// Streamed: past the caches, which saves reading the line that is overwritten. Only for what is not read again soon,
-// and where the address allows it; fence_streams() orders it before what the thread writes next.
+// Streamed stores bypass the caches, which saves reading the line that is overwritten. Only for values that are not
+// read again soon, and for aligned addresses; fence_streams() orders them before the thread's next stores.
 enum class Store { cached, streamed };
 
 template <Dtype kDtype, Store kStore>
@@ -94,7 +94,7 @@ template <Dtype kDtype, Store kStore = Store::cached>
   }
 }
 
-// A partial vector goes through a buffer, so that no lane is ever rounded by other instructions than a whole one.
+// A partial vector goes through a buffer, so that its lanes are rounded by the same instructions as whole vectors.
 template <Dtype kDtype, class Lanes>
 [[gnu::always_inline]] inline Floats load_lanes(const void* data, size_t i, Lanes lanes) {
   constexpr size_t nbytes = dtype_nbytes(kDtype);

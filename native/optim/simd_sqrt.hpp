@@ -2,8 +2,8 @@
 namespace lightning_ssd::optim {
 namespace {
 
-// See [Note: MKL's square roots] in scalar.cpp. Templates over the instruction set, so that one without them defines no
-// parts.
+// See [Note: MKL's square roots] in scalar.cpp. Templates over the instruction set, so that they are not compiled for
+// one that lacks their instructions.
 template <SqrtForm kForm, class Isa>
 [[gnu::always_inline]] inline Floats plain_root(Floats value) {
   const Floats half = Wide::set(0.5f);
@@ -66,7 +66,7 @@ template <SqrtForm kForm, class Isa = Simd>
 
 constexpr bool has(SqrtForm form) { return form == SqrtForm::ieee || Simd::has(form); }
 
-// Where the instruction set has not what the form is made of.
+// For a form whose instructions the instruction set lacks.
 template <SqrtForm kForm>
 void scalar_roots(size_t num, const float* in, float* out) {
   kScalarKernels.sqrt(kForm, in, out, num);

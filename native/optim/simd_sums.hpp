@@ -25,8 +25,8 @@ struct SquareSums {                                  // kNumLanes of them
   }
 };
 
-// Groups of kNumLanes bfloat16, as many as there are; returns where they end. Even and odd elements go to vectors of
-// their own: widening in order takes shuffles, which would be the limit here.
+// Adds all whole groups of kNumLanes bfloat16 and returns where they end. Even and odd elements go to separate vectors:
+// widening them in order takes shuffles, which would limit the speed.
 size_t add_squares_of_pairs(const uint16_t* data, size_t begin, size_t end, double lanes[kNumLanes]) {
   const auto place = [](size_t lane) {
     const size_t in_vector = lane % Simd::kWidth;

@@ -34,7 +34,7 @@ class ThreadPool {
   size_t num_threads() const { return num_threads_.load(std::memory_order_relaxed); }
 
   void set_num_threads(size_t num) {
-    if (getpid() != owner_) {  // the workers are the parent's, its locks may be held by nobody
+    if (getpid() != owner_) {  // a forked child: it has no workers, and nobody may release the locks
       return;
     }
     std::lock_guard in_use(in_use_);
@@ -58,7 +58,7 @@ class ThreadPool {
     start_.notify_all();
     call.take();
     std::unique_lock lock(mutex_);
-    call_ = nullptr;  // who has not begun by now is not waited for
+    call_ = nullptr;  // workers that have not begun are not waited for
     finished_.wait(lock, [this] { return num_busy_ == 0; });
   }
 
@@ -81,7 +81,7 @@ class ThreadPool {
     bool is_taken() const { return next.load(std::memory_order_relaxed) >= num_blocks; }
   };
 
-  // Several times for each thread: one that shares its CPU with compute takes fewer, and the others do not wait for it.
+  // Each thread takes blocks about four times: one that shares its CPU with compute takes fewer of them.
   size_t num_at_once(size_t num_blocks) const { return std::max<size_t>(1, num_blocks / (4 * num_threads())); }
 
   bool start_workers() {  // false: the system gives no threads
@@ -132,8 +132,8 @@ class ThreadPool {
   }
 
   const pid_t owner_ = getpid();
-  // Updates run beside compute, which needs the rest. But two at least: on some CPUs one thread takes half of what
-  // memory gives, and while training waits for an update the other CPU has nothing else to do.
+  // Half of the CPUs, since updates run beside compute. But at least two threads: on some CPUs one thread reaches only
+  // half of the memory bandwidth, and while training waits for an update the other CPU is idle.
   std::atomic<size_t> num_threads_{std::max(std::min<size_t>(2, usable_cpus()), usable_cpus() / 2)};
   std::mutex in_use_;  // held by the call that uses the workers; guards workers_
   std::vector<std::thread> workers_;
@@ -146,7 +146,7 @@ class ThreadPool {
   bool stopping_ = false;
 };
 
-// Never destroyed: ending threads while the process exits would race with whatever still runs, and hang after a fork.
+// Never destroyed: to end threads at exit would race with what still runs, and would never return after a fork.
 ThreadPool& pool() {
   static ThreadPool* const instance = new ThreadPool;
   return *instance;

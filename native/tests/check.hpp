@@ -1,4 +1,4 @@
-// What the native tests need of a test framework: a check that says where it failed, and ends the program.
+// The native tests' only tool: a check that prints where it failed and ends the program.
 #pragma once
 
 #include <cstdio>
