@@ -1,154 +1,153 @@
-"""Brings kept values back: reads images and pieces of them ahead of time, and makes tensors of them on their device."""
+"""Brings saved inputs back: reads them ahead of time, and makes tensors of them on their device."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lightning_ssd.activations.saved_input import SavedInput
-from lightning_ssd.activations.spill_io import HostBuffer, Slot, SpillIO, SpillState
+from lightning_ssd.activations.spill_files import Extent
+from lightning_ssd.activations.spill_io import HostBuffer, SpillIO, SpillState
 from lightning_ssd.errors import CorruptionError, SSDOffloadError
 from lightning_ssd.trace.recorder import Trace
 
 
 class Reloader:
-    """Reads entries from disk; into memory of the budget where there is room, else through the buffers of the pool.
+    """Reads saved inputs from disk: into counted memory where there is room, else through buffers of the pool.
 
     Args:
-        shuttle: Moves the pieces.
-        buffer_nbytes: Size of a piece.
+        io: Reads the pieces.
+        piece_nbytes: Size of a piece.
         trace: Gets the events ``preload`` and ``load``.
-        cancel: Has something read ahead given up; False if there is nothing.
     """
 
-    def __init__(self, shuttle: SpillIO, buffer_nbytes: int, trace: Trace, cancel: Callable[[], bool]) -> None:
-        self._shuttle = shuttle
-        self._buffer_nbytes = buffer_nbytes
+    def __init__(self, io: SpillIO, piece_nbytes: int, trace: Trace) -> None:
+        self._io = io
+        self._piece_nbytes = piece_nbytes
         self._trace = trace
-        self._cancel = cancel
 
-    def load(self, entry: SavedInput, *, again: bool) -> Tensor:
-        """A tensor with the values of ``entry``; ``again``: another frame will ask for them too."""
-        if entry.has_values:
-            return entry.values.detach()
-        place, form = entry.place, entry.form
-        if place.slot is not None:
-            self._shuttle.finish_writes(place.slot)
-        if again and place.image is None and not place.pieces:
-            self._read_image(entry)
-        if place.image is None:
-            return form.tensor_on(self._read_through(entry))
-        image = self._finished(entry)
-        if image.is_lent or self._shuttle.copies.is_off_host(form.device):
-            data = _room(entry)
-            image.copy_to(data, self._shuttle.copies)
+    def load(self, saved: SavedInput, *, again: bool) -> Tensor:
+        """A tensor with the values of ``saved``.
+
+        Args:
+            saved: What to load.
+            again: Another frame will load it too, so its host copy stays if there is room for one.
+        """
+        if saved.has_values:
+            return saved.values.detach()
+        state, layout = saved.state, saved.layout
+        if state.extent is not None:
+            self._io.finish_writes(state.extent)
+            if again and state.host_copy is None and not state.pieces:
+                self._start_host_copy(saved, state.extent)
+        if state.host_copy is None:
+            return layout.tensor_on(self._read_by_pieces(saved))
+        host_copy = self._finished_host_copy(saved, state.host_copy)
+        if self._io.copies.is_off_host(layout.device):
+            data = _allocate(saved)
+            host_copy.copy_to(data, self._io.copies)
         else:
-            data = image.bytes
-        if place.slot is not None and not again:
-            self._shuttle.release_image(place)
-        return form.tensor_on(data)
+            data = host_copy.bytes
+        if state.extent is not None and not again:
+            self._io.release_host_copy(state)
+        return layout.tensor_on(data)
 
-    def read_ahead(self, entry: SavedInput) -> bool:
-        """Start to read ``entry`` if it is on disk; False if there is no room for all of it."""
-        place = entry.place
-        if place.slot is None or place.slot.error is not None or place.image is not None:
+    def read_ahead(self, saved: SavedInput) -> bool:
+        """Start to read ``saved`` if it is on disk only; False if there is no room for all of it now."""
+        state, extent = saved.state, saved.state.extent
+        if extent is None or extent.error is not None or state.host_copy is not None:
             return True
-        if place.slot.num_writes or place.pieces:
+        if extent.num_writes or state.pieces:
             return False
-        if self._read_image(entry):
+        if self._start_host_copy(saved, extent):
             return True
-        for begin in range(0, entry.form.nbytes, self._buffer_nbytes):
-            memory = self._shuttle.try_buffer(self._piece_nbytes(entry, begin), entry.unit)
-            if memory is None:
+        for begin in range(0, saved.layout.aligned_nbytes, self._piece_nbytes):
+            buffer = self._io.try_pool_buffer(self._nbytes_at(saved, begin), saved.unit)
+            if buffer is None:
                 return False
             if begin == 0:
-                self._trace.mark("preload", entry.unit)
-            place.pieces.append(self._shuttle.read(place.slot, begin, memory))
+                self._trace.mark("preload", saved.unit)
+            state.pieces.append(self._io.read(extent, begin, buffer))
+            self._io.read_ahead[state] = None
         return True
 
-    def give_up(self, place: SpillState) -> None:
-        """What was read ahead is not wanted any more."""
-        self._shuttle.give_up(place.pieces)
-        place.pieces = []
-        if place.image_read is not None:
-            self._shuttle.give_up([place.image_read])
-            place.image = place.image_read = None
+    def abandon(self, state: SpillState) -> None:
+        """Nobody wants what was read ahead."""
+        self._io.abandon(self._io.take_pieces(state))
+        if state.host_copy_read is not None:
+            self._io.abandon([state.host_copy_read])
+            state.host_copy = state.host_copy_read = None
 
-    def _read_image(self, entry: SavedInput) -> bool:
-        """Start to read all of ``entry`` into memory of the budget; False if there is no room."""
-        slot = entry.place.slot
-        memory = None if slot is None else self._shuttle.memory(entry.form.nbytes)
-        if slot is None or memory is None:
+    def _start_host_copy(self, saved: SavedInput, extent: Extent) -> bool:
+        """Start to read all of ``saved`` into counted memory; False if there is no room."""
+        buffer = self._io.try_counted_buffer(saved.layout.aligned_nbytes)
+        if buffer is None:
             return False
-        self._trace.mark("preload", entry.unit)
-        entry.place.image_read = self._shuttle.read(slot, 0, memory)
-        entry.place.image = memory
+        self._trace.mark("preload", saved.unit)
+        saved.state.host_copy_read = self._io.read(extent, 0, buffer)
+        saved.state.host_copy = buffer
         return True
 
-    def _finished(self, entry: SavedInput) -> HostBuffer:
-        """The image of ``entry``, once it is read."""
-        place = entry.place
-        image, read = place.image, place.image_read
-        assert image is not None
+    def _finished_host_copy(self, saved: SavedInput, host_copy: HostBuffer) -> HostBuffer:
+        """``host_copy``, the one of ``saved``, once it is read and verified."""
+        state, read = saved.state, saved.state.host_copy_read
         if read is not None:
-            place.image = place.image_read = None  # not ours if the read has failed
-            self._shuttle.finish(read)
-            place.image = image
-            self._trace.mark("load", entry.unit)
-            if self._shuttle.verify:
-                _require_same(entry, read.slot, image.checksum(0))
-        return image
+            state.host_copy = state.host_copy_read = None  # a read that fails returns the memory itself
+            self._io.finish(read)
+            state.host_copy = host_copy
+            self._trace.mark("load", saved.unit)
+            if self._io.verify:
+                _require_checksum(saved, read.extent, host_copy.checksum(0))
+        return host_copy
 
-    def _read_through(self, entry: SavedInput) -> Tensor:
-        """The image of ``entry`` on its device, by pieces; some may have been read ahead."""
-        shuttle, slot = self._shuttle, entry.place.slot
-        if slot is None:
-            raise SSDOffloadError(f"unit {entry.unit!r}: an input kept for recompute was lost when the disk failed")
-        pieces, entry.place.pieces = deque(entry.place.pieces), []
-        data = _room(entry)
-        begin = sum(piece.memory.nbytes for piece in pieces)
+    def _read_by_pieces(self, saved: SavedInput) -> Tensor:
+        """The aligned bytes of ``saved`` on its device, read by pieces; the first may have been read ahead."""
+        io, extent, nbytes = self._io, saved.state.extent, saved.layout.aligned_nbytes
+        if extent is None:
+            raise SSDOffloadError(f"unit {saved.unit!r}: an input saved for recompute was lost when the disk failed")
+        pieces = deque(io.take_pieces(saved.state))
+        data = _allocate(saved)
+        begin = sum(piece.buffer.nbytes for piece in pieces)
         checksum = 0
         try:
-            while begin < entry.form.nbytes or pieces:
-                while begin < entry.form.nbytes:
-                    nbytes = self._piece_nbytes(entry, begin)
-                    memory = shuttle.try_buffer(nbytes, entry.unit)
-                    if memory is None and pieces:
+            while begin < nbytes or pieces:
+                while begin < nbytes:
+                    piece_nbytes = self._nbytes_at(saved, begin)
+                    buffer = io.try_pool_buffer(piece_nbytes, saved.unit)
+                    if buffer is None and pieces:
                         break  # one of ours is about to be free
-                    memory = memory or shuttle.buffer(nbytes, entry.unit, self._cancel)
-                    pieces.append(shuttle.read(slot, begin, memory))
-                    begin += nbytes
+                    pieces.append(io.read(extent, begin, buffer or io.pool_buffer(piece_nbytes, saved.unit)))
+                    begin += piece_nbytes
                 piece = pieces.popleft()
-                shuttle.finish(piece)
-                checksum = piece.memory.checksum(checksum) if shuttle.verify else 0
-                piece.memory.copy_to(data[piece.begin : piece.begin + piece.memory.nbytes], shuttle.copies)
-                shuttle.release(piece.memory)
+                io.finish(piece)
+                checksum = piece.buffer.checksum(checksum) if io.verify else 0
+                piece.buffer.copy_to(data[piece.begin : piece.begin + piece.buffer.nbytes], io.copies)
+                io.release(piece.buffer)
         except BaseException:
-            shuttle.give_up(pieces)
+            io.abandon(pieces)
             raise
-        self._trace.mark("load", entry.unit)
-        if shuttle.verify:
-            _require_same(entry, slot, checksum)
+        self._trace.mark("load", saved.unit)
+        if io.verify:
+            _require_checksum(saved, extent, checksum)
         return data
 
-    def _piece_nbytes(self, entry: SavedInput, begin: int) -> int:
-        return min(self._buffer_nbytes, entry.form.nbytes - begin)
+    def _nbytes_at(self, saved: SavedInput, begin: int) -> int:
+        """Size of the piece that starts at ``begin``."""
+        return min(self._piece_nbytes, saved.layout.aligned_nbytes - begin)
 
 
-def _room(entry: SavedInput) -> Tensor:
-    """Memory for the image of ``entry`` on its device: what compute works on, not ours."""
-    if entry.form.device.type == "cpu":
-        return HostBuffer(entry.form.nbytes, is_counted=False).bytes
-    return torch.empty(entry.form.nbytes, dtype=torch.uint8, device=entry.form.device)
+def _allocate(saved: SavedInput) -> Tensor:
+    """Memory for the aligned bytes of ``saved`` on its device. It belongs to compute, and does not count."""
+    if saved.layout.device.type == "cpu":
+        return HostBuffer(saved.layout.aligned_nbytes).bytes
+    return torch.empty(saved.layout.aligned_nbytes, dtype=torch.uint8, device=saved.layout.device)
 
 
-def _require_same(entry: SavedInput, slot: Slot, checksum: int) -> None:
-    if checksum != slot.checksum:
-        extent = slot.extent
+def _require_checksum(saved: SavedInput, extent: Extent, checksum: int) -> None:
+    if checksum != extent.checksum:
         raise CorruptionError(
-            f"unit {entry.unit!r}: an input kept for recompute came back changed from bytes {extent.offset} to "
+            f"unit {saved.unit!r}: an input saved for recompute came back changed from bytes {extent.offset} to "
             f"{extent.offset + extent.nbytes} of {extent.file.path!r}; the disk or the memory is not reliable"
         )

@@ -1,7 +1,8 @@
-"""One tensor that waits for backward: what it looks like, and where its values are now.
+"""One saved input: the layout of its tensor, and where its values are now.
 
-The *image* of a tensor is the bytes that lie on disk for it: its stretch of its storage, strides and gaps and all, so
-that what comes back has the same strides; or, of a thin view of something much larger, only its elements.
+The *aligned bytes* of a tensor are what is stored of it in a host buffer or on disk: its span of its storage, gaps
+between the elements included, so that the tensor comes back with the same strides. Of a view whose elements lie far
+apart only the elements are stored (the tensor is *packed*).
 """
 
 from __future__ import annotations
@@ -18,24 +19,25 @@ from lightning_ssd.sizes import KiB, round_up
 from lightning_ssd.store.layout import MEMORY_ALIGNMENT
 
 MIN_NBYTES = 64 * KiB
-"""Tensors on smaller storages stay where they are: a transfer costs more than the memory is worth."""
+"""Tensors on smaller storages are not saved here: a transfer costs more than the memory is worth."""
 
-THIN = 2
-"""A view whose stretch of storage is more than this many times its elements is stored without the gaps."""
+MAX_SPAN_RATIO = 2
+"""A tensor is packed if its span is more than this many times its elements."""
 
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """What a tensor looks like. Bytes.
+    """Size, strides and dtype of a tensor, and how many bytes are stored of it.
 
     Attributes:
         size: As of the tensor.
         stride: As of the tensor, in elements.
         dtype: As of the tensor.
         device: As of the tensor.
-        pad: Place of its first byte past a multiple of 64, so that compute takes the same code paths.
-        stretch_nbytes: From there to its last element, gaps included.
-        data_nbytes: What is stored of it.
+        pad: Address of its first byte modulo 64. The tensor comes back at the same offset, since kernels choose their
+            code path by alignment.
+        span_nbytes: Bytes from its first element to its last, gaps included.
+        stored_nbytes: Bytes that are stored of it.
     """
 
     size: torch.Size
@@ -43,15 +45,15 @@ class TensorLayout:
     dtype: torch.dtype
     device: torch.device
     pad: int
-    stretch_nbytes: int
-    data_nbytes: int
+    span_nbytes: int
+    stored_nbytes: int
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorLayout:
-        """The form of ``tensor``, which has elements."""
+        """The layout of ``tensor``, which has at least one element."""
         itemsize = tensor.dtype.itemsize
-        reach = sum((n - 1) * step for n, step in zip(tensor.size(), tensor.stride(), strict=True))
-        stretch, data = (reach + 1) * itemsize, tensor.numel() * itemsize
+        last = sum((n - 1) * step for n, step in zip(tensor.size(), tensor.stride(), strict=True))
+        span, packed = (last + 1) * itemsize, tensor.numel() * itemsize
         pad = tensor.data_ptr() % MEMORY_ALIGNMENT
         return cls(
             tensor.size(),
@@ -59,110 +61,114 @@ class TensorLayout:
             tensor.dtype,
             tensor.device,
             pad if pad % itemsize == 0 else 0,
-            stretch,
-            data if stretch > THIN * data else stretch,
+            span,
+            packed if span > MAX_SPAN_RATIO * packed else span,
         )
 
     @property
-    def is_thin(self) -> bool:
-        """Stored without the gaps between its elements."""
-        return self.data_nbytes < self.stretch_nbytes
+    def is_packed(self) -> bool:
+        """Whether it is stored without the gaps between its elements."""
+        return self.stored_nbytes < self.span_nbytes
 
     @property
     def begin(self) -> int:
-        """First byte of the image that belongs to the tensor."""
-        return 0 if self.is_thin else self.pad
+        """Index of the first of the aligned bytes that belongs to the tensor."""
+        return 0 if self.is_packed else self.pad
 
     @property
-    def nbytes(self) -> int:
-        """Size of the image: whole blocks, so that nothing goes through the page cache."""
-        return round_up(self.begin + self.data_nbytes)
+    def aligned_nbytes(self) -> int:
+        """Number of aligned bytes: whole blocks, so that transfers bypass the page cache."""
+        return round_up(self.begin + self.stored_nbytes)
 
     def bytes_of(self, tensor: Tensor) -> Tensor:
-        """The bytes that are stored of ``tensor``: 1D uint8, on its device; a copy if it is thin."""
-        if self.is_thin:
+        """The bytes that are stored of ``tensor``: 1D uint8, on its device; a copy if it is packed, else a view."""
+        if self.is_packed:
             flat = tensor.contiguous().view(-1)
         else:
-            flat = tensor.as_strided((self.stretch_nbytes // self.dtype.itemsize,), (1,), tensor.storage_offset())
+            flat = tensor.as_strided((self.span_nbytes // self.dtype.itemsize,), (1,), tensor.storage_offset())
         return flat.view(torch.uint8)
 
-    def tensor_on(self, image: Tensor) -> Tensor:
-        """The tensor whose image is ``image`` (1D uint8, 64-aligned); views it unless it is thin."""
-        end = self.pad + self.stretch_nbytes
-        # A thin one gets its gaps back too, with no values in them: kernels may choose by strides.
-        whole = torch.empty(end, dtype=torch.uint8, device=image.device) if self.is_thin else image
+    def tensor_on(self, aligned: Tensor) -> Tensor:
+        """The tensor with these aligned bytes (1D uint8, 64-aligned): a view of them unless it is packed."""
+        end = self.pad + self.span_nbytes
+        # A packed one gets its gaps back too, with no values in them: kernels may choose by strides.
+        whole = torch.empty(end, dtype=torch.uint8, device=aligned.device) if self.is_packed else aligned
         tensor = whole[self.pad : end].view(self.dtype).as_strided(self.size, self.stride)
-        if self.is_thin:
-            tensor.copy_(image[: self.data_nbytes].view(self.dtype).view(self.size))
+        if self.is_packed:
+            tensor.copy_(aligned[: self.stored_nbytes].view(self.dtype).view(self.size))
         return tensor
 
 
 class SavedInput:
-    """One tensor that frames gave.
+    """One tensor that is an input of one frame or of several.
 
     Attributes:
         unit: The first unit that it is an input of.
-        form: What it looks like.
-        values: It, detached, while its values are in memory; afterwards without elements.
-        is_shared: More than one frame gave it.
-        place: What it has taken.
+        layout: Its layout.
+        values: The tensor, detached, while its values are in memory; afterwards without elements.
+        has_values: Whether they are.
+        is_shared: It is an input of more than one frame.
+        state: The memory and disk space that it has; outlives it.
+        storage: Its storage, held weakly.
     """
 
     def __init__(self, unit: str, tensor: Tensor) -> None:
         self.unit = unit
-        self.form = TensorLayout.of(tensor)
+        self.layout = TensorLayout.of(tensor)
         self.values = tensor.detach()
         self.has_values = True
         self.is_shared = False
-        self.place = SpillState()
+        self.state = SpillState()
         self._version = None if tensor.is_inference() else tensor._version
-        # While this lives, no other storage has the same number.
+        # While this lives, no other storage gets the same number.
         self.storage: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether nobody has changed the tensor in place since it was given."""
-        # A detached tensor shares the version with it, and goes on to do so without elements.
+        """Whether nobody has changed the tensor in place since it was saved."""
+        # A detached tensor shares the version counter, also once it has no elements.
         return self._version is None or self.values._version == self._version
 
     def drop_values(self) -> None:
-        """Hold the memory no longer; go on to watch for changes."""
+        """Let go of the memory; changes in place are still noticed."""
         self.has_values = False
-        self.place.counted_nbytes = 0
+        self.state.counted_nbytes = 0
         if self._version is None:
             del self.values  # an inference tensor has no version to watch
         else:
-            self.values.data = torch.empty(0, dtype=self.form.dtype, device=self.form.device)
+            self.values.data = torch.empty(0, dtype=self.layout.dtype, device=self.layout.device)
 
     @property
     def num_holders(self) -> int:
-        """Tensors that hold the storage, this one among them."""
+        """Tensors that hold the storage, this one included."""
         storage = self.values.untyped_storage()  # which holds it too
         return int(torch._C._storage_Use_Count(storage._cdata)) - 1
 
 
 def key_of(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for tensors that are the same values at the same place, as long as one of them is alive."""
+    """Equal for tensors that view the same values in the same way, as long as one of them is alive."""
     storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     version = None if tensor.is_inference() else tensor._version
     return storage.cdata, tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.dtype, version
 
 
-def can_keep(tensor: Tensor, device: torch.device) -> bool:
-    """Whether the values of ``tensor`` may be moved away: nobody needs just this tensor, and it is large."""
+def can_save(tensor: Tensor, device: torch.device) -> bool:
+    """Whether another tensor with the values of ``tensor`` can take its place, and it is large enough to be worth it.
+
+    Parameters and leaves that require grad cannot: autograd accumulates into that very object.
+    """
     if (
         type(tensor) is not Tensor
         or tensor.layout is not torch.strided
         or tensor.device.type not in ("cpu", device.type)
     ):
         return False
-    is_users = tensor.is_leaf and tensor.requires_grad  # a parameter, or a leaf that autograd holds
-    if is_users or isinstance(tensor._base, nn.Parameter) or tensor.numel() == 0:
+    if (tensor.is_leaf and tensor.requires_grad) or isinstance(tensor._base, nn.Parameter) or tensor.numel() == 0:
         return False
     if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
         return False
     try:
-        # Of a view the whole storage: that is what it keeps from being freed.
+        # The whole storage counts: a view keeps all of it alive.
         return tensor.data_ptr() != 0 and tensor.untyped_storage().nbytes() >= MIN_NBYTES
     except (RuntimeError, NotImplementedError):
         return False  # a tensor without storage of its own, such as one under functorch

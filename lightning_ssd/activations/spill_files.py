@@ -1,4 +1,4 @@
-"""Disk space for values that wait: unlinked files, preallocated, cut into extents that are used again. Bytes."""
+"""Disk space for saved inputs: unlinked, preallocated files, cut into extents that are used again. Sizes in bytes."""
 
 from __future__ import annotations
 
@@ -15,31 +15,47 @@ from lightning_ssd.sizes import GiB, MiB, round_up
 
 MIN_FILE_NBYTES = 64 * MiB
 MAX_FILE_NBYTES = GiB
-"""A disk's files double from the first to the second, unless one extent needs more."""
+"""The files of a disk double from the smallest to the largest size, unless one extent needs more."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Extent:
-    """A stretch of one file, at multiples of 4096."""
+    """A range of one spill file that holds one saved input, and the transfers in flight on it.
+
+    Attributes:
+        file: The spill file.
+        offset: Where the range begins, a multiple of 4096.
+        nbytes: Its length, a multiple of 4096.
+        unit: The unit whose input it holds, for messages.
+        num_writes: Writes in flight.
+        num_reads: Reads in flight.
+        error: What a write failed with: the bytes are not valid.
+        checksum: CRC32C of what was written, if checksums are kept.
+    """
 
     file: File
     offset: int
     nbytes: int
+    unit: str
+    num_writes: int = 0
+    num_reads: int = 0
+    error: IOFailure | None = None
+    checksum: int = 0
 
 
 @dataclass
 class _SpillFile:
     disk: int
     file: File
-    free: list[tuple[int, int]] = field(default_factory=list)  # (offset, nbytes), by offset, neighbours joined
+    free: list[tuple[int, int]] = field(default_factory=list)  # (offset, nbytes) by offset; neighbours are joined
 
 
 class SpillFiles:
-    """Extents on one or several disks, first fit. Nothing is on disk before the first is taken.
+    """Extents on one or several disks, first fit. No file exists before the first extent is taken.
 
     Args:
         disks: Used in turn.
-        name: What the files are called; they have no directory entry while they are used.
+        name: Prefix of the files' names, for messages; the files have no directory entry while they are open.
     """
 
     def __init__(self, disks: Sequence[Scratch], name: str) -> None:
@@ -49,8 +65,8 @@ class SpillFiles:
         self._numbers = itertools.count()
         self._turns = itertools.count()
 
-    def take(self, nbytes: int) -> Extent:
-        """An extent of ``nbytes`` whose space is reserved.
+    def take(self, nbytes: int, unit: str) -> Extent:
+        """Reserve an extent of ``nbytes`` for an input of ``unit``.
 
         Raises:
             IOFailure: The disk is full, or failed.
@@ -59,38 +75,29 @@ class SpillFiles:
         disk = next(self._turns) % len(self._disks)
         here = [spill for spill in self._files if spill.disk == disk]
         for spill in here:
-            for i, (offset, room) in enumerate(spill.free):
-                if room >= nbytes:
-                    spill.free[i : i + 1] = [(offset + nbytes, room - nbytes)] if room > nbytes else []
-                    return Extent(spill.file, offset, nbytes)
-        have = sum(spill.file.nbytes for spill in here)
-        spill = self._create(disk, max(nbytes, min(max(have, MIN_FILE_NBYTES), MAX_FILE_NBYTES)), nbytes)
+            for i, (offset, free_nbytes) in enumerate(spill.free):
+                if free_nbytes >= nbytes:
+                    spill.free[i : i + 1] = [(offset + nbytes, free_nbytes - nbytes)] if free_nbytes > nbytes else []
+                    return Extent(spill.file, offset, nbytes, unit)
+        reserved_nbytes = sum(spill.file.nbytes for spill in here)
+        spill = self._create(disk, max(nbytes, min(max(reserved_nbytes, MIN_FILE_NBYTES), MAX_FILE_NBYTES)), nbytes)
         if spill.file.nbytes > nbytes:
             spill.free = [(nbytes, spill.file.nbytes - nbytes)]
-        return Extent(spill.file, 0, nbytes)
+        return Extent(spill.file, 0, nbytes, unit)
 
     def give_back(self, extent: Extent) -> None:
         """Return an extent. No transfer on it may be in flight."""
         spill = next(spill for spill in self._files if spill.file is extent.file)
         spill.free = with_span(spill.free, extent.offset, extent.nbytes)
 
-    @property
-    def nbytes(self) -> int:
-        """Disk space that is reserved."""
-        return sum(spill.file.nbytes for spill in self._files)
-
-    @property
-    def in_use_nbytes(self) -> int:
-        """Of it, what is lent."""
-        return self.nbytes - sum(room for spill in self._files for _, room in spill.free)
-
     def close(self) -> None:
-        """Give the space back to the file system. No transfer may be in flight."""
+        """Close the files, which frees their space. No transfer may be in flight."""
         for spill in self._files:
             spill.file.close()
         self._files = []
 
     def _create(self, disk: int, nbytes: int, needed: int) -> _SpillFile:
+        """A file of ``nbytes``; of the ``needed`` bytes only, if the disk has no room for more."""
         name = f"{self._name}-{next(self._numbers):04d}.spill"
         try:
             file = self._disks[disk].make(name, nbytes, direct=True)

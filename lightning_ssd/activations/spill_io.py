@@ -1,10 +1,13 @@
-"""Pieces between host memory and spill files: bounded memory, every result checked, nothing returned too early."""
+"""Transfers between host buffers and spill files, in bounded memory.
+
+Every transfer is checked, and neither memory nor disk space is returned while a transfer may still use it.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -23,18 +26,21 @@ from lightning_ssd.trace.recorder import Lane, Trace
 
 
 class HostBuffer:
-    """Host memory of whole blocks: a buffer of a pool, or ours alone.
+    """Host memory of whole blocks: of a pool, for a piece; or of its own, for all aligned bytes of a saved input.
+
+    Args:
+        nbytes: Its size, a multiple of 4096.
+        lent: The pool that it comes from and goes back to, and its buffer there; None to allocate it.
+        is_counted: It counts against the budget.
 
     Attributes:
         bytes: 1D uint8, 4096-aligned.
-        is_lent: It goes back to a pool, so no tensor may stay on it.
-        is_counted: It is part of the budget.
+        is_counted: As given.
     """
 
-    def __init__(self, nbytes: int, *, lent: tuple[Pool, Buffer] | None = None, is_counted: bool) -> None:
+    def __init__(self, nbytes: int, *, lent: tuple[Pool, Buffer] | None = None, is_counted: bool = False) -> None:
         self._lent = lent
-        self._copied: torch.cuda.Event | None = None  # a copy to or from a device that may still run
-        self.is_lent = lent is not None
+        self._copied: torch.cuda.Event | None = None  # of a copy to or from a device that may still run
         self.is_counted = is_counted
         if lent is not None:
             self.bytes = lent[1].tensor(0, torch.uint8, (nbytes,))
@@ -49,11 +55,11 @@ class HostBuffer:
         return self.bytes.numel()
 
     def checksum(self, initial: int) -> int:
-        """CRC32C of its bytes, going on from that of those before."""
+        """CRC32C of its bytes, continued from ``initial``, that of the bytes before."""
         return crc32c(self.bytes.data_ptr(), self.nbytes, initial)
 
     def fill(self, begin: int, data: Tensor, data_begin: int, copies: DeviceCopies) -> None:
-        """Take what it holds of an image from byte ``begin`` on; ``data``, on any device, starts at ``data_begin``."""
+        """Copy the aligned bytes from index ``begin`` on into it; ``data``, on any device, starts at ``data_begin``."""
         first = max(begin, data_begin)
         last = min(begin + self.nbytes, data_begin + data.numel())
         part = data[first - data_begin : last - data_begin]
@@ -61,18 +67,18 @@ class HostBuffer:
         ctypes.memset(self.bytes.data_ptr(), 0, first - begin)
         ctypes.memset(self.bytes.data_ptr() + last - begin, 0, begin + self.nbytes - last)
 
-    def copy_to(self, image: Tensor, copies: DeviceCopies) -> None:
-        """Copy all of it to ``image``, which is 1D uint8 on any device."""
-        self._copied = copies.to_device(self.bytes, image)
+    def copy_to(self, data: Tensor, copies: DeviceCopies) -> None:
+        """Copy all of it to ``data``, which is 1D uint8 on any device."""
+        self._copied = copies.to_device(self.bytes, data)
 
     def wait_for_copy(self) -> None:
-        """Until this, neither the disk nor a new owner may have it."""
+        """Wait until the last copy is done: before, neither the disk nor a new owner may have the memory."""
         if self._copied is not None:
             self._copied.synchronize()  # sync: waits for the copy stream
             self._copied = None
 
     def release(self) -> None:
-        """Let go of it. No transfer on it may be in flight."""
+        """Free it, or return it to its pool. No transfer on it may be in flight."""
         self.wait_for_copy()
         self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         if self._lent is not None:
@@ -82,300 +88,259 @@ class HostBuffer:
 
 
 @dataclass(eq=False)
-class Slot:
-    """Disk space of one image, and what is in flight on it.
-
-    Attributes:
-        extent: Where.
-        unit: Whose input it is, for messages.
-        num_writes: Writes in flight.
-        num_reads: Reads in flight.
-        error: Why its bytes are not what they should be.
-        checksum: CRC32C of the image, if that is wanted.
-    """
+class PieceTransfer:
+    """A transfer between a buffer and the part of an extent that starts ``begin`` bytes into it."""
 
     extent: Extent
-    unit: str
-    num_writes: int = 0
-    num_reads: int = 0
-    error: IOFailure | None = None
-    checksum: int = 0
-
-
-@dataclass(eq=False)
-class PieceTransfer:
-    """A transfer between memory and the piece of an image that starts at byte ``begin`` of it."""
-
-    slot: Slot
     begin: int
-    memory: HostBuffer
+    buffer: HostBuffer
     transfer: Transfer
     is_write: bool
 
 
 @dataclass(eq=False)
 class SpillState:
-    """What an entry has taken, to be returned when it is gone; outlives it.
+    """Memory and disk space that a saved input has. It outlives the input, so that both can be returned.
 
     Attributes:
-        counted_nbytes: Of its own values in memory, as far as nobody else holds them.
-        slot: Disk space that its image was written to, or is being.
-        image: Its image in memory.
-        image_read: The read that fills ``image``.
-        pieces: Pieces of the image that were read ahead, from its begin.
+        counted_nbytes: What its own values in memory count against the budget.
+        extent: Where its aligned bytes were written to, or are being written.
+        host_copy: Its aligned bytes in host memory.
+        host_copy_read: The read that fills ``host_copy``, until it is over.
+        pieces: Reads ahead of the first pieces, each into a buffer of the pool.
     """
 
     counted_nbytes: int = 0
-    slot: Slot | None = None
-    image: HostBuffer | None = None
-    image_read: PieceTransfer | None = None
+    extent: Extent | None = None
+    host_copy: HostBuffer | None = None
+    host_copy_read: PieceTransfer | None = None
     pieces: list[PieceTransfer] = field(default_factory=list)
 
 
 class SpillIO:
-    """Moves pieces, and owns the memory that is in flight.
+    """Reads and writes pieces, and owns the memory that is in flight. Not thread-safe: the store has a lock.
 
     Args:
         engine: Moves the bytes.
-        files: Where to.
+        files: Disk space.
         pool: Lends buffers for pieces.
-        images: Lends memory of the budget; None takes it from torch.
-        budget: Bounds `held_nbytes`.
-        verify: Keep checksums of what is written.
-        trace: Gets the transfers, and what waits for them.
+        budget: Bounds the counted memory of saved inputs.
+        verify: Compute a checksum of what is written.
+        trace: Gets the transfers, and the waits for them.
 
     Attributes:
-        leaving_nbytes: Of `held_nbytes`, what is being written.
-        copies: The way to the device and back.
-        verify: Checksums are kept.
+        budget: As given.
+        writing_nbytes: Counted memory that is being written.
+        copies: Copies between host buffers and the device.
+        verify: As given.
+        read_ahead: States with pieces that were read ahead, the last started last.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        files: SpillFiles,
-        pool: Pool,
-        *,
-        images: Pool | None,
-        budget: SharedBudget,
-        verify: bool,
-        trace: Trace,
+        self, engine: Engine, files: SpillFiles, pool: Pool, *, budget: SharedBudget, verify: bool, trace: Trace
     ) -> None:
-        self._budget = budget
-        self.leaving_nbytes = 0
+        self.budget = budget
+        self.writing_nbytes = 0
         self.copies = DeviceCopies()
         self.verify = verify
+        self.read_ahead: dict[SpillState, None] = {}
         self._trace = trace
         self._engine = engine
         self._files = files
         self._pool = pool
-        self._images = images
         self._writes: deque[PieceTransfer] = deque()  # in flight, the oldest first
-        self._unwanted: list[PieceTransfer] = []  # in flight, and nobody waits for them
-        self._unwanted_slots: list[Slot] = []  # something is in flight on them
+        self._abandoned: list[PieceTransfer] = []  # in flight, and nobody waits for them
+        self._ended_extents: list[Extent] = []  # to be returned once nothing is in flight on them
 
-    # -- memory --------------------------------------------------------------------------------------------------
-
-    @property
-    def budget_nbytes(self) -> int | None:
-        """Bound of `held_nbytes` now, None for no bound."""
-        return self._budget.saved_inputs_limit_nbytes
-
-    @property
-    def held_nbytes(self) -> int:
-        """What is taken of the budget."""
-        return self._budget.held_saved_inputs_nbytes
-
-    @held_nbytes.setter
-    def held_nbytes(self, nbytes: int) -> None:
-        self._budget.held_saved_inputs_nbytes = nbytes
-
-    def memory(self, nbytes: int) -> HostBuffer | None:
-        """Memory of the budget for a whole image, None if there is no room now."""
-        budget = self.budget_nbytes
-        if budget is not None and self.held_nbytes + nbytes > budget:
+    def try_counted_buffer(self, nbytes: int) -> HostBuffer | None:
+        """Memory of the budget for all aligned bytes of an input; None if there is no room now."""
+        limit = self.budget.saved_inputs_limit_nbytes
+        if limit is not None and self.budget.held_saved_inputs_nbytes + nbytes > limit:
             return None
-        lent = None
-        if self._images is not None:
-            buffer = self._images.try_lend(nbytes, "kept inputs")
-            if buffer is None:
-                return None
-            lent = (self._images, buffer)
-        self.held_nbytes += nbytes
-        return HostBuffer(nbytes, lent=lent, is_counted=True)
+        self.budget.held_saved_inputs_nbytes += nbytes
+        return HostBuffer(nbytes, is_counted=True)
 
-    def try_buffer(self, nbytes: int, unit: str) -> HostBuffer | None:
-        """Memory for a piece, beside the budget; None if there is none now."""
+    def try_pool_buffer(self, nbytes: int, unit: str) -> HostBuffer | None:
+        """Memory of the pool for a piece; None if there is none now."""
         buffer = self._pool.try_lend(nbytes, f"an input of unit {unit!r}")
-        return None if buffer is None else HostBuffer(nbytes, lent=(self._pool, buffer), is_counted=False)
+        return None if buffer is None else HostBuffer(nbytes, lent=(self._pool, buffer))
 
-    def buffer(self, nbytes: int, unit: str, cancel: Callable[[], bool]) -> HostBuffer:
-        """Memory for a piece; waits for writes, then calls ``cancel`` to have reads given up."""
+    def pool_buffer(self, nbytes: int, unit: str) -> HostBuffer:
+        """Memory of the pool for a piece; waits for writes, then abandons reads ahead."""
+        buffer = self._pool.lend(nbytes, f"an input of unit {unit!r}", self._make_room)
+        return HostBuffer(nbytes, lent=(self._pool, buffer))
 
-        def make_room() -> bool:
-            if self._writes:
-                self.finish(self._writes.popleft())
-                return True
-            return cancel()
+    def _make_room(self) -> bool:
+        """Return a buffer to the pool; False if nothing that has one will end."""
+        if self._writes:
+            self.finish(self._writes.popleft())
+            return True
+        if self.read_ahead:
+            self.abandon(self.take_pieces(next(reversed(self.read_ahead))))
+        return self.drop_abandoned()
 
-        buffer = self._pool.lend(nbytes, f"an input of unit {unit!r}", make_room)
-        return HostBuffer(nbytes, lent=(self._pool, buffer), is_counted=False)
+    def release(self, buffer: HostBuffer) -> None:
+        """Return memory on which no transfer is in flight."""
+        if buffer.is_counted:
+            self.budget.held_saved_inputs_nbytes -= buffer.nbytes
+        buffer.release()
 
-    def release(self, memory: HostBuffer) -> None:
-        """Return memory on which nothing is in flight."""
-        if memory.is_counted:
-            self.held_nbytes -= memory.nbytes
-        memory.release()
+    def release_host_copy(self, state: SpillState) -> None:
+        """Return the host copy of ``state``, if it has one."""
+        if state.host_copy is not None:
+            buffer, state.host_copy = state.host_copy, None
+            self.release(buffer)
 
-    def release_image(self, place: SpillState) -> None:
-        """Return the image of ``place``, if it has one."""
-        if place.image is not None:
-            image, place.image = place.image, None
-            self.release(image)
+    def take_extent(self, nbytes: int, unit: str) -> Extent:
+        """Reserve disk space for an input of ``unit``.
 
-    # -- disk space ----------------------------------------------------------------------------------------------
-
-    def take_slot(self, nbytes: int, unit: str) -> Slot:
-        """Disk space for an image."""
+        Raises:
+            IOFailure: The disk is full, or failed; names the unit.
+        """
         with _naming(unit, "making room on disk"):
-            return Slot(self._files.take(nbytes), unit)
+            return self._files.take(nbytes, unit)
 
-    def give_back_slot(self, slot: Slot) -> None:
-        """Return disk space, as soon as nothing is in flight on it."""
-        if slot.num_writes or slot.num_reads:
-            self._unwanted_slots.append(slot)
+    def give_back_extent(self, extent: Extent) -> None:
+        """Return disk space, now or as soon as no transfer is in flight on it."""
+        if extent.num_writes or extent.num_reads:
+            self._ended_extents.append(extent)
         else:
-            self._files.give_back(slot.extent)
+            self._files.give_back(extent)
 
-    # -- transfers -----------------------------------------------------------------------------------------------
-
-    def write(self, slot: Slot, begin: int, memory: HostBuffer) -> None:
-        """Start to write a piece, and return its memory once it is written. Pieces of a slot come in order."""
-        memory.wait_for_copy()
+    def write(self, extent: Extent, begin: int, buffer: HostBuffer) -> None:
+        """Start to write a piece; its memory is returned when it is written. Pieces of an extent come in order."""
+        buffer.wait_for_copy()
         if self.verify:
-            slot.checksum = memory.checksum(slot.checksum)
-        self._writes.append(self._start(slot, begin, memory, is_write=True))
-        if memory.is_counted:
-            self.leaving_nbytes += memory.nbytes
+            extent.checksum = buffer.checksum(extent.checksum)
+        self._writes.append(self._start(extent, begin, buffer, is_write=True))
+        extent.num_writes += 1
+        if buffer.is_counted:
+            self.writing_nbytes += buffer.nbytes
 
-    def read(self, slot: Slot, begin: int, memory: HostBuffer) -> PieceTransfer:
-        """Start to read a piece; `finish` or `give_up` must follow."""
-        return self._start(slot, begin, memory, is_write=False)
+    def read(self, extent: Extent, begin: int, buffer: HostBuffer) -> PieceTransfer:
+        """Start to read a piece; `finish` or `abandon` must follow."""
+        piece = self._start(extent, begin, buffer, is_write=False)
+        extent.num_reads += 1
+        return piece
 
-    def _start(self, slot: Slot, begin: int, memory: HostBuffer, *, is_write: bool) -> PieceTransfer:
+    def _start(self, extent: Extent, begin: int, buffer: HostBuffer, *, is_write: bool) -> PieceTransfer:
         start = self._engine.write if is_write else self._engine.read
-        extent = slot.extent
         try:
-            address = memory.bytes.data_ptr()
-            transfer = start(extent.file, extent.offset + begin, address, memory.nbytes, keep=memory.bytes)
+            address = buffer.bytes.data_ptr()
+            transfer = start(extent.file, extent.offset + begin, address, buffer.nbytes, keep=buffer.bytes)
         except BaseException:
-            self.release(memory)
+            self.release(buffer)
             raise
-        if is_write:
-            slot.num_writes += 1
-        else:
-            slot.num_reads += 1
-        self._trace.follow(Lane.WRITE if is_write else Lane.READ, "kept input", slot.unit, memory.nbytes, transfer)
-        return PieceTransfer(slot, begin, memory, transfer, is_write)
+        lane = Lane.WRITE if is_write else Lane.READ
+        self._trace.follow(lane, "saved input", extent.unit, buffer.nbytes, transfer)
+        return PieceTransfer(extent, begin, buffer, transfer, is_write)
 
-    def finish(self, move: PieceTransfer) -> None:
-        """Wait for a transfer. Memory that was read into is the caller's then, unless this raises.
+    def finish(self, piece: PieceTransfer) -> None:
+        """Wait for a transfer. The buffer of a read is the caller's afterwards, unless this raises.
 
         Raises:
             IOFailure: The transfer failed; names the unit and the file.
         """
-        what = "writing an input to disk" if move.is_write else "reading an input from disk"
+        unit = piece.extent.unit
+        what = "writing an input to disk" if piece.is_write else "reading an input from disk"
         try:
-            with _naming(move.slot.unit, what), self._trace.span(Lane.WAIT, "wait for kept inputs", move.slot.unit):
-                move.transfer.wait()  # sync: the disk
+            with _naming(unit, what), self._trace.span(Lane.WAIT, "wait for saved inputs", unit):
+                piece.transfer.wait()  # sync: the disk
         except DeadlineError:
-            self._unwanted.append(move)  # still in flight, and still owns its memory
+            self._abandoned.append(piece)  # still in flight, and still owns its memory
             raise
         except IOFailure as error:
-            if move.is_write:
-                move.slot.error = _without_traceback(error)
-            self._end(move, keeps_memory=False)
+            if piece.is_write:
+                piece.extent.error = _without_traceback(error)
+            self._end(piece, keeps_buffer=False)
             raise
-        self._end(move, keeps_memory=not move.is_write)
+        self._end(piece, keeps_buffer=not piece.is_write)
 
-    def finish_writes(self, slot: Slot) -> None:
-        """Wait until all of a slot is written.
+    def finish_writes(self, extent: Extent) -> None:
+        """Wait until all pieces of an extent are written.
 
         Raises:
             IOFailure: A write failed, now or before.
         """
-        while slot.num_writes and self._writes:
+        while extent.num_writes and self._writes:
             self.finish(self._writes.popleft())
-        if slot.error is not None:
-            raise _without_traceback(slot.error)
+        if extent.error is not None:
+            raise _without_traceback(extent.error)
 
-    def finish_leaving(self) -> bool:
-        """Wait until some memory of the budget is written and free; False if none is being written."""
-        while self.leaving_nbytes and self._writes:
-            move = self._writes.popleft()
-            is_counted = move.memory.is_counted
-            self.finish(move)
+    def finish_counted_write(self) -> bool:
+        """Wait until some counted memory is written and free; False if none is being written."""
+        while self.writing_nbytes and self._writes:
+            piece = self._writes.popleft()
+            is_counted = piece.buffer.is_counted
+            self.finish(piece)
             if is_counted:
                 return True
         return False
 
-    def give_up(self, moves: Iterable[PieceTransfer]) -> None:
+    def abandon(self, pieces: Iterable[PieceTransfer]) -> None:
         """Nobody wants these transfers any more: their memory returns when they are over."""
-        self._unwanted.extend(moves)
+        self._abandoned.extend(pieces)
 
-    def drop(self, moves: Iterable[PieceTransfer]) -> None:
-        """Wait for transfers that nobody wants any more and return their memory, whatever became of them."""
-        for move in moves:
-            with suppress(SSDOffloadError):
-                move.transfer.wait()  # sync: the disk
-            if move.transfer.done():
-                self._end(move, keeps_memory=False)
-            else:
-                self._unwanted.append(move)
+    def take_pieces(self, state: SpillState) -> list[PieceTransfer]:
+        """The pieces of ``state`` that were read ahead; they are the caller's now."""
+        self.read_ahead.pop(state, None)
+        pieces, state.pieces = state.pieces, []
+        return pieces
 
-    def drop_unwanted(self) -> bool:
-        """Wait for one that was given up; False if there is none, or it does not end."""
-        if not self._unwanted:
+    def drop_abandoned(self) -> bool:
+        """Wait for one abandoned transfer; False if there is none, or it does not end."""
+        if not self._abandoned:
             return False
-        before = len(self._unwanted)
-        self.drop([self._unwanted.pop(0)])
-        return len(self._unwanted) < before
+        return self._drop(self._abandoned.pop(0))
+
+    def _drop(self, piece: PieceTransfer) -> bool:
+        """Wait for a transfer and return its memory, whether it succeeds or not; False if it does not end."""
+        with suppress(SSDOffloadError):
+            piece.transfer.wait()  # sync: the disk
+        if not piece.transfer.done():
+            self._abandoned.append(piece)
+            return False
+        self._end(piece, keeps_buffer=False)
+        return True
 
     def collect(self) -> None:
-        """Take back what is over.
+        """Take back the memory and disk space of transfers that are over.
 
         Raises:
             IOFailure: A write failed.
         """
-        still = [move for move in self._unwanted if not move.transfer.done()]
-        over = [move for move in self._unwanted if move not in still]
-        self._unwanted = still
-        for move in over:
-            self._end(move, keeps_memory=False)
-        slots, self._unwanted_slots = self._unwanted_slots, []
-        for slot in slots:
-            self.give_back_slot(slot)
+        pieces, self._abandoned = self._abandoned, []
+        for piece in pieces:
+            if piece.transfer.done():
+                self._end(piece, keeps_buffer=False)
+            else:
+                self._abandoned.append(piece)
+        extents, self._ended_extents = self._ended_extents, []
+        for extent in extents:
+            self.give_back_extent(extent)
         while self._writes and self._writes[0].transfer.done():
             self.finish(self._writes.popleft())
 
     def close(self) -> None:
-        """Wait for everything and close the files; what failed no longer matters."""
-        moves = [*self._writes, *self._unwanted]
+        """Wait for all transfers, whether they succeed or not, and close the files."""
+        pieces = [*self._writes, *self._abandoned]
         self._writes.clear()
-        self._unwanted.clear()
-        self.drop(moves)
-        self._unwanted_slots.clear()
+        self._abandoned.clear()
+        for piece in pieces:
+            self._drop(piece)
+        self._ended_extents.clear()
         self._files.close()
 
-    def _end(self, move: PieceTransfer, *, keeps_memory: bool) -> None:
-        if move.is_write:
-            move.slot.num_writes -= 1
-            if move.memory.is_counted:
-                self.leaving_nbytes -= move.memory.nbytes
+    def _end(self, piece: PieceTransfer, *, keeps_buffer: bool) -> None:
+        """A transfer is over: stop counting it, and return its buffer unless the caller keeps it."""
+        if piece.is_write:
+            piece.extent.num_writes -= 1
+            if piece.buffer.is_counted:
+                self.writing_nbytes -= piece.buffer.nbytes
         else:
-            move.slot.num_reads -= 1
-        if not keeps_memory:
-            self.release(move.memory)
+            piece.extent.num_reads -= 1
+        if not keeps_buffer:
+            self.release(piece.buffer)
 
 
 @contextmanager
@@ -390,7 +355,7 @@ def _naming(unit: str, what: str) -> Iterator[None]:
 
 
 def _without_traceback(error: IOFailure) -> IOFailure:
-    # One that has been raised holds the tensors that the failed calls had in hand, as long as it is kept.
+    """A copy. The traceback of ``error`` would keep the tensors of the failed calls alive."""
     again = IOFailure(error.errno or 0, error.path, error.offset, error.nbytes)
     again.args = error.args
     return again

@@ -1,10 +1,10 @@
-"""Keeps the inputs of blocks that will be recomputed: in memory up to a budget, past it on disk.
+"""Saves the inputs of modules that will be recomputed: in memory up to a budget, beyond it on disk.
 
-[Note: kept inputs] Of each frame the values of its large inputs are kept here, not the tensors. An input counts against
-the budget from the moment on that nobody else holds its memory: what the caller or autograd hold anyway would not be
-freed by writing it. Over the budget, those that backward needs last are written, so the oldest first. A frame that is
-recomputed gets tensors with the same values, strides and place in a cache line, and the reads for the frames below it
-have been started by then. Memory in use is the budget, the pool, and the frame in work.
+[Note: saved inputs] Of each frame the values of its large inputs are saved here, not the tensors. An input counts
+against the budget once nobody else holds its memory: writing what the caller or autograd holds anyway would free
+nothing. Over the budget, the inputs that backward needs last are written, so the oldest first. A recomputed frame
+gets tensors with the same values, strides and alignment, and by then the reads for the frames below it have started.
+The memory in use is at most the budget, the pool, and the inputs of the frame in work.
 """
 
 from __future__ import annotations
@@ -20,62 +20,58 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.activations.reload import Reloader
-from lightning_ssd.activations.saved_input import SavedInput, can_keep, key_of
-from lightning_ssd.activations.spill_files import SpillFiles
-from lightning_ssd.activations.spill_io import Slot, SpillIO, SpillState
+from lightning_ssd.activations.saved_input import SavedInput, can_save, key_of
+from lightning_ssd.activations.spill_files import Extent, SpillFiles
+from lightning_ssd.activations.spill_io import SpillIO, SpillState
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.engine import Engine
 from lightning_ssd.memory.budget import SharedBudget
 from lightning_ssd.memory.pool import Pool
-from lightning_ssd.sizes import MiB
 from lightning_ssd.trace.recorder import Lane, Trace
 
-BUFFER_NBYTES = 4 * MiB
 FRAMES_AHEAD = 2
 """Frames whose inputs are read ahead."""
 
 
 class FrameInputs:
-    """The inputs of one frame; they are kept as long as this lives.
+    """The inputs of one frame. Their values are saved as long as this object lives.
 
     Attributes:
-        unit: The frame's unit.
         number: Frames of later forwards have higher ones.
-        entries: One for each tensor, in the order given.
+        inputs: One for each tensor, in the order given.
     """
 
-    def __init__(self, store: ActivationStore, unit: str, number: int, entries: list[SavedInput]) -> None:
+    def __init__(self, store: ActivationStore, number: int, inputs: list[SavedInput]) -> None:
         self._store = store
-        self.unit = unit
         self.number = number
-        self.entries = entries
+        self.inputs = inputs
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether nobody has changed one of the tensors in place since they were given."""
-        return all(entry.is_unchanged for entry in self.entries)
+        """Whether nobody has changed one of the tensors in place since they were saved."""
+        return all(saved.is_unchanged for saved in self.inputs)
 
     def load(self) -> list[Tensor]:
-        """Tensors with the values, sizes and strides of those that were given, without gradient history.
+        """Tensors with the values, sizes and strides of those that were saved, without gradient history.
 
         Raises:
-            IOFailure: The disk failed, then or now.
+            IOFailure: The disk failed, now or when the values were written.
+            CorruptionError: ``verify`` is on, and the values on disk are not those that were written.
         """
         return self._store.load(self)
 
 
 class ActivationStore:
-    """See `[Note: kept inputs]`. Safe to use from the threads of autograd.
+    """Saves and loads the inputs of frames; see `[Note: saved inputs]`. Safe to use from the threads of autograd.
 
     Args:
         engine: Moves the bytes.
-        files: Where to.
-        pool: At least one buffer, for pieces of what does not fit into the budget; two or more to overlap.
+        files: Disk space.
+        pool: Buffers for pieces of what does not fit into the budget: one at least, two or more to overlap.
         device: Where compute runs.
-        budget: Bounds the host memory for saved values; without a bound nothing is written.
-        buffer_nbytes: Size of a piece, a multiple of 4096.
-        images: Where values that left a GPU wait: memory of the budget, not of ``pool``; None takes it from torch.
-        verify: Check what is read against checksums of what was written.
+        budget: Bounds the host memory of saved inputs; without a bound nothing is written.
+        piece_nbytes: Size of a piece, a multiple of 4096.
+        verify: Compare what is read with checksums of what was written.
         trace: Gets the events ``spill``, ``preload`` and ``load``, and spans.
     """
 
@@ -87,232 +83,221 @@ class ActivationStore:
         *,
         device: torch.device,
         budget: SharedBudget,
-        buffer_nbytes: int = BUFFER_NBYTES,
-        images: Pool | None = None,
+        piece_nbytes: int,
         verify: bool = False,
-        trace: Trace | None = None,
+        trace: Trace,
     ) -> None:
-        self._trace = trace or Trace()
-        self._shuttle = SpillIO(engine, files, pool, images=images, budget=budget, verify=verify, trace=self._trace)
-        self._reader = Reloader(self._shuttle, buffer_nbytes, self._trace, self._cancel_one)
+        self._trace = trace
+        self._budget = budget
+        self._io = SpillIO(engine, files, pool, budget=budget, verify=verify, trace=trace)
+        self._reloader = Reloader(self._io, piece_nbytes, trace)
         self._device = device
-        self._buffer_nbytes = buffer_nbytes
+        self._piece_nbytes = piece_nbytes
         self._lock = threading.RLock()
         self._is_closed = False
         self._numbers = itertools.count()
         self._frames: dict[int, weakref.ref[FrameInputs]] = {}  # in forward order
-        self._entries: weakref.WeakValueDictionary[tuple[object, ...], SavedInput] = weakref.WeakValueDictionary()
-        self._uncounted: list[weakref.ref[SavedInput]] = []  # somebody else held their memory when we last looked
+        self._inputs: weakref.WeakValueDictionary[tuple[object, ...], SavedInput] = weakref.WeakValueDictionary()
+        self._uncounted: list[weakref.ref[SavedInput]] = []  # somebody else held their memory at the last look
         self._largest_nbytes = 0
         self._has_spilled = False
-        # Filled by whoever lets go of a frame, on any thread and at any time: worked off at the next call.
+        # Finalizers append here, on any thread and at any time; the next call takes back what they name.
         self._ended_frames: deque[int] = deque()
-        self._ended_places: deque[SpillState] = deque()
+        self._ended_states: deque[SpillState] = deque()
 
-    @property
-    def held_nbytes(self) -> int:
-        """Host memory of the budget that kept values take now, as far as nobody else holds them."""
-        return self._shuttle.held_nbytes
+    def can_save(self, tensor: Tensor) -> bool:
+        """Whether `save` may be given ``tensor``; the frame holds others itself."""
+        return not self._is_closed and can_save(tensor, self._device)
 
-    # -- forward -------------------------------------------------------------------------------------------------
-
-    def can_keep(self, tensor: Tensor) -> bool:
-        """Whether `keep` may be given ``tensor``; others stay as they are."""
-        return not self._is_closed and can_keep(tensor, self._device)
-
-    def keep(self, unit: str, tensors: Sequence[Tensor]) -> FrameInputs:
-        """Keep the values that ``tensors`` have now; the same tensor given again is kept once."""
+    def save(self, unit: str, tensors: Sequence[Tensor]) -> FrameInputs:
+        """Save the values that ``tensors`` have now; a tensor of several frames is saved once."""
         with self._working():
             number = next(self._numbers)
-            kept = FrameInputs(self, unit, number, [self._entry(unit, tensor) for tensor in tensors])
-            self._frames[number] = weakref.ref(kept, lambda _: self._ended_frames.append(number))
-            return kept
+            frame = FrameInputs(self, number, [self._saved_input(unit, tensor) for tensor in tensors])
+            self._frames[number] = weakref.ref(frame, lambda _: self._ended_frames.append(number))
+            return frame
 
-    def settle(self) -> None:
-        """Bring memory back into the budget; to be called before compute takes more.
+    def enforce_budget(self) -> None:
+        """Write inputs until the rest is within the budget; to be called before compute takes more memory.
 
         Raises:
             IOFailure: A write failed, this one or an earlier one; names the unit and the file.
         """
         with self._working():
-            self._count()
-            shuttle = self._shuttle
-            budget = shuttle.budget_nbytes
-            if budget is None:
+            self._count_inputs()
+            limit, io = self._budget.saved_inputs_limit_nbytes, self._io
+            if limit is None:
                 return
-            self._has_spilled |= shuttle.held_nbytes - shuttle.leaving_nbytes > budget
-            while shuttle.held_nbytes - shuttle.leaving_nbytes > budget - self._slack_nbytes and self._evict_one():
+            self._has_spilled |= self._staying_nbytes > limit
+            while self._staying_nbytes > limit - self._slack_nbytes and self._evict_one():
                 pass
-            while shuttle.held_nbytes > budget and shuttle.finish_leaving():
+            while self._budget.held_saved_inputs_nbytes > limit and io.finish_counted_write():
                 pass
 
-    def _entry(self, unit: str, tensor: Tensor) -> SavedInput:
+    def _saved_input(self, unit: str, tensor: Tensor) -> SavedInput:
         key = key_of(tensor)
-        entry = self._entries.get(key)
-        if entry is not None:
-            entry.is_shared = True
-            return entry
-        entry = self._entries[key] = SavedInput(unit, tensor)
-        weakref.finalize(entry, self._ended_places.append, entry.place).atexit = False
-        self._uncounted.append(weakref.ref(entry))
-        return entry
+        saved = self._inputs.get(key)
+        if saved is not None:
+            saved.is_shared = True
+            return saved
+        saved = self._inputs[key] = SavedInput(unit, tensor)
+        weakref.finalize(saved, self._ended_states.append, saved.state).atexit = False
+        self._uncounted.append(weakref.ref(saved))
+        return saved
 
-    def _count(self) -> None:
-        """Count what nobody else holds any more, and take it off the device."""
+    def _count_inputs(self) -> None:
+        """Count inputs that nobody else holds any more; copy those on a GPU to the host."""
         refs, self._uncounted = self._uncounted, []
         for ref in refs:
-            entry = ref()
-            if entry is None:
+            saved = ref()
+            if saved is None:
                 continue
-            num_ours = self._num_ours(entry)
-            if entry.num_holders > num_ours:
+            num_ours = self._num_ours(saved)
+            if saved.num_holders > num_ours:
                 self._uncounted.append(ref)
                 continue
-            self._largest_nbytes = max(self._largest_nbytes, entry.form.nbytes)
-            if self._shuttle.copies.is_off_host(entry.form.device):
-                self._to_host(entry)
+            self._largest_nbytes = max(self._largest_nbytes, saved.layout.aligned_nbytes)
+            if self._io.copies.is_off_host(saved.layout.device):
+                self._copy_to_host(saved)
             else:
-                entry.place.counted_nbytes = entry.values.untyped_storage().nbytes() // num_ours
-                self._shuttle.held_nbytes += entry.place.counted_nbytes
+                saved.state.counted_nbytes = saved.values.untyped_storage().nbytes() // num_ours
+                self._budget.held_saved_inputs_nbytes += saved.state.counted_nbytes
 
-    def _num_ours(self, entry: SavedInput) -> int:
-        if entry.num_holders == 1:
+    def _num_ours(self, saved: SavedInput) -> int:
+        """Saved inputs that view the storage of ``saved``, itself included: such as two halves of one tensor."""
+        if saved.num_holders == 1:
             return 1
-        # Two inputs may view one storage, such as halves of it.
-        return sum(e.has_values and e.storage.cdata == entry.storage.cdata for e in self._entries.values())
+        return sum(s.has_values and s.storage.cdata == saved.storage.cdata for s in self._inputs.values())
 
-    def _to_host(self, entry: SavedInput) -> None:
-        form, shuttle = entry.form, self._shuttle
-        memory = shuttle.memory(form.nbytes)
-        while memory is None and (self._evict_one() or shuttle.finish_leaving()):
-            memory = shuttle.memory(form.nbytes)
-        if memory is None:
-            self._write_out(entry)
+    def _copy_to_host(self, saved: SavedInput) -> None:
+        layout, io = saved.layout, self._io
+        buffer = io.try_counted_buffer(layout.aligned_nbytes)
+        while buffer is None and (self._evict_one() or io.finish_counted_write()):
+            buffer = io.try_counted_buffer(layout.aligned_nbytes)
+        if buffer is None:
+            self._write_out(saved)
             return
-        memory.fill(0, form.bytes_of(entry.values), form.begin, shuttle.copies)
-        entry.place.image = memory
-        self._drop_values(entry)
+        buffer.fill(0, layout.bytes_of(saved.values), layout.begin, io.copies)
+        saved.state.host_copy = buffer
+        self._drop_values(saved)
+
+    @property
+    def _staying_nbytes(self) -> int:
+        """Counted memory that is not being written."""
+        return self._budget.held_saved_inputs_nbytes - self._io.writing_nbytes
 
     @property
     def _slack_nbytes(self) -> int:
-        # Room for one image being made and one being written: then compute does not wait for the disk. Only once the
-        # budget was not enough: before, the last bytes of it would be left free for nothing.
-        slack = 2 * self._largest_nbytes
-        return slack if self._has_spilled and 2 * slack <= (self._shuttle.budget_nbytes or 0) else 0
+        """Budget kept free for one input being made and one being written, so that compute does not wait for the disk.
 
-    # -- memory to disk ------------------------------------------------------------------------------------------
+        None until the budget was exceeded once: it may be enough.
+        """
+        slack = 2 * self._largest_nbytes
+        return slack if self._has_spilled and 2 * slack <= (self._budget.saved_inputs_limit_nbytes or 0) else 0
 
     def _evict_one(self) -> bool:
-        """Free the memory of the entry that is needed last, or start to; False if there is none."""
-        for entry in reversed(self._needed()):
-            place = entry.place
-            if place.image is not None and place.image_read is None:
-                if place.slot is None:
-                    self._write_out(entry)
-                else:  # the disk has it
-                    self._shuttle.release_image(place)
+        """Free the memory of the input that is needed last, or start to; False if there is none."""
+        for saved in reversed(self._by_need()):
+            state = saved.state
+            if state.host_copy is not None and state.host_copy_read is None:
+                if state.extent is None:
+                    self._write_out(saved)
+                else:  # it is on disk too
+                    self._io.release_host_copy(state)
                 return True
-            if entry.has_values and place.counted_nbytes:
-                self._write_out(entry)
+            if saved.has_values and state.counted_nbytes:
+                self._write_out(saved)
                 return True
         return False
 
-    def _write_out(self, entry: SavedInput) -> None:
-        place = entry.place
-        self._trace.mark("spill", entry.unit)
-        slot = self._shuttle.take_slot(entry.form.nbytes, entry.unit)
+    def _write_out(self, saved: SavedInput) -> None:
+        """Start to write ``saved``, and drop its values."""
+        state = saved.state
+        self._trace.mark("spill", saved.unit)
+        extent = self._io.take_extent(saved.layout.aligned_nbytes, saved.unit)
         try:
-            if place.image is not None:
-                image, place.image = place.image, None
-                self._shuttle.write(slot, 0, image)
+            if state.host_copy is not None:
+                buffer, state.host_copy = state.host_copy, None
+                self._io.write(extent, 0, buffer)
             else:
-                with self._trace.span(Lane.COPY, "spill", entry.unit):
-                    self._write_values(entry, slot)
-                self._drop_values(entry)
+                with self._trace.span(Lane.COPY, "spill", saved.unit):
+                    self._write_values(saved, extent)
+                self._drop_values(saved)
         except BaseException:
-            self._shuttle.give_back_slot(slot)
+            self._io.give_back_extent(extent)
             raise
-        place.slot = slot
+        state.extent = extent
 
-    def _write_values(self, entry: SavedInput, slot: Slot) -> None:
-        form, shuttle = entry.form, self._shuttle
-        data = form.bytes_of(entry.values)
-        memory = shuttle.memory(form.nbytes)
-        while memory is None and self._slack_nbytes and shuttle.finish_leaving():
-            memory = shuttle.memory(form.nbytes)
-        if memory is not None:
-            memory.fill(0, data, form.begin, shuttle.copies)
-            shuttle.write(slot, 0, memory)
+    def _write_values(self, saved: SavedInput, extent: Extent) -> None:
+        layout, io = saved.layout, self._io
+        data, nbytes = layout.bytes_of(saved.values), layout.aligned_nbytes
+        buffer = io.try_counted_buffer(nbytes)
+        while buffer is None and self._slack_nbytes and io.finish_counted_write():
+            buffer = io.try_counted_buffer(nbytes)
+        if buffer is not None:
+            buffer.fill(0, data, layout.begin, io.copies)
+            io.write(extent, 0, buffer)
             return
-        for begin in range(0, form.nbytes, self._buffer_nbytes):
-            piece = shuttle.buffer(min(self._buffer_nbytes, form.nbytes - begin), entry.unit, self._cancel_one)
-            piece.fill(begin, data, form.begin, shuttle.copies)
-            shuttle.write(slot, begin, piece)
+        for begin in range(0, nbytes, self._piece_nbytes):
+            piece = io.pool_buffer(min(self._piece_nbytes, nbytes - begin), saved.unit)
+            piece.fill(begin, data, layout.begin, io.copies)
+            io.write(extent, begin, piece)
 
-    def _drop_values(self, entry: SavedInput) -> None:
-        self._shuttle.held_nbytes -= entry.place.counted_nbytes
-        entry.drop_values()
+    def _drop_values(self, saved: SavedInput) -> None:
+        self._budget.held_saved_inputs_nbytes -= saved.state.counted_nbytes
+        saved.drop_values()
 
-    # -- backward ------------------------------------------------------------------------------------------------
-
-    def load(self, kept: FrameInputs) -> list[Tensor]:
+    def load(self, frame: FrameInputs) -> list[Tensor]:
         """See `FrameInputs.load`. Starts to read what the frames below will need."""
         with self._working():
-            values = [self._reader.load(e, again=e.is_shared and self._is_below(kept.number, e)) for e in kept.entries]
-            self._preload(kept.number)
+            values = [
+                self._reloader.load(saved, again=saved.is_shared and self._is_below(frame.number, saved))
+                for saved in frame.inputs
+            ]
+            self._read_ahead(frame.number)
             return values
 
-    def _preload(self, number: int) -> None:
+    def _read_ahead(self, number: int) -> None:
         below = [n for n in reversed(self._frames) if n < number]
         for n in below[:FRAMES_AHEAD]:
-            kept = self._frames[n]()
-            if kept is not None and not all([self._reader.read_ahead(entry) for entry in kept.entries]):
+            frame = self._frames[n]()
+            if frame is not None and not all([self._reloader.read_ahead(saved) for saved in frame.inputs]):
                 return
 
-    def _cancel_one(self) -> bool:
-        """Return the buffers of the entry read ahead that is needed last; False if there is none."""
-        for entry in reversed(self._needed()):
-            if entry.place.pieces:
-                self._reader.give_up(entry.place)
-                break
-        return self._shuttle.drop_unwanted()
-
-    # -- order ---------------------------------------------------------------------------------------------------
-
-    def _needed(self) -> list[SavedInput]:
-        """Entries of frames that wait for backward, those it needs first at the front."""
+    def _by_need(self) -> list[SavedInput]:
+        """Inputs of frames that wait for backward, the first that it needs first."""
         found: dict[SavedInput, None] = {}
         for ref in reversed(self._frames.values()):
-            kept = ref()
-            if kept is not None:
-                found.update(dict.fromkeys(entry for entry in kept.entries if entry not in found))
+            frame = ref()
+            if frame is not None:
+                found.update(dict.fromkeys(saved for saved in frame.inputs if saved not in found))
         return list(found)
 
-    def _is_below(self, number: int, entry: SavedInput) -> bool:
-        kept = (ref() for n, ref in self._frames.items() if n < number)
-        return any(entry in k.entries for k in kept if k is not None)
-
-    # -- ends ----------------------------------------------------------------------------------------------------
+    def _is_below(self, number: int, saved: SavedInput) -> bool:
+        """Whether ``saved`` is an input of a frame before ``number`` too."""
+        frames = (ref() for n, ref in self._frames.items() if n < number)
+        return any(saved in frame.inputs for frame in frames if frame is not None)
 
     def abort(self) -> None:
-        """A step failed: give up what was read ahead. Values stay for as long as their frames do."""
+        """A step failed: abandon what was read ahead. Values stay saved for as long as their frames live."""
         with self._lock:
             for ref in self._frames.values():
-                kept = ref()
-                for entry in kept.entries if kept is not None else ():
-                    self._reader.give_up(entry.place)
+                frame = ref()
+                for saved in frame.inputs if frame is not None else ():
+                    self._reloader.abandon(saved.state)
 
     def close(self) -> None:
-        """Wait for the disk and give its space back; what is on it cannot be loaded any more. May be called again."""
+        """Wait for the disk and free its space; what is on it cannot be loaded any more. May be called again."""
         with self._lock:
             if self._is_closed:
                 return
             self.abort()
             self._is_closed = True
-            self._shuttle.close()
+            self._io.close()
 
     @contextmanager
     def _working(self) -> Iterator[None]:
+        """Around every call: one thread at a time, no autograd, and what ended since the last call is taken back."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._is_closed:
                 raise SSDOffloadError("backward needs inputs that went when the session ended; run the forward again")
@@ -320,14 +305,14 @@ class ActivationStore:
             yield
 
     def _collect(self) -> None:
-        """Take back what frames that are gone had."""
+        """Take back memory and disk space of frames that are gone."""
         while self._ended_frames:
             self._frames.pop(self._ended_frames.popleft())
-        while self._ended_places:
-            place = self._ended_places.popleft()
-            self._shuttle.held_nbytes -= place.counted_nbytes
-            self._reader.give_up(place)
-            self._shuttle.release_image(place)
-            if place.slot is not None:
-                self._shuttle.give_back_slot(place.slot)
-        self._shuttle.collect()
+        while self._ended_states:
+            state = self._ended_states.popleft()
+            self._budget.held_saved_inputs_nbytes -= state.counted_nbytes
+            self._reloader.abandon(state)
+            self._io.release_host_copy(state)
+            if state.extent is not None:
+                self._io.give_back_extent(state.extent)
+        self._io.collect()

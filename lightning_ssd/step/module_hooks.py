@@ -205,7 +205,7 @@ class ModuleHooks:
             return
         is_rerun = self._backward.rerunning is not None
         if self._activations is not None and not is_rerun:
-            self._activations.settle()  # by now the caller has dropped the inputs of the block before
+            self._activations.enforce_budget()  # by now the caller has dropped the inputs of the block before
         with transforms.suspended():
             call = self._fetch(module, units)
         around = next((outer.frame for outer in reversed(self._calls) if outer.frame is not None), None)
@@ -306,7 +306,7 @@ class ModuleHooks:
             return
         self._backward.watch(frame)
         if self._activations is not None:
-            frame.keep(self._activations)
+            frame.save_inputs(self._activations)
 
 
 def _require_exportable(module: nn.Module, units: list[Unit]) -> None:

@@ -4,7 +4,7 @@
 backward calls the module again, with the same inputs, generators, autocast state, [Note: Python state] and buffers,
 through the same hooks (so through the same fetch), and collects what autograd saves this time; the n-th of these is the
 n-th of the first run. The second run's own graph is thrown away, so it may start from other tensors with the same
-values: large inputs are in the activation store, [Note: kept inputs]. A second run ends with the last saved tensor, by
+values: large inputs are in the activation store, [Note: saved inputs]. A second run ends with the last saved tensor, by
 an exception: what would come after it, such as the product of a block's last matrix, nobody needs
 (torch.utils.checkpoint stops early too). Whether a block can be recomputed is found out in its first forward,
 [Note: trial].
@@ -103,7 +103,7 @@ class Frame:
         self.module = module
         self._args = args
         self._kwargs = kwargs
-        self._kept: FrameInputs | None = None
+        self._saved_inputs: FrameInputs | None = None
         self._units = units
         self._verdicts = verdicts
         self._trial = None if verdicts.is_equal(module) else Trial(units.keep, units.place)
@@ -174,12 +174,12 @@ class Frame:
         self._inputs, self._buffers = [], []
         self._given = self._own = PythonState(())
 
-    def keep(self, store: ActivationStore) -> None:
+    def save_inputs(self, store: ActivationStore) -> None:
         """Let go of large inputs; ``store`` keeps their values. Follows `end_forward`, and hooks on `inputs`."""
         given: list[Tensor] = []
 
         def take(tensor: Tensor) -> object:
-            if not store.can_keep(tensor):
+            if not store.can_save(tensor):
                 return tensor
             if not any(tensor is other for other in given):
                 given.append(tensor)
@@ -190,7 +190,7 @@ class Frame:
         self._kwargs = {key: mapped(value, Tensor, take) for key, value in self._kwargs.items()}
         self._given.map(take)
         self._inputs = [(t, v) for t, v in self._inputs if not any(t is other for other in given)]
-        self._kept = store.keep(self.name, given)
+        self._saved_inputs = store.save(self.name, given)
 
     @property
     def inputs(self) -> Iterator[Tensor]:
@@ -284,7 +284,7 @@ class Frame:
 
     def _loader(self) -> Callable[[Any], Any]:
         """Gives what the store keeps, where it stands for it; anything else as it is."""
-        values = [] if self._kept is None else self._kept.load()
+        values = [] if self._saved_inputs is None else self._saved_inputs.load()
         found: dict[int, Tensor] = {}  # the same tensor where it was the same
 
         def load(held: Any) -> Any:
@@ -313,7 +313,7 @@ class Frame:
 
     @property
     def _has_same_inputs(self) -> bool:
-        is_kept_same = self._kept is None or self._kept.is_unchanged
+        is_kept_same = self._saved_inputs is None or self._saved_inputs.is_unchanged
         is_state_same = not (self._given.is_written or self._own.is_written)
         return is_kept_same and is_state_same and all(t._version == version for t, version in self._inputs)
 

@@ -309,7 +309,7 @@ class Runtime:
             self.memory.spill,
             device=self._settings.device,
             budget=budget,
-            buffer_nbytes=self.plan.spill_nbytes // 4,  # one being filled, and others on their way
+            piece_nbytes=self.plan.spill_nbytes // 4,  # one being filled, and others on their way
             verify=self._settings.verify,
             trace=self._trace,
         )

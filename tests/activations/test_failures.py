@@ -1,4 +1,4 @@
-"""The store of kept inputs when disks fail, frames are given up, or it is closed: errors that name, nothing lost."""
+"""The store of saved inputs when disks fail, frames are given up, or it is closed: errors that name, nothing lost."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def test_a_disk_that_does_not_answer_keeps_its_memory(tmp_store: Path) -> None:
         with pytest.raises(DeadlineError, match=r"unit 'unit 1': reading an input"):
             frames[1].load()
         frames.clear()
-        b.store.settle()
+        b.store.enforce_budget()
         assert b.pool.num_lent == 1  # the one that the engine may still write to
-        assert b.files.in_use_nbytes == NBYTES
+        assert b.in_use_nbytes == NBYTES
         engine.release()
         b.assert_all_returned()
 
@@ -80,7 +80,7 @@ def test_a_full_disk_names_the_unit(tmp_store: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(spill.File, "create", full)
     with bench(tmp_store) as b:
         frames = keep(b, 0)
-        assert b.files.nbytes == NBYTES  # more is tried first, then just what is needed
+        assert b.disk_nbytes == NBYTES  # more is tried first, then just what is needed
         limit[0] = 0
         with pytest.raises(IOFailure, match=r"unit 'unit 1': making room on disk.*No space left"):
             keep(b, 1)
@@ -108,8 +108,8 @@ def test_a_step_that_was_given_up_returns_what_was_read_ahead(tmp_store: Path) -
         frames = keep(b, *range(4))
         frames[3].load()
         b.store.abort()
-        b.store.settle()
-        b.store._shuttle.drop_unwanted()
+        b.store.enforce_budget()
+        b.store._io.drop_abandoned()
         load_in_reverse(frames, *range(4))  # values stay as long as their frames
         b.assert_all_returned()
 

@@ -1,4 +1,4 @@
-"""Steps whose kept inputs are spilled: graphs used twice, steps that fail, memory, and disks that fail."""
+"""Steps whose saved inputs are spilled: graphs used twice, steps that fail, memory, and disks that fail."""
 
 from __future__ import annotations
 
@@ -149,10 +149,10 @@ def test_no_more_inputs_are_in_memory_than_the_budget_allows(
 
     class Watch(pl.Callback):
         def on_before_backward(self, *args: Any) -> None:
-            held.append(made[0].store.held_nbytes)
+            held.append(made[0].held_nbytes)
 
         def on_after_backward(self, *args: Any) -> None:
-            held.append(made[0].store.held_nbytes)
+            held.append(made[0].held_nbytes)
 
     result = train(tmp_path, Measured, streamed(), callbacks=[Watch()], max_steps=3)
     assert max(held) <= num_inputs * NBYTES
@@ -219,7 +219,7 @@ def test_a_step_that_fails_returns_everything(
     finish_backward()
     gc.collect()
     assert made[0].pool.num_lent == 0
-    assert made[0].files.nbytes == 0  # closed with the session
+    assert made[0].disk_nbytes == 0  # closed with the session
 
 
 @pytest.mark.parametrize("is_write", [True, False], ids=["write", "read"])
@@ -240,7 +240,7 @@ def test_a_disk_that_fails_is_named(
     with pytest.raises(IOFailure, match=r"unit 'net.blocks.\d': (writing|reading) an input.*activations-0000\.spill"):
         train(tmp_path, Measured, streamed())
     finish_backward()
-    assert made[0].files.nbytes == 0
+    assert made[0].disk_nbytes == 0
 
 
 def test_an_input_that_is_changed_in_place_is_refused_wherever_it_is(
@@ -275,7 +275,7 @@ def test_every_input_is_written_and_read_once_a_step(tmp_path: Path, spilling: S
 
 
 def test_functional_use_is_equal(tmp_path: Path, spilling: Spilling) -> None:
-    """A loss that uses the kept input beside the block."""
+    """A loss that uses the saved input beside the block."""
 
     class Residual(GPT):
         def forward(self, ids: Tensor) -> Tensor:

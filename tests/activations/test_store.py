@@ -1,4 +1,4 @@
-"""The store of kept inputs alone: what comes back, where it waits, and that everything is returned."""
+"""The store of saved inputs alone: what comes back, where it waits, and that everything is returned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ssd.activations import spill_files as spill
-from lightning_ssd.activations.saved_input import MIN_NBYTES, can_keep
+from lightning_ssd.activations.saved_input import MIN_NBYTES, can_save
 from lightning_ssd.activations.spill_files import SpillFiles
 from lightning_ssd.activations.store import FrameInputs
 from lightning_ssd.io.deadline import Patience
@@ -24,7 +24,9 @@ from tests.helpers.activations import (
     NBYTES,
     NUMEL,
     bench,
+    disk_nbytes,
     faulty,
+    in_use_nbytes,
     keep,
     load_in_reverse,
     values,
@@ -39,18 +41,18 @@ def test_values_come_back_and_memory_is_bounded(tmp_store: Path, budget: int | N
     with bench(tmp_store, budget=budget) as b:
         for _ in range(3):  # the second time the space of the first is used again
             frames = keep(b, *range(8))
-            assert budget is None or b.store.held_nbytes <= budget
+            assert budget is None or b.held_nbytes <= budget
             load_in_reverse(frames, *range(8))
             b.assert_all_returned()
         assert b.num_spilled == (0 if budget is None else b.num_spilled)
-        assert b.files.nbytes in (0, spill.MIN_FILE_NBYTES)
+        assert b.disk_nbytes in (0, spill.MIN_FILE_NBYTES)
 
 
 def test_what_fits_is_not_written(tmp_store: Path) -> None:
     with bench(tmp_store, budget=8 * NUMEL * 4) as b:
         keep(b, *range(8))
         assert b.num_spilled == 0
-        assert b.files.nbytes == 0
+        assert b.disk_nbytes == 0
 
 
 def test_the_oldest_is_written_first(tmp_store: Path) -> None:
@@ -58,7 +60,7 @@ def test_the_oldest_is_written_first(tmp_store: Path) -> None:
         b.trace.start()
         frames = keep(b, *range(4))
         assert [e.what for e in b.trace.stop() if e.name == "spill"] == ["unit 0", "unit 1"]
-        assert [f.entries[0].has_values for f in frames] == [False, False, True, True]
+        assert [f.inputs[0].has_values for f in frames] == [False, False, True, True]
 
 
 def test_memory_that_is_spilled_is_free(tmp_store: Path) -> None:
@@ -67,9 +69,9 @@ def test_memory_that_is_spilled_is_free(tmp_store: Path) -> None:
         for seed in range(8):
             x = values(seed)
             storages.append(StorageWeakRef(x.untyped_storage()))
-            frames.append(b.store.keep("a", [x]))
+            frames.append(b.store.save("a", [x]))
             del x
-            b.store.settle()
+            b.store.enforce_budget()
             assert sum(not s.expired() for s in storages) <= 2
         load_in_reverse(frames, *range(8))
 
@@ -77,11 +79,11 @@ def test_memory_that_is_spilled_is_free(tmp_store: Path) -> None:
 def test_what_somebody_else_holds_is_neither_counted_nor_written(tmp_store: Path) -> None:
     with bench(tmp_store, budget=0) as b:
         held = values(0)
-        kept = b.store.keep("a", [held])
-        b.store.settle()
-        assert (b.num_spilled, b.store.held_nbytes) == (0, 0)
+        kept = b.store.save("a", [held])
+        b.store.enforce_budget()
+        assert (b.num_spilled, b.held_nbytes) == (0, 0)
         del held
-        b.store.settle()
+        b.store.enforce_budget()
         assert b.num_spilled == 1
         assert torch.equal(kept.load()[0], values(0))
 
@@ -89,9 +91,9 @@ def test_what_somebody_else_holds_is_neither_counted_nor_written(tmp_store: Path
 def test_a_tensor_that_frames_share_is_kept_once(tmp_store: Path) -> None:
     with bench(tmp_store, budget=0) as b:
         mask = values(100)
-        frames = [b.store.keep("a", [mask, values(i), mask[: NUMEL // 2], mask[:]]) for i in range(4)]
+        frames = [b.store.save("a", [mask, values(i), mask[: NUMEL // 2], mask[:]]) for i in range(4)]
         del mask
-        b.store.settle()
+        b.store.enforce_budget()
         assert b.num_spilled == 4 + 2  # each input; the mask and its half
         while frames:
             x, own, half, again = frames.pop().load()
@@ -106,12 +108,12 @@ def test_a_tensor_that_frames_share_is_kept_once(tmp_store: Path) -> None:
 def test_a_shared_tensor_is_read_once_if_it_fits(tmp_store: Path) -> None:
     with bench(tmp_store, budget=NBYTES) as b:
         mask = values(100)
-        frames = [b.store.keep("a", [mask]) for _ in range(4)]
-        last = b.store.keep("b", [values(0)])
+        frames = [b.store.save("a", [mask]) for _ in range(4)]
+        last = b.store.save("b", [values(0)])
         del mask
-        b.store.settle()  # the mask is needed by the older frames, so it goes
-        b.store.keep("c", [values(1)])
-        b.store.settle()
+        b.store.enforce_budget()  # the mask is needed by the older frames, so it goes
+        b.store.save("c", [values(1)])
+        b.store.enforce_budget()
         del last
         while frames:
             assert torch.equal(frames.pop().load()[0], values(100))
@@ -122,9 +124,9 @@ def test_halves_of_one_storage_can_go(tmp_store: Path) -> None:
     with bench(tmp_store, budget=0) as b:
         x = values(0).view(100, 200)
         storage = StorageWeakRef(x.untyped_storage())
-        kept = b.store.keep("a", list(x.chunk(2, 1)))
+        kept = b.store.save("a", list(x.chunk(2, 1)))
         del x
-        b.store.settle()
+        b.store.enforce_budget()
         assert storage.expired()
         assert torch.equal(torch.cat(kept.load(), 1), values(0).view(100, 200))
 
@@ -164,12 +166,12 @@ def test_every_form_comes_back(tmp_store: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(DeviceCopies, "is_off_host", lambda self, device: is_off_host)
     with bench(tmp_store, budget=0, verify=True) as b:
         x = FORMS[form](values(0, 8 * NUMEL))
-        assert can_keep(x, torch.device("cpu"))
+        assert can_save(x, torch.device("cpu"))
         like = [x.dtype, x.size(), x.stride(), x.data_ptr() % 64]
         storage = StorageWeakRef(x.untyped_storage())
-        kept = b.store.keep("a", [x])
+        kept = b.store.save("a", [x])
         del x
-        b.store.settle()
+        b.store.enforce_budget()
         assert storage.expired()
         y = kept.load()[0]
         expected = FORMS[form](values(0, 8 * NUMEL))
@@ -185,8 +187,8 @@ def _comparable(x: Tensor) -> Tensor:
 def test_an_inference_tensor_comes_back(tmp_store: Path) -> None:
     with bench(tmp_store) as b:
         with torch.inference_mode():
-            kept = b.store.keep("a", [values(0)])
-            b.store.settle()
+            kept = b.store.save("a", [values(0)])
+            b.store.enforce_budget()
         assert b.num_spilled == 1
         assert kept.is_unchanged
         assert torch.equal(kept.load()[0], values(0))
@@ -194,21 +196,21 @@ def test_an_inference_tensor_comes_back(tmp_store: Path) -> None:
 
 def test_what_the_user_or_a_module_owns_is_left_alone() -> None:
     cpu, large = torch.device("cpu"), torch.randn(MIN_NBYTES)
-    assert can_keep(large, cpu)
-    assert can_keep(large[:1], cpu)
+    assert can_save(large, cpu)
+    assert can_save(large[:1], cpu)
     weight = nn.Parameter(large)
     others = [weight, weight[1:], weight.view(2, -1), large.clone().requires_grad_(), large[:0], torch.randn(10)]
     others += [large.to_sparse(), torch.randn(MIN_NBYTES, dtype=torch.complex64).conj(), large.to("meta")]
-    assert not any(can_keep(x, cpu) for x in others)
+    assert not any(can_save(x, cpu) for x in others)
 
 
 def test_a_change_in_place_is_noticed_wherever_the_values_are(tmp_store: Path) -> None:
     with bench(tmp_store, budget=0) as b:
         held, view_of = values(0), values(1)
         view = view_of[:]
-        frames = [b.store.keep("a", [held]), b.store.keep("a", [view]), b.store.keep("a", [values(2)])]
+        frames = [b.store.save("a", [held]), b.store.save("a", [view]), b.store.save("a", [values(2)])]
         del view
-        b.store.settle()
+        b.store.enforce_budget()
         held.add_(1)
         view_of.add_(1)
         assert [f.is_unchanged for f in frames] == [False, False, True]
@@ -217,8 +219,8 @@ def test_a_change_in_place_is_noticed_wherever_the_values_are(tmp_store: Path) -
 def test_a_change_after_the_values_were_spilled_is_noticed(tmp_store: Path) -> None:
     with bench(tmp_store, budget=0) as b:
         x = values(0)
-        kept = b.store.keep("a", [x])
-        entry = kept.entries[0]
+        kept = b.store.save("a", [x])
+        entry = kept.inputs[0]
         b.store._uncounted.clear()
         b.store._write_out(entry)
         assert kept.is_unchanged
@@ -271,7 +273,7 @@ def test_space_is_not_lent_again_while_a_write_to_it_is_in_flight(tmp_store: Pat
     with faulty(tmp_store, hold, budget=0, num_buffers=24) as b:
         keep(b, 0)  # dropped at once, its first piece still to be written
         second = keep(b, 1)
-        assert b.files.in_use_nbytes == 2 * NBYTES
+        assert b.in_use_nbytes == 2 * NBYTES
         b.engine.release()  # type: ignore[attr-defined]
         load_in_reverse(second, 1)
         b.assert_all_returned()
@@ -284,17 +286,16 @@ def test_whatever_the_order_values_are_right(tmp_store: Path, monkeypatch: pytes
     monkeypatch.setattr(DeviceCopies, "is_off_host", lambda self, device: seed % 3 == 2)
     late = [When(Fault(delay_s=0.003), nth=n) for n in rng.sample(range(400), 60)]
     budget = rng.choice([0, NBYTES, 3 * NBYTES, 10 * NBYTES])
-    images = budget if seed % 2 and budget else None
-    with faulty(tmp_store, *late, budget=budget, num_buffers=rng.choice([1, 2, 8]), images=images, verify=True) as b:
+    with faulty(tmp_store, *late, budget=budget, num_buffers=rng.choice([1, 2, 8]), verify=True) as b:
         shared = values(999)
         frames: list[tuple[FrameInputs, list[int]]] = []
         for turn in range(80):
-            b.store.settle()
+            b.store.enforce_budget()
             what = rng.random()
             if what < 0.45:
                 seeds = [rng.randrange(turn + 1) for _ in range(rng.randrange(3))]
                 given = [values(n, rng.choice([5_000, NUMEL])) for n in seeds]
-                kept = b.store.keep(f"unit {turn}", [shared, *given])
+                kept = b.store.save(f"unit {turn}", [shared, *given])
                 frames.append((kept, [x.numel() * 1000 + n for n, x in zip(seeds, given, strict=True)]))
                 del given, kept
             elif what < 0.85 and frames:
@@ -310,7 +311,7 @@ def test_whatever_the_order_values_are_right(tmp_store: Path, monkeypatch: pytes
                 b.store.abort()
             elif turn > 40:
                 shared = values(999)  # the caller has forgotten the one before
-            assert b.store.held_nbytes <= budget
+            assert b.held_nbytes <= budget
         frames.clear()
         del shared
         b.assert_all_returned()
@@ -322,16 +323,16 @@ def test_spill_files_join_what_is_free_and_use_disks_in_turn(tmp_store: Path) ->
     folders = [Folder.open(str(tmp_store / name)) for name in ("a", "b")]
     files = SpillFiles([Scratch(folder, False, Patience(60)) for folder in folders], "x")
     try:
-        taken = [files.take(BUFFER_NBYTES) for _ in range(8)]
+        taken = [files.take(BUFFER_NBYTES, "unit") for _ in range(8)]
         assert {extent.file.path.split("/")[-2] for extent in taken} == {"a", "b"}
         assert not any((tmp_store / name / "x-0000.spill").exists() for name in ("a", "b"))
         for extent in taken[::2] + taken[1::2]:
             files.give_back(extent)
-        whole = [files.take(spill.MIN_FILE_NBYTES) for _ in range(2)]
-        assert files.nbytes == files.in_use_nbytes == 2 * spill.MIN_FILE_NBYTES
+        whole = [files.take(spill.MIN_FILE_NBYTES, "unit") for _ in range(2)]
+        assert disk_nbytes(files) == in_use_nbytes(files) == 2 * spill.MIN_FILE_NBYTES
         assert all(extent.offset == 0 for extent in whole)
-        assert files.take(1).nbytes == 4096
-        assert files.nbytes == 3 * spill.MIN_FILE_NBYTES
+        assert files.take(1, "unit").nbytes == 4096
+        assert disk_nbytes(files) == 3 * spill.MIN_FILE_NBYTES
     finally:
         files.close()
         for folder in folders:

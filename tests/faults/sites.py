@@ -100,8 +100,8 @@ SITES: tuple[Site, ...] = (
          trainer={"precision": "bf16-true"}),
     Site("gradient spilled: file reserved", "train", ("reserve",), f"{RUN}grad*", ("EIO", "ENOSPC", "delay"), nth=0,
          trainer=CLIP),
-    Site("kept input written", "train", ("write",), "*activations-*.spill", WRITE_FAULTS, nth=2, keeps_inputs=True),
-    Site("kept input read", "train", ("read",), "*activations-*.spill", READ_FAULTS, nth=2, keeps_inputs=True),
+    Site("saved input written", "train", ("write",), "*activations-*.spill", WRITE_FAULTS, nth=2, keeps_inputs=True),
+    Site("saved input read", "train", ("read",), "*activations-*.spill", READ_FAULTS, nth=2, keeps_inputs=True),
     # -- saving ------------------------------------------------------------------------------------------------------
     Site("state kept in memory, written to be saved", "train", ("write",), f"{RUN}blocks.0.exp_avg.*", WRITE_FAULTS,
          nth=2, settings=ROOMY),

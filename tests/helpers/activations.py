@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ssd.activations import saved_input as kept
+from lightning_ssd.activations import saved_input
 from lightning_ssd.activations.spill_files import SpillFiles
 from lightning_ssd.activations.store import ActivationStore, FrameInputs
 from lightning_ssd.io.engine import Engine, IOOptions
@@ -30,7 +30,7 @@ from tests.helpers.faulty import FaultyEngine, When
 
 BUFFER_NBYTES = 8 * KiB
 NUMEL = 20_000  # 80 KB: ten pieces, the last not full
-NBYTES = 80 * KiB  # of its image
+NBYTES = 80 * KiB  # of its aligned bytes
 
 
 class Bench:
@@ -44,7 +44,6 @@ class Bench:
         budget: int | None = 0,
         num_buffers: int = 3,
         buffer_nbytes: int = BUFFER_NBYTES,
-        images: int | None = None,
         trace: Trace | None = None,
         **options: Any,
     ) -> None:
@@ -54,47 +53,68 @@ class Bench:
         self.folder = Folder.open(str(directory))
         self.files = SpillFiles([Scratch(self.folder, True, engine.patience)], "activations")
         self.pool = Pool(num_buffers * buffer_nbytes, "activation", poison=True)
-        self.images = None if images is None else Pool(images, "image", poison=True)
+        self.budget = SharedBudget(saved_inputs_nbytes=budget)
         self.store = ActivationStore(
             engine,
             self.files,
             self.pool,
             device=torch.device("cpu"),
-            budget=SharedBudget(saved_inputs_nbytes=budget),
-            buffer_nbytes=buffer_nbytes,
-            images=self.images,
+            budget=self.budget,
+            piece_nbytes=buffer_nbytes,
             trace=self.trace,
             **options,
         )
 
         take = self.files.take
 
-        def counting(nbytes: int) -> Any:
+        def counting(nbytes: int, unit: str) -> Any:
             self.num_spilled += 1
-            return take(nbytes)
+            return take(nbytes, unit)
 
         self.files.take = counting  # type: ignore[method-assign]
 
+    @property
+    def disk_nbytes(self) -> int:
+        """Disk space that is reserved."""
+        return disk_nbytes(self.files)
+
+    @property
+    def in_use_nbytes(self) -> int:
+        return in_use_nbytes(self.files)
+
+    @property
+    def held_nbytes(self) -> int:
+        return self.budget.held_saved_inputs_nbytes
+
     def wait_for_writes(self) -> None:
         """Everything that is being written is on disk."""
-        writes = self.store._shuttle._writes
+        writes = self.store._io._writes
         while writes:
-            self.store._shuttle.finish(writes.popleft())
+            self.store._io.finish(writes.popleft())
 
     def assert_all_returned(self) -> None:
         """Nothing is lent, and no disk space is taken."""
-        self.store.settle()
+        self.store.enforce_budget()
         self.wait_for_writes()
         # After a deadline nobody waits for a transfer again: it is collected when it has ended.
         tries = 500
-        while self.store._shuttle._unwanted and (tries := tries - 1):
-            self.store._shuttle.drop_unwanted()
+        while self.store._io._abandoned and (tries := tries - 1):
+            self.store._io.drop_abandoned()
             time.sleep(0.01)
-        self.store.settle()
+        self.store.enforce_budget()
         assert self.pool.num_lent == 0
-        assert self.images is None or self.images.num_lent == 0
-        assert self.files.in_use_nbytes == 0
-        assert self.store.held_nbytes == 0
+        assert self.in_use_nbytes == 0
+        assert self.held_nbytes == 0
+
+
+def disk_nbytes(files: SpillFiles) -> int:
+    """Disk space that is reserved."""
+    return sum(spill.file.nbytes for spill in files._files)
+
+
+def in_use_nbytes(files: SpillFiles) -> int:
+    """Disk space that extents have."""
+    return disk_nbytes(files) - sum(nbytes for spill in files._files for _, nbytes in spill.free)
 
 
 @contextmanager
@@ -118,9 +138,9 @@ def keep(b: Bench, *seeds: int) -> list[FrameInputs]:
     """Frames as in a forward: each input is dropped by its caller before the next block runs."""
     frames = []
     for seed in seeds:
-        b.store.settle()
-        frames.append(b.store.keep(f"unit {seed}", [values(seed)]))
-    b.store.settle()
+        b.store.enforce_budget()
+        frames.append(b.store.save(f"unit {seed}", [values(seed)]))
+    b.store.enforce_budget()
     return frames
 
 
@@ -161,7 +181,7 @@ def spill_inputs(monkeypatch: pytest.MonkeyPatch, *, min_nbytes: int = 1, **opti
 
     Everything is large enough to be kept, unless a test says otherwise.
     """
-    monkeypatch.setattr(kept, "MIN_NBYTES", min_nbytes)
+    monkeypatch.setattr(saved_input, "MIN_NBYTES", min_nbytes)
     init, close = ModuleHooks.__init__, ModuleHooks.close
     made: list[Bench] = []
 

@@ -111,17 +111,17 @@ def test_options_are_equal(tmp_path: Path, spilling: Spilling, options: dict[str
     assert_equal(plain, train(tmp_path, make_net, streamed(), **options))
 
 
-@pytest.mark.parametrize("images", [4 * KiB, 24 * KiB, 256 * KiB])
+@pytest.mark.parametrize("budget", [4 * KiB, 24 * KiB, 256 * KiB])
 def test_the_way_off_a_device_is_equal(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     spilling: Spilling,
-    images: int,
+    budget: int,
 ) -> None:
     """What happens on a GPU, here with the CPU as the other device."""
     monkeypatch.setattr(DeviceCopies, "is_off_host", lambda self, device: True)
     plain = train(tmp_path, Masked)
-    spilling(budget=images, images=images, verify=True)
+    spilling(budget=budget, verify=True)
     assert_equal(plain, train(tmp_path, Masked, streamed()))
 
 
