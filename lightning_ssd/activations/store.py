@@ -218,7 +218,8 @@ class ActivationStore:
         try:
             if state.host_copy is not None:
                 buffer, state.host_copy = state.host_copy, None
-                self._io.write(extent, 0, buffer)
+                with self._trace.label("spill", saved.unit):
+                    self._io.write(extent, 0, buffer)
             else:
                 with self._trace.span(Lane.COPY, "spill", saved.unit):
                     self._write_values(saved, extent)

@@ -181,7 +181,8 @@ class BackwardPass:
         self.note()
         self._end_idle_holds()
         self._trace.mark("recompute", frame.name)
-        self.run_again(frame, call)
+        with self._trace.label("recompute", frame.name):
+            self.run_again(frame, call)
 
     def run_again(self, frame: Frame, call: Callable[[], object]) -> None:
         """Run a frame's module again, for this frame."""

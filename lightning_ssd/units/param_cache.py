@@ -107,6 +107,10 @@ class ParamCache:
             IOFailure: The disk failed.
             ResidencyError: There is no memory for it.
         """
+        with self._trace.label("fetch", unit.name):
+            return self._fetch(unit)
+
+    def _fetch(self, unit: Unit) -> bool:
         if unit.num_holds == 0:
             self._updates.wait(unit)
         with self._lock:
