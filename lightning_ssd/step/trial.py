@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_ssd.step.python_state import Holder, surroundings
+from lightning_ssd.step.state_holders import Holder, surroundings
 
 REMEDY = "set activations='keep' in the strategy to keep its activations instead"
 

@@ -14,7 +14,8 @@ import time
 import torch
 from torch import Tensor, nn
 
-from lightning_ssd.step.python_state import PythonState, surroundings
+from lightning_ssd.step.python_state import PythonState
+from lightning_ssd.step.state_holders import surroundings
 from tests.benchmarks.support import emit, facts
 from tests.helpers.models import GPT
 
@@ -45,15 +46,15 @@ def main() -> None:
 def measure(block: nn.Module, given: object, repeats: int) -> dict[str, list[float]]:
     """Seconds of each repetition: noting before the first run, putting back around the second."""
     around = surroundings(block)  # once a run
-    times: dict[str, list[float]] = {"note": [], "put_back": []}
+    times: dict[str, list[float]] = {"note": [], "restored": []}
     for _ in range(repeats):
         begin = time.thread_time()
         arguments, own = PythonState((given,)), PythonState((block,), around)
         noted = time.thread_time()
-        with own.put_back(), arguments.put_back(_same):
+        with own.restored(), arguments.restored(_same):
             pass
         times["note"].append(noted - begin)
-        times["put_back"].append(time.thread_time() - noted)
+        times["restored"].append(time.thread_time() - noted)
     return times
 
 

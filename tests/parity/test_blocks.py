@@ -155,6 +155,6 @@ def test_an_error_of_ours_in_a_second_run_that_stops_is_no_warning(
         pass
 
     monkeypatch.setattr(Counts, "begin", begun.append)
-    monkeypatch.setattr(ParamCache, "end_visit", fail)
+    monkeypatch.setattr(ParamCache, "end_module", fail)
     with pytest.raises(DiskFailure, match="disk full"):
         train(tmp_path, lambda: Net(Counts), min_strategy(), max_steps=3)
