@@ -1,10 +1,10 @@
-"""Bytes of host memory, decided before the first is taken. Pure arithmetic.
+"""How the budget of host memory is divided, decided before any is allocated. Pure arithmetic on bytes.
 
-The budget is cut into reserves that are never traded: parameters (what one chain of nested modules needs at once, and
-units arriving), gradients (of the unit that backward is in, and of those that wait for their update), the update
-(depth x chunk of every kind that streams, or the whole state of a unit where the rule is not elementwise). What is left
-over keeps units in memory, parameters before states: a byte of a parameter that is kept saves two bytes read and one
-written a step, a byte of a state one and one.
+The budget is divided into reserves of fixed size: for parameters (the units that one chain of nested modules needs at
+once, and the units that are being read), for gradients (of the unit that backward is in, and of units that wait for
+their update), and for updates (depth x chunk of every kind that streams, or the whole state of a unit if the rule is
+not elementwise). The rest of the budget holds units in memory, parameters before states: a byte of a parameter there
+saves two bytes read and one written in each step, a byte of a state one and one.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from lightning_ssd.errors import MemoryPlanError
 from lightning_ssd.sizes import MiB, fmt, round_up
 
 CHUNK_STEP_NUMEL = 1 << 19
-"""Chunks are multiples of this: then a chunk of any kind is a multiple of 1 MiB, the extent of a checksum."""
+"""Chunks are multiples of this, so that a chunk of any dtype is a multiple of the 1 MiB that a checksum covers."""
 
 MAX_CHUNK_NUMEL = 2 * CHUNK_STEP_NUMEL
 MIN_DEPTH, MAX_DEPTH = 3, 6
 STAGING_NBYTES = 8 * MiB
-"""Memory used to stream tensors into files."""
+"""Memory through which tensors are streamed into files."""
 
 SPILL_NBYTES = 8 * MiB
-"""Memory through which inputs of blocks go to the disk and come back."""
+"""Memory through which saved inputs go to the disk and come back."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class UnitSize:
         numel: Elements whose state an update moves; 0 if frozen.
         param_width: Bytes per element of its parameters.
         state_width: Bytes per element of its states, a float32 master of 16-bit parameters among them.
-        kept_state_nbytes: What keeping its states in memory takes; 0 if it has none.
+        in_memory_state_nbytes: What its states take if they are held in memory; 0 if it has none.
         shared_grad_nbytes: Of the gradients, those of parameters that several modules have; see [Note: sums].
         temporary_nbytes: What an optimizer class allocates while it updates the largest of its parameters.
-        is_persistent: It stays in memory through a step, so it is always kept; so is what an optimizer updates whole.
+        is_persistent: Its parameters are always in memory. So are those that an optimizer updates whole.
     """
 
     name: str
@@ -50,31 +50,31 @@ class UnitSize:
     numel: int
     param_width: int
     state_width: int
-    kept_state_nbytes: int = 0
+    in_memory_state_nbytes: int = 0
     shared_grad_nbytes: int = 0
     temporary_nbytes: int = 0
     is_persistent: bool = False
 
     @property
-    def kept_param_nbytes(self) -> int:
-        """What keeping its parameters takes."""
+    def in_memory_param_nbytes(self) -> int:
+        """What its parameters take if they are held in memory."""
         return round_up(self.param_nbytes)
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What the run asks of memory beside the units.
+    """What the plan depends on beside the units.
 
     Attributes:
         is_elementwise: Updates run in chunks.
         is_overlapped: Updates run beside compute.
         waits_for_all_grads: No update before all gradients are there: clipping by norm, accumulation, a loss scaler, a
             callback that reads gradients.
-        window: Units in memory at once beside nesting, the one in use among them; None for as many as fit.
-        recomputes: Blocks run their forward again in backward and keep their inputs: True, False, or None for: unless
+        window: Units in memory at once, the one in use included, not counting nested ones; None for as many as fit.
+        recomputes: Whether blocks are recomputed in backward, so that only their inputs are saved; None: unless
             everything fits.
-        sums_in_place: Gradients of one parameter's uses are added up without a third tensor; see [Note: sums].
-        whole_nbytes: State of optimizers that are run whole, which their classes hold.
+        sums_in_place: The gradients of several uses of a parameter are added without a third tensor; see [Note: sums].
+        whole_nbytes: State of optimizers that cannot update one parameter at a time, which their classes allocate.
     """
 
     is_elementwise: bool = True
@@ -88,28 +88,28 @@ class Demand:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What is allocated. Bytes.
+    """How much memory each part of the run gets.
 
     Attributes:
         param_nbytes: Pool for parameters that stream.
         update_nbytes: Pool for updates.
         temporary_nbytes: What an optimizer class allocates in an update.
-        grad_nbytes: Gradients that compute allocates while units wait for their updates, and kept ones.
-        shared_grad_nbytes: Of them, what autograd holds of parameters that several modules have.
+        grad_nbytes: All gradients in memory.
+        shared_grad_nbytes: The part of them that autograd holds of parameters that several modules have.
         staging_nbytes: Pool for streaming tensors into files.
-        kept_nbytes: Parameters and states that are kept in memory.
-        activation_nbytes: Inputs of blocks that wait for backward in memory; what is more waits on disk.
+        in_memory_nbytes: Parameters and states that are held in memory.
+        activation_nbytes: Inputs of blocks that are saved in memory; more of them are spilled.
         spill_nbytes: Pool for inputs on their way to the disk and back; 0 if nothing is recomputed.
-        whole_nbytes: State of optimizers that are run whole, which their classes allocate.
+        whole_nbytes: See `Demand`.
         chunk_numel: Elements of a chunk.
         depth: Chunks in memory at a time.
-        keep_cache: Released parameters stay while there is room, and as many are fetched ahead as fit.
-        keep_grads: Gradients that wait for all others stay in memory; else they are mapped files.
-        queue_nbytes: Of the gradients, those that may wait for their update while backward goes on.
-        in_memory_params: Units whose parameters are kept in memory.
+        keep_cache: Released parameters stay cached while there is room, and as many units are prefetched as fit.
+        keep_grads: Gradients that wait for all others are in memory; otherwise they are mapped files.
+        queue_nbytes: The part of the gradients that may wait for their update while backward goes on.
+        in_memory_params: Units whose parameters are held in memory.
         in_memory_states: Units whose states are.
-        fits: Everything is kept: no step touches the disk.
-        recomputes: Blocks run their forward again in backward.
+        fits: Everything is in memory: no step uses the disk.
+        recomputes: Blocks are recomputed in backward.
         smallest_nbytes: The smallest budget that works.
     """
 
@@ -119,7 +119,7 @@ class MemoryPlan:
     grad_nbytes: int
     shared_grad_nbytes: int
     staging_nbytes: int
-    kept_nbytes: int
+    in_memory_nbytes: int
     activation_nbytes: int
     spill_nbytes: int
     chunk_numel: int
@@ -136,10 +136,10 @@ class MemoryPlan:
 
     @property
     def host_nbytes(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         pools = self.param_nbytes + self.update_nbytes + self.staging_nbytes + self.spill_nbytes
         pools += self.temporary_nbytes + self.whole_nbytes
-        return pools + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
+        return pools + self.grad_nbytes + self.in_memory_nbytes + self.activation_nbytes
 
 
 def make_plan(
@@ -150,39 +150,39 @@ def make_plan(
     demand: Demand,
     budget_name: str = "host_memory",
 ) -> MemoryPlan:
-    """Cut the budget.
+    """Divide the budget.
 
     Args:
         units: All units, in forward order.
-        chains: Sets of units that modules nested in each other need at the same time.
-        budget_nbytes: What may be used; None for the smallest plan that keeps nothing in memory.
-        demand: What the run asks.
+        chains: Sets of units that nested modules need at the same time.
+        budget_nbytes: The budget; None for the smallest plan that streams everything.
+        demand: What the plan depends on beside the units.
         budget_name: What messages call the budget.
 
     Raises:
-        MemoryPlanError: If the budget is too small; names the smallest that works and what needs it.
+        MemoryPlanError: The budget is too small; names the smallest one that works, and what needs it.
     """
     streams = _Draft(units, chains, demand)
-    # Small models take less memory whole than the reserves through which they would stream.
-    keeps = _Draft(units, chains, replace(demand, recomputes=bool(demand.recomputes)))
-    keeps.keep_everything()
-    smallest = min(streams.total, keeps.total)
+    # A small model takes less memory than the reserves through which it would stream.
+    holds = _Draft(units, chains, replace(demand, recomputes=bool(demand.recomputes)))
+    holds.hold_everything()
+    smallest = min(streams.total, holds.total)
     if budget_nbytes is None:
         return streams.plan(smallest)
-    drafts = [draft for draft in (keeps, streams) if draft.total <= budget_nbytes]
+    drafts = [draft for draft in (holds, streams) if draft.total <= budget_nbytes]
     if not drafts:
-        raise MemoryPlanError(_too_small(min(streams, keeps, key=lambda d: d.total), budget_nbytes, budget_name))
+        raise MemoryPlanError(_too_small(min(streams, holds, key=lambda d: d.total), budget_nbytes, budget_name))
     for draft in drafts:
         draft.grow(budget_nbytes)
-    # Overlap before all else: more memory never ends it.
+    # Overlap first: a larger budget never ends it.
     best = max(drafts, key=lambda draft: (draft.queue_nbytes > 0, draft.fits))
-    if demand.recomputes is None and best.fits:  # what was bought in another order fits after all
+    if demand.recomputes is None and best.fits:  # it was chosen to recompute, but grew to hold everything
         best.spill_nbytes = best.activation_nbytes = 0
     return best.plan(smallest)
 
 
 class _Draft:
-    """A plan that grows; every reserve is computed from the choices made so far."""
+    """A plan in the making: a few choices, and every reserve computed from them."""
 
     def __init__(self, units: Sequence[UnitSize], chains: Sequence[Sequence[str]], demand: Demand) -> None:
         self.units = units
@@ -212,30 +212,30 @@ class _Draft:
 
     @property
     def param_nbytes(self) -> int:
-        """Chains of units that stream, and units arriving."""
+        """The largest chain of units that stream, and the units that are being read beside it."""
         streamed = {unit.name: unit.param_nbytes for unit in self.streamed}
         largest_first = sorted(streamed, key=lambda name: -streamed[name])
         largest = streamed[largest_first[0]] if largest_first else 0
         chains = ([name for name in chain if name in streamed] for chain in self._chains)
         chain = max((_chain(streamed, largest_first, members) for members in chains), default=0)
         more = max((self.demand.window or 2) - 2, 0)
-        # Released units and further ones ahead push those in use into the middle of the pool; with as much again, one
-        # side still holds the largest that may arrive.
+        # Cached and prefetched units can leave those in use in the middle of the pool. With room for one more, the free
+        # memory on one side still holds the largest unit.
         return chain + largest * (max(more, 1) if self.keep_cache or more else 0)
 
     @property
     def update_nbytes(self) -> int:
-        """Slots for the kinds that stream."""
+        """Chunk buffers of all kinds that stream."""
         updated = [u for u in self.units if u.numel]
         per_unit = [(u.numel, self._streamed_width(u)) for u in updated]
         if not self.demand.is_elementwise:
             return max((round_up(n * width) + 64 * 4096 for n, width in per_unit if width), default=0)
         width = max((width for _, width in per_unit), default=0)
-        return self._num_slots * self.chunk_numel * width
+        return self._num_chunks * self.chunk_numel * width
 
     @property
-    def _num_slots(self) -> int:
-        """Chunks in memory at a time; the largest unit may have fewer than `depth`."""
+    def _num_chunks(self) -> int:
+        """Chunks in memory at a time: `depth`, or those of the largest unit if it has fewer."""
         largest = max((u.numel for u in self.units if u.numel and self._streamed_width(u)), default=0)
         return min(self.depth, -(-largest // self.chunk_numel))
 
@@ -251,7 +251,7 @@ class _Draft:
 
     @property
     def grad_nbytes(self) -> int:
-        """Gradients in memory.
+        """All gradients in memory.
 
         [Note: sums] Of a parameter that several modules have (a tied embedding), autograd holds the gradient of the
         first use through backward until that of the last use is there; then both, and their sum, are in memory at once.
@@ -264,34 +264,36 @@ class _Draft:
         return min(now + self.shared_grad_nbytes, self._all_grads + summed)
 
     @property
-    def kept_nbytes(self) -> int:
-        """Parameters and states that are kept."""
-        params = sum(self._by_name[name].kept_param_nbytes for name in self.in_memory_params)
-        return params + sum(self._by_name[name].kept_state_nbytes for name in self.in_memory_states)
+    def in_memory_nbytes(self) -> int:
+        """Parameters and states that are held in memory."""
+        params = sum(self._by_name[name].in_memory_param_nbytes for name in self.in_memory_params)
+        return params + sum(self._by_name[name].in_memory_state_nbytes for name in self.in_memory_states)
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         pools = self.param_nbytes + self.update_nbytes + STAGING_NBYTES + self.spill_nbytes
         pools += self.temporary_nbytes + self.demand.whole_nbytes
-        return pools + self.grad_nbytes + self.kept_nbytes + self.activation_nbytes
+        return pools + self.grad_nbytes + self.in_memory_nbytes + self.activation_nbytes
 
     @property
     def fits(self) -> bool:
-        """Whether everything is kept."""
-        return not self.streamed and all(u.name in self.in_memory_states for u in self.units if u.kept_state_nbytes)
+        """Whether everything is held in memory."""
+        return not self.streamed and all(
+            u.name in self.in_memory_states for u in self.units if u.in_memory_state_nbytes
+        )
 
-    def keep_everything(self) -> None:
+    def hold_everything(self) -> None:
         """Let nothing stream."""
         self.in_memory_params = {unit.name for unit in self.units}
-        self.in_memory_states = {unit.name for unit in self.units if unit.kept_state_nbytes}
+        self.in_memory_states = {unit.name for unit in self.units if unit.in_memory_state_nbytes}
 
     # -- growing -------------------------------------------------------------------------------------------------
 
     def grow(self, budget: int) -> None:
-        """Spend the budget, the most useful first."""
+        """Spend the rest of the budget on what helps most first."""
         demand = self.demand
-        if self.spill_nbytes:  # how large inputs are is not known before the first step
+        if self.spill_nbytes:  # the size of inputs is not known before the first step
             self.activation_nbytes = (budget - self.total) // 8
         trained = self._largest_grad > 0
         if trained and demand.is_overlapped:
@@ -305,38 +307,38 @@ class _Draft:
             while self.chunk_numel < MAX_CHUNK_NUMEL and self._try(share, chunk_numel=2 * self.chunk_numel):
                 pass
         if self.num_queued and not demand.waits_for_all_grads:
-            # What backward leaves queued is updated under the next forward.
+            # What is still queued after backward is updated under the next forward.
             share = self.total + (budget - self.total) // 8
             self._queue(share)
         if trained and demand.waits_for_all_grads and self._all_grads - self.grad_nbytes <= (budget - self.total) // 2:
             self._try(budget, keep_grads=True)
-        # The largest first: without them less is needed for units in use.
-        self._keep(budget, sorted(self.units, key=lambda u: -u.param_nbytes), self.in_memory_params)
-        # Those that forward needs first: their gradients come last, when no backward is left to update them under.
-        self._keep(budget, [unit for unit in self.units if unit.kept_state_nbytes], self.in_memory_states)
-        # What was too dear at first stays away, though room may be left by now: more memory never ends the overlap.
+        # The largest first: the reserve for units in use shrinks with the largest unit that streams.
+        self._hold(budget, sorted(self.units, key=lambda u: -u.param_nbytes), self.in_memory_params)
+        # The first in forward order: their gradients come last, when no backward is left to overlap their update with.
+        self._hold(budget, [unit for unit in self.units if unit.in_memory_state_nbytes], self.in_memory_states)
+        # What was rejected above is not tried again, even if room is left: more memory must never end the overlap.
         if self.num_queued:
             self._queue(budget)
 
     def _queue(self, budget: int) -> None:
         """Let as many gradients wait as there is room for."""
-        # Many at once first: each takes at most the largest.
+        # First as many as fit if each is the largest; then one by one.
         most = min(budget - self.total, self._all_grads - self.queue_nbytes) // self._largest_grad
         self.num_queued += max(most, 0)
         while self.queue_nbytes < self._all_grads and self._try(budget, num_queued=self.num_queued + 1):
             pass
 
-    def _keep(self, budget: int, units: Sequence[UnitSize], kept: set[str]) -> None:
-        before = set(kept)
-        kept.update(unit.name for unit in units)
+    def _hold(self, budget: int, units: Sequence[UnitSize], held: set[str]) -> None:
+        before = set(held)
+        held.update(unit.name for unit in units)
         if self.total <= budget:
             return
-        kept.intersection_update(before)
+        held.intersection_update(before)
         for unit in units:
-            if unit.name not in kept:
-                kept.add(unit.name)
+            if unit.name not in held:
+                held.add(unit.name)
                 if self.total > budget:
-                    kept.discard(unit.name)
+                    held.discard(unit.name)
 
     def _try(self, budget: int, **choices: int | bool) -> bool:
         before = {name: getattr(self, name) for name in choices}
@@ -347,7 +349,7 @@ class _Draft:
         return False
 
     def plan(self, smallest_nbytes: int) -> MemoryPlan:
-        """The plan as it is now."""
+        """The plan with the choices made so far."""
         return MemoryPlan(
             param_nbytes=self.param_nbytes,
             update_nbytes=self.update_nbytes,
@@ -355,11 +357,11 @@ class _Draft:
             grad_nbytes=self.grad_nbytes,
             shared_grad_nbytes=self.shared_grad_nbytes,
             staging_nbytes=STAGING_NBYTES,
-            kept_nbytes=self.kept_nbytes,
+            in_memory_nbytes=self.in_memory_nbytes,
             activation_nbytes=self.activation_nbytes,
             spill_nbytes=self.spill_nbytes,
             chunk_numel=self.chunk_numel,
-            depth=max(self._num_slots, 1),
+            depth=max(self._num_chunks, 1),
             keep_cache=self.keep_cache,
             keep_grads=self.keep_grads,
             queue_nbytes=self.queue_nbytes,
@@ -373,11 +375,11 @@ class _Draft:
 
 
 def _chain(sizes: Mapping[str, int], largest_first: Sequence[str], chain: Sequence[str]) -> int:
-    """Room for one chain and the largest unit that may arrive beside it."""
+    """Room for one chain and the largest unit that may be read beside it."""
     members = [sizes[name] for name in chain]
     others = next((sizes[name] for name in largest_first if name not in chain), 0)
-    # A nested fetch finds the free memory in pieces between the buffers in use; as much again as the largest member,
-    # for each unit beyond the first, makes sure that one piece is long enough wherever they lie.
+    # A nested fetch finds the free memory fragmented by the buffers in use. With as much again as the largest member
+    # for each unit after the first, one fragment is long enough wherever the buffers lie.
     nested = max(others, max(members, default=0)) * (len(members) - 1)
     return sum(members) + max(others, nested)
 
@@ -388,8 +390,8 @@ def _too_small(draft: _Draft, budget: int, name: str) -> str:
     whole = f", state of an optimizer that cannot run on one parameter at a time {fmt(held)}" if held else ""
     update, staging = draft.update_nbytes + draft.temporary_nbytes, STAGING_NBYTES + draft.spill_nbytes
     return (
-        f"{name}={fmt(budget)} cannot work: parameters in use and one unit arriving need {fmt(draft.param_nbytes)}, "
-        f"what always stays {fmt(draft.kept_nbytes)}{whole}, gradients of one unit and of tied parameters "
+        f"{name}={fmt(budget)} cannot work: parameters in use and one unit being read need {fmt(draft.param_nbytes)}, "
+        f"what is always in memory {fmt(draft.in_memory_nbytes)}{whole}, gradients of one unit and of tied parameters "
         f"{fmt(draft.grad_nbytes)}, the update {fmt(update)}, staging {fmt(staging)}: together {fmt(draft.total)} "
         f"({draft.total} bytes). The largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set {name} to "
         f"at least {-(-draft.total // MiB)}MiB, or cut smaller units with units=..."

@@ -63,7 +63,7 @@ class Memory:
         sizes = {
             "parameter": plan.param_nbytes,
             "update": plan.update_nbytes,
-            "kept": plan.kept_nbytes - own_nbytes,
+            "kept": plan.in_memory_nbytes - own_nbytes,
             "activation": plan.spill_nbytes,
         }
         if settings.is_off_host:

@@ -26,7 +26,7 @@ def summary(session: Session) -> str:
     num = len(session.units)
     places = ", ".join(map(repr, settings.roots))
     reserves = {
-        "kept": plan.kept_nbytes,
+        "kept": plan.in_memory_nbytes,
         "parameters in use": plan.param_nbytes,
         "gradients": plan.grad_nbytes,
         "update": plan.update_nbytes + plan.temporary_nbytes,

@@ -113,8 +113,9 @@ def test_reserves_hold_what_runs_in_them(model: dict[str, object], extra: int) -
         assert made.param_nbytes >= in_use + arriving
     assert made.grad_nbytes >= max(unit.grad_nbytes for unit in units)
     assert made.grad_nbytes >= min(made.queue_nbytes, sum(unit.grad_nbytes for unit in units))
-    kept = sum(u.kept_param_nbytes for u in units if u.name in made.in_memory_params)
-    assert made.kept_nbytes == kept + sum(u.kept_state_nbytes for u in units if u.name in made.in_memory_states)
+    params = sum(u.in_memory_param_nbytes for u in units if u.name in made.in_memory_params)
+    states = sum(u.in_memory_state_nbytes for u in units if u.name in made.in_memory_states)
+    assert made.in_memory_nbytes == params + states
     for unit in units:
         in_memory = min(unit.numel, made.chunk_numel) if demand.is_elementwise else unit.numel
         width = unit.param_width * (unit.name in streamed) + unit.state_width * (unit.name not in made.in_memory_states)
@@ -124,14 +125,14 @@ def test_reserves_hold_what_runs_in_them(model: dict[str, object], extra: int) -
 UNITS = [UnitSize(f"unit{i}", 4 * MiB, 4 * MiB, MiB, 4, 8, 8 * MiB) for i in range(8)]
 
 
-def test_enough_memory_keeps_everything() -> None:
+def test_enough_memory_holds_everything() -> None:
     made = make_plan(UNITS, [[u.name] for u in UNITS], budget_nbytes=1 << 30, demand=Demand())
     assert made.fits
     assert made.in_memory_params == made.in_memory_states == {unit.name for unit in UNITS}
     assert made.host_nbytes < 200 * MiB  # no more than it can use
 
 
-def test_parameters_are_kept_before_states() -> None:
+def test_parameters_are_held_before_states() -> None:
     smallest = make_plan(UNITS, [[u.name] for u in UNITS], budget_nbytes=None, demand=Demand())
     for extra in range(0, 120, 4):
         budget = smallest.smallest_nbytes + extra * MiB
@@ -190,7 +191,7 @@ def test_a_budget_that_works_is_not_refused(model: dict[str, object], distance: 
     demand: Demand = model["demand"]  # type: ignore[assignment]
     streaming = plan(model, None)
     lavish = plan(model, 1 << 50)
-    everything = sum(u.kept_param_nbytes + u.kept_state_nbytes for u in units)
+    everything = sum(u.in_memory_param_nbytes + u.in_memory_state_nbytes for u in units)
     everything += streaming.grad_nbytes + streaming.staging_nbytes + streaming.temporary_nbytes
     everything += streaming.spill_nbytes if demand.recomputes else 0
     if lavish.update_nbytes == 0:
@@ -204,16 +205,16 @@ def test_a_budget_that_works_is_not_refused(model: dict[str, object], distance: 
             assert plan(model, budget).host_nbytes <= budget
 
 
-def test_a_small_model_is_kept_in_less_than_it_would_stream_through() -> None:
+def test_a_small_model_takes_less_memory_than_it_would_stream_through() -> None:
     units = [UnitSize(f"unit{i}", 4096, 1024, 256, 4, 8, 2 * 4096) for i in range(4)]
     chains = [[unit.name] for unit in units]
     streaming = make_plan(units, chains, budget_nbytes=None, demand=Demand(recomputes=None))
     assert streaming.host_nbytes > 18 * MiB  # staging, the reserve of inputs, one chunk of the update
     assert streaming.smallest_nbytes < 9 * MiB
-    kept = make_plan(units, chains, budget_nbytes=9 * MiB, demand=Demand(recomputes=None))
-    assert kept.fits
-    assert not kept.recomputes
-    with pytest.raises(MemoryPlanError, match=r"always stays 48.00 KiB.*Set host_memory to at least 9MiB"):
+    held = make_plan(units, chains, budget_nbytes=9 * MiB, demand=Demand(recomputes=None))
+    assert held.fits
+    assert not held.recomputes
+    with pytest.raises(MemoryPlanError, match=r"always in memory 48.00 KiB.*Set host_memory to at least 9MiB"):
         make_plan(units, chains, budget_nbytes=8 * MiB, demand=Demand(recomputes=None))
 
 

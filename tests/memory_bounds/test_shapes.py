@@ -65,7 +65,7 @@ def test_memory_goes_back_when_a_run_ends_and_the_next_does_not_take_it_twice(tm
         strategy = streamed(host_memory="96MiB")
         trainer = make_trainer(tmp_path, strategy, max_epochs=1, max_steps=-1, callbacks=[SavingCallback()])
         trainer.fit(module, DataLoader([deep.batch() for _ in range(2)], batch_size=None))
-        assert strategy.session.plan.kept_nbytes > 48 * MiB
+        assert strategy.session.plan.in_memory_nbytes > 48 * MiB
         module.zero_grad()
         # A little stays: objects, the buffer through which a checkpoint may still be saved, what the callback keeps.
         assert anonymous_nbytes() - before < num * 24 * MiB
