@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.optim.pipeline import ParameterUpdate, UpdatePipeline, require_finite
+from lightning_ssd.errors import ConfigurationError, ResidencyError
 from lightning_ssd.optim.rules import Rule, TorchRule
 from lightning_ssd.optim.shared import SharedOptions
 from lightning_ssd.optim.state_io import OptimizerState
-from lightning_ssd.optim.updater import PendingUpdate, Updater
+from lightning_ssd.optim.update import ParameterUpdate, PendingUpdate, Updates, require_finite
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.inherited import Refused
-from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.unit import Unit, params_with_grad
 
 
@@ -38,10 +36,6 @@ class OptimizerAdapter(OptimizerState):
         store: Where states are.
         keep_master: Keep a float32 master of 16-bit parameters.
         suffix: Of the kinds that its states have in the store; [Note: suffix].
-
-    Attributes:
-        check_grads: Called with gradients at the step and, True, before the update reads them; raises if they were
-            damaged in between. Set by the owner.
 
     Raises:
         ConfigurationError: If the optimizer has a parameter that is not the model's.
@@ -59,12 +53,9 @@ class OptimizerAdapter(OptimizerState):
     ) -> None:
         super().__init__(optimizer, rule, units, store, keep_master=keep_master, suffix=suffix)
         self._options = SharedOptions(optimizer)
-        self._pipeline: UpdatePipeline | None = None
-        self._cache: ParamCache | None = None
-        self._queue: Updater | None = None
+        self._updates: Updates | None = None  # while steps can be made
         self._is_half_made = False  # when the run ended
         self._has_used_grads = False  # of the last backward, that a step in plain torch would leave
-        self.check_grads: Callable[[Unit, Mapping[int, Tensor], bool], None] = lambda unit, grads, is_final: None
         for group in optimizer.param_groups:
             self._require_known(group["params"])
 
@@ -84,16 +75,14 @@ class OptimizerAdapter(OptimizerState):
         if earlier["state"]:
             self.load_state_dict(earlier)
 
-    def connect(self, pipeline: UpdatePipeline, cache: ParamCache, queue: Updater) -> None:
-        """From now on steps can run."""
-        self._pipeline = pipeline
-        self._cache = cache
-        self._queue = queue
+    def connect(self, updates: Updates) -> None:
+        """From now on steps can be made, with ``updates``."""
+        self._updates = updates
 
     def release(self) -> None:
         """Give the optimizer its own step back; ``state_dict`` goes on to show what is in the store."""
         self._is_half_made = self.is_mid_step
-        self._pipeline = self._cache = self._queue = None
+        self._updates = None
         for name in ("step", "zero_grad", "add_param_group"):
             self.optimizer.__dict__.pop(name, None)
 
@@ -101,7 +90,7 @@ class OptimizerAdapter(OptimizerState):
         """This is a forked process: nothing can be updated, and states cannot be read."""
         name = type(self.optimizer).__name__
         refused: Any = Refused(f"optimizer {name} cannot make steps, nor show or load its state,")
-        self._pipeline = self._cache = self._queue = refused
+        self._updates = refused
         self._store = refused
         self._has_used_grads = False  # else that would be the reason why
         self._view.inherit(refused)
@@ -131,9 +120,9 @@ class OptimizerAdapter(OptimizerState):
         return add_known
 
     def drain(self) -> None:
-        """Return when every update that is owed has run."""
-        if self._queue is not None:
-            self._queue.drain()
+        """Return when no update is pending."""
+        if self._updates is not None:
+            self._updates.updater.drain()
 
     # -- step ----------------------------------------------------------------------------------------------------
 
@@ -157,52 +146,22 @@ class OptimizerAdapter(OptimizerState):
             NonFiniteGradientError: A gradient holds NaN or Inf; nothing of the unit has changed. Of gradients that are
                 still to land, it is raised by who next waits for an update.
         """
-        pipeline, cache, queue = self._pipeline, self._cache, self._queue
-        assert pipeline is not None
-        assert cache is not None
-        assert queue is not None
-        queue.wait(unit)  # of another optimizer, or of the step before
+        updates = self._require_updates()
+        unit.wait_for_update()  # of another optimizer, or of the step before
         groups = self._groups()
         mine = {index: grad for index, grad in grads.items() if unit.params[index] in groups}
         if not mine:
             return
-        self.check_grads(unit, mine, False)
+        updates.grads.check(unit, mine, False)
         if land is None:
             require_finite(unit, mine)
         parts = self._parts(unit, mine, groups)
-        cache.write_back(unit)
-        cache.before_update(unit)
-        # Where there is a master, the values in memory are not what the rule updates.
-        reads = pipeline.updates_values_of(unit)
-        is_borrowed = reads and cache.pin(unit)
-
-        def unpin() -> None:
-            if is_borrowed:
-                cache.unpin(unit)
-
-        def run() -> None:
-            try:
-                self.check_grads(unit, mine, True)  # before what lands is added to them
-                if land is not None:
-                    land()
-                    require_finite(unit, mine)
-                    for part in parts.values():
-                        part.version = part.grad._version  # what landed may have been added to it
-                cache.end_copy(unit)
-                loan = cache.lend(unit, reads=reads)
-            finally:
-                unpin()
-            pipeline.update(unit, self.rule, parts, loan, suffix=self.suffix, done=complete)
-
-        def complete() -> None:
-            queue.complete(unit)
-            cache.updated(unit)
-
+        updates.cache.write_back(unit)
+        updates.cache.before_update(unit)
         self._has_used_grads |= is_last
-        nbytes = sum(part.grad.nbytes for part in parts.values()) if is_last else 0
-        position = cache.schedule.position(unit.name, "train")
-        is_kept = unit.in_memory is not None
-        queue.add(PendingUpdate(unit, nbytes, position, is_kept, lambda: cache.is_free(unit), run, unpin))
+        updates.updater.submit(
+            PendingUpdate(updates, unit, self.rule, parts, suffix=self.suffix, is_last=is_last, land=land)
+        )
 
     def _parts(
         self, unit: Unit, grads: Mapping[int, Tensor], groups: Mapping[nn.Parameter, int]
@@ -221,7 +180,24 @@ class OptimizerAdapter(OptimizerState):
     @property
     def is_mid_step(self) -> bool:
         """Whether a step has updated some units and can or could not update all: it runs now, or it failed."""
-        return self._is_half_made or self._options.is_used or (self._queue is not None and self._queue.is_broken)
+        return self._is_half_made or self._options.is_used or self._is_broken
+
+    @property
+    def _is_broken(self) -> bool:
+        return self._updates is not None and self._updates.updater.is_broken
+
+    def _require_updates(self) -> Updates:
+        """What steps are made with.
+
+        Raises:
+            ResidencyError: None can be made now.
+        """
+        if self._updates is None:
+            raise ResidencyError(
+                f"{type(self.optimizer).__name__}.step() was called before the fit began; call it in a training step, "
+                "or let the Trainer call it"
+            )
+        return self._updates
 
     def _make_step(self) -> Callable[..., Any]:
         optimizer = self.optimizer
@@ -254,7 +230,7 @@ class OptimizerAdapter(OptimizerState):
         def zero(set_to_none: bool = True) -> None:
             self._has_used_grads = False
             if not set_to_none:
-                self.drain()  # an update that is owed reads what this overwrites
+                self.drain()  # a pending update reads what this overwrites
             zero_grad(set_to_none)
 
         return zero
@@ -274,8 +250,7 @@ class OptimizerAdapter(OptimizerState):
             )
 
     def _finish_step(self) -> None:
-        assert self._cache is not None
-        self._cache.end_step()  # whoever reads a parameter from now on gets its new value
+        self._require_updates().cache.end_step()  # whoever reads a parameter from now on gets its new value
         for unit, grads in params_with_grad(self._units()):
             self.update(unit, grads)
         if isinstance(self.rule, TorchRule):

@@ -14,21 +14,18 @@ that another one updates too, its kinds have a suffix: ``exp_avg@1``.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_ssd.codec import float32
-from lightning_ssd.errors import NonFiniteGradientError, ResidencyError
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.plan import CHUNK_STEP_NUMEL
 from lightning_ssd.memory.pool import Pool
-from lightning_ssd.optim.rules import Options, Rule
+from lightning_ssd.optim.rules import Rule
 from lightning_ssd.optim.state_tensors import ChunkBuffer, UpdateTensors
+from lightning_ssd.optim.update import ParameterUpdate, PendingUpdate, require_unchanged
 from lightning_ssd.sizes import round_up
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import Segment, chunks, suffix_of
@@ -44,25 +41,6 @@ CHUNKS_PER_UNIT = 16
 def state_kinds(store: StateStore, unit: Unit) -> list[str]:
     """Kinds of optimizer state of which ``unit`` has a generation."""
     return [kind for kind in store.kinds(unit.name) if kind not in ("param", "master")]
-
-
-@dataclass
-class ParameterUpdate:
-    """One parameter's part in an update.
-
-    Attributes:
-        grad: Gradient, of the parameter's shape.
-        version: Its version counter at the step: it must not change before the update has run.
-        options: Hyper-parameters of its group at the step.
-        scalars: What the rule keeps beside tensors; changed in place.
-        initialised: Kinds of which this parameter has a state; changed in place.
-    """
-
-    grad: Tensor
-    version: int
-    options: Options
-    scalars: dict[str, Any]
-    initialised: set[str]
 
 
 def master_dtype(unit: Unit, *, keep_master: bool) -> str:
@@ -95,41 +73,29 @@ class UpdatePipeline:
         self._larger: Pool | None = None
         self._trailing: _Writes | None = None
 
-    def update(
-        self,
-        unit: Unit,
-        rule: Rule,
-        parts: Mapping[int, ParameterUpdate],
-        loan: UpdateTarget | None = None,
-        *,
-        suffix: str = "",
-        done: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Update the parameters of ``unit`` that have a part, by index; [Note: write-behind].
+    def update(self, update: PendingUpdate, target: UpdateTarget | None = None) -> None:
+        """Update the parameters of a unit; returns when all is computed, see [Note: write-behind].
 
         Args:
-            unit: What to update.
-            rule: How.
-            parts: Gradients and hyper-parameters by parameter index.
-            loan: Where the parameters of ``unit`` are in memory, or may be; ended here.
-            suffix: Of the kinds that belong to this optimizer; [Note: suffix].
-            done: Called once the new generations are the current ones.
+            update: What to update; `PendingUpdate.complete` is called once its new generations are the current ones.
+            target: Where the parameters of the unit are in memory, or may be; ended here.
 
         Raises:
             ResidencyError: A gradient was changed in place since the step.
-            IOFailure: The disk failed, under this update or under the one that trails; the generations before an update
-                that failed are still the current ones.
+            IOFailure: The disk failed, under this update or under the writes of the one before; the generations before
+                an update that failed are still the current ones.
         """
+        unit, rule, parts = update.unit, update.rule, update.parts
         self._trace.mark("update", unit.name)
         with self._trace.span(Lane.UPDATE, "update", unit.name):
             try:
-                writes = _Writes(unit, parts.values(), self._files(unit, rule, parts, loan, suffix), done)
+                writes = _Writes(update, self._files(update, target))
             except BaseException:
-                if loan is not None:
-                    loan.end(False)
+                if target is not None:
+                    target.end(is_new=False)
                 raise
             try:
-                _require_unchanged(unit, parts)
+                require_unchanged(unit, parts)
                 writes.files.begin()
                 for part in parts.values():
                     rule.begin(part.scalars, part.options)
@@ -138,14 +104,14 @@ class UpdatePipeline:
                     for part in parts.values():
                         part.initialised.update(rule.kinds(part.options))
                 else:
-                    self._in_whole(unit, rule, parts, writes, suffix)
+                    self._in_whole(unit, rule, parts, writes, update.suffix)
                 writes.files.end_source()
                 self.finish()
             except BaseException as error:
                 writes.fail(error)
                 raise
             self._trailing = writes
-            if not writes.slots:  # all of it is kept in memory
+            if not writes.slots:  # all of it is in memory
                 self.finish()
 
     def updates_values_of(self, unit: Unit) -> bool:
@@ -163,20 +129,20 @@ class UpdatePipeline:
             return
         try:
             while writes.slots:
-                self._wait(writes.slots[0], writes.unit)  # sync: the last writes
+                self._wait(writes.slots[0], writes.update.unit)  # sync: the last writes
                 writes.slots.popleft().close()
             writes.files.commit()
         except BaseException as error:
             writes.fail(error)
             raise
-        self._trace.mark("updated", writes.unit.name)
-        writes.done()
+        self._trace.mark("updated", writes.update.unit.name)
+        writes.update.complete()
 
     def _make_room(self) -> bool:
         """Wait for a slot that the update before still writes."""
         if self._trailing is None or not self._trailing.slots:
             return False
-        self._wait(self._trailing.slots[0], self._trailing.unit)  # sync: its writes
+        self._wait(self._trailing.slots[0], self._trailing.update.unit)  # sync: its writes
         self._trailing.slots.popleft().close()
         return True
 
@@ -348,43 +314,38 @@ class UpdatePipeline:
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def _files(
-        self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], loan: UpdateTarget | None, suffix: str
-    ) -> UpdateTensors:
+    def _files(self, update: PendingUpdate, target: UpdateTarget | None) -> UpdateTensors:
+        unit, suffix = update.unit, update.suffix
         kinds = [kind for kind in state_kinds(self._store, unit) if suffix_of(kind) == suffix]
-        for part in parts.values():
-            kinds += [kind + suffix for kind in rule.kinds(part.options) if kind + suffix not in kinds]
+        for part in update.parts.values():
+            kinds += [kind + suffix for kind in update.rule.kinds(part.options) if kind + suffix not in kinds]
         dtype = master_dtype(unit, keep_master=self._keep_master)
         layouts = {"param": unit.layout}
         if dtype != unit.layout.dtype:
             layouts["master"] = unit.layout_of("master", dtype)
         layouts |= {kind: unit.layout_of(kind, dtype) for kind in kinds}
-        return UpdateTensors(self._store, layouts, loan, suffix=suffix)
+        return UpdateTensors(self._store, layouts, target, suffix=suffix)
 
 
 class _Writes:
     """What an update writes, until its generations are current or dropped.
 
     Args:
-        unit: What is updated.
-        parts: Its parts; a step count goes with the files: where they stay as they were, so does it.
-        files: Its kinds.
-        done: See `UpdatePipeline.update`.
+        update: The update.
+        files: The kinds of its unit.
 
     Attributes:
-        unit: What is updated.
-        files: Its kinds.
+        update: The update.
+        files: The kinds of its unit.
         slots: Lent for it; the one whose writes began first at the front.
-        done: See `UpdatePipeline.update`.
     """
 
-    def __init__(
-        self, unit: Unit, parts: Iterable[ParameterUpdate], files: UpdateTensors, done: Callable[[], None]
-    ) -> None:
-        self.unit = unit
+    def __init__(self, update: PendingUpdate, files: UpdateTensors) -> None:
+        self.update = update
         self.files = files
         self.slots: deque[ChunkBuffer] = deque()
-        self.done = done
+        # A step count belongs to the files: if the update fails, both stay as they were.
+        parts = update.parts.values()
         self._before = [(p.scalars, deepcopy(p.scalars), p.initialised, set(p.initialised)) for p in parts]
 
     def fail(self, error: BaseException) -> None:
@@ -397,32 +358,6 @@ class _Writes:
             scalars.update(old_scalars)
             initialised.clear()
             initialised.update(old_initialised)
-
-
-def require_finite(unit: Unit, grads: Mapping[int, Tensor]) -> None:
-    """Refuse gradients, by parameter index, that hold NaN or Inf.
-
-    Raises:
-        NonFiniteGradientError: Names the parameter.
-    """
-    for index, grad in grads.items():
-        flat = grad.detach().reshape(-1)
-        fast = flat.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if not (kernels.sum_of_squares(flat)[1] if fast else bool(torch.isfinite(flat).all())):
-            raise NonFiniteGradientError(
-                f"the gradient of parameter {unit.names[index]!r} holds NaN or Inf; its unit was not updated and "
-                "the last checkpoint is whole: resume from it with a lower learning rate, gradient clipping, or "
-                "the batch that caused this left out"
-            )
-
-
-def _require_unchanged(unit: Unit, parts: Mapping[int, ParameterUpdate]) -> None:
-    for index, part in parts.items():
-        if part.grad._version != part.version:
-            raise ResidencyError(
-                f"the gradient of parameter {unit.names[index]!r} was changed in place after optimizer.step(), while "
-                "its update was still to run; change gradients before the step, use zero_grad(), or set overlap='off'"
-            )
 
 
 def state_nbytes_per_numel(unit: Unit, num_kinds: int, *, keep_master: bool) -> int:

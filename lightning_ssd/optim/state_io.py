@@ -45,7 +45,7 @@ class OptimizerState:
         self._view = StateView(self._with_state, self._has_state, self._state_to_show, store)
 
     def drain(self) -> None:
-        """Return when every update that is owed has run."""
+        """Return when no update is pending."""
         raise NotImplementedError
 
     def params(self) -> Iterable[nn.Parameter]:

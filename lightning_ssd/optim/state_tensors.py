@@ -144,7 +144,7 @@ class UpdateTensors:
     """
 
     def __init__(
-        self, store: StateStore, layouts: dict[str, UnitLayout], loan: UpdateTarget | None, *, suffix: str = ""
+        self, store: StateStore, layouts: dict[str, UnitLayout], target: UpdateTarget | None, *, suffix: str = ""
     ) -> None:
         self._store = store
         unit = layouts["param"].unit
@@ -155,15 +155,15 @@ class UpdateTensors:
         self.state_kinds = {k.removesuffix(suffix): k for k in layouts if k not in ("param", "master")}
         self.master_kind = "master" if "master" in layouts else "param"
         self.makes_master = self.master_kind == "master" and self.columns["master"].current is None
-        self._loan = loan
+        self._target = target
         self.master_source: Tensor | None = None
-        if loan is not None and loan.is_writable:
-            self.columns["param"].out = loan.values
-        elif loan is not None and loan.is_current and self.master_kind == "param":
-            self.master_source = loan.values
+        if target is not None and target.is_writable:
+            self.columns["param"].out = target.values
+        elif target is not None and target.is_current and self.master_kind == "param":
+            self.master_source = target.values
         self.streamed = [c for c in self.columns.values() if c.in_memory is None and c.out is None]
         # Else it is in memory, or written from the master.
-        self._reads_param = not (loan is not None and loan.is_current) and (
+        self._reads_param = not (target is not None and target.is_current) and (
             self.master_kind == "param" or self.makes_master
         )
         self.is_touched = False
@@ -206,12 +206,12 @@ class UpdateTensors:
     def end_source(self) -> None:
         """All is computed: what was only read goes back."""
         if self.columns["param"].out is None:
-            self._end_loan(is_new=False)
+            self._end_target(is_new=False)
 
     def commit(self) -> None:
         """The new generations are the current ones."""
         self._store.commit(*self._new)
-        self._end_loan(is_new=True)
+        self._end_target(is_new=True)
 
     def abandon(self, error: BaseException) -> None:
         """The update failed: the current generations stay, unless they are kept and were touched."""
@@ -219,11 +219,10 @@ class UpdateTensors:
         damage = f"the update of unit {unit!r} failed midway ({error}): resume from the last checkpoint"
         for generation in self._new:
             self._store.abandon(generation, damage if self.is_touched else "")
-        self._end_loan(is_new=False)
+        self._end_target(is_new=False)
 
-    def _end_loan(self, *, is_new: bool) -> None:
-        loan, self._loan = self._loan, None
-        if loan is not None:
+    def _end_target(self, *, is_new: bool) -> None:
+        target, self._target = self._target, None
+        if target is not None:
             self.master_source = self.columns["param"].out = None
-            del loan.values
-            loan.end(is_new)
+            target.end(is_new=is_new)

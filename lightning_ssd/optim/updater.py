@@ -1,10 +1,15 @@
-"""The update queue: units whose gradients are complete and whose update is still owed.
+"""The thread that runs pending updates.
 
-[Note: queue] One thread takes the owed unit that compute needs soonest and updates it. Whoever wants a unit's values
-waits for its update (`Updater.wait`). An update waits for nothing but the disk: not for a fetch, not for memory
-that parameters use, not for the thread that trains. So waiting for one always ends. During backward gradients arrive
-one unit at a time (Ratel, arXiv 2403.06504, updates so); after a gate, such as clipping by norm, all arrive at the step
-and the updates run under the next forward, each before its unit is needed: exact, since nothing stale is ever read.
+[Note: queue] One thread takes, of the pending updates, the one whose unit compute needs soonest, and runs it. Whoever
+wants a unit's values waits for its update (`PendingUpdate.wait`). An update waits for nothing but the disk: not for a
+fetch, not for memory that parameters use, not for the thread that trains. So waiting for one always ends. During
+backward gradients arrive one unit at a time, and updates overlap with the rest of backward. Where the step needs all
+gradients first, such as for clipping by norm, the updates are submitted at the step and overlap with the next forward,
+each before its unit is needed. The result is exact, since stale values are never read. Updates that overlap with
+backward are those of Ratel, first published as Fuyou (arXiv 2403.06504).
+
+[Note: one lock] Who has a unit (compute, an update, nobody) is guarded by one Condition, the lock of the `ModelUnits`.
+Whoever changes it, such as a release that makes a unit idle or an update that is done, notifies that Condition.
 """
 
 from __future__ import annotations
@@ -13,179 +18,146 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
 
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.memory.budget import SharedBudget
+from lightning_ssd.optim.update import PendingUpdate, UpdateState
 from lightning_ssd.trace.recorder import Lane, Trace
-from lightning_ssd.units.unit import Unit
-
-
-@dataclass
-class PendingUpdate:
-    """One update that is still to run.
-
-    Attributes:
-        unit: What it updates.
-        nbytes: Memory of its gradients that nobody else holds.
-        position: Place of the unit in the next forward; the lowest is updated first.
-        is_kept: The unit's values are only in memory, and must not change there while it is not free.
-        is_free: Whether the update may change the unit where it is in memory: not under compute. One that is not kept
-            can be updated beside that too, which costs a copy of its values.
-        run: Runs it. The last bytes may still be on their way to the disk when it returns: `Updater.complete` is
-            called when they are there, in the next one's `run` or in ``finish``.
-        cancel: Called instead of `run` if an earlier update fails: lets go of what was borrowed for it.
-        has_run: It waits for the disk only, and holds no gradients.
-    """
-
-    unit: Unit
-    nbytes: int
-    position: int
-    is_kept: bool
-    is_free: Callable[[], bool]
-    run: Callable[[], None]
-    cancel: Callable[[], None]
-    has_run: bool = False
 
 
 class Updater:
     """Runs updates in a thread of its own, soonest needed first.
 
     Args:
-        budget: Bounds the gradients that wait; `add` waits while there are more.
-        is_async: Without it, `add` runs the update and returns when it is complete.
-        finish: Returns when every update that has run is complete.
+        lock: Guards who has a unit: that of the `ModelUnits`. Whoever changes it notifies.
+        budget: Bounds the gradients that pending updates hold and nobody else does; `submit` waits while there are more.
+        is_async: Without it, `submit` runs the update and returns when it is done.
         trace: Gets spans of waiting.
     """
 
-    def __init__(self, *, budget: SharedBudget, is_async: bool, finish: Callable[[], None], trace: Trace) -> None:
+    def __init__(self, *, lock: threading.Condition, budget: SharedBudget, is_async: bool, trace: Trace) -> None:
+        self.lock = lock
         self._budget = budget
         self._is_async = is_async
-        self._finish = finish
         self._trace = trace
-        self._changed = threading.Condition()
-        self._owed: dict[str, PendingUpdate] = {}  # by unit, until they are complete
-        self._is_working = False
-        self._num_blocked = 0  # callers for whom even a unit that is not free is updated
+        self._submitted: list[PendingUpdate] = []  # those that are over are dropped now and then
+        self._is_running = False
+        self._num_blocked = 0  # callers who wait for an update: units that are not idle are updated too
         self._failure: BaseException | None = None
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
-    def add(self, owed: PendingUpdate) -> None:
-        """Owe an update; an earlier one of the same unit is done first.
+    def submit(self, update: PendingUpdate) -> None:
+        """Run an update soon; an earlier one of the same unit is done first.
 
         Raises:
             BaseException: What an earlier update failed with.
         """
         try:
-            self.wait(owed.unit)
+            update.unit.wait_for_update()
         except BaseException:
-            owed.cancel()
+            update.cancel()
             raise
         if not self._is_async:
-            owed.run()
-            self._finish()
+            update.run()
+            update.finish()
             return
-        with self._changed:
+        with self.lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="lightning-ssd-update", daemon=True)
                 self._thread.start()
-            self._owed[owed.unit.name] = owed
-            self._budget.held_gradients_nbytes += owed.nbytes
-            self._changed.notify_all()
+            if self._failure is None:
+                self._submitted = [*self._pending, update]
+                update.unit.update = update
+                self._budget.held_gradients_nbytes += update.nbytes
+            else:  # just now
+                update.cancel()
+            self.lock.notify_all()
         self._wait("gradients of earlier units", self._has_room)
 
-    def wait(self, unit: Unit) -> None:
-        """Return when no update of ``unit`` is owed.
+    def wait(self, update: PendingUpdate) -> None:
+        """Return when ``update`` is done.
 
         Raises:
             BaseException: What an update failed with.
         """
-        if self._owed or self._failure is not None:
-            self._wait(unit.name, lambda: unit.name not in self._owed, is_blocking=True)
-
-    def complete(self, unit: Unit) -> None:
-        """The update of ``unit`` that has run is on disk, and its values are the current ones."""
-        with self._changed:
-            self._owed.pop(unit.name, None)
-            self._changed.notify_all()
-
-    def is_pending(self, unit: Unit) -> bool:
-        """Whether an update of ``unit`` is not complete."""
-        return unit.name in self._owed
+        self._wait(update.unit.name, lambda: update.is_over, is_blocking=True)
 
     def drain(self) -> None:
-        """Return when nothing is owed.
+        """Return when no update is pending.
 
         Raises:
             BaseException: What an update failed with.
         """
-        if self._owed or self._failure is not None:
-            self._wait("all updates", lambda: not self._owed, is_blocking=True)
+        if self._pending or self._failure is not None:
+            self._wait("all updates", lambda: not self._pending, is_blocking=True)
 
     def settle(self) -> None:
-        """Run what can be run now, whatever the caller does next; not from the thread that runs it."""
-        if not self._owed or self._thread is threading.current_thread():
+        """Run what can run now, whatever the caller does next; not from the thread that runs updates."""
+        if not self._pending or self._thread is threading.current_thread():
             return
-        with self._changed:
-            waited = list(self._owed.values())
-            self._changed.wait_for(lambda: not any(map(self._will_end, waited)))  # sync: updates
-
-    def _will_end(self, owed: PendingUpdate) -> bool:
-        is_pending = self._owed.get(owed.unit.name) is owed
-        return is_pending and (owed.has_run or self._is_working or self._may_run(owed))
+        with self.lock:
+            waited = self._pending
+            self.lock.wait_for(lambda: not any(map(self._will_end, waited)))  # sync: updates
 
     def before_fork(self) -> list[str]:
-        """Let nothing be owed or complete until `after_fork`; returns the units of which an update is owed."""
-        self._changed.acquire()
-        return list(self._owed)
+        """Let no update begin or end until `after_fork`; returns the names of units of which one is pending."""
+        self.lock.acquire()
+        return [update.unit.name for update in self._pending]
 
     def after_fork(self) -> None:
         """Undo `before_fork`, in both processes."""
-        self._changed.release()
+        self.lock.release()
 
     @property
     def is_broken(self) -> bool:
         """Whether an update failed: the step that it belongs to is half made."""
         return self._failure is not None
 
-    def notify(self) -> None:
-        """A unit may be free now."""
-        if self._owed:
-            with self._changed:
-                self._changed.notify_all()
-
     def close(self) -> None:
-        """End the thread after what is owed is done, or has failed."""
-        with self._changed:
+        """End the thread after every pending update is done, or has failed."""
+        with self.lock:
             self._is_closed = True
-            self._changed.notify_all()
+            self.lock.notify_all()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
+    @property
+    def _pending(self) -> list[PendingUpdate]:
+        return [update for update in self._submitted if not update.is_over]
+
+    @property
+    def _has_blocked_waiter(self) -> bool:
+        return self._num_blocked > 0 or self._is_closed
+
+    def _will_end(self, update: PendingUpdate) -> bool:
+        """Whether ``update`` is pending and goes on without the thread that trains."""
+        return not update.is_over and (update.state is UpdateState.WRITING or self._is_running or self._may_run(update))
+
     def _has_room(self) -> bool:
-        # Units that are not free become so only by what the caller does next: they do not keep it waiting.
+        # Units that are not idle become so only by what the caller does next: they do not keep it waiting.
         if not self._is_over_budget:
             return True
-        return not self._is_working and not any(map(self._may_run, self._owed.values()))
+        return not self._is_running and not any(map(self._may_run, self._pending))
 
-    def _may_run(self, owed: PendingUpdate) -> bool:
-        # What waits for compute to be done with it does so only as long as its gradients are in nobody's way.
-        return not owed.has_run and (owed.is_free() or (not owed.is_kept and self._is_over_budget))
+    def _may_run(self, update: PendingUpdate) -> bool:
+        # An update waits for compute to be done with its unit only while there is room for its gradients.
+        can_copy = not update.changes_memory and self._is_over_budget
+        return update.state is UpdateState.QUEUED and (update.is_idle or can_copy)
 
     @property
     def _is_over_budget(self) -> bool:
         return self._budget.held_gradients_nbytes > self._budget.gradients_limit_nbytes
 
     def _wait(self, what: str, is_over: Callable[[], bool], *, is_blocking: bool = False) -> None:
-        with self._changed:
+        with self.lock:
             if self._failure is None and not is_over():
                 self._num_blocked += is_blocking
-                self._changed.notify_all()
+                self.lock.notify_all()
                 try:
                     with self._trace.span(Lane.WAIT, "wait for the update", what):
-                        self._changed.wait_for(lambda: self._failure is not None or is_over())  # sync: an update
+                        self.lock.wait_for(lambda: self._failure is not None or is_over())  # sync: an update
                 finally:
                     self._num_blocked -= is_blocking
             if self._failure is not None:
@@ -194,46 +166,55 @@ class Updater:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._next() or self._trails() or (self._is_closed and not self._owed))
-                owed = self._next()
-                if owed is None and not self._owed:
+            with self.lock:
+                self.lock.wait_for(lambda: self._next() or (self._is_closed and not self._pending))
+                update = self._next()
+                if update is None:
                     return
-                self._is_working = True
+                self._is_running = True
             failure = None
             try:
-                if owed is None:
-                    self._finish()  # there is nothing to read meanwhile
+                if update.state is UpdateState.WRITING:
+                    update.finish()  # there is nothing to read meanwhile
+                    nbytes = 0
                 else:
-                    owed.run()
+                    nbytes = update.nbytes
+                    update.run()
             except BaseException as error:
                 failure = error
-                with suppress(SSDOffloadError):
-                    self._finish()  # of another unit: it is whole
-            left: list[PendingUpdate] = []
-            with self._changed:
-                self._is_working = False
-                if failure is not None:  # the step cannot be completed any more: whoever waits is told
-                    self._failure = failure
-                    left = [other for other in self._owed.values() if not other.has_run and other is not owed]
-                    self._owed.clear()
-                    self._budget.held_gradients_nbytes = 0
-                elif owed is not None:
-                    self._budget.held_gradients_nbytes -= owed.nbytes
-                    owed.has_run, owed.run = True, _has_run
-                owed = None  # its gradients go now, not with the next update
-                self._changed.notify_all()
-            while left:  # not under the lock: residents, which take another one, notify us under theirs
-                left.pop().cancel()
-
-    def _trails(self) -> bool:
-        return any(owed.has_run for owed in self._owed.values())
+                self._finish_others(update)
+            with self.lock:
+                self._is_running = False
+                if failure is None:
+                    self._budget.held_gradients_nbytes -= nbytes
+                else:
+                    self._fail(update, failure)
+                update = None  # it does not live until the next one comes
+                self.lock.notify_all()
 
     def _next(self) -> PendingUpdate | None:
-        is_blocking = self._num_blocked > 0 or self._is_closed
-        found = [owed for owed in self._owed.values() if self._may_run(owed) or (is_blocking and not owed.has_run)]
-        return min(found, key=lambda owed: owed.position, default=None)
+        """The update to run now, else one that only has to be written, else None."""
+        pending = self._pending
+        queued = [update for update in pending if update.state is UpdateState.QUEUED]
+        ready = queued if self._has_blocked_waiter else list(filter(self._may_run, queued))
+        writing = (update for update in pending if update.state is UpdateState.WRITING)
+        return min(ready, key=lambda update: update.position, default=next(writing, None))
 
+    def _finish_others(self, failed: PendingUpdate) -> None:
+        """Write what an update before ``failed`` computed: its unit is whole."""
+        for update in self._pending:
+            if update is not failed and update.state is UpdateState.WRITING:
+                with suppress(SSDOffloadError):
+                    update.finish()
 
-def _has_run() -> None:
-    raise AssertionError("an update ran twice")
+    def _fail(self, failed: PendingUpdate, failure: BaseException) -> None:
+        """The step cannot be completed any more: whoever waits is told."""
+        self._failure = failure
+        for update in self._pending:
+            if update.state is UpdateState.QUEUED:
+                update.cancel()
+            else:
+                update.fail()
+        failed.fail()
+        self._submitted = []
+        self._budget.held_gradients_nbytes = 0

@@ -68,7 +68,7 @@ class WholeOptimizer(OptimizerAdapter):
     def release(self) -> None:
         """Give the optimizer its own step back."""
         self._is_half_made = self.is_mid_step
-        self._pipeline = self._cache = self._queue = None
+        self._updates = None
         self.optimizer.__dict__.pop("step", None)
 
     def dismiss(self, others: Iterable[OptimizerAdapter]) -> None:
@@ -89,10 +89,8 @@ class WholeOptimizer(OptimizerAdapter):
         return {}
 
     def _step(self, own: Callable[..., Any], closure: Callable[[], Any] | None = None, *args: Any, **kw: Any) -> Any:
-        cache = self._cache
-        assert cache is not None
         self._is_stepping = False
-        with cache.outside_step() as inside_step:
+        with self._require_updates().cache.outside_step() as inside_step:
             if closure is None:
                 self._require_written()
                 self._is_stepping = True
@@ -113,4 +111,4 @@ class WholeOptimizer(OptimizerAdapter):
 
     def _require_written(self) -> None:
         for unit, grads in params_with_grad(self._units()):
-            self.check_grads(unit, grads, False)
+            self._require_updates().grads.check(unit, grads, False)

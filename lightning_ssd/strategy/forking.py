@@ -1,6 +1,6 @@
 """What a session does when its process is forked; [Note: inherited] says what the child has of it.
 
-Just before the fork what is owed is updated, so that a child sees the values that plain Lightning has then. That cannot
+Just before the fork pending updates are run, so that a child sees the values that plain Lightning has then. That cannot
 be waited for while a backward updates what it is done with, or from the thread that updates: then the child is told so
 when it looks. A fork costs this, and a little for each unit; a step costs nothing.
 """
@@ -22,7 +22,7 @@ _IS_UPDATING = (
     "this process was forked inside the backward of a step, which updates parameters as it is done with them; fork "
     "before or after the step, or set overlap='off' in the strategy"
 )
-_IS_OWED = "its update was still to be made when this process was forked; fork before or after the step"
+_IS_PENDING = "its update was still to be made when this process was forked; fork before or after the step"
 _IS_BROKEN = "an update had failed when this process was forked, and the model was of no step"
 _OFF_HOST = (
     "it is kept in memory that is registered with the device, of which a forked process has nothing; read it before "
@@ -53,30 +53,30 @@ class Forking:
         runtime = session.runtime
         if runtime is not None and not runtime.is_updating:
             runtime.updater.settle()
-        self._refusals = dict.fromkeys((unit.name for unit in session.units), _IS_OWED)  # should something fail
+        self._refusals = dict.fromkeys((unit.name for unit in session.units), _IS_PENDING)  # should something fail
         self._lacks_kept = _OFF_HOST
-        owed = self._hold_still(session)
+        pending = self._hold_still(session)
         session.store.pass_on("param")
-        self._refusals = self._find_refusals(session, owed)
+        self._refusals = self._find_refusals(session, pending)
         self._lacks_kept = self._pass_on_memory(session)
 
     def _hold_still(self, session: Session) -> list[str]:
-        """Let no other thread change what the child will see; returns the units of which an update is owed."""
-        owed: list[str] = []
+        """Let no other thread change what the child will see; returns the units of which an update is pending."""
+        pending: list[str] = []
         session.model.before_fork()
         self._releases.append(session.model.after_fork)
         if session.runtime is not None:
-            owed = session.runtime.updater.before_fork()
+            pending = session.runtime.updater.before_fork()
             self._releases.append(session.runtime.updater.after_fork)
-        return owed
+        return pending
 
-    def _find_refusals(self, session: Session, owed: list[str]) -> dict[str, str]:
+    def _find_refusals(self, session: Session, pending: list[str]) -> dict[str, str]:
         names = [unit.name for unit in session.units]
         if session.runtime is not None and session.runtime.updater.is_broken:
             return dict.fromkeys(names, _IS_BROKEN)
         if session.runtime is not None and session.runtime.is_updating:
             return dict.fromkeys(names, _IS_UPDATING)
-        return dict.fromkeys(owed, _IS_OWED)
+        return dict.fromkeys(pending, _IS_PENDING)
 
     def _pass_on_memory(self, session: Session) -> str:
         """Let the child have parameters that are in memory; returns why it cannot have those that are kept."""

@@ -22,6 +22,7 @@ from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
 from lightning_ssd.memory.views import address_of
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.pipeline import UpdatePipeline
+from lightning_ssd.optim.update import Updates
 from lightning_ssd.optim.updater import Updater
 from lightning_ssd.step.grad_offload import GradOffloader
 from lightning_ssd.step.gradients import GradientStore
@@ -134,7 +135,6 @@ class Runtime:
         self._settings = settings
         self._engine = engine
         self._trace = trace
-        self._pipeline: UpdatePipeline
         self._activations: ActivationStore | None = None
         self._headroom = headroom
         self.memory = Memory(plan, model.units, engine, settings)
@@ -145,16 +145,17 @@ class Runtime:
             self._hold_in_memory(sizing)
             self.grads = self._make_grads(waits_for_all_grads)
             undo.callback(self.grads.close)
-            self._pipeline = self._make_pipeline()
+            pipeline = self._make_pipeline()
             budget = SharedBudget(
                 gradients_nbytes=plan.queue_nbytes,
                 saved_inputs_nbytes=plan.activation_nbytes if plan.recomputes else 0,
                 lends=not settings.is_off_host,
             )
-            self.updater = Updater(budget=budget, is_async=settings.overlap, finish=self._pipeline.finish, trace=trace)
+            self.updater = Updater(lock=model.lock, budget=budget, is_async=settings.overlap, trace=trace)
             undo.callback(self.updater.close)
             self.cache = self._make_cache(module)
             undo.callback(self.cache.close)
+            self._updates = Updates(pipeline, self.cache, self.updater, self.grads)
             if plan.recomputes:
                 self._activations = self._make_activations(budget)
                 undo.callback(self._activations.close)
@@ -174,8 +175,7 @@ class Runtime:
 
     def connect(self, adopted: OptimizerAdapter) -> None:
         """From now on the steps of ``adopted`` run here."""
-        adopted.connect(self._pipeline, self.cache, self.updater)
-        adopted.check_grads = self.grads.check
+        adopted.connect(self._updates)
 
     def drain(self) -> None:
         """Return when no update is pending.
@@ -286,7 +286,6 @@ class Runtime:
             self._model,
             pool=self.memory.params,
             placement=self._make_placement(module),
-            updates=self.updater,
             keep_cache=plan.keep_cache,
             max_ahead=(None if plan.keep_cache else 1) if window is None else window - 1,
             prefetch_batch=self._settings.prefetch_batch,

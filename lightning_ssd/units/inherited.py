@@ -22,7 +22,7 @@ from lightning_ssd.units.unit import Unit
 
 
 class Inherited:
-    """Where values are in a forked process; also says there that nothing is updated (`PendingUpdates`).
+    """Where values are in a forked process, which fetches nothing.
 
     Args:
         store: Where values are.
@@ -50,8 +50,8 @@ class Inherited:
             raise ResidencyError(f"parameter {unit.names[0]!r} was being placed when this process was forked")
         return snapshot(self._store, generation)
 
-    def wait(self, unit: Unit) -> None:
-        """Called before ``unit`` is fetched.
+    def refuse_fetch(self, unit: Unit) -> None:
+        """Refuse to fetch ``unit``.
 
         Raises:
             ResidencyError: Always.
@@ -60,13 +60,6 @@ class Inherited:
             f"unit {unit.name!r} cannot be fetched in a forked process, which can look at parameters and compute with "
             "them, but not go on with what the process that trains was about"
         )
-
-    def is_pending(self, unit: Unit) -> bool:
-        """See `PendingUpdates.is_pending`."""
-        return False
-
-    def notify(self) -> None:
-        """See `PendingUpdates.notify`."""
 
 
 class Refused:

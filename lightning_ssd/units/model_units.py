@@ -190,7 +190,7 @@ class ModelUnits:
         """This is a forked process: parameters that are loaded stay so, but where their memory is ``lost``."""
         self.inherited = inherited
         for unit in self.units:
-            unit.num_holds = 0
+            unit.num_holds, unit.update = 0, None
             if lost(unit) and (unit.state is Residency.RESIDENT or unit.in_memory is not None):
                 self.offload(unit)
             if unit.state is not Residency.ON_DISK:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,32 +21,15 @@ from lightning_ssd.units.unit import Residency, Unit
 from lightning_ssd.units.update_target import UpdateTarget
 
 
-class PendingUpdates(Protocol):
-    """Updates that have yet to run, seen from the parameters: only they know how long their values are good."""
-
-    def wait(self, unit: Unit) -> None:
-        """Return when no update of ``unit`` is owed; raise what an update failed with."""
-        ...
-
-    def is_pending(self, unit: Unit) -> bool:
-        """Whether an update of ``unit`` is still to be done."""
-        ...
-
-    def notify(self) -> None:
-        """A unit that was in use is at rest."""
-        ...
-
-
 class ParamCache:
     """Which units have memory: fetch and release, prefetch and evict, and what updates need of it.
 
-    The thread that trains calls everything but `lend`, `unpin` and `updated`, which the thread of updates calls.
+    The thread of updates calls `reserve`, `unreserve`, `unpin` and `updated`, the thread that trains everything else.
 
     Args:
         model: The units.
         pool: Memory for parameters.
         placement: The way to the device.
-        updates: Updates that have yet to run.
         keep_cache: Released bytes stay while nobody needs the memory.
         max_ahead: Units that may be fetched ahead of use; None for as many as the memory holds.
         prefetch_batch: Units whose reads are started together.
@@ -64,7 +46,6 @@ class ParamCache:
         *,
         pool: Pool,
         placement: Placement,
-        updates: PendingUpdates,
         keep_cache: bool,
         max_ahead: int | None,
         prefetch_batch: int,
@@ -77,13 +58,11 @@ class ParamCache:
         self._lock = model.lock
         self._pool = pool
         self._placement = placement
-        self._updates = updates
         self._keep_cache = keep_cache
         self._trace = trace
         self._outlook = PrefetchPolicy(
             self.units,
             self.schedule,
-            is_pending=updates.is_pending,
             max_ahead=len(self.units) if max_ahead is None else max_ahead,
             prefetch_batch=prefetch_batch,
         )
@@ -93,7 +72,7 @@ class ParamCache:
     def close(self) -> None:
         """Hold no memory."""
         for unit in self.units:
-            unit.num_holds = 0
+            unit.num_holds, unit.update = 0, None  # one that failed may be left
             self._evict(unit)
         self._placement.close()
         self._model.release_memory()
@@ -111,8 +90,10 @@ class ParamCache:
             return self._fetch(unit)
 
     def _fetch(self, unit: Unit) -> bool:
+        if self._model.inherited is not None:
+            self._model.inherited.refuse_fetch(unit)
         if unit.num_holds == 0:
-            self._updates.wait(unit)
+            unit.wait_for_update()
         with self._lock:
             if unit.num_holds == 0:
                 self.schedule.use(unit.name)
@@ -303,20 +284,20 @@ class ParamCache:
 
     # -- updates -------------------------------------------------------------------------------------------------
 
-    def is_free(self, unit: Unit) -> bool:
+    def is_idle(self, unit: Unit) -> bool:
         """Whether an update may change ``unit`` where it is in memory: not while compute may read it there."""
         return not self._placement.keeps_buffer or unit.state is not Residency.RESIDENT
 
     def pin(self, unit: Unit) -> bool:
-        """Whether the newest values of ``unit`` are in a buffer; if so they stay until `end_borrow`."""
+        """Whether the newest values of ``unit`` are in a buffer; if so they stay until `unpin`."""
         with self._lock:
             if unit.in_memory is not None or unit.buffer is None or not self._model.is_current(unit):
                 return False
             unit.num_pins += 1
             return True
 
-    def lend(self, unit: Unit, *, reads: bool) -> UpdateTarget | None:
-        """The buffer of ``unit`` for an update of it; None if there is none, or it is of no use.
+    def reserve(self, unit: Unit, *, reads: bool) -> UpdateTarget | None:
+        """Reserve the buffer of ``unit`` for an update of it; None if there is none, or it is of no use.
 
         What is needed next, and would be read after the update, is lent a buffer if there is room.
 
@@ -344,11 +325,14 @@ class ParamCache:
             if is_writable:
                 unit.generation = None  # whose values they are is known at the end
             values = unit.buffer.tensor(0, unit.dtype, (unit.layout.numel,))
-        return UpdateTarget(values, is_current, is_writable, partial(self._end_loan, unit, is_writable))
+        return UpdateTarget(self, unit, values, is_current=is_current, is_writable=is_writable)
 
-    def _end_loan(self, unit: Unit, was_writable: bool, is_new: bool) -> None:
+    def unreserve(self, target: UpdateTarget, *, is_new: bool) -> None:
+        """Undo `reserve`; if ``is_new``, its values are those of the generation that is the current one now."""
+        unit = target.unit
         with self._lock:
-            if was_writable and is_new and (self._keep_cache or self._outlook.is_next(unit, self._has_device_copy)):
+            is_wanted = self._keep_cache or self._outlook.is_next(unit, self._has_device_copy)
+            if target.is_writable and is_new and is_wanted:
                 unit.generation = self._model.current(unit)
             self.unpin(unit)
 
@@ -427,7 +411,8 @@ class ParamCache:
         if unit.device_copy is not None:
             self._placement.release(unit.device_copy)
         unit.move(Residency.STAGED)
-        self._updates.notify()
+        with self._lock:
+            self._lock.notify_all()  # an update may wait for that
 
     def _evict(self, unit: Unit) -> None:
         """Hold no memory for ``unit``, whatever state it is in; what is kept goes to rest."""
@@ -505,7 +490,7 @@ class ParamCache:
 
     def before_map(self, unit: Unit) -> None:
         """See `Streaming.before_map`."""
-        self._updates.wait(unit)
+        unit.wait_for_update()
         self.end_copy(unit)
 
     def before_update(self, unit: Unit) -> None:

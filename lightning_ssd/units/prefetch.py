@@ -16,7 +16,6 @@ class PrefetchPolicy:
     Args:
         units: All units.
         schedule: Order of use.
-        is_pending: Whether an update of a unit is still to be done.
         max_ahead: Units that may be fetched ahead of use.
         prefetch_batch: Units whose reads are started together.
     """
@@ -26,14 +25,12 @@ class PrefetchPolicy:
         units: list[Unit],
         schedule: ExecutionOrder,
         *,
-        is_pending: Callable[[Unit], bool] = lambda unit: False,
         max_ahead: int = 1,
         prefetch_batch: int = 1,
     ) -> None:
         self._units = units
         self._by_name = {unit.name: unit for unit in units}
         self._schedule = schedule
-        self._is_owed = is_pending
         self._num_ahead = max_ahead
         self._prefetch_batch = prefetch_batch
         self._renewed: set[str] = set()  # updated since the last backward began
@@ -56,7 +53,7 @@ class PrefetchPolicy:
         following = takewhile(self._is_renewed, self._schedule.following()) if beyond else ()
         group: list[Unit] = []
         for max_ahead, unit in enumerate(self._ahead(following, is_placed), 1):
-            if max_ahead > self._num_ahead or unit.mapped is not None or self._is_owed(unit):
+            if max_ahead > self._num_ahead or unit.mapped is not None or unit.update is not None:
                 return
             if unit.state is Residency.ON_DISK:
                 group.append(unit)
@@ -68,7 +65,7 @@ class PrefetchPolicy:
 
     def need(self, unit: Unit) -> float:
         """How soon the bytes of ``unit`` are needed; infinity if they are not: an update will replace them before."""
-        return math.inf if self._is_owed(unit) else self.position(unit)
+        return math.inf if unit.update is not None else self.position(unit)
 
     def position(self, unit: Unit) -> int:
         """How many units are needed before ``unit`` is."""
@@ -76,7 +73,7 @@ class PrefetchPolicy:
         return needs.index(unit.name) if unit.name in needs else len(needs)
 
     def is_next(self, unit: Unit, is_placed: Callable[[Unit], bool]) -> bool:
-        """Whether ``unit`` would be read now if no update of it were owed."""
+        """Whether ``unit`` would be read now if no update of it were pending."""
         for max_ahead, other in enumerate(self._ahead(self._schedule.following(), is_placed), 1):
             if other is unit:
                 return max_ahead <= self._num_ahead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum, auto
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,18 @@ _LEGAL = frozenset(
 )
 
 
+class Waitable(Protocol):
+    """An update of a unit that is still to be done; the unit's values are stale until then."""
+
+    def wait(self) -> None:
+        """Return when it is done.
+
+        Raises:
+            BaseException: It failed.
+        """
+        ...
+
+
 class Unit:
     """One unit of a model.
 
@@ -62,6 +75,7 @@ class Unit:
         in_memory: One tensor per parameter, where the plan holds the unit in memory; it has no buffer and is never
             ON_DISK.
         device_copy: Its tensors where compute reads; on a GPU they may still be there when nobody uses them.
+        update: Its pending update, or one that failed; None if there is none. Set under the lock of the cache.
         num_holds: How many users want it resident now.
         num_pins: How many updates have its buffer, or will want the bytes in it.
         at_rest: The mapping of its file while a parameter is awake outside a step.
@@ -94,6 +108,7 @@ class Unit:
         self.generation: Generation | None = None
         self.in_memory: tuple[Tensor, ...] | None = None
         self.device_copy: DeviceCopy | None = None
+        self.update: Waitable | None = None
         self.num_holds = 0
         self.num_pins = 0
         self.mapped: MappedParams | InMemoryParams | None = None
@@ -141,6 +156,16 @@ class Unit:
         """The plan holds the values in memory no longer."""
         self.in_memory = None
         self.move(Residency.ON_DISK)
+
+    def wait_for_update(self) -> None:
+        """Return when no update is pending.
+
+        Raises:
+            BaseException: An update of the model failed.
+        """
+        update = self.update  # the thread that updates may set it to None now
+        if update is not None:
+            update.wait()
 
     def layout_of(self, kind: str, dtype: str) -> UnitLayout:
         """Layout of another kind of this unit: the same parameters in the same order."""

@@ -1,4 +1,4 @@
-"""The queue of updates by itself: who waits for whom."""
+"""The thread of updates by itself: order, who waits for whom, failures, and the end."""
 
 from __future__ import annotations
 
@@ -8,47 +8,31 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from lightning_ssd.memory.budget import SharedBudget
-from lightning_ssd.optim.updater import PendingUpdate, Updater
-from lightning_ssd.trace.recorder import Trace
-from lightning_ssd.units.partition import UnitSpec
-from lightning_ssd.units.unit import Unit
+from lightning_ssd.errors import SSDOffloadError
+from lightning_ssd.optim.update import UpdateState
+from tests.optim.support import FakeWorld
 
 
-def make_unit(name: str) -> Unit:
-    weight = nn.Parameter(torch.zeros(4))
-    return Unit(
-        UnitSpec(name=name, names=[f"{name}.weight"], params=[weight], modules=[], block=None, persistent=False)
-    )
-
-
-@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("is_in_memory", [False, True])
 @pytest.mark.parametrize("capacity", [0, 100])
-def test_gradients_without_room_are_waited_for_unless_memory_in_use_would_change(is_kept: bool, capacity: int) -> None:
-    """``capacity`` is below or above what is owed by a unit that compute still uses."""
-    ran: list[str] = []
-    is_free = False
-    budget = SharedBudget(gradients_nbytes=capacity)
-    queue = Updater(budget=budget, is_async=True, finish=lambda: None, trace=Trace())
-    unit = make_unit("unit")
-
-    def run() -> None:
-        ran.append(unit.name)
-        queue.complete(unit)
-
-    queue.add(PendingUpdate(unit, 16, 0, is_kept, lambda: is_free, run, lambda: None))
-    if not is_kept and capacity == 0:
-        assert ran == ["unit"]  # `add` returned when it had run: the gradients of two units have no room
+def test_gradients_without_room_are_waited_for_unless_memory_in_use_would_change(
+    is_in_memory: bool, capacity: int
+) -> None:
+    """``capacity`` is below or above what is pending of a unit that compute still uses."""
+    world = FakeWorld("unit", capacity=capacity)
+    world.busy.add("unit")
+    world.unit("unit").in_memory = (torch.zeros(4),) if is_in_memory else None
+    world.submit("unit")
+    if not is_in_memory and capacity == 0:
+        assert world.order == ["unit"]  # `submit` returned when it had run: the gradients of two units have no room
     else:
-        assert ran == []
-        is_free = True
-        queue.notify()
-    queue.wait(unit)
-    assert ran == ["unit"]
-    queue.close()  # until then the thread may be between the two
-    assert budget.held_gradients_nbytes == 0
+        assert world.order == []
+        world.release("unit")
+    world.unit("unit").wait_for_update()
+    assert world.order == ["unit"]
+    world.updater.close()  # until then the thread may be between the two
+    assert world.budget.held_gradients_nbytes == 0
 
 
 class Hesitant(threading.Condition):
@@ -62,26 +46,136 @@ class Hesitant(threading.Condition):
 
 def test_who_waits_for_room_learns_that_nothing_can_run() -> None:
     """One update ends while another, of memory in use, waits: what waits for room has to go on, or both sleep."""
-    queue = Updater(budget=SharedBudget(), is_async=True, finish=lambda: None, trace=Trace())
-    queue._changed = Hesitant()
-    free, used = make_unit("free"), make_unit("used")
-    is_free = False
-    may_end = threading.Event()
+    world = FakeWorld("used", "free", lock=Hesitant())
+    world.busy.add("used")
+    world.unit("used").in_memory = (torch.zeros(4),)
+    world.gates["free"] = threading.Event()
+    world.updater.submit(world.make("free", is_last=False))
 
-    def run_free() -> None:
-        may_end.wait()
-        queue.complete(free)
+    def submit_used() -> None:
+        world.gates["free"].set()
+        world.submit("used")
 
-    def add_used() -> None:
-        may_end.set()
-        queue.add(PendingUpdate(used, 16, 0, True, lambda: is_free, lambda: queue.complete(used), lambda: None))
-
-    queue.add(PendingUpdate(free, 0, 1, True, lambda: True, run_free, lambda: None))
-    trainer = threading.Thread(target=add_used, daemon=True)
+    trainer = threading.Thread(target=submit_used, daemon=True)
     trainer.start()
     trainer.join(20)
     assert not trainer.is_alive()
-    is_free = True
-    queue.notify()
-    queue.drain()
-    queue.close()
+    world.release("used")
+    world.updater.drain()
+    world.updater.close()
+
+
+def test_soonest_needed_first() -> None:
+    world = FakeWorld("a", "b", "c", "d", capacity=1000)
+    world.gates["c"] = threading.Event()
+    world.submit("c", "d", "b", "a")  # c runs; the others wait
+    world.gates["c"].set()
+    world.updater.drain()
+    world.updater.close()
+    assert world.order == ["c", "a", "b", "d"] or world.order == ["a", "b", "c", "d"]  # if the thread began late
+
+
+def test_who_waits_for_a_unit_has_even_those_updated_that_compute_reads() -> None:
+    world = FakeWorld("a", "b", capacity=1000)
+    world.busy |= {"a", "b"}
+    a, b = world.submit("a", "b")
+    assert (a.state, b.state) == (UpdateState.QUEUED, UpdateState.QUEUED)
+    assert world.unit("b").update is b
+    world.unit("b").wait_for_update()
+    assert world.order == ["a", "b"]
+    assert b.state is UpdateState.DONE
+    assert world.unit("b").update is None
+    world.updater.close()
+
+
+def test_an_earlier_update_of_the_same_unit_is_done_first() -> None:
+    world = FakeWorld("a", capacity=1000)
+    world.busy.add("a")
+    first, second = world.make("a"), world.make("a", is_last=False)
+    first._unpin()  # the fake holds one pin for both
+    world.updater.submit(first)
+    submitting = threading.Thread(target=world.updater.submit, args=(second,), daemon=True)
+    submitting.start()
+    submitting.join(20)
+    assert first.state is UpdateState.DONE
+    world.updater.drain()
+    world.updater.close()
+    assert second.state is UpdateState.DONE
+
+
+def test_the_last_writes_are_finished_when_there_is_nothing_to_run() -> None:
+    world = FakeWorld("a", "b")
+    world.writes_behind = True
+    updates = world.submit("a", "b")
+    world.updater.drain()
+    assert [update.state for update in updates] == [UpdateState.DONE, UpdateState.DONE]
+    world.updater.close()
+
+
+def test_after_a_failure_what_was_written_is_whole_and_the_rest_is_cancelled() -> None:
+    world = FakeWorld("a", "b", "c", "d", capacity=1000)
+    world.writes_behind = True
+    world.gates["a"] = threading.Event()
+    world.busy |= {"b", "c", "d"}  # only a runs by itself
+    world.errors["b"] = SSDOffloadError("the disk")
+    a, b, c = world.submit("a", "b", "c")
+    world.gates["a"].set()
+    with pytest.raises(SSDOffloadError, match="the disk"):
+        world.updater.drain()
+    assert [update.state for update in (a, b, c)] == [UpdateState.DONE, UpdateState.FAILED, UpdateState.FAILED]
+    assert [unit.num_pins for unit in world.units] == [0, 0, 0, 0]
+    assert world.updater.is_broken
+    assert world.budget.held_gradients_nbytes == 0
+    late = world.make("d")
+    with pytest.raises(SSDOffloadError, match="the disk"):
+        world.updater.submit(late)
+    assert (late.state, late.unit.num_pins) == (UpdateState.FAILED, 0)
+    world.updater.close()
+    assert world.order == ["a", "b"]
+
+
+def test_a_write_that_fails_under_the_next_update_fails_both() -> None:
+    world = FakeWorld("a", "b", capacity=1000)
+    world.writes_behind = True
+    world.gates = {"a": threading.Event(), "b": threading.Event()}
+    world.write_errors["a"] = SSDOffloadError("the disk")
+    updates = world.submit("a", "b")
+    for gate in world.gates.values():
+        gate.set()
+    with pytest.raises(SSDOffloadError, match="the disk"):
+        world.updater.drain()
+    assert [update.state for update in updates] == [UpdateState.FAILED, UpdateState.FAILED]
+    world.updater.close()
+
+
+def test_without_a_thread_an_update_is_done_when_it_is_submitted() -> None:
+    world = FakeWorld("a", "b", is_async=False)
+    world.writes_behind = True
+    world.errors["b"] = SSDOffloadError("the disk")
+    (a,) = world.submit("a")
+    assert (a.state, a.unit.update) == (UpdateState.DONE, None)
+    with pytest.raises(SSDOffloadError, match="the disk"):
+        world.submit("b")
+    world.unit("a").wait_for_update()  # who submitted it was told
+    world.updater.close()
+
+
+def test_closing_runs_what_is_pending() -> None:
+    world = FakeWorld("a", "b", capacity=1000)
+    world.writes_behind = True
+    world.busy |= {"a", "b"}
+    updates = world.submit("b", "a")
+    world.updater.close()
+    assert world.order == ["a", "b"]
+    assert [update.state for update in updates] == [UpdateState.DONE, UpdateState.DONE]
+
+
+def test_settling_runs_what_can_run_and_leaves_the_rest() -> None:
+    world = FakeWorld("a", "b", capacity=1000)
+    world.busy.add("a")
+    a, b = world.submit("a", "b")
+    world.updater.settle()
+    assert (a.state, b.state) == (UpdateState.QUEUED, UpdateState.DONE)
+    assert world.updater.before_fork() == ["a"]
+    world.updater.after_fork()
+    world.updater.close()
