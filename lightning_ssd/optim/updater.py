@@ -30,7 +30,7 @@ class Updater:
 
     Args:
         lock: Guards who has a unit: that of the `ModelUnits`. Whoever changes it notifies.
-        budget: Bounds the gradients that pending updates hold and nobody else does; `submit` waits while there are more.
+        budget: Bounds the gradients of pending updates; `submit` waits while there are more.
         is_async: Without it, `submit` runs the update and returns when it is done.
         trace: Gets spans of waiting.
     """
