@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.optim.probe import probe
-from lightning_ssd.optim.rules import AdamRule, Rule, SGDRule, TorchRule
+from lightning_ssd.optim.rules import NATIVE_RULES, Rule, TorchRule
 from lightning_ssd.optim.whole import WholeRule
 
 
@@ -33,7 +33,7 @@ def choose_rule(optimizer: Optimizer, update: str, *, keep_master: bool) -> Rule
     if update == "native" and why_not:
         raise ConfigurationError(f"update='native' cannot run {name}: {why_not}; use update='torch' or 'auto'")
     if update != "torch" and not why_not:
-        return SGDRule() if type(optimizer) is SGD else AdamRule(decoupled=type(optimizer) is AdamW)
+        return NATIVE_RULES[type(optimizer)]()
     return _rule_of_class(optimizer, keep_master=keep_master)
 
 
@@ -69,8 +69,9 @@ def _is_replaced_step(optimizer: Optimizer) -> bool:
 
 
 def _why_not_native(optimizer: Optimizer, *, keep_master: bool) -> str:
-    if type(optimizer) not in (Adam, AdamW, SGD):
-        return "only torch.optim.Adam, AdamW and SGD have native kernels"
+    if type(optimizer) not in NATIVE_RULES:
+        *names, last = (cls.__name__ for cls in NATIVE_RULES)
+        return f"only torch.optim.{', '.join(names)} and {last} have native kernels"
     if _is_replaced_step(optimizer):
         return "its step was replaced on the object"
     for group in optimizer.param_groups:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.kernels import api as kernels
@@ -19,18 +20,21 @@ Options = Mapping[str, Any]
 """Hyper-parameters of a parameter group, captured at the step."""
 
 
-class Rule(Protocol):
+class Rule:
     """Arithmetic of an update.
 
     Attributes:
         is_elementwise: It may be applied to any piece of a parameter by itself.
     """
 
-    is_elementwise: bool
+    is_elementwise: ClassVar[bool]
 
     def kinds(self, options: Options) -> tuple[str, ...]:
         """Names of the states of the parameter's shape, as ``torch.optim`` names them."""
-        ...
+        return ()
+
+    def begin(self, scalars: dict[str, Any], options: Options) -> None:
+        """One update of a parameter starts: an elementwise rule counts the step here."""
 
     def update(
         self,
@@ -46,24 +50,25 @@ class Rule(Protocol):
         """Update one parameter, or an elementwise rule a piece of it.
 
         Args:
-            param: The master, updated in place.
+            param: The values, float32 where they are a master; updated in place. Flat for an elementwise rule, else of
+                the parameter's shape.
             grad: Gradient of the same shape; not changed.
             states: By kind, of the same shape; updated in place. A rule that is not elementwise may add kinds.
-            scalars: Everything else that belongs to the parameter, such as ``step``. An elementwise rule reads the
-                values after `begin` and leaves them.
+            scalars: Everything else that belongs to the parameter, such as ``step``. An elementwise rule reads what
+                `begin` left and does not change it.
             options: Hyper-parameters. A rule that is not elementwise may change them, as its class does.
             is_first: The parameter was never updated: an elementwise rule finds zeros in ``states``.
             out: Receives the updated values in its own dtype in the same pass; elementwise rules only.
         """
-        ...
-
-    def begin(self, scalars: dict[str, Any], options: Options) -> None:
-        """One update of a parameter starts: an elementwise rule counts the step."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} does not update parameters one by one")
 
 
-class AdamRule:
-    """`torch.optim.Adam` and `AdamW` by the fused kernel."""
+class AdamRule(Rule):
+    """`torch.optim.Adam` and `AdamW` by the fused kernel.
+
+    Args:
+        decoupled: Weight decay is that of AdamW (arXiv 1711.05101), not a part of the gradient.
+    """
 
     is_elementwise = True
 
@@ -89,7 +94,7 @@ class AdamRule:
         is_first: bool,
         out: Tensor | None = None,
     ) -> None:
-        """See `Rule.update`; all tensors flat."""
+        """See `Rule.update`."""
         kernels.adam_(
             param,
             grad,
@@ -108,7 +113,7 @@ class AdamRule:
         )
 
 
-class SGDRule:
+class SGDRule(Rule):
     """`torch.optim.SGD` by the fused kernel."""
 
     is_elementwise = True
@@ -116,9 +121,6 @@ class SGDRule:
     def kinds(self, options: Options) -> tuple[str, ...]:
         """See `Rule.kinds`."""
         return ("momentum_buffer",) if options["momentum"] else ()
-
-    def begin(self, scalars: dict[str, Any], options: Options) -> None:
-        """See `Rule.begin`; torch keeps nothing for SGD but the momentum buffer."""
 
     def update(
         self,
@@ -131,7 +133,7 @@ class SGDRule:
         is_first: bool,
         out: Tensor | None = None,
     ) -> None:
-        """See `Rule.update`; all tensors flat."""
+        """See `Rule.update`."""
         kernels.sgd_(
             param,
             grad,
@@ -149,7 +151,15 @@ class SGDRule:
         )
 
 
-class TorchRule:
+NATIVE_RULES: dict[type[Optimizer], Callable[[], Rule]] = {
+    Adam: partial(AdamRule, decoupled=False),
+    AdamW: partial(AdamRule, decoupled=True),
+    SGD: SGDRule,
+}
+"""Classes that have a fused rule. `choose_rule` picks from here; each entry is tested against its class."""
+
+
+class TorchRule(Rule):
     """The user's own optimizer, run on one parameter at a time: bit-equal to plain torch for any per-parameter class.
 
     Args:
@@ -171,9 +181,6 @@ class TorchRule:
         """See `Rule.kinds`; a class may make further ones later."""
         return self._kinds
 
-    def begin(self, scalars: dict[str, Any], options: Options) -> None:
-        """See `Rule.begin`; the class itself counts."""
-
     def update(
         self,
         param: Tensor,
@@ -185,7 +192,7 @@ class TorchRule:
         is_first: bool,
         out: Tensor | None = None,
     ) -> None:
-        """See `Rule.update`; shaped tensors."""
+        """See `Rule.update`."""
         shadow = torch.nn.Parameter(param, requires_grad=True)
         shadow.grad = grad
         optimizer = self._run(shadow, {**scalars, **states}, options)

@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from lightning_ssd.optim.adapter import OptimizerAdapter
-from lightning_ssd.optim.rules import Options
+from lightning_ssd.optim.rules import Rule
 from lightning_ssd.units.unit import params_with_grad
 
 
-class WholeRule:
+class WholeRule(Rule):
     """What sizing and pipeline see of it: nothing streams.
 
     Attributes:
@@ -30,27 +28,6 @@ class WholeRule:
     def __init__(self, why: str, state_ratio: float) -> None:
         self.why = why
         self.state_ratio = state_ratio
-
-    def kinds(self, options: Options) -> tuple[str, ...]:
-        """See `Rule.kinds`: its state stays with it."""
-        return ()
-
-    def begin(self, scalars: dict[str, Any], options: Options) -> None:
-        """See `Rule.begin`."""
-
-    def update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        states: dict[str, Tensor],
-        scalars: dict[str, Any],
-        options: Options,
-        *,
-        is_first: bool,
-        out: Tensor | None = None,
-    ) -> None:
-        """See `Rule.update`; nobody calls it."""
-        raise AssertionError("an optimizer that runs whole was asked for a part")
 
 
 class WholeOptimizer(OptimizerAdapter):
