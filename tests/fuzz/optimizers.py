@@ -7,44 +7,33 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
+from tests.helpers.optimizers import PerParameter
 
-class SignDescent(Optimizer):
+
+class SignDescent(PerParameter):
     """A class of the user's own, with state."""
 
     def __init__(self, params: Any, lr: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
+        super().__init__(params, lr)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    average = self.state[param].setdefault("average", torch.zeros_like(param))
-                    average.lerp_(param.grad, 0.1)
-                    param.sub_(average.sign(), alpha=group["lr"])
-        return loss
+    def update(self, p: Tensor, group: dict[str, Any]) -> None:
+        average = self.state[p].setdefault("average", torch.zeros_like(p))
+        average.lerp_(p.grad, 0.1)
+        p.sub_(average.sign(), alpha=group["lr"])
 
 
 class Counting(SignDescent):
     """Counts its steps in its groups, as much research code does."""
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            for param in group["params"]:
-                if param.grad is not None:
-                    param.data.mul_(1 - 1e-3 / group["step"])
-        super().step()
-        return loss
+    def begin_group(self, group: dict[str, Any]) -> None:
+        group["step"] = group.get("step", 0) + 1
+
+    def update(self, p: Tensor, group: dict[str, Any]) -> None:
+        p.data.mul_(1 - 1e-3 / group["step"])
+        super().update(p, group)
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

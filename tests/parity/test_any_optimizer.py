@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.optim.probe import probe, small_shape
+from tests.helpers.optimizers import CountsInGroup, PerParameter
 from tests.helpers.training import make_trainer, streamed
 
 WIDTH, STEPS = 16, 8
@@ -56,43 +57,6 @@ def assert_equal(plain: Net, ours: Net) -> None:
     assert ours.losses == plain.losses
     for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
         assert torch.equal(a, b), name
-
-
-class PerParameter(Optimizer):
-    """Plain descent; what it keeps beside is up to the subclass."""
-
-    def __init__(self, params: Any, lr: float = 1e-2) -> None:
-        super().__init__(params, {"lr": lr})
-        self.num_steps = 0
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.begin()
-        for group in self.param_groups:
-            self.begin_group(group)
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, group)
-        return loss
-
-    def begin(self) -> None: ...
-
-    def begin_group(self, group: dict[str, Any]) -> None: ...
-
-    def update(self, p: Tensor, group: dict[str, Any]) -> None:
-        p.add_(p.grad, alpha=-group["lr"])
-
-
-class CountsInGroup(PerParameter):
-    def begin_group(self, group: dict[str, Any]) -> None:
-        group["step"] = group.get("step", 0) + 1
-
-    def update(self, p: Tensor, group: dict[str, Any]) -> None:
-        p.add_(p.grad, alpha=-group["lr"] / group["step"] ** 0.5)
 
 
 class CountsInAttribute(PerParameter):

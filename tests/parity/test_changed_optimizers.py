@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.optim.shared import same
+from tests.helpers.optimizers import PerParameter
 from tests.helpers.training import make_trainer, streamed
 from tests.parity.test_any_optimizer import (
     KEPT,
@@ -23,7 +24,6 @@ from tests.parity.test_any_optimizer import (
     Alternating,
     Midway,
     Net,
-    PerParameter,
     assert_equal,
     train,
 )
