@@ -1,7 +1,7 @@
-"""The user's optimizer, adopted: it stays the same object and the only source of hyper-parameters; its step streams.
+"""The user's optimizer, adopted: it stays the same object and the source of hyper-parameters, and its step streams.
 
-On the instance (never on the class) ``step``, ``zero_grad``, ``state_dict`` and ``load_state_dict`` are replaced;
-`OptimizerAdapter.release` undoes it.
+On the instance (never on the class) ``step``, ``zero_grad``, ``add_param_group``, ``state_dict``,
+``load_state_dict`` and ``state`` are replaced; `OptimizerAdapter.release` and `OptimizerAdapter.dismiss` undo it.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class OptimizerAdapter(OptimizerState):
         super().__init__(optimizer, rule, units, store, keep_master=keep_master, suffix=suffix)
         self._options = SharedOptions(optimizer)
         self._updates: Updates | None = None  # while steps can be made
-        self._is_half_made = False  # when the run ended
-        self._has_used_grads = False  # of the last backward, that a step in plain torch would leave
+        self._is_half_made = False  # the run ended within a step
+        self._has_used_grads = False  # updates took gradients that would still be there in plain torch
         for group in optimizer.param_groups:
             self._require_known(group["params"])
 
@@ -80,7 +80,7 @@ class OptimizerAdapter(OptimizerState):
         self._updates = updates
 
     def release(self) -> None:
-        """Give the optimizer its own step back; ``state_dict`` goes on to show what is in the store."""
+        """Give the optimizer its own step back; ``state_dict`` still shows what is in the store."""
         self._is_half_made = self.is_mid_step
         self._updates = None
         for name in ("step", "zero_grad", "add_param_group"):
@@ -92,11 +92,11 @@ class OptimizerAdapter(OptimizerState):
         refused: Any = Refused(f"optimizer {name} cannot make steps, nor show or load its state,")
         self._updates = refused
         self._store = refused
-        self._has_used_grads = False  # else that would be the reason why
+        self._has_used_grads = False  # a step is refused because of the fork, not because of them
         self._view.inherit(refused)
 
     def dismiss(self, others: Iterable[OptimizerAdapter]) -> None:
-        """Another one takes its place: it has its state itself from now on, mapped, should it ever come back."""
+        """Another optimizer replaces it: give it its own methods back, and its state as mapped tensors."""
         self.drain()
         self._take_edits()
         state: dict[Tensor, Any] = {param: dict(self._view[param]) for param in self._with_state()}
@@ -134,17 +134,17 @@ class OptimizerAdapter(OptimizerState):
         is_last: bool = False,
         land: Callable[[], None] | None = None,
     ) -> None:
-        """Owe the update of the parameters of ``unit`` that this optimizer owns and that have a gradient.
+        """Submit the update of those parameters of ``unit`` that this optimizer owns and that have a gradient.
 
         Args:
             unit: What to update.
             grads: Complete gradients by parameter index; they must not change before the update has run.
-            is_last: The gradients are held by nobody else, and count against the queue's memory.
-            land: Returns when the gradients are there; None if they are. The thread that updates calls it.
+            is_last: Nobody else holds the gradients: their memory counts against the budget.
+            land: Returns when the gradients are on the host; None if they are. The thread that updates calls it.
 
         Raises:
-            NonFiniteGradientError: A gradient holds NaN or Inf; nothing of the unit has changed. Of gradients that are
-                still to land, it is raised by who next waits for an update.
+            NonFiniteGradientError: A gradient holds NaN or Inf; nothing of the unit has changed. For gradients that are
+                still on their way, whoever next waits for an update gets the error.
         """
         updates = self._require_updates()
         unit.wait_for_update()  # of another optimizer, or of the step before
@@ -167,7 +167,7 @@ class OptimizerAdapter(OptimizerState):
         self, unit: Unit, grads: Mapping[int, Tensor], groups: Mapping[nn.Parameter, int]
     ) -> dict[int, ParameterUpdate]:
         parts: dict[int, ParameterUpdate] = {}
-        by_class = isinstance(self.rule, TorchRule)  # which may change what it is given
+        by_class = isinstance(self.rule, TorchRule)  # the class may write to its options
         for index, grad in grads.items():
             param = unit.params[index]
             group = groups[param]
@@ -179,12 +179,10 @@ class OptimizerAdapter(OptimizerState):
 
     @property
     def is_mid_step(self) -> bool:
-        """Whether a step has updated some units and can or could not update all: it runs now, or it failed."""
-        return self._is_half_made or self._options.is_used or self._is_broken
-
-    @property
-    def _is_broken(self) -> bool:
-        return self._updates is not None and self._updates.updater.is_broken
+        """Whether some units are updated and others are not: a step runs now, or one failed."""
+        updates = self._updates
+        is_broken = updates is not None and updates.updater.is_broken
+        return self._is_half_made or self._options.is_used or is_broken
 
     def _require_updates(self) -> Updates:
         """What steps are made with.
@@ -206,7 +204,7 @@ class OptimizerAdapter(OptimizerState):
             hooks = chain(_global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values())
             for hook in hooks:
                 hook(optimizer, (closure, *args), kwargs)
-            self._clear_step()  # of one that failed, if the user went on after it
+            self._clear_step()  # the one before may have failed
             self._take_edits()
             loss, were_used = None, self._has_used_grads
             if closure is not None:

@@ -1,4 +1,4 @@
-"""Which rule updates the parameters of an optimizer: a fused one, its class on each parameter, or its class whole."""
+"""Which rule updates the parameters of an optimizer: a native one, its class on each parameter, or its class whole."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _rule_of_class(optimizer: Optimizer, *, keep_master: bool) -> Rule:
 
 def _is_replaced_step(optimizer: Optimizer) -> bool:
     step = vars(optimizer).get("step")
-    # A scheduler's counter around the step is not one.
+    # Schedulers wrap the step to count calls; that does not change it.
     return step is not None and not hasattr(step, "_wrapped_by_lr_sched")
 
 

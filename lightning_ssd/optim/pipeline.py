@@ -3,8 +3,8 @@
 An elementwise rule sees the unit in chunks: while chunk c is computed, c+1 is being read and c-1 written, so host
 memory is depth x chunk whatever the unit's size. Any other rule sees whole parameters, with the unit's state in memory.
 
-[Note: write-behind] The last chunks of a unit are written while the first ones of the next unit are read: without that
-the disk idles between units. So `UpdatePipeline.update` returns when all is computed, and the new generations become
+[Note: write-behind] The last chunks of a unit are written while the first chunks of the next unit are read, so that
+the disk does not idle between units. `UpdatePipeline.update` returns when all is computed; the new generations become
 current in the next call of `update` or in `finish`.
 
 [Note: suffix] Kinds are named as the optimizer's class names its states. Where a second optimizer updates parameters
@@ -14,8 +14,9 @@ that another one updates too, its kinds have a suffix: ``exp_avg@1``.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from lightning_ssd.units.unit import Unit
 from lightning_ssd.units.update_target import UpdateTarget
 
 CHUNKS_PER_UNIT = 16
-"""Into at least so many a unit is cut, if they are not too small then."""
+"""A unit is cut into at least this many chunks, unless they would be too small."""
 
 
 def state_kinds(store: StateStore, unit: Unit) -> list[str]:
@@ -49,11 +50,11 @@ def master_dtype(unit: Unit, *, keep_master: bool) -> str:
 
 
 class UpdatePipeline:
-    """Runs updates.
+    """Runs updates, one at a time.
 
     Args:
         store: Where states and parameters are.
-        pool: Memory for updates, ``depth`` slots of equal size.
+        pool: Memory for updates, ``depth`` chunk buffers of equal size.
         chunk_numel: Elements of a chunk, a multiple of 2**19.
         depth: Chunks in memory at a time.
         keep_master: Keep a float32 master of 16-bit parameters.
@@ -69,9 +70,9 @@ class UpdatePipeline:
         self._depth = depth
         self._keep_master = keep_master
         self._trace = trace
-        self._slot_nbytes = pool.nbytes // depth
+        self._buffer_nbytes = pool.nbytes // depth
         self._larger: Pool | None = None
-        self._trailing: _Writes | None = None
+        self._behind: _Writes | None = None
 
     def update(self, update: PendingUpdate, target: UpdateTarget | None = None) -> None:
         """Update the parameters of a unit; returns when all is computed, see [Note: write-behind].
@@ -89,14 +90,14 @@ class UpdatePipeline:
         self._trace.mark("update", unit.name)
         with self._trace.span(Lane.UPDATE, "update", unit.name):
             try:
-                writes = _Writes(update, self._files(update, target))
+                writes = _Writes(update, self._tensors(update, target))
             except BaseException:
                 if target is not None:
                     target.end(is_new=False)
                 raise
             try:
                 require_unchanged(unit, parts)
-                writes.files.begin()
+                writes.tensors.begin()
                 for part in parts.values():
                     rule.begin(part.scalars, part.options)
                 if rule.is_elementwise:
@@ -105,13 +106,13 @@ class UpdatePipeline:
                         part.initialised.update(rule.kinds(part.options))
                 else:
                     self._in_whole(unit, rule, parts, writes, update.suffix)
-                writes.files.end_source()
+                writes.tensors.end_source()
                 self.finish()
             except BaseException as error:
                 writes.fail(error)
                 raise
-            self._trailing = writes
-            if not writes.slots:  # all of it is in memory
+            self._behind = writes
+            if not writes.buffers:  # all of it is in memory
                 self.finish()
 
     def updates_values_of(self, unit: Unit) -> bool:
@@ -124,14 +125,14 @@ class UpdatePipeline:
         Raises:
             IOFailure: The disk failed; the generations before the update are still the current ones.
         """
-        writes, self._trailing = self._trailing, None
+        writes, self._behind = self._behind, None
         if writes is None:
             return
         try:
-            while writes.slots:
-                self._wait(writes.slots[0], writes.update.unit)  # sync: the last writes
-                writes.slots.popleft().close()
-            writes.files.commit()
+            while writes.buffers:
+                self._wait(writes.buffers[0], writes.update.unit)  # sync: the last writes
+                writes.buffers.popleft().close()
+            writes.tensors.commit()
         except BaseException as error:
             writes.fail(error)
             raise
@@ -139,62 +140,66 @@ class UpdatePipeline:
         writes.update.complete()
 
     def _make_room(self) -> bool:
-        """Wait for a slot that the update before still writes."""
-        if self._trailing is None or not self._trailing.slots:
+        """Wait until a buffer of the update before is written, and give it back; False if there is none."""
+        if self._behind is None or not self._behind.buffers:
             return False
-        self._wait(self._trailing.slots[0], self._trailing.update.unit)  # sync: its writes
-        self._trailing.slots.popleft().close()
+        self._wait(self._behind.buffers[0], self._behind.update.unit)  # sync: its writes
+        self._behind.buffers.popleft().close()
         return True
 
     # -- elementwise ---------------------------------------------------------------------------------------------
 
     def _in_chunks(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], writes: _Writes) -> None:
         flats = {i: part.grad.detach().reshape(-1) for i, part in parts.items()}
-        files = writes.files
-        if not files.moves:
-            files.is_touched = True
-            self._compute(unit, rule, parts, flats, files, None, 0, unit.layout.numel)
+        tensors = writes.tensors
+        if not tensors.moves:
+            tensors.is_touched = True
+            self._compute(unit, rule, parts, flats, tensors, None, 0, unit.layout.numel)
             return
-        # Many chunks: nothing is computed while the first is read.
-        most = unit.layout.numel // CHUNKS_PER_UNIT // CHUNK_STEP_NUMEL * CHUNK_STEP_NUMEL
-        chunk_numel = min(max(min(self._chunk_numel, most), CHUNK_STEP_NUMEL), max(unit.layout.numel, 1))
-        sizes = [(column.kind, column.layout.itemsize * chunk_numel) for column in files.streamed]
-        depth = min(self._depth, -(-unit.layout.numel // chunk_numel))
-        pool, slot_nbytes = self._pool, self._slot_nbytes
-        nbytes = sum(round_up(nbytes) for _, nbytes in sizes)
-        if nbytes > slot_nbytes:  # planned for another rule: of an optimizer beside this one, or before it
-            depth, slot_nbytes = max(min(depth, pool.nbytes // nbytes), 1), nbytes
-            pool = self._pool_for(nbytes)
+        chunking = self._chunking(unit, tensors)
         pending: deque[tuple[ChunkBuffer, int, int]] = deque()
-        # One slot is left free of reads, so that its writes run while the next chunk is computed.
-        most_pending = max(depth - 1, 1)
+        # One buffer is left free of reads, so that its writes run while the next chunk is computed.
+        most_pending = max(chunking.depth - 1, 1)
 
         def compute_one() -> None:
-            self.finish()  # its writes were there before the reads that are waited for now
-            slot, begin, end = pending.popleft()
-            self._wait(slot, unit)  # sync: the chunk's reads
-            files.is_touched = True
-            self._compute(unit, rule, parts, flats, files, slot, begin, end)
-            files.write(slot, begin, end)
+            self.finish()  # the writes of the update before were submitted before the reads that we wait for now
+            buffer, begin, end = pending.popleft()
+            self._wait(buffer, unit)  # sync: the chunk's reads
+            tensors.is_touched = True
+            self._compute(unit, rule, parts, flats, tensors, buffer, begin, end)
+            tensors.write(buffer, begin, end)
 
-        for i, (begin, end) in enumerate(chunks(unit.layout.numel, chunk_numel)):
-            if i < depth:
-                slot = ChunkBuffer(pool, sizes, unit.name, nbytes=slot_nbytes, make_room=self._make_room)
-                writes.slots.append(slot)
+        for i, (begin, end) in enumerate(chunks(unit.layout.numel, chunking.numel)):
+            if i < chunking.depth:
+                buffer = chunking.lend(unit, self._make_room)
+                writes.buffers.append(buffer)
             else:
-                writes.slots.rotate(-1)  # the oldest at the front
-                slot = writes.slots[-1]
-            self._wait(slot, unit)  # sync: what the slot held before is on disk
-            files.read(slot, begin, end)
-            pending.append((slot, begin, end))
+                writes.buffers.rotate(-1)  # the one whose writes began first comes to the front
+                buffer = writes.buffers[-1]
+            self._wait(buffer, unit)  # sync: the chunk that it held before is on disk
+            tensors.read(buffer, begin, end)
+            pending.append((buffer, begin, end))
             if len(pending) == most_pending:
                 compute_one()
         while pending:
             compute_one()
 
-    def _wait(self, slot: ChunkBuffer, unit: Unit) -> None:
+    def _chunking(self, unit: Unit, tensors: UpdateTensors) -> _Chunking:
+        # Many chunks: nothing is computed while the first is read.
+        most = unit.layout.numel // CHUNKS_PER_UNIT // CHUNK_STEP_NUMEL * CHUNK_STEP_NUMEL
+        numel = min(max(min(self._chunk_numel, most), CHUNK_STEP_NUMEL), max(unit.layout.numel, 1))
+        sizes = [(state_tensor.kind, state_tensor.layout.itemsize * numel) for state_tensor in tensors.streamed]
+        depth = min(self._depth, -(-unit.layout.numel // numel))
+        nbytes = sum(round_up(nbytes) for _, nbytes in sizes)
+        if nbytes <= self._buffer_nbytes:
+            return _Chunking(numel, depth, sizes, self._pool, self._buffer_nbytes)
+        # The plan was for another rule: that of another optimizer, or of the one that this one replaced.
+        depth = max(min(depth, self._pool.nbytes // nbytes), 1)
+        return _Chunking(numel, depth, sizes, self._pool_for(nbytes), nbytes)
+
+    def _wait(self, buffer: ChunkBuffer, unit: Unit) -> None:
         with self._trace.span(Lane.WAIT, "update waits for the disk", unit.name):
-            slot.wait()
+            buffer.wait()
 
     def _compute(
         self,
@@ -202,15 +207,15 @@ class UpdatePipeline:
         rule: Rule,
         parts: Mapping[int, ParameterUpdate],
         flats: Mapping[int, Tensor],
-        files: UpdateTensors,
-        slot: ChunkBuffer | None,
+        tensors: UpdateTensors,
+        buffer: ChunkBuffer | None,
         begin: int,
         end: int,
     ) -> None:
-        staged = {} if slot is None else files.staged(slot, end - begin)
+        staged = {} if buffer is None else tensors.staged(buffer, end - begin)
 
         def view(kind: str, segment: Segment) -> Tensor:
-            kept, out = files.columns[kind].in_memory, files.columns[kind].out
+            kept, out = tensors.by_kind[kind].in_memory, tensors.by_kind[kind].out
             if kept is not None:
                 return kept[segment.index].view(-1)[segment.offset : segment.offset + segment.numel]
             if out is not None:
@@ -219,22 +224,22 @@ class UpdatePipeline:
 
         with self._trace.span(Lane.UPDATE, "rule", unit.name):
             for segment in unit.layout.segments(begin, end):
-                master = view(files.master_kind, segment)
-                param = view("param", segment) if files.master_kind != "param" else None
-                if files.makes_master and param is not None:
+                master = view(tensors.master_kind, segment)
+                param = view("param", segment) if tensors.master_kind != "param" else None
+                if tensors.makes_master and param is not None:
                     kernels.convert_(master, param)
-                elif files.master_source is not None:
-                    kernels.convert_(master, files.master_source[segment.begin : segment.end])
+                elif tensors.master_source is not None:
+                    kernels.convert_(master, tensors.master_source[segment.begin : segment.end])
                 part = parts.get(segment.index)
                 if part is None:
                     if param is not None:
                         kernels.convert_(param, master)  # parameters without an update keep their value
                     continue
-                states = {name: view(kind, segment) for name, kind in files.state_kinds.items()}
+                states = {name: view(kind, segment) for name, kind in tensors.state_kinds.items()}
                 grad = flats[segment.index][segment.offset : segment.offset + segment.numel]
                 is_first = not part.initialised
                 for state in states.values() if is_first else ():
-                    state.zero_()  # another optimizer may have had one before
+                    state.zero_()  # the file may hold the state of an optimizer that was replaced
                 rule.update(master, grad, states, part.scalars, part.options, is_first=is_first, out=param)
 
     # -- any rule ------------------------------------------------------------------------------------------------
@@ -243,23 +248,25 @@ class UpdatePipeline:
         self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], writes: _Writes, suffix: str
     ) -> None:
         self.finish()
-        numel, files = unit.layout.numel, writes.files
-        sizes = [(column.kind, column.layout.itemsize * numel) for column in files.streamed]
-        slot = ChunkBuffer(self._pool_for(sum(round_up(nbytes) for _, nbytes in sizes)), sizes, unit.name)
-        writes.slots.append(slot)
-        files.read(slot, 0, numel)
-        self._wait(slot, unit)  # sync: the unit's state
-        files.is_touched = True
+        numel, tensors = unit.layout.numel, writes.tensors
+        sizes = [(state_tensor.kind, state_tensor.layout.itemsize * numel) for state_tensor in tensors.streamed]
+        buffer = ChunkBuffer(self._pool_for(sum(round_up(nbytes) for _, nbytes in sizes)), sizes, unit.name)
+        writes.buffers.append(buffer)
+        tensors.read(buffer, 0, numel)
+        self._wait(buffer, unit)  # sync: the unit's state
+        tensors.is_touched = True
         with self._trace.span(Lane.UPDATE, "rule", unit.name):
             late: dict[str, dict[int, Tensor]] = {}
-            for index in range(len(unit.shapes)):  # those without elements too: they have states, and counts
-                self._update_whole(rule, parts.get(index), files, slot, index, late)
+            for index in range(len(unit.shapes)):  # parameters without elements too: they have a step count
+                self._update_whole(rule, parts.get(index), tensors, buffer, index, late)
         self._add_kinds(unit, parts, late, suffix)
-        files.write(slot, 0, numel)
+        tensors.write(buffer, 0, numel)
 
     def _pool_for(self, nbytes: int) -> Pool:
-        """The pool for updates, or a larger one: a class makes states that it did not make when it was tried, or one
-        that nobody knew at setup took another one's place.
+        """The pool for updates, or a larger one where that is too small.
+
+        It is if the optimizer class makes states that it did not make when it was tried, or if the optimizer replaced
+        another one after setup.
         """
         if nbytes <= self._pool.nbytes:
             return self._pool
@@ -274,7 +281,10 @@ class UpdatePipeline:
         late: Mapping[str, Mapping[int, Tensor]],
         suffix: str,
     ) -> None:
-        """Files of states that the class has made only now. One of an update that fails is of no parameter."""
+        """Make files of states that the class has made for the first time.
+
+        If the update fails afterwards they stay, and no parameter refers to them.
+        """
         dtype = master_dtype(unit, keep_master=self._keep_master)
         for kind, states in late.items():
             self._store.put(unit.layout_of(kind + suffix, dtype), states.get)
@@ -285,19 +295,19 @@ class UpdatePipeline:
     def _update_whole(
         rule: Rule,
         part: ParameterUpdate | None,
-        files: UpdateTensors,
-        slot: ChunkBuffer,
+        tensors: UpdateTensors,
+        buffer: ChunkBuffer,
         index: int,
         late: dict[str, dict[int, Tensor]],
     ) -> None:
-        views = {kind: column.whole(slot, index) for kind, column in files.columns.items()}
-        places = {name: views[kind] for name, kind in files.state_kinds.items()}
-        master = views[files.master_kind]
-        if files.makes_master:
+        views = {kind: state_tensor.whole(buffer, index) for kind, state_tensor in tensors.by_kind.items()}
+        places = {name: views[kind] for name, kind in tensors.state_kinds.items()}
+        master = views[tensors.master_kind]
+        if tensors.makes_master:
             master.copy_(views["param"])
-        elif files.master_source is not None:
-            entry, itemsize = files.columns["param"].layout.entries[index], master.itemsize
-            master.copy_(files.master_source[entry.begin // itemsize : entry.end // itemsize].view(master.shape))
+        elif tensors.master_source is not None:
+            entry, itemsize = tensors.by_kind["param"].layout.entries[index], master.itemsize
+            master.copy_(tensors.master_source[entry.begin // itemsize : entry.end // itemsize].view(master.shape))
         if part is not None:
             states = {k: v for k, v in places.items() if k in part.initialised}
             grad = part.grad.detach().to(master.dtype)
@@ -308,13 +318,13 @@ class UpdatePipeline:
                     part.initialised.add(kind)
                 elif kind not in places:
                     late.setdefault(kind, {})[index] = state
-            part.initialised.intersection_update(states)  # a class may drop one
-        if files.master_kind != "param":
+            part.initialised.intersection_update(states)  # a class may delete a state
+        if tensors.master_kind != "param":
             views["param"].copy_(master)
 
-    # -- files ---------------------------------------------------------------------------------------------------
+    # -- tensors ---------------------------------------------------------------------------------------------------
 
-    def _files(self, update: PendingUpdate, target: UpdateTarget | None) -> UpdateTensors:
+    def _tensors(self, update: PendingUpdate, target: UpdateTarget | None) -> UpdateTensors:
         unit, suffix = update.unit, update.suffix
         kinds = [kind for kind in state_kinds(self._store, unit) if suffix_of(kind) == suffix]
         for part in update.parts.values():
@@ -327,32 +337,54 @@ class UpdatePipeline:
         return UpdateTensors(self._store, layouts, target, suffix=suffix)
 
 
+class _Chunking(NamedTuple):
+    """How the update of one unit is cut.
+
+    Attributes:
+        numel: Elements of a chunk; the last one may have fewer.
+        depth: Chunks in memory at a time.
+        sizes: Kinds that stream, and bytes of a chunk of each.
+        pool: Memory for chunks.
+        buffer_nbytes: Bytes of the buffer for one chunk.
+    """
+
+    numel: int
+    depth: int
+    sizes: list[tuple[str, int]]
+    pool: Pool
+    buffer_nbytes: int
+
+    def lend(self, unit: Unit, make_room: Callable[[], bool]) -> ChunkBuffer:
+        """A buffer for one chunk of ``unit``; see `Pool.lend`."""
+        return ChunkBuffer(self.pool, self.sizes, unit.name, nbytes=self.buffer_nbytes, make_room=make_room)
+
+
 class _Writes:
     """What an update writes, until its generations are current or dropped.
 
     Args:
         update: The update.
-        files: The kinds of its unit.
+        tensors: The kinds of its unit.
 
     Attributes:
         update: The update.
-        files: The kinds of its unit.
-        slots: Lent for it; the one whose writes began first at the front.
+        tensors: The kinds of its unit.
+        buffers: Its chunk buffers; the one whose writes began first is at the front.
     """
 
-    def __init__(self, update: PendingUpdate, files: UpdateTensors) -> None:
+    def __init__(self, update: PendingUpdate, tensors: UpdateTensors) -> None:
         self.update = update
-        self.files = files
-        self.slots: deque[ChunkBuffer] = deque()
-        # A step count belongs to the files: if the update fails, both stay as they were.
+        self.tensors = tensors
+        self.buffers: deque[ChunkBuffer] = deque()
+        # A step count belongs to the tensors: if the update fails, both stay as they were.
         parts = update.parts.values()
         self._before = [(p.scalars, deepcopy(p.scalars), p.initialised, set(p.initialised)) for p in parts]
 
     def fail(self, error: BaseException) -> None:
         """The current generations stay the current ones."""
-        while self.slots:
-            self.slots.popleft().close()
-        self.files.abandon(error)
+        while self.buffers:
+            self.buffers.popleft().close()
+        self.tensors.abandon(error)
         for scalars, old_scalars, initialised, old_initialised in self._before:
             scalars.clear()
             scalars.update(old_scalars)

@@ -164,7 +164,7 @@ class TorchRule(Rule):
 
     Args:
         optimizer: The user's; its class and its attributes serve, its parameters and state do not.
-        kinds: Names of the full-shaped states that it makes, as far as they are known.
+        kinds: Names of states of the parameter's shape that it is known to make.
     """
 
     is_elementwise = False
@@ -211,7 +211,7 @@ class TorchRule(Rule):
             del scalars[key]
 
     def idle(self, options: Options) -> None:
-        """A step in which a group's parameters have no gradients: a class may count it all the same."""
+        """Run a step for a group whose parameters have no gradients: the class may count it all the same."""
         self._run(torch.nn.Parameter(torch.zeros(1)), {}, options)
 
     def clear(self) -> None:
@@ -219,7 +219,7 @@ class TorchRule(Rule):
         self._left.clear()
 
     def finish(self) -> None:
-        """The step is over: the attributes that the class changed are changed, once.
+        """The step is over: set the attributes that the class changed, once.
 
         Raises:
             SSDOffloadError: One parameter's update left another value than another's.
@@ -263,10 +263,10 @@ class TorchRule(Rule):
 
 
 def is_full(key: str, value: Any, shape: torch.Size, kinds: Collection[str], dtype: torch.dtype | None = None) -> bool:
-    """Whether a state of a parameter of ``shape`` is kept in files: it has that shape too, and is no mere count.
+    """Whether a state of a parameter of ``shape`` goes to a file: it has the same shape, and is not a step count.
 
-    A parameter without dimensions looks like its step count; there the name, one of ``kinds``, tells. Files have one
-    ``dtype``: a state that its class keeps in another one is none of them.
+    A parameter without dimensions has the shape of a step count; there only the names in ``kinds`` are states. Files
+    have one ``dtype``: a state of another dtype goes to no file, unless its name is in ``kinds``.
     """
     if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
         return False

@@ -1,7 +1,7 @@
 """What the parameters of an optimizer share in a step: the keys of their group.
 
-Every parameter is handed a copy of what its group held before the step. What a class makes of it, such as
-``group["step"] += 1``, goes into the group once, after the step; all parameters must have made the same of it.
+Every parameter's update gets a copy of its group as it was before the step. What the class changes there, such as
+``group["step"] += 1``, goes into the group once, after the step; all parameters must leave the same values.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class SharedOptions:
         return [group for group in range(len(self._optimizer.param_groups)) if group not in self._handed]
 
     def finish(self) -> None:
-        """The step is over: what the parameters made of their group's options is in the group now.
+        """The step is over: write the options that the updates left into the groups.
 
         Raises:
-            SSDOffloadError: They made different things of them.
+            SSDOffloadError: Two parameters of a group left different values.
         """
         name = type(self._optimizer).__name__
         for group, handed in self._handed.items():
@@ -83,7 +83,7 @@ class SharedOptions:
             if key in before and same(value, before[key]):
                 continue
             if isinstance(value, Tensor) and isinstance(target.get(key), Tensor) and target[key].shape == value.shape:
-                target[key].copy_(value)  # the user may hold it
+                target[key].copy_(value)  # the user may hold this tensor
             else:
                 target[key] = value
         for key in before.keys() - after.keys():

@@ -1,4 +1,4 @@
-"""What an update streams and what it changes in memory: slots of chunks, and the kinds of a unit before and after."""
+"""The tensors of one update: those that stream through chunk buffers, and those that are changed in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ChunkBuffer:
         pool: Lends the buffer.
         sizes: Kinds and their bytes.
         owner: The unit, for messages.
-        nbytes: Of the buffer at least: slots of equal size leave no gaps in the pool.
+        nbytes: At least so many bytes are lent: buffers of equal size leave no gaps in the pool.
         make_room: See `Pool.lend`.
     """
 
@@ -58,7 +58,7 @@ class ChunkBuffer:
         nbytes: int,
         out: Tensor | None = None,
     ) -> None:
-        """Start a transfer of bytes of a generation's data section: from or to its ``out``, else the slot's memory."""
+        """Start a transfer of bytes of a generation's data section: from or to ``out``, else the buffer's memory."""
         if not nbytes:  # a unit of parameters without elements
             return
         if out is None:
@@ -98,13 +98,13 @@ class ChunkBuffer:
 
 @dataclass
 class StateTensor:
-    """One kind of a unit in an update: streamed through slots, or in memory and changed there.
+    """One kind of a unit in an update: streamed through buffers, or in memory and changed there.
 
     Attributes:
         kind: Which.
         layout: Of its files.
         current: What is read.
-        in_memory: One tensor per parameter of what has no file; [Note: in memory].
+        in_memory: One tensor per parameter, where the plan holds the kind in memory; [Note: in memory].
         out: All elements, flat, of what is written to a new file from where compute will read it.
     """
 
@@ -119,22 +119,22 @@ class StateTensor:
         """Dtype of its tensors."""
         return dtype_of(self.layout.dtype)
 
-    def whole(self, slot: ChunkBuffer, index: int) -> Tensor:
-        """Parameter ``index`` of a slot that holds the whole unit."""
+    def whole(self, buffer: ChunkBuffer, index: int) -> Tensor:
+        """Parameter ``index`` of a buffer that holds the whole unit."""
         if self.in_memory is not None:
             return self.in_memory[index]
         entry = self.layout.entries[index]
         if self.out is not None:
             return self.out[entry.begin // self.layout.itemsize : entry.end // self.layout.itemsize].view(entry.shape)
-        return slot.tensor(self.kind, self.dtype, entry.shape, entry.begin)
+        return buffer.tensor(self.kind, self.dtype, entry.shape, entry.begin)
 
 
 class UpdateTensors:
     """Current and new generations of the kinds of one unit.
 
     Attributes:
-        columns: By kind.
-        streamed: Those in slots.
+        by_kind: By kind.
+        streamed: Those in buffers.
         moves: Whether any is read or written.
         state_kinds: All but the parameter and its master, by the name that the rule has for each.
         master_kind: Which kind the rule updates.
@@ -148,20 +148,20 @@ class UpdateTensors:
     ) -> None:
         self._store = store
         unit = layouts["param"].unit
-        self.columns = {
+        self.by_kind = {
             k: StateTensor(k, lay, store.current(unit, k), store.in_memory(unit, k)) for k, lay in layouts.items()
         }
-        self.moves = any(column.in_memory is None for column in self.columns.values())
+        self.moves = any(state.in_memory is None for state in self.by_kind.values())
         self.state_kinds = {k.removesuffix(suffix): k for k in layouts if k not in ("param", "master")}
         self.master_kind = "master" if "master" in layouts else "param"
-        self.makes_master = self.master_kind == "master" and self.columns["master"].current is None
+        self.makes_master = self.master_kind == "master" and self.by_kind["master"].current is None
         self._target = target
         self.master_source: Tensor | None = None
         if target is not None and target.is_writable:
-            self.columns["param"].out = target.values
+            self.by_kind["param"].out = target.values
         elif target is not None and target.is_current and self.master_kind == "param":
             self.master_source = target.values
-        self.streamed = [c for c in self.columns.values() if c.in_memory is None and c.out is None]
+        self.streamed = [c for c in self.by_kind.values() if c.in_memory is None and c.out is None]
         # Else it is in memory, or written from the master.
         self._reads_param = not (target is not None and target.is_current) and (
             self.master_kind == "param" or self.makes_master
@@ -171,41 +171,48 @@ class UpdateTensors:
 
     def begin(self) -> None:
         """New generations of every kind."""
-        for column in self.columns.values():
-            if column.current is None and column.in_memory is not None:
-                for tensor in column.in_memory:
+        for state in self.by_kind.values():
+            if state.current is None and state.in_memory is not None:
+                for tensor in state.in_memory:
                     tensor.zero_()
-        self._new = self._store.begin([column.layout for column in self.columns.values()])
+        self._new = self._store.begin([state.layout for state in self.by_kind.values()])
 
-    def staged(self, slot: ChunkBuffer, numel: int) -> dict[str, Tensor]:
+    def staged(self, buffer: ChunkBuffer, numel: int) -> dict[str, Tensor]:
         """The streamed kinds' tensors of a chunk."""
-        return {column.kind: slot.tensor(column.kind, column.dtype, numel) for column in self.streamed}
+        return {state.kind: buffer.tensor(state.kind, state.dtype, numel) for state in self.streamed}
 
-    def read(self, slot: ChunkBuffer, begin: int, end: int) -> None:
+    def read(self, buffer: ChunkBuffer, begin: int, end: int) -> None:
         """Start reading elements ``[begin, end)`` of what is not in memory."""
         if begin == end:  # a unit without elements: its files are headers
             return
-        for column in self.columns.values():
-            if column.in_memory is not None or (column.kind == "param" and not self._reads_param):
+        for state in self.by_kind.values():
+            if state.in_memory is not None or (state.kind == "param" and not self._reads_param):
                 continue
-            if column.current is None:
-                slot.clear(column.kind)
+            if state.current is None:
+                buffer.clear(state.kind)
             else:
-                size = column.layout.itemsize
-                slot.add(self._store.read, column.current, column.kind, begin * size, (end - begin) * size, column.out)
+                size = state.layout.itemsize
+                buffer.add(
+                    self._store.read,
+                    state.current,
+                    state.kind,
+                    begin * size,
+                    (end - begin) * size,
+                    state.out,
+                )
 
-    def write(self, slot: ChunkBuffer, begin: int, end: int) -> None:
+    def write(self, buffer: ChunkBuffer, begin: int, end: int) -> None:
         """Start writing them."""
         if begin == end:
             return
-        for column, new in zip(self.columns.values(), self._new, strict=True):
-            if column.in_memory is None:
-                size = column.layout.itemsize
-                slot.add(self._store.write, new, column.kind, begin * size, (end - begin) * size, column.out)
+        for state, new in zip(self.by_kind.values(), self._new, strict=True):
+            if state.in_memory is None:
+                size = state.layout.itemsize
+                buffer.add(self._store.write, new, state.kind, begin * size, (end - begin) * size, state.out)
 
     def end_source(self) -> None:
-        """All is computed: what was only read goes back."""
-        if self.columns["param"].out is None:
+        """All is computed: give the buffer back if it was only read."""
+        if self.by_kind["param"].out is None:
             self._end_target(is_new=False)
 
     def commit(self) -> None:
@@ -214,8 +221,8 @@ class UpdateTensors:
         self._end_target(is_new=True)
 
     def abandon(self, error: BaseException) -> None:
-        """The update failed: the current generations stay, unless they are kept and were touched."""
-        unit = self.columns["param"].layout.unit
+        """The update failed: the current generations stay, but those changed in memory are damaged."""
+        unit = self.by_kind["param"].layout.unit
         damage = f"the update of unit {unit!r} failed midway ({error}): resume from the last checkpoint"
         for generation in self._new:
             self._store.abandon(generation, damage if self.is_touched else "")
@@ -224,5 +231,5 @@ class UpdateTensors:
     def _end_target(self, *, is_new: bool) -> None:
         target, self._target = self._target, None
         if target is not None:
-            self.master_source = self.columns["param"].out = None
+            self.master_source = self.by_kind["param"].out = None
             target.end(is_new=is_new)

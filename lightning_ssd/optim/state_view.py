@@ -1,7 +1,7 @@
 """``optimizer.state`` of a streamed optimizer: its state, mapped from the store when it is looked at.
 
-What is changed in what was shown, or set, or deleted, is taken over before the next step, save or ``state_dict``. A
-dictionary that was looked up before a step shows the state before it: look it up again after.
+What the user writes, sets or deletes is taken over before the next step, save or ``state_dict``. A dictionary that was
+looked up before a step shows the state before that step; look it up again afterwards.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
     def changes(self) -> tuple[dict[nn.Parameter, dict[str, Any]], set[tuple[str, str]]]:
         """The state of parameters that is not what was shown, and the units and kinds of which tensors were written."""
         changed = {p: state for p, state in self._shown.items() if not _is_same(state, self._as_shown[p])}
-        return changed, {key for key, at_rest in self._maps.items() if at_rest.was_written()}
+        return changed, {key for key, mapped in self._maps.items() if mapped.was_written()}
 
     def clear_shown(self) -> None:
         """Forget what was shown; it is looked up again."""

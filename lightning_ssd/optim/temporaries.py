@@ -14,22 +14,21 @@ from torch.utils._pytree import tree_leaves
 from lightning_ssd.optim.rules import Options, Rule
 
 PROBE_NUMEL = 256
-"""Elements of the small parameter: so few that a class that decomposes its outer product is quick."""
-
+"""Elements of the small parameter; few, because some classes decompose its outer product."""
 
 UNKNOWN_SHARE = 5.0
-"""What AdamW with amsgrad allocates: three states and two temporaries."""
+"""Assumed where a class cannot be watched: what AdamW with amsgrad allocates, three states and two temporaries."""
 
 
 def temporary_share(rule: Rule, options: Options, num_dims: int) -> float:
     """Most bytes that are allocated at once in an update of a parameter of ``num_dims`` dimensions, per byte of it.
 
-    The first update is one of them, in which the class makes its states. `UNKNOWN_SHARE` where the class cannot be
-    watched, such as a schedule-free one that is not in train mode yet.
+    That includes the states, which the class makes in its first update. `UNKNOWN_SHARE` if the class cannot be watched,
+    such as a schedule-free one that is not in train mode yet.
     """
     try:
         return _watched_share(rule, options, num_dims)
-    except Exception:  # the user's class may fail in any way; its real steps tell of it
+    except Exception:  # the user's class may fail in any way; its real steps report that
         return UNKNOWN_SHARE
 
 
@@ -49,7 +48,7 @@ def _watched_share(rule: Rule, options: Options, num_dims: int) -> float:
 
 
 class _Allocations(TorchDispatchMode):
-    """Inside, counts the memory of tensors that are made and still alive.
+    """Counts the memory of tensors that are made inside and still alive.
 
     Attributes:
         peak_nbytes: The most so far.
@@ -68,7 +67,7 @@ class _Allocations(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             storage = _storage(tensor)
-            if storage.cdata not in given and tensor.numel() > 1:  # a step count says nothing of a larger parameter
+            if storage.cdata not in given and tensor.numel() > 1:  # not a step count
                 self._alive[storage.cdata] = (storage, tensor.untyped_storage().nbytes())
         self._alive = {key: found for key, found in self._alive.items() if not found[0].expired()}
         self.peak_nbytes = max(self.peak_nbytes, sum(nbytes for _, nbytes in self._alive.values()))

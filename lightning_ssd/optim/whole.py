@@ -1,7 +1,7 @@
-"""An optimizer that cannot be run on one parameter at a time: its own step, on all its parameters, in memory.
+"""An optimizer that cannot be run on one parameter at a time: its own step runs on all its parameters, in memory.
 
-Its parameters are kept in memory by the plan, its state is its own, and gradients wait for the step. The step runs with
-the parameters at rest, where what it writes is their value; a closure that it calls runs as a step does.
+The plan holds its parameters in memory, its state is its own, and gradients wait for the step. In the step the
+parameters view that memory, so what the optimizer writes is their value; a closure that it calls runs like a step.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from lightning_ssd.units.unit import params_with_grad
 
 
 class WholeRule(Rule):
-    """What sizing and pipeline see of it: nothing streams.
+    """Marks such an optimizer: it has no kinds that stream, and no part of it can be updated by itself.
 
     Attributes:
-        why: Why it is run whole.
+        why: Why it is run whole, for messages.
         state_ratio: Bytes of its state for each byte of its parameters.
     """
 
@@ -49,7 +49,7 @@ class WholeOptimizer(OptimizerAdapter):
         self.optimizer.__dict__.pop("step", None)
 
     def dismiss(self, others: Iterable[OptimizerAdapter]) -> None:
-        """Another one takes its place; its state is its own already."""
+        """Another optimizer replaces it; its state is its own already."""
         self.release()
 
     @property
@@ -83,7 +83,7 @@ class WholeOptimizer(OptimizerAdapter):
             loss = closure()
         self._require_written()
         self._is_stepping = True  # from here on it may write
-        self.drain()  # of other optimizers
+        self.drain()  # updates of other optimizers
         return loss
 
     def _require_written(self) -> None:

@@ -1,8 +1,7 @@
-"""Float32 masters of 16-bit values that somebody wrote to: what was not written keeps its master.
+"""Float32 masters of 16-bit values after somebody wrote to the values.
 
-[Note: masters and values] A 16-bit value is its master, rounded. Where it is not, it was written by the user, by a hook
-or a callback, or another one was loaded: then the value is what counts, and the master is made anew from it, element by
-element. So a parameter of which a part was written, or whose neighbours in the unit were, loses nothing of the rest.
+[Note: masters and values] A 16-bit value is its master, rounded. An element for which that does not hold was written by
+the user, a hook or a callback, or was loaded: its master is made from the value. Every other element keeps its master.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def master_of(value: Tensor, master: Tensor) -> Tensor:
 
 
 def follow_values(store: StateStore, unit: Unit) -> None:
-    """The parameters of ``unit`` were written to and are in the store: let their masters follow."""
+    """Make masters of ``unit`` fit its parameters, which were written to and are in the store."""
     generation = store.current(unit.name, "master")
     if generation is not None:
         masters = snapshot(store, generation)
