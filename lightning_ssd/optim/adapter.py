@@ -42,14 +42,7 @@ class OptimizerAdapter(OptimizerState):
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        rule: Rule,
-        units: list[Unit],
-        store: StateStore,
-        *,
-        keep_master: bool,
-        suffix: str = "",
+        self, optimizer: Optimizer, rule: Rule, units: list[Unit], store: StateStore, *, keep_master: bool, suffix: str
     ) -> None:
         super().__init__(optimizer, rule, units, store, keep_master=keep_master, suffix=suffix)
         self._options = SharedOptions(optimizer)
