@@ -1,8 +1,8 @@
-"""A checkpoint copied to another place, usually another file system: checked on the way, gone on with after a kill.
+"""Copy a checkpoint to another place, usually another file system. The copy is verified and can be resumed.
 
-The copy grows in a hidden sibling of its target, ``.NAME.copy-0-CHECKSUM``, named after the checksum of the manifest:
-the same checkpoint copied to the same name again finds what is there; of that, each MiB whose checksum fits is kept.
-The directory is locked meanwhile, and takes the target's name once every byte has been read back and compared.
+The copy is written into a hidden, locked sibling of its target, ``.NAME.copy-0-CHECKSUM``; CHECKSUM is the manifest's.
+So a second copy of the same checkpoint to the same name finds the directory, and keeps each MiB whose checksum matches.
+The directory takes the target's name after every byte has been read back and compared.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CopyReport:
 
     Attributes:
         nbytes_copied: Bytes that were copied.
-        nbytes_kept: Bytes that an earlier, interrupted copy had brought over and that are right.
+        nbytes_kept: Bytes that an earlier, interrupted copy had written and whose checksums match.
     """
 
     nbytes_copied: int
@@ -46,7 +46,7 @@ class CopyReport:
 def copy_checkpoint(
     source: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress | None = None
 ) -> CopyReport:
-    """Copy a checkpoint through a buffer of 1 MiB; interrupted, it goes on where it was when called again.
+    """Copy a checkpoint through a buffer of 1 MiB. After an interruption, the same call resumes the copy.
 
     Args:
         source: The checkpoint.
@@ -54,7 +54,7 @@ def copy_checkpoint(
         progress: Called with bytes done and bytes in all: each byte counts when it is copied and when it is read back.
 
     Raises:
-        CheckpointError: If it could not be copied. What was copied stays, to go on from.
+        CheckpointError: If it could not be copied. What was copied stays for the next call.
         CorruptionError: If the source, or what was read back, is not what the manifest says.
     """
     to = os.path.abspath(os.fspath(target))
@@ -77,7 +77,8 @@ def copy_checkpoint(
             sync_directory(parent)
     except OSError as error:
         raise CheckpointError(
-            f"{to!r} could not be written: {error}; call the same again to go on, or see lightning-ssd clean"
+            f"{to!r} could not be written: {error}; call the same again to resume the copy, or remove it with "
+            "lightning-ssd clean"
         ) from error
     return CopyReport(job.nbytes_copied, job.nbytes_kept)
 
@@ -114,7 +115,7 @@ def _own(parent: Folder, name: str, target: str) -> Folder:
         except FileNotFoundError:
             if time.monotonic() > end_s:
                 raise
-            continue  # ``lightning-ssd clean`` took it for dead, as it was not locked yet
+            continue  # ``lightning-ssd clean`` removed it before it was locked
         if os.fstat(made.fd).st_uid != os.geteuid():
             made.close()
             raise CheckpointError(f"{made.path!r} belongs to another user")
@@ -124,7 +125,7 @@ def _own(parent: Folder, name: str, target: str) -> Folder:
         made.close()
         if is_locked is False and time.monotonic() > end_s:
             raise CheckpointError(f"{target!r} is being copied to by another process")
-        time.sleep(0.01)  # it may only be looked at
+        time.sleep(0.01)  # another process may hold the lock only to look at it
 
 
 def _make(parent: Folder, name: str) -> None:
@@ -231,7 +232,7 @@ class _Job:
 
 
 def _open_for_writing(directory_fd: int, path: str) -> int:
-    """A file of the unfinished copy, which no symlink and no other link may lead to."""
+    """Open a file of the unfinished copy; a symlink, or a file with another link, is refused."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     folder, _, name = path.rpartition("/")
     inner = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
@@ -254,7 +255,7 @@ def _write(fd: int, data: bytes, offset: int) -> None:
 
 
 def _flush(source: int, target: int) -> None:
-    """Make what was written durable, and leave neither file in the page cache."""
+    """Sync the target, and drop both files from the page cache."""
     os.fdatasync(target)
     for fd in (source, target):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

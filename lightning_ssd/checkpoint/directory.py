@@ -1,14 +1,14 @@
-"""Checkpoint directories as a whole: recognised, opened without leaving them, published at once, removed.
+"""Checkpoint directories as a whole: recognised, published in one step, recovered, removed.
 
-[Note: staging] A checkpoint is written into a hidden sibling of its target, ``.NAME.tmp-PID-RANDOM``, and takes the
-target's name in one system call. The writer holds a lock (``flock``) on that directory; the lock dies with the process,
-so a staging directory that can be locked belongs to nobody and is removed by the next save. Whoever replaces or removes
-a checkpoint holds its lock as well, until the last file of it is gone: under its hidden name it is taken for no dead
-save's. Where the file system cannot exchange two names, the old checkpoint is called ``.NAME.old-PID-RANDOM`` for a
-moment; if the process dies in that moment, `recover` gives it its name back.
+[Note: staging] A checkpoint is written into a hidden sibling of its target, ``.NAME.tmp-PID-RANDOM``. One system call
+then gives it the target's name. The writer holds a lock (``flock``) on the staging directory. The lock ends with the
+process, so a staging directory that can be locked is stale, and the next save removes it. A process that replaces or
+removes a checkpoint renames it to a hidden name and holds its lock until the last file is removed, so nobody takes it
+for stale. Where the file system cannot exchange two names, the old checkpoint has the name ``.NAME.old-PID-RANDOM``
+between two renames. If the process dies there, `recover` gives the old name back.
 
-[Note: by descriptor] Names are given relative to open directories (`lightning_ssd.io.folder`): another user who may
-write to a folder around a checkpoint can exchange what has a path there, and everything would be done elsewhere.
+[Note: by descriptor] Names are given relative to open directories (`lightning_ssd.io.folder`). Another user who may
+write to the parent directory of a checkpoint can replace what a path leads to, but not what a descriptor is open on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _TRIES = 100
-"""New directories that others may take for stale before we give up: in some places, as /proc, none can be made."""
+"""How often a new directory may be removed by others, who take it for stale, before it is an error."""
 
 _OLD = re.compile(r"\.old-\d+-[0-9a-f]{8,}$")
 
@@ -71,14 +71,14 @@ def _is_checkpoint(folder: Folder) -> bool:
 
 
 def remove(path: str | os.PathLike[str], recycle: Recycle | None = None) -> None:
-    """Remove a checkpoint. Files in it that are not ours are kept, under the same name if they are all that is left.
+    """Remove a checkpoint. Files in it that we did not write stay, in a directory of the same name if it is free.
 
     Args:
         path: The checkpoint, or a symlink to one, of which only the link is removed.
-        recycle: Takes unit files that nothing else links instead of having them unlinked.
+        recycle: Called with each unit file that nothing else links; see `Recycle`.
 
     Raises:
-        CheckpointError: If ``path`` is no checkpoint of ours, or could not be removed; it is then whole, or hidden.
+        CheckpointError: If ``path`` is no checkpoint of ours, or could not be removed.
     """
     target = os.path.abspath(os.fspath(path))
     if not is_checkpoint(target):
@@ -127,7 +127,7 @@ def recover(target: str) -> None:
 
 @contextmanager
 def staging(target: str, recycle: Recycle | None = None) -> Iterator[Folder]:
-    """An empty, locked sibling of ``target`` that is published under its name on leaving; see [Note: staging].
+    """Give an empty, locked sibling of ``target``, and publish it under that name on leaving; see [Note: staging].
 
     Raises:
         CheckpointError: If ``target`` exists and is not ours to replace, or another process saves to it too.
@@ -145,19 +145,19 @@ def staging(target: str, recycle: Recycle | None = None) -> Iterator[Folder]:
                 aside = _publish(parent, staged, name, old)
             except BaseException:
                 own = os.path.basename(staged.path)
-                with suppress(OSError):  # what cannot be removed now, the next save removes
-                    if parent.is_at(own, staged):  # it has not taken its name yet
+                with suppress(OSError):  # the next save removes what cannot be removed now
+                    if parent.is_at(own, staged):  # not published yet
                         discard_contents(staged)
                         rmdir(parent, own, staged)
                 raise
-            # If this fails, the old one stays where it is: the disk may still have it under the name.
+            # If this fails, the old one is not removed: on the disk it may still have the name.
             sync_directory(parent)
             if old is not None:
                 _discard(parent, aside, old, name, recycle)
 
 
 def check_replaceable(target: str) -> None:
-    """Check that nothing of the user's would be lost by writing a checkpoint named ``target``.
+    """Refuse a target at which a directory of the user's would be replaced.
 
     Raises:
         CheckpointError: If a directory of that name is neither empty nor a checkpoint of ours.
@@ -174,7 +174,7 @@ def check_replaceable(target: str) -> None:
 
 
 def moved_aside_name(target: str) -> str | None:
-    """The name that a plain file (such as another strategy's ``last.ckpt``) gets when a checkpoint takes its own."""
+    """New name for a plain file at ``target``, such as another strategy's ``last.ckpt``; None if there is no file."""
     if os.path.islink(target) or not os.path.lexists(target) or os.path.isdir(target):
         return None
     number = 0
@@ -185,7 +185,7 @@ def moved_aside_name(target: str) -> str | None:
 
 @contextmanager
 def _claimed(parent: Folder, name: str) -> Iterator[Folder | None]:
-    """The checkpoint of that name, locked: nobody else replaces or removes it meanwhile. None if there is none.
+    """Lock the checkpoint of that name, so that no other process replaces or removes it. None if there is none.
 
     Raises:
         CheckpointError: If another process has it locked.
@@ -201,12 +201,12 @@ def _claimed(parent: Folder, name: str) -> Iterator[Folder | None]:
         if not _is_checkpoint(found):
             yield None
         elif found.try_lock() is False or not parent.is_at(name, found):
-            raise _told(os.path.join(parent.path, name), "is being saved or removed by another process")
+            raise _in_use_error(os.path.join(parent.path, name), "is being saved or removed by another process")
         else:
             yield found
 
 
-def _told(target: str, what: str) -> CheckpointError:
+def _in_use_error(target: str, what: str) -> CheckpointError:
     return CheckpointError(
         f"checkpoint {target!r} {what}; what it saves is whole and was not replaced. Give each run a directory of its "
         "own for its checkpoints (dirpath)"
@@ -223,9 +223,9 @@ def _require_own(old: Folder | None, staged: Folder) -> None:
 
 
 def _publish(parent: Folder, staged: Folder, name: str, old: Folder | None) -> str:
-    """Let ``staged`` take the name; return the name under which the checkpoint is now that had it.
+    """Give ``staged`` its final name; return the hidden name of the checkpoint that had it before, or nothing.
 
-    A symlink that had it is removed, a plain file is renamed.
+    A symlink of that name is removed, a plain file is renamed.
     """
     own, target = os.path.basename(staged.path), os.path.join(parent.path, name)
     if not parent.is_at(own, staged):
@@ -244,21 +244,21 @@ def _publish(parent: Folder, staged: Folder, name: str, old: Folder | None) -> s
         except OSError as error:
             if error.errno not in NOT_EMPTY:
                 raise
-            raise _told(target, "was saved by another process in the meantime") from error
+            raise _in_use_error(target, "was saved by another process in the meantime") from error
     if not parent.is_at(name, staged):
         raise CheckpointError(f"{target!r} was exchanged by somebody else while it was saved")
     return aside
 
 
 def _replace(parent: Folder, own: str, name: str) -> str:
-    """Exchange a new checkpoint with the old one; return the name of the old one now."""
+    """Exchange a new checkpoint with the old one; return the hidden name of the old one."""
     inside = f"/proc/self/fd/{parent.fd}"
     if in_time(lambda: _exchange(f"{inside}/{own}", f"{inside}/{name}"), inside, "rename"):
         return own
     old = sibling(name, "old")
     parent.rename(name, old)
     parent.rename(own, name)
-    # A power cut must not leave the old one under a name that `recover` does not know, and the new one without its own.
+    # Before the next rename both must be durable: after a power cut `recover` finds the old one by ``.old-`` only.
     sync_directory(parent)
     aside = sibling(name, "tmp")
     parent.rename(old, aside)
@@ -266,7 +266,7 @@ def _replace(parent: Folder, own: str, name: str) -> str:
 
 
 def _exchange(first: str, second: str) -> bool:
-    """Exchange two names in one step; False where the system cannot."""
+    """Exchange two names in one system call; False where the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -279,8 +279,8 @@ def _exchange(first: str, second: str) -> bool:
 
 
 def sibling(name: str, role: str) -> str:
-    """A name beside ``name`` that nobody has; see [Note: staging]."""
-    # Nobody can guess it and have something there first.
+    """A new hidden name for a sibling of ``name``; see [Note: staging]."""
+    # Random, so that no other user can put something there first.
     return f".{name}.{role}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
@@ -291,7 +291,7 @@ def _siblings(parent: Folder, name: str, role: str) -> list[str]:
 
 
 def _is_own_directory(entry: os.DirEntry[str]) -> bool:
-    # In a directory that many may write to, another user could put one there and exchange what is in it under us.
+    # Another user who may write here could make a directory of that name and replace its content while we work on it.
     try:
         return entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
     except FileNotFoundError:
@@ -312,21 +312,23 @@ def make_locked(parent: Folder, new_name: Callable[[], str]) -> Folder:
         except FileNotFoundError:
             if not tries_left or not os.fstat(parent.fd).st_nlink:
                 raise
-            continue  # taken for stale between mkdir and open
-        # Another process may take the directory for stale between mkdir and flock, and remove it: then try again.
+            continue  # another process took it for stale between mkdir and open
+        # Another process may take the directory for stale between mkdir and flock and remove it: try again.
         with ExitStack() as undo:
             undo.callback(made.close)
             is_locked = made.try_lock()
             if is_locked is None or (is_locked and parent.is_at(name, made)):
                 undo.pop_all()
                 return made
-            with suppress(OSError):  # whoever has the lock may be faster
+            with suppress(OSError):  # the process that has the lock may remove it first
                 rmdir(parent, name, made)
-    raise CheckpointError(f"others remove each directory that is made in {parent.path!r}; choose another place")
+    raise CheckpointError(
+        f"each of {_TRIES} new directories in {parent.path!r} was removed by other processes; choose another place"
+    )
 
 
 def _make_folders(path: str) -> None:
-    """Make what is missing of a path, durably: a checkpoint is no safer than the folders that lead to it."""
+    """Make the missing directories of a path, and sync each parent."""
     if not os.path.isdir(path):
         parent = os.path.dirname(path)
         _make_folders(parent)
@@ -336,7 +338,7 @@ def _make_folders(path: str) -> None:
 
 
 def _clean_stale(parent: Folder, name: str) -> None:
-    """Remove what dead processes left behind while writing or removing this checkpoint."""
+    """Remove stale staging directories of this checkpoint."""
     for role in ("tmp", "old"):
         for aside in _siblings(parent, name, role):
             with locked(parent, aside) as mine:
@@ -346,7 +348,7 @@ def _clean_stale(parent: Folder, name: str) -> None:
 
 @contextmanager
 def locked(parent: Folder, name: str, *, shared: bool = False) -> Iterator[Folder | None]:
-    """A directory whose lock nobody else holds, locked; None if that is not so, or it has no such name any more."""
+    """Lock a directory; None if another process has its lock, or the name is gone."""
     try:
         folder = parent.folder(name)
     except OSError as error:
@@ -359,11 +361,11 @@ def locked(parent: Folder, name: str, *, shared: bool = False) -> Iterator[Folde
 
 
 def _discard(parent: Folder, aside: str, found: Folder, name: str, recycle: Recycle | None) -> None:
-    """Remove a staging directory or a checkpoint that was renamed aside; what is not ours gets the name ``name``."""
-    # Whoever renamed it aside may have died before that was durable: a power cut would bring the old name back.
+    """Remove a staging directory or a hidden checkpoint. If files of the user stay in it, it is renamed to ``name``."""
+    # The process that hid it may have died before the rename was durable: a power cut would bring the old name back.
     sync_directory(parent)
     found.path = os.path.join(parent.path, aside)
     discard_contents(found, recycle, is_old=_OLD.search(aside) is not None)
     if not rmdir(parent, aside, found):
-        sync_directory(found)  # that the manifest is gone, before the name comes back
+        sync_directory(found)  # the manifest must be gone durably before the name comes back
         parent.rename(aside, f"{name}.kept-{secrets.token_hex(4)}" if parent.has(name) else name)

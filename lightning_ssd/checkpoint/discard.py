@@ -25,12 +25,12 @@ NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 
 def discard_contents(found: Folder, recycle: Recycle | None = None, *, is_old: bool = False) -> None:
     """Remove what we write into a checkpoint."""
-    # The manifest goes first: what is left of a checkpoint must not look like one.
+    # The manifest first, so that a half-removed directory is no checkpoint.
     for name in OWN_FILES:
         with suppress(FileNotFoundError):
             found.unlink(name)
     if is_old:
-        found.sync()  # or a power cut may leave its manifest, but not its units, and `recover` would trust it
+        found.sync()  # else a power cut may bring back the manifest without its units, which `recover` would publish
     try:
         units = found.folder(UNITS)
     except OSError as error:
@@ -45,7 +45,7 @@ def discard_contents(found: Folder, recycle: Recycle | None = None, *, is_old: b
 
 
 def rmdir(parent: Folder, name: str, found: Folder | None = None) -> bool:
-    """Remove a directory if it is empty and still what it was; whether it is gone from there."""
+    """Remove a directory if it is empty and still is ``found``; return whether the name no longer leads to it."""
     if found is not None and not parent.is_at(name, found):
         return True
     try:

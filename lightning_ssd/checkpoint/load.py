@@ -118,7 +118,7 @@ class CheckpointReader:
         return self._mapped_file(record).tensor(record.renamed.get(entry.name, entry.name))
 
     def value(self, name: str) -> Tensor:
-        """A parameter in the dtype it had at rest: in place if a file holds it so, else converted from the master."""
+        """A parameter in its dtype at rest: mapped if a file holds that dtype, else converted from the master."""
         dtype = self.dtype_at_rest(name)
         kind, exact = self._form(name, dtype)
         return self.tensor(name, kind) if exact else self.tensor(name, kind).to(dtype_of(dtype))
@@ -130,7 +130,7 @@ class CheckpointReader:
         return self.manifest.dtypes.get(stored, self._places(name)[kind][1].dtype)
 
     def is_in_place(self, name: str) -> bool:
-        """Whether `value` needs no conversion; true of everything that is not in a unit file."""
+        """Whether `value` needs no conversion; always true for tensors that are in no unit file."""
         stored = self.manifest.aliases.get(name, name)
         return stored not in self.manifest.parameters or self._form(name, self.dtype_at_rest(name))[1]
 
@@ -195,16 +195,16 @@ class CheckpointReader:
         return [decode_optimizer(record, pickled) for record in self.manifest.optimizers]
 
     def seen(self) -> SeenFiles:
-        """The files that are mapped now, to tell later whether somebody has written to one."""
+        """The files that are mapped now; `SeenFiles.require_unchanged` tells later whether one was written to."""
         return SeenFiles({mapped.where: mapped.file for mapped in self._mapped.values()})
 
     def drop(self) -> None:
-        """Give back the memory of all pages that were looked at."""
+        """Free the memory of all mapped pages; the next read loads them from the file again."""
         for mapped in self._mapped.values():
             mapped.drop()
 
     def drop_parameter(self, name: str) -> None:
-        """Give back the memory of one parameter's pages, of all kinds."""
+        """Free the memory of one parameter's mapped pages, of all kinds."""
         for record, entry in self._places(name).values():
             if record.path in self._mapped:
                 self._mapped[record.path].drop(record.renamed.get(entry.name, entry.name))
@@ -226,12 +226,12 @@ class CheckpointReader:
     def verify_files(
         self, progress: Progress | None = None, *, kinds: Collection[str] | None = None, done: int = 0
     ) -> VerifyReport:
-        """As `verify`, unit files alone, or those of some kinds; what is not there is not missed.
+        """Compare the bytes of unit files, of all or of some kinds, with their checksums.
 
         Args:
             progress: Called with bytes done and bytes in all.
-            kinds: Which; None for all.
-            done: Bytes that were done before.
+            kinds: Kinds to compare; None for all.
+            done: Bytes compared before, for ``progress``.
 
         Raises:
             CorruptionError: If a byte differs; names file, parameter and offset.
@@ -242,7 +242,7 @@ class CheckpointReader:
             if kinds is not None and record.kind not in kinds:
                 continue
             with closing_fd(self._open(record)) as fd:
-                self._map(record, fd)  # so that what `tensor` gives from now on are the bytes that are compared
+                self._map(record, fd)  # `tensor` then gives the very bytes that are compared
                 if record.checksums is None:
                     unchecked.append(record.path)
                     continue
@@ -289,7 +289,7 @@ class CheckpointReader:
         return places
 
     def _form(self, name: str, dtype: str) -> tuple[str, bool]:
-        """The kind that holds a parameter's value in ``dtype``, or else the most exact one; and whether it does."""
+        """The kind that holds a parameter's value in ``dtype``, else the most exact one; and whether the dtype fits."""
         places = self._places(name)
         forms = [kind for kind in ("master", "param") if kind in places]
         if not forms:

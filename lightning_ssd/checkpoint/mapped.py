@@ -1,4 +1,4 @@
-"""A safetensors file as tensors that lie where the file is mapped: no bytes are read before they are looked at.
+"""A safetensors file, mapped: its tensors are views of the mapping, and pages are read on first access.
 
 [Note: private mapping] The file is mapped once, MAP_PRIVATE: clean pages are the page cache's, not ours, and a write to
 a tensor copies the page it hits and never reaches the file.
@@ -41,7 +41,7 @@ def read_header(fd: int, where: str) -> Header:
 
 
 def read_exactly(fd: int, nbytes: int, offset: int, where: str) -> bytes:
-    """All of the bytes asked for, however many the system gives at a time.
+    """Read ``nbytes`` bytes at ``offset``, in as many calls as it takes.
 
     Raises:
         CheckpointError: If the file ends before.
@@ -101,7 +101,7 @@ class MappedFile:
         return os.path.samestat(self.file, file)
 
     def drop(self, name: str | None = None) -> None:
-        """Give back the memory of pages that were looked at; values written through a tensor are lost with them."""
+        """Free the memory of mapped pages of one tensor or all; values written through a tensor are lost."""
         if self._bytes is None:
             return
         begin, end = 0, self._bytes.nbytes
@@ -117,7 +117,7 @@ class MappedFile:
 
 @dataclass(frozen=True)
 class SeenFiles:
-    """Mapped files as they were before their bytes were compared with their checksums.
+    """What mapped files were like before their bytes were compared with their checksums.
 
     Attributes:
         files: About each, by path.
@@ -126,7 +126,7 @@ class SeenFiles:
     files: Mapping[str, os.stat_result]
 
     def require_unchanged(self) -> None:
-        """Refuse what was read from a file that somebody wrote to since; one that was removed or replaced is as it was.
+        """Refuse values from a file that was written to since. A removed or replaced file stays unchanged.
 
         Raises:
             CheckpointError: Names the file.
@@ -154,7 +154,7 @@ def map_bytes(fd: int, nbytes: int) -> npt.NDArray[np.uint8]:
 
 
 def drop_pages(address: int, nbytes: int) -> None:
-    """Unmap the whole pages of a private file mapping from memory; the next look reads them from the file again."""
+    """Free the whole pages of a private file mapping; the next access reads them from the file again."""
     begin = round_up(address, mmap.PAGESIZE)
     end = round_down(address + nbytes, mmap.PAGESIZE)
     if end > begin:

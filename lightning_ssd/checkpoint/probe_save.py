@@ -1,4 +1,4 @@
-"""A save in miniature: shows before the first step what checkpoints in a directory will meet, and leaves nothing."""
+"""A dry run of a save: shows before the first step whether checkpoints can be written to a directory."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _WAIT_S = 10.0
 def probe_save(folder: str, stores: Sequence[str]) -> float:
     """Save a checkpoint of a few bytes in ``folder`` by what saves real ones, and remove it.
 
-    Folders that are missing are made, and removed again. The names used are those of an unfinished save, so that what
-    a kill leaves behind is found by ``lightning-ssd clean``.
+    Missing folders are made, and removed again. The names are those of an unfinished save, so that
+    ``lightning-ssd clean`` finds what a killed process leaves behind.
 
     Args:
         folder: Where checkpoints are going to be saved.
-        stores: Directories of the live store; each holds a small file for as long as this takes.
+        stores: Directories of the live store; each holds a small file meanwhile.
 
     Returns:
         The share of ``stores`` whose files can be hard-linked into ``folder``; those of the others must be copied.
@@ -52,7 +52,7 @@ def probe_save(folder: str, stores: Sequence[str]) -> float:
 
 
 def _remove(target: str) -> None:
-    """Remove the trial. Once it is saved its lock is free, so ``lightning-ssd clean`` may be at it, and be faster."""
+    """Remove the saved probe. Its lock is free now, so ``lightning-ssd clean`` may remove it first."""
     end_s = time.monotonic() + _WAIT_S
     while os.path.lexists(target):
         try:
@@ -66,7 +66,7 @@ def _remove(target: str) -> None:
 
 @contextmanager
 def _files(paths: Sequence[str]) -> Iterator[list[UnitFile]]:
-    """Files that stand for the generations of a store."""
+    """Small files in place of the generations of a store."""
     tensors = {"probe": torch.zeros(1)}
     entries = lay_out_tensors(tensors)
     files: list[UnitFile] = []
@@ -85,7 +85,7 @@ def _files(paths: Sequence[str]) -> Iterator[list[UnitFile]]:
 
 @contextmanager
 def _without_traces(folder: str) -> Iterator[None]:
-    """Afterwards, folders that lead to ``folder`` and were not there are gone, unless somebody uses them by now."""
+    """Remove, on leaving, the parent folders of ``folder`` that did not exist before, if they are empty."""
     missing: list[str] = []
     path = os.path.abspath(folder)
     while not os.path.lexists(path):

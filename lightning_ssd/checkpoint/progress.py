@@ -1,4 +1,4 @@
-"""Progress of something long: bytes done of bytes in all, by tqdm, on stderr."""
+"""A progress bar in bytes, by tqdm, on stderr."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tqdm import tqdm
 from lightning_ssd.checkpoint.writer import Progress
 
 _REDRAW_S, _LINE_S = 0.2, 5.0
-"""Seconds from one state shown to the next, on a terminal and in a log; a log gets the first one after as many."""
+"""Seconds between two updates on a terminal, and between two lines in a log."""
 
 _DELAY_S = 1.0
-"""What is done sooner shows nothing on a terminal."""
+"""Seconds before a bar appears on a terminal."""
 
 
 @contextmanager
@@ -49,7 +49,7 @@ class _Bar(tqdm):
 
 
 class _Quiet:
-    """A stream whose failures are nobody's: no save fails because the disk of its log is full."""
+    """A stream that ignores its failures, so that no save fails because the disk of its log is full."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -100,14 +100,14 @@ def write_checkpoint(
     unsynced: set[str] | None = None,
     progress: Progress | None = None,
 ) -> SaveReport:
-    """Save a checkpoint; an existing one of that name is replaced in one step once the new one is durable.
+    """Write a checkpoint. One of that name is replaced in one step, after the new one is durable.
 
     Args:
-        directory: Where. A plain file of that name is renamed to ``NAME.replaced``, a symlink is replaced.
-        files: The generations, of which nobody may write to a linkable one any more; or tensors to make files of.
+        directory: The target. A plain file of that name is renamed to ``NAME.replaced``, a symlink is replaced.
+        files: Unit files: generations to link or copy, or tensors to write.
         buffers: Tensors that are in no unit file, by state-dict name; optimizer state of a shape other than its
             parameter's as ``optimizer.<i>.<parameter>.<key>``.
-        state: What else Lightning wants kept.
+        state: Everything else of Lightning's checkpoint dictionary.
         optimizers: One record per optimizer, in Lightning's order.
         step: Global step.
         codec: Form of state on disk.
@@ -116,14 +116,14 @@ def write_checkpoint(
             that dtype. Default: the dtype of ``master`` if there is one, else of ``param``.
         aliases: Further names of tied tensors -> the name under which the tensor is in ``files`` or ``buffers``.
         names: The tensors of the module's state dict; see `Manifest.names`.
-        recycle: Takes unit files of a replaced checkpoint that nothing else links; see `directory.Recycle`.
-        unsynced: Paths of generations that could not be made durable; this save adds those it finds. The caller keeps
-            it from save to save; see [Note: failed sync].
+        recycle: Called with unit files of a replaced checkpoint that nothing else links; see `discard.Recycle`.
+        unsynced: Paths of generations whose sync failed; this save adds to it. The caller passes the same set to each
+            save; see [Note: failed sync].
         progress: Called with bytes done and bytes in all. Default: a bar on stderr, if it takes more than a moment.
 
     Raises:
-        CheckpointError: If it could not be saved. The one that was there is still whole then (or, if only its removal
-            failed, the new one is).
+        CheckpointError: If it could not be saved. The previous one is still whole (or the new one, if only the removal
+            of the previous one failed).
         CorruptionError: If a generation that had to be copied does not match its checksums.
     """
     begin_s = time.monotonic()
@@ -206,16 +206,16 @@ def _place_each(units: Folder, files: Sequence[UnitFile | ComposedFile], job: _J
 
 
 def _sync_sources(files: Sequence[UnitFile], device: int, unsynced: set[str]) -> None:
-    """Make the generations that will be linked durable; before any is, as a link dirties the inode again.
+    """Sync the generations that will be linked, before the first link, as a link dirties the inode again.
 
-    Those of which it fails are entered in ``unsynced``, all of them, whichever error is raised.
+    The path of each generation whose sync fails is added to ``unsynced``; the first error is raised.
     """
 
     def sync(file: UnitFile) -> None:
         fd, path = file.open_source(), file.source
         try:
             found = os.fstat(fd)
-            # One that is linked already is in a checkpoint and was made durable then: generations are immutable.
+            # A generation with a link is in a checkpoint and was synced then; generations are immutable.
             if found.st_nlink == 1 and found.st_dev == device:
                 try:
                     sync_disk(fd, os.fdatasync)
@@ -226,7 +226,7 @@ def _sync_sources(files: Sequence[UnitFile], device: int, unsynced: set[str]) ->
         finally:
             close_fd(fd)
 
-    # Side by side: the disk answers one flush for many, where one after the other each waits for its own.
+    # In parallel: the disk merges the flushes.
     with ThreadPoolExecutor(_NUM_SYNCS, thread_name_prefix="checkpoint-sync") as pool:
         futures = [pool.submit(copy_context().run, sync, file) for file in files if file.linkable]
     for future in futures:
@@ -234,9 +234,9 @@ def _sync_sources(files: Sequence[UnitFile], device: int, unsynced: set[str]) ->
 
 
 def _place(file: UnitFile, units: Folder, to: str, job: _Job) -> tuple[int, ...] | None:
-    """Link or copy one generation; return the checksums of what is in the checkpoint now.
+    """Link or copy one generation; return the checksums of the file in the checkpoint.
 
-    What belongs to somebody else, or others may write to, is copied: they could change it later.
+    A file that belongs to another user, or that others may write to, is copied: they could change it later.
     """
     fd = file.open_source()
     try:
@@ -268,7 +268,7 @@ def _link(file: UnitFile, units: Folder, to: str, found: os.stat_result) -> bool
         if error.errno in _CANNOT_LINK:
             return False
         raise
-    # The path may have been recycled since it was opened: the checkpoint would hold another generation.
+    # The path may lead to another generation by now, if the store recycled the file.
     if not os.path.samestat(units.stat(name), found):
         raise CheckpointError(f"{file.source!r} was replaced while a checkpoint linked it")
     return True
@@ -355,7 +355,7 @@ def _small_file(staged: Folder, name: str, small: dict[str, SmallFile], job: _Jo
 
 def _write_manifest(staged: Folder, manifest: Manifest, job: _Job) -> None:
     text = encode_manifest(manifest)
-    # What we wrote must be what we can read: a name or number that the reader refuses is found now, not at resume.
+    # A name or number that the reader refuses is an error now, not at resume.
     decode_manifest(text, "the manifest to be written")
     with new_file(os.path.join(staged.path, MANIFEST), staged) as fd:
         StreamWriter(fd).write(text)
@@ -363,7 +363,7 @@ def _write_manifest(staged: Folder, manifest: Manifest, job: _Job) -> None:
 
 
 def _make_durable(staged: Folder, names: Iterable[str]) -> None:
-    """Make the small files and the directories durable, all at the end: the file system then commits them together."""
+    """Sync the small files and the directories, all at the end: the file system then commits them together."""
     for name in names:
         fd = staged.open_file(name, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""A checkpoint as the module's state dict: every name it had, each tensor in the dtype it had at rest, on demand."""
+"""A checkpoint as the module's state dict: every name, each tensor in its dtype at rest, mapped on demand."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class StateDictView(Mapping[str, Tensor]):
 
 
 def join_state_dict(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Give a state that was saved its state dict back: ``tensors``, and what the state itself holds of it."""
+    """Put the state dict back into a saved state: ``tensors``, and the entries that the state itself holds."""
     extra, whole = content.pop(STATE_DICT_EXTRA, {}), content.pop(STATE_DICT_WHOLE, None)
     metadata = content.pop(STATE_DICT_METADATA, None)
     if whole is None:
@@ -104,12 +104,12 @@ def join_state_dict(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> N
 
 
 def valued(manifest: Manifest) -> dict[str, Mapping[str, tuple[FileRecord, TensorEntry]]]:
-    """The parameters whose values are in unit files, and where; of others there may be optimizer state alone."""
+    """Parameters whose values are in unit files, and where. Others may have optimizer state only."""
     return {name: places for name, places in manifest.parameters.items() if any(k in places for k in VALUE_KINDS)}
 
 
 def require_whole(manifest: Manifest, buffers: Collection[str], where: str) -> None:
-    """Refuse a checkpoint from which training could not go on: something that it lists is nowhere.
+    """Refuse a checkpoint that lists a tensor without storing it.
 
     Args:
         manifest: The checkpoint.
@@ -129,7 +129,7 @@ def require_whole(manifest: Manifest, buffers: Collection[str], where: str) -> N
     for number, record in enumerate(manifest.optimizers):
         for name in record.state if record.kinds else ():
             kinds = manifest.parameters.get(name, {})
-            # Until names were kept, nothing told which of the kinds a parameter had.
+            # Older checkpoints (without names) do not say which kinds a parameter has.
             is_told = manifest.names is not None
             wanted = set(record.kinds).difference(record.lacking.get(name, ())) if is_told else set[str]()
             if not wanted <= set(kinds) or (not is_told and not kinds):

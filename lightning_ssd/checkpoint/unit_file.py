@@ -1,4 +1,4 @@
-"""What is put into a checkpoint as one unit file: a generation that lies on disk, or tensors from elsewhere."""
+"""The two kinds of unit file that a save takes: a generation on disk, or tensors that are asked for one at a time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lightning_ssd.store.safetensors_header import TensorEntry, encode_header
 
 @dataclass(frozen=True)
 class UnitFile:
-    """One generation to be saved.
+    """A generation on disk, to be linked or copied into a checkpoint.
 
     Attributes:
         unit: Name of the unit.
         kind: ``param``, ``master``, ``exp_avg``, ...
         source: Path of the generation.
-        linkable: Whether nothing can write to the file any more, so that a hard link is enough.
+        linkable: Nothing can write to the file any more, so a hard link is enough.
         entries: What is in its data section.
-        checksums: CRC32C of each 1 MiB of the data section, or None if not known. Of a file that is copied they are
-            computed; a linked one without them cannot be verified later.
+        checksums: CRC32C of each 1 MiB of the data section, or None if not known. A copy computes them; a linked file
+            without them cannot be verified later.
         data_begin: Where the data section starts.
         renamed: Name of a parameter -> its name inside the file, where that is another.
         folder: An open directory in which ``source`` is looked up, by the last part of it. Default: by its path.
@@ -67,14 +67,14 @@ class UnitFile:
 
 @dataclass(frozen=True)
 class ComposedFile:
-    """A unit file to be written from tensors that are asked for one at a time.
+    """A unit file that is written from tensors, one in memory at a time.
 
     Attributes:
         unit: Name of the unit.
         kind: As in `UnitFile`.
         entries: Where each tensor goes.
         tensor_of: Gives a tensor by name; called in the order of the entries.
-        drop: Told the name of each tensor that is written, so that its memory can be given back.
+        drop: Called with the name of each written tensor, to free its memory.
     """
 
     unit: str
@@ -112,7 +112,7 @@ class ComposedFile:
             writer.finish()
         return pieces.finish()
 
-    # A method of its own, so that no variable holds a tensor while the next one is asked for.
+    # A method of its own, so that no local variable keeps a tensor alive while the next one is loaded.
     def _write_tensor(self, name: str, writer: StreamWriter, pieces: _Pieces, report: Callable[[int], None]) -> None:
         for part in _parts(as_bytes(self.tensor_of(name)).data):
             pieces.add(part)

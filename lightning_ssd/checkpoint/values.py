@@ -1,6 +1,6 @@
 """Optimizer hyper-parameters as JSON and back, without loss: tuples, infinities and scalar tensors survive.
 
-What JSON cannot say is left to ``state.pt``; the JSON then holds a reference to it.
+Values that JSON cannot hold are pickled in ``state.pt``; the JSON then holds a reference.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def decode_optimizer(record: OptimizerRecord, pickled: Mapping[str, Any]) -> Opt
     """Undo `encode_optimizer`.
 
     Raises:
-        CheckpointError: If a value is none that `encode_optimizer` writes.
+        CheckpointError: If a value has a form that `encode_optimizer` does not write.
     """
     groups = [
         {key: list(value) if key == "params" else _decode(value, pickled) for key, value in group.items()}

@@ -1,4 +1,4 @@
-"""Files written once, front to back, in bounded memory: checksummed on the way, out of the page cache after."""
+"""Write files sequentially in bounded memory: checksummed on the way, dropped from the page cache afterwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 FLUSH_NBYTES = 64 * MiB
-"""Written bytes after which the page cache is emptied: its dirty part stays bounded and nobody else's pages go."""
+"""Written bytes after which the file is synced and dropped from the page cache, so that dirty pages stay bounded."""
 
 _WRITE_NBYTES = 4 * MiB
 
@@ -61,10 +61,10 @@ class StreamWriter:
         return view.nbytes
 
     def flush(self) -> None:
-        """Nothing is held back; file objects have this method."""
+        """Do nothing, as writes are not buffered; ``torch.save`` calls this method."""
 
     def finish(self) -> None:
-        """Make the file durable and leave no page of it in the cache."""
+        """Sync the file and drop it from the page cache."""
         sync(self._fd, os.fsync)
         self._drop()
 
@@ -142,13 +142,13 @@ def write_pickle(writer: StreamWriter, content: Mapping[str, Any]) -> None:
     try:
         torch.save(content, cast(IO[bytes], writer))
     except (RuntimeError, pickle.PicklingError, AttributeError, TypeError) as error:
-        # torch closes its archive when a write fails, fails at that as well, and shows only the second error.
+        # After a failed write torch closes its archive, which fails too, and raises only the second error.
         failure = writer.error
         if failure is not None:
             raise failure from error
         raise CheckpointError(f"part of the training state cannot be pickled: {error}") from error
     finally:
-        # torch keeps the writer for ever, which must not keep the error: its frames hold the whole training.
+        # torch keeps the writer for ever; the error must not stay in it, as its frames refer to the whole training.
         writer.error = failure = None
 
 
