@@ -78,3 +78,18 @@ def too_long(path: str, inner_nbytes: int = 0) -> str:
         inside = f", names inside it up to {inner_nbytes} more" if inner_nbytes else ""
         return f"it has {nbytes} bytes{inside}, a path may have {PATH_MAX_NBYTES}"
     return ""
+
+
+def memory_file_system(path: str) -> str | None:
+    """Name of the file system of ``path`` if it lives in memory."""
+    found, kind = b"", b""
+    real = os.fsencode(os.path.realpath(path))
+    with open("/proc/self/mounts", "rb") as mounts:
+        for line in mounts:
+            _, escaped, this_kind = line.split(b" ")[:3]
+            # Space, tab, newline, backslash and # come as three octal digits; every other byte as it is.
+            point = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), escaped)
+            inside = real == point or real.startswith(point.rstrip(b"/") + b"/")
+            if inside and len(point) >= len(found):
+                found, kind = point, this_kind
+    return kind.decode() if kind in (b"tmpfs", b"ramfs") else None

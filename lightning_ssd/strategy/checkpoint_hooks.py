@@ -18,7 +18,8 @@ from lightning_ssd.errors import CheckpointError, ConfigurationError
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
 from lightning_ssd.strategy.dumped import Dumped, are_unchanged
-from lightning_ssd.strategy.lightning_classes import StrategyBase
+from lightning_ssd.strategy.guards import require_set
+from lightning_ssd.strategy.lightning_classes import LightningModule, StrategyBase
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, state_dict, to_checkpoint, with_masters
 from lightning_ssd.strategy.session import Session
@@ -38,9 +39,12 @@ class CheckpointMixin(StrategyBase):
     @property
     def session(self) -> Session:
         """The parts, once the Trainer has set the environment up."""
-        if self._session is None:
-            raise ConfigurationError("strategy='ssd_offload' has no session yet: the Trainer has not started")
-        return self._session
+        return require_set(self._session, "session")
+
+    @property
+    def _pl_module(self) -> LightningModule:
+        """The user's module, once the Trainer has connected it."""
+        return require_set(self.lightning_module, "module")
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -49,8 +53,7 @@ class CheckpointMixin(StrategyBase):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state, with streamed parameters as they are: at rest, unread."""
-        assert self.lightning_module is not None
-        return state_dict(self.lightning_module)
+        return state_dict(self._pl_module)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state, with tensors mapped from the store."""
@@ -65,19 +68,17 @@ class CheckpointMixin(StrategyBase):
         """Save a checkpoint directory: hard links to the store, and a little beside them."""
         if storage_options is not None:
             raise ConfigurationError("storage_options are not used by strategy='ssd_offload'; leave them out")
-        assert self.lightning_module is not None
         if self._handover.is_pending and "optimizer_states" in checkpoint:
             with self.session.settled():
                 self._handover.move_into(self.session, self.optimizers)
-        whole = {**checkpoint, **self._resume.state(self.lightning_module.trainer)}
+        whole = {**checkpoint, **self._resume.state(self._pl_module.trainer)}
         dumped, self._dumped = [self._dumped.get(optimizer) for optimizer in self.optimizers], {}
         streams = are_unchanged(dumped, checkpoint.get("optimizer_states"))
         to_checkpoint(self.session, whole, home_path(filepath, "checkpoint"), streams=streams)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors stay mapped until they are placed."""
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
+        trainer = self._pl_module.trainer
         checkpoint, self._opened = load(home_path(checkpoint_path, "ckpt_path"), weights_only)
         # What is loaded after the model was placed is a Tuner's own.
         self._resume.take(checkpoint, is_resumed=trainer.state.fn == "fit" and not self.session.units)
@@ -85,14 +86,13 @@ class CheckpointMixin(StrategyBase):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load weights before they are placed; what is on the meta device takes the mapped tensors as they are."""
-        assert self.lightning_module is not None
         if self.session.settings.param_dtype == torch.float64:
             # Lightning converts a module after its weights are loaded, which rounds them to the 32 bits it came with.
-            self.session.materializer.widen(self.lightning_module, torch.float64)
-            self.precision_plugin.convert_module(self.lightning_module)
-        weights = with_masters(self.lightning_module, checkpoint["state_dict"], checkpoint.get(MASTERS, {}))
+            self.session.materializer.widen(self._pl_module, torch.float64)
+            self.precision_plugin.convert_module(self._pl_module)
+        weights = with_masters(self._pl_module, checkpoint["state_dict"], checkpoint.get(MASTERS, {}))
         try:
-            self.session.materializer.load(self.lightning_module, weights, strict=strict)
+            self.session.materializer.load(self._pl_module, weights, strict=strict)
         except RuntimeError:  # torch makes one error of all that went wrong
             self._opened.require_unchanged()
             raise

@@ -142,9 +142,9 @@ class Sizing:
             budget_nbytes=self._settings.budget_nbytes,
             demand=Demand(
                 is_elementwise=all(adopted.rule.is_elementwise for adopted in self._optimizers),
-                is_overlapped=self._settings.overlap,
+                is_overlapped=self._settings.is_overlapped,
                 waits_for_all_grads=waits_for_all_grads,
-                window=self._settings.window,
+                window=self._settings.window_size,
                 recomputes=self._recomputes(),
                 sums_in_place=self._settings.is_autocast,
                 whole_nbytes=sum(map(_whole_nbytes, whole)),
