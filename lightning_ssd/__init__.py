@@ -32,7 +32,7 @@ def __getattr__(name: str) -> object:
     if name == "__version__":
         return _version()
     if name in ("SSDOffloadStrategy", "SSDOffloadPrecision", "SSDOffloadTrace"):
-        return getattr(importlib.import_module(_face()), name)
+        return getattr(importlib.import_module(_lightning_classes()), name)
     if name == "IOOptions":
         return importlib.import_module("lightning_ssd.io.engine").IOOptions
     if name == "gathered":
@@ -44,7 +44,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _face() -> str:
+def _lightning_classes() -> str:
     """Our module for the Lightning in use, as the module docstring defines it."""
     if "lightning.pytorch" not in sys.modules and (
         "pytorch_lightning" in sys.modules or importlib.util.find_spec("lightning") is None

@@ -30,13 +30,13 @@ class _Registry(NamedTuple):
     Attributes:
         module: Module that owns the registry.
         attribute: The registry's name in that module.
-        face: Our module with the strategy for this namespace; None for Fabric, which we do not support.
+        classes: Our module with the strategy for this namespace; None for Fabric, which we do not support.
         cli: Module with the namespace's `LightningCLI`.
     """
 
     module: str
     attribute: str
-    face: str | None = None
+    classes: str | None = None
     cli: str | None = None
 
 
@@ -138,17 +138,17 @@ def _is_initialising(module_name: str) -> bool:
 
 
 def _register_names(registry: Any, place: _Registry) -> None:
-    factory = _refuse_fabric if place.face is None else _factory(place.face)
+    factory = _refuse_fabric if place.classes is None else _factory(place.classes)
     for name in NAMES:
         if name not in registry:  # somebody's own strategy of that name wins
             # override: two threads may come here at once, and the second must not raise.
             registry.register(name, factory, description="Streams model state through NVMe SSDs", override=True)
 
 
-def _factory(face: str) -> Callable[..., Any]:
+def _factory(classes: str) -> Callable[..., Any]:
     def ssd_offload(**init_args: Any) -> Any:
         """Import the strategy and make one."""
-        return importlib.import_module(face).SSDOffloadStrategy(**init_args)
+        return importlib.import_module(classes).SSDOffloadStrategy(**init_args)
 
     return ssd_offload
 
@@ -168,10 +168,10 @@ def _show_to_cli(place: _Registry) -> None:
 
     Without this `--trainer.strategy=SSDOffloadStrategy --trainer.strategy.host_memory=8GiB` is not understood.
     """
-    if place.face is None or _is_initialising(place.module.rpartition(".")[0]):
+    if place.classes is None or _is_initialising(place.module.rpartition(".")[0]):
         return
     try:
-        importlib.import_module(place.face)
+        importlib.import_module(place.classes)
     except (
         Exception
     ) as error:  # a broken installation of ours must not take `LightningCLI` from those who do not use us

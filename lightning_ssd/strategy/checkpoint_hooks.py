@@ -19,11 +19,11 @@ from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
 from lightning_ssd.strategy.dumped import Dumped, are_unchanged
 from lightning_ssd.strategy.guards import require_set
+from lightning_ssd.strategy.handover import Handover
 from lightning_ssd.strategy.lightning_classes import LightningModule, StrategyBase
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, state_dict, to_checkpoint, with_masters
 from lightning_ssd.strategy.session import Session
-from lightning_ssd.strategy.succession import Handover
 
 
 class CheckpointMixin(StrategyBase):

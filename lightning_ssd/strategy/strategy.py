@@ -26,11 +26,11 @@ from lightning_ssd.strategy import guards
 from lightning_ssd.strategy.checkpoint_hooks import CheckpointMixin
 from lightning_ssd.strategy.free_space import prepare_checkpoints
 from lightning_ssd.strategy.grad_consumers import find_grad_consumer
+from lightning_ssd.strategy.handover import Handover
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.strategy.settings import Options, Settings, argument_docs
-from lightning_ssd.strategy.succession import Handover
 from lightning_ssd.strategy.summary import summary
 
 
