@@ -1,6 +1,6 @@
-"""What Lightning sees: one strategy. Behaviour without a namespace; the faces add Lightning's base classes.
+"""What Lightning calls, and when. `Session` does the work.
 
-Everything it does is handed to a `Session`; this file only says when.
+The class has no Lightning base; `for_lightning` and `for_pytorch_lightning` add that of their namespace.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -41,9 +41,9 @@ class StrategyMixin(CheckpointMixin):
         accelerator: As in every Lightning strategy; so are the next four.
         parallel_devices: The one device to use.
         cluster_environment: Where ranks come from; one process in this version.
-        checkpoint_io: Not supported, since checkpoints are hard links to the store: leave it unset. Only
-            ``AsyncCheckpointIO`` is accepted, and has nothing to do.
-        precision_plugin: A precision plugin; `Trainer(precision=...)` sets it.
+        checkpoint_io: Leave it unset: checkpoints are hard links to the store. ``AsyncCheckpointIO`` is accepted and
+            does nothing; any other is refused.
+        precision_plugin: The precision plugin; `Trainer(precision=...)` sets it.
     """
 
     __doc__: str | None = f"{(__doc__ or '').rstrip()}\n{argument_docs()}\n    "
@@ -97,7 +97,7 @@ class StrategyMixin(CheckpointMixin):
 
     @property
     def is_distributed(self) -> bool:
-        """One process: no sampler is replaced, no reduction is made."""
+        """False: one process, so Lightning replaces no sampler and reduces nothing."""
         return False
 
     @property
@@ -107,33 +107,33 @@ class StrategyMixin(CheckpointMixin):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """What a distributed sampler would be made with."""
+        """Arguments for a distributed sampler: one replica."""
         return {"num_replicas": 1, "rank": 0}
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """The identity."""
+        """Return the argument: there is one process."""
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """The identity."""
+        """Return the argument: there is one process."""
         return decision
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """The identity."""
+        """Return the argument: there is one process."""
         return tensor
 
     def barrier(self, name: str | None = None) -> None:
-        """Nobody to wait for."""
+        """Do nothing: there is one process."""
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """The identity."""
+        """Return the argument: there is one process."""
         return obj
 
     # -- setup -------------------------------------------------------------------------------------------------
 
     @property
     def precision_plugin(self) -> Any:
-        """The precision plugin; a stock one is put inside ours."""
+        """The precision plugin. One of Lightning's own is wrapped in `PrecisionMixin`."""
         return self._precision_plugin if self._precision_plugin is not None else self._stock_precision["Precision"]()
 
     @precision_plugin.setter
@@ -145,11 +145,11 @@ class StrategyMixin(CheckpointMixin):
         self._precision_plugin = plugin
 
     def stats(self) -> IOStats:
-        """What was read from and written to disk since the Trainer started, bytes and seconds."""
+        """Bytes and seconds of disk reads and writes since the Trainer started."""
         return self.session.stats()
 
     def setup_environment(self) -> None:
-        """Check the settings, and make the run directory."""
+        """Check the options and the Trainer's arguments, and make the run directory."""
         options = Options(**self._given)
         guards.require_one_process(self.world_size, len(self.parallel_devices or []), self.num_nodes)
         guards.require_device(self.root_device)
@@ -157,7 +157,7 @@ class StrategyMixin(CheckpointMixin):
         if isinstance(plugin, PrecisionMixin):
             plugin.prepare(self._stock_precision, self.root_device.type)
         if guards.is_async_checkpoint_plugin(self._checkpoint_io):
-            logging.getLogger(f"{self._namespace}.ssd_offload").info(guards.ASYNC_IS_NOT_NEEDED)
+            self._log(guards.ASYNC_IS_NOT_NEEDED)
         super().setup_environment()
         guards.require_not_streamed(self._pl_module)
         self._resume.begin()
@@ -173,23 +173,21 @@ class StrategyMixin(CheckpointMixin):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """While ``configure_model`` runs, parameters are mapped files as they are registered."""
-        with ExitStack() as stack:
-            if self._session is not None:
-                stack.enter_context(self._session.materializer.armed())
+        """While ``configure_model`` runs, each parameter moves to a mapped file when it is registered."""
+        with self._materializing():
             yield
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """For `trainer.init_module()`: tensors are made on the host, in the precision's dtype."""
-        with ExitStack() as stack:
-            stack.enter_context(self.precision_plugin.tensor_init_context())
-            if self._session is not None:
-                stack.enter_context(self._session.materializer.armed())
+        with self.precision_plugin.tensor_init_context(), self._materializing():
             yield
 
+    def _materializing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._session is None else self._session.materializer.armed()
+
     def setup(self, trainer: Any) -> None:
-        """Place the model in the store, adopt the optimizers, plan the memory, hook the modules."""
+        """Write the model to the store, adopt the optimizers, plan the memory, install the hooks."""
         module = self._pl_module
         guards.require_no_compile(module)
         guards.require_set(self.accelerator, "accelerator").setup(trainer)
@@ -208,10 +206,10 @@ class StrategyMixin(CheckpointMixin):
         with within(self.session.engine.patience):
             checkpoints = prepare_checkpoints(self.session, trainer) if trainer.state.fn == "fit" else []
         self.session.start(module, waits_for_all_grads=waits_for_all_grads)
-        logging.getLogger(f"{self._namespace}.ssd_offload").info("\n".join([summary(self.session), *checkpoints]))
+        self._log("\n".join([summary(self.session), *checkpoints]))
 
     def model_to_device(self) -> None:
-        """Move buffers; parameters go to the device unit by unit."""
+        """Move buffers. Parameters are copied to the device unit by unit, when they are used."""
         _move_buffers(self._pl_module, self.root_device)
         for module in self._pl_module.modules():
             if hasattr(module, "_device"):
@@ -219,7 +217,7 @@ class StrategyMixin(CheckpointMixin):
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The user's optimizers, adopted."""
+        """The user's optimizers."""
         return self._optimizers
 
     @optimizers.setter
@@ -289,33 +287,33 @@ class StrategyMixin(CheckpointMixin):
     # -- resume ------------------------------------------------------------------------------------------------
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Make a DataLoader resumable, so that training goes on with the next batch after a restart."""
+        """Make a training DataLoader resumable: after a restart, training continues with the next batch."""
         return self._resume.watch(dataloader) if self._pl_module.trainer.training else dataloader
 
     def on_train_start(self) -> None:
-        """After a restart, go on from the generator states of the checkpoint."""
+        """After a restart, set the random generators to the checkpoint's states."""
         self._resume.start(self._pl_module.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """After a restart, the last moment to set the generators."""
+        """After a restart, set the random generators if no DataLoader of ours has done so."""
         self._resume.begin_batch()
 
     # -- end ---------------------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
-        """Make the updates that are still owed."""
+        """Wait for pending updates."""
         self.session.drain()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Drop what the failed step held."""
+        """Release what the failed step held."""
         if self._session is not None:
             try:
                 self._session.abort_step()
-            except SSDOffloadError as error:  # the exception is the cause, and stays the one that is shown
-                warnings.warn(f"after the error of this run, giving up its step failed as well: {error}", stacklevel=2)
+            except SSDOffloadError as error:  # raised from here it would hide the exception, which is the cause
+                warnings.warn(f"after the error of this run, ending its step failed as well: {error}", stacklevel=2)
 
     def teardown(self) -> None:
-        """Hooks, threads and memory go; parameters are plain again, on mappings of their files."""
+        """Remove hooks, end threads, release memory. Parameters are ordinary tensors again, mapped from their files."""
         self._resume.end()
         if self._session is not None:
             self._end_session(self._session)
@@ -327,15 +325,18 @@ class StrategyMixin(CheckpointMixin):
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
 
+    def _log(self, text: str) -> None:
+        logging.getLogger(f"{self._namespace}.ssd_offload").info(text)
+
     @staticmethod
     def _end_session(session: Session) -> None:
-        """End it; an error here does not take the place of one that is on its way to the user."""
+        """End ``session``. An error here becomes a warning if another exception is being raised."""
         is_failing = sys.exc_info()[1] is not None
         try:
             if session.is_started:
                 session.rest()
             else:
-                session.close()  # setup failed: there is nothing that a checkpoint could want
+                session.close()  # setup failed: nothing can be saved from it
         except Exception as error:
             if not is_failing:
                 raise
