@@ -151,7 +151,9 @@ class Runtime:
                 saved_inputs_nbytes=plan.activation_nbytes if plan.recomputes else 0,
                 lends=not settings.is_off_host,
             )
-            self.updater = Updater(budget=budget, is_async=settings.is_overlapped, finish=self._pipeline.finish, trace=trace)
+            self.updater = Updater(
+                budget=budget, is_async=settings.is_overlapped, finish=self._pipeline.finish, trace=trace
+            )
             undo.callback(self.updater.close)
             self.cache = self._make_cache(module)
             undo.callback(self.cache.close)
