@@ -31,6 +31,6 @@ class SSDOffloadTrace(TraceMixin, Callback):  # noqa: D101
     __doc__ = TraceMixin.__doc__
 
 
-# Only the check in front of a compiled module asks for this class. Without the registration every
-# `Trainer.fit(torch.compile(module))` is refused; the strategy stays a `ParallelStrategy` for all else.
+# Lightning tests for this class only before it takes a compiled module. Without the registration,
+# `Trainer.fit(torch.compile(module))` fails with Lightning's message instead of ours.
 SingleDeviceStrategy.register(SSDOffloadStrategy)

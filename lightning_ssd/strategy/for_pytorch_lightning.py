@@ -1,6 +1,6 @@
 """Strategy, precision plugin and callback for `pytorch_lightning`. Imported only when that namespace is in use.
 
-`type: ignore[misc]`: for mypy the mixins derive from the bases in `lightning.pytorch`, of which these are the twins.
+`type: ignore[misc]`: for mypy the mixins derive from the classes of `lightning.pytorch`, not from these.
 """
 
 from __future__ import annotations
@@ -34,6 +34,6 @@ class SSDOffloadTrace(TraceMixin, Callback):  # type: ignore[misc]  # noqa: D101
     __doc__ = TraceMixin.__doc__
 
 
-# Only the check in front of a compiled module asks for this class. Without the registration every
-# `Trainer.fit(torch.compile(module))` is refused; the strategy stays a `ParallelStrategy` for all else.
+# Lightning tests for this class only before it takes a compiled module. Without the registration,
+# `Trainer.fit(torch.compile(module))` fails with Lightning's message instead of ours.
 SingleDeviceStrategy.register(SSDOffloadStrategy)

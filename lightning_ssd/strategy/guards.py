@@ -1,4 +1,4 @@
-"""What is refused, or warned about, before anything starts; each message names the setting and the way out."""
+"""What is refused before a run starts. Each message names the setting and what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def require_set(value: T | None, what: str) -> T:
 
 
 def require_one_process(world_size: int, num_devices: int, num_nodes: int) -> None:
-    """Refuse more than one process until units are sharded over ranks."""
+    """Refuse more than one process: units are not sharded over ranks yet."""
     if max(world_size, num_devices, num_nodes) > 1:
         raise ConfigurationError(
             f"strategy='ssd_offload' runs one process on one device in this version, the Trainer asks for "
@@ -36,7 +36,7 @@ def require_one_process(world_size: int, num_devices: int, num_nodes: int) -> No
 
 
 def require_device(device: torch.device) -> None:
-    """Refuse devices we have no route to."""
+    """Refuse devices other than the CPU and CUDA."""
     if device.type not in ("cpu", "cuda"):
         raise ConfigurationError(
             f"strategy='ssd_offload' runs on accelerator='cpu' or 'gpu' (CUDA), not on {device.type!r}"
@@ -44,7 +44,7 @@ def require_device(device: torch.device) -> None:
 
 
 def require_not_streamed(module: nn.Module) -> None:
-    """Refuse a module that another Trainer streams now: both would give its parameters their memory."""
+    """Refuse a module that another Trainer streams now: both would set the memory of its parameters."""
     if is_streamed(module):
         raise ConfigurationError(
             "another Trainer with strategy='ssd_offload' streams this module now (in a fit, of which this may be "
@@ -53,7 +53,7 @@ def require_not_streamed(module: nn.Module) -> None:
 
 
 def require_no_compile(module: nn.Module) -> None:
-    """Refuse compiled modules: a compiler would trace through hooks that must run."""
+    """Refuse compiled modules: their forward does not run our hooks."""
     compiled = getattr(module, "_compiler_ctx", None) is not None
     inner = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
     if compiled or inner:
@@ -70,13 +70,13 @@ def require_no_compile(module: nn.Module) -> None:
 
 
 ASYNC_IS_NOT_NEEDED = (
-    "ssd_offload: AsyncCheckpointIO has nothing to do: a save makes hard links and waits for no copy, so checkpoints "
-    "are whole when it returns"
+    "ssd_offload: AsyncCheckpointIO has nothing to do: a save makes hard links instead of copies, and the checkpoint "
+    "is complete when it returns"
 )
 
 
 def is_async_checkpoint_plugin(plugin: Any) -> bool:
-    """Whether ``plugin`` is an ``AsyncCheckpointIO`` over Lightning's own format, which needs nothing here.
+    """Whether ``plugin`` is an ``AsyncCheckpointIO`` over Lightning's own format, which is accepted and not used.
 
     Raises:
         ConfigurationError: If it is another checkpoint plugin, which would write files of its own.
@@ -97,9 +97,9 @@ def is_async_checkpoint_plugin(plugin: Any) -> bool:
 
 
 def keep_bus_errors_handled(trainer: Any) -> None:
-    """Have the Trainer, which puts back every signal's handler that Python knew, leave that of SIGBUS.
+    """Keep the Trainer from restoring the former handler of SIGBUS.
 
-    Parameters are mapped files after the run, too; see [Note: bus errors] in `lightning_ssd.memory.mapped_file`.
+    Parameters are mapped files after the run too; see [Note: bus errors] in `lightning_ssd.memory.mapped_file`.
     """
     handlers = getattr(getattr(trainer, "_signal_connector", None), "_original_handlers", None)
     if isinstance(handlers, dict) and handlers.get(signal.SIGBUS) is signal.SIG_DFL:

@@ -1,4 +1,4 @@
-"""What is said at the start: what lives where, within which budget."""
+"""The lines that a run logs before its first step: units, memory plan, disk, updates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_ssd.strategy.session import Session
 
 
 def summary(session: Session) -> str:
-    """The plan of a started session, a few lines."""
+    """The units, plan and optimizers of a started session, a line for each."""
     plan, settings = session.plan, session.settings
     assert plan is not None
     numel = sum(unit.layout.numel for unit in session.units)
@@ -26,20 +26,20 @@ def summary(session: Session) -> str:
     num = len(session.units)
     places = ", ".join(map(repr, settings.roots))
     reserves = {
-        "kept": plan.kept_nbytes,
+        "in memory": plan.kept_nbytes,
         "parameters in use": plan.param_nbytes,
         "gradients": plan.grad_nbytes,
         "update": plan.update_nbytes + plan.temporary_nbytes,
-        "inputs of blocks": plan.activation_nbytes + plan.spill_nbytes,
+        "saved inputs": plan.activation_nbytes + plan.spill_nbytes,
         "staging": plan.staging_nbytes,
     }
-    kept = f"parameters of {len(plan.in_memory_params)} and states of {len(plan.in_memory_states)} of {num} units"
+    held = f"parameters of {len(plan.in_memory_params)} and states of {len(plan.in_memory_states)} of {num} units"
     lines = [
         f"ssd_offload: {numel:,} parameters in {num} units, the largest {largest.name!r} with "
         f"{fmt(largest.layout.data_nbytes)}",
         f"  host memory: {fmt(plan.host_nbytes)} of {budget} (smallest that works: {fmt(plan.smallest_nbytes)}): "
         + ", ".join(f"{name} {fmt(nbytes)}" for name, nbytes in reserves.items() if nbytes),
-        f"  kept in memory: {'everything; steps do not touch the disk' if plan.fits else kept}"
+        f"  in memory: {'everything; steps do not touch the disk' if plan.fits else held}"
         + ("; blocks run their forward again in backward" if plan.recomputes else ""),
         f"  disk: {fmt(session.store.nbytes_on_disk + session.sizing.disk_nbytes)} in {places} "
         f"({session.engine.reason})",
@@ -51,7 +51,7 @@ def summary(session: Session) -> str:
         )
     if session.optimizers and settings.device.type == "cpu" and _spins() and not plan.fits:
         lines.append(
-            "  hint: compute threads spin while they wait for each other and take CPU time from updates; start with "
+            "  hint: compute threads spin while they wait for each other, and take CPU time from updates; set "
             "GOMP_SPINCOUNT=1000 in the environment"
         )
     for adopted in session.optimizers:
@@ -70,5 +70,5 @@ def summary(session: Session) -> str:
 
 
 def _spins() -> bool:
-    """Whether OpenMP threads wait for each other busily, and nobody has said how long."""
+    """Whether OpenMP threads spin while they wait, with no limit set in the environment."""
     return not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and torch.get_num_threads() > 1
