@@ -1,12 +1,12 @@
 """A PyTorch Lightning strategy that trains models larger than memory by streaming their state through NVMe SSDs.
 
-`Trainer(strategy="ssd_offload")` needs no import of this package. Importing it costs nothing: neither torch nor
-Lightning is imported before one of the names below is used.
+`Trainer(strategy="ssd_offload")` needs no import of this package. Importing it is cheap: torch and Lightning are
+imported when one of the names below is used.
 
 `SSDOffloadStrategy`, `SSDOffloadPrecision` and `SSDOffloadTrace` are classes of the Lightning in use: of
-`pytorch_lightning` when that is imported and `lightning.pytorch` is not, else of `lightning.pytorch` (if only the
-former is installed, of that). So with `pytorch_lightning`, import it first. A program that uses both names the class by
-its module: `lightning_ssd.strategy.for_lightning` or `lightning_ssd.strategy.for_pytorch_lightning`.
+`pytorch_lightning` if it is imported and `lightning.pytorch` is not, or if `lightning` is not installed; else of
+`lightning.pytorch`. So with `pytorch_lightning`, import it first. A program that uses both imports the classes from
+`lightning_ssd.strategy.for_lightning` or `lightning_ssd.strategy.for_pytorch_lightning`.
 """
 
 from __future__ import annotations
