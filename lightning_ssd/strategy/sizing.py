@@ -112,9 +112,25 @@ class Sizing:
         Raises:
             MemoryPlanError: If the budget cannot work.
         """
+        whole = [adopted for adopted in self._optimizers if isinstance(adopted.rule, WholeRule)]
+        sizes = self._unit_sizes(shared_parameters(module), whole)
+        return make_plan(
+            sizes,
+            chains(module, self._units),
+            budget_nbytes=self._settings.budget_nbytes,
+            demand=Demand(
+                is_elementwise=all(adopted.rule.is_elementwise for adopted in self._optimizers),
+                is_overlapped=self._settings.is_overlapped,
+                waits_for_all_grads=waits_for_all_grads,
+                window=self._settings.window_size,
+                recomputes=self._recomputes(),
+                sums_in_place=self._settings.is_autocast,
+                whole_nbytes=sum(map(_whole_nbytes, whole)),
+            ),
+        )
+
+    def _unit_sizes(self, shared: set[nn.Parameter], whole: list[OptimizerAdapter]) -> list[UnitSize]:
         trained = {unit.name for unit in self.trained()}
-        shared = shared_parameters(module)
-        whole = [a for a in self._optimizers if isinstance(a.rule, WholeRule)]
         updated_whole = {p for adopted in whole for g in adopted.optimizer.param_groups for p in g["params"]}
         most_kinds = max((len(self._state_kinds(unit)) for unit in self._units), default=0)
         sizes = []
@@ -136,20 +152,7 @@ class Sizing:
                     is_persistent=unit.persistent or not updated_whole.isdisjoint(unit.params),
                 )
             )
-        return make_plan(
-            sizes,
-            chains(module, self._units),
-            budget_nbytes=self._settings.budget_nbytes,
-            demand=Demand(
-                is_elementwise=all(adopted.rule.is_elementwise for adopted in self._optimizers),
-                is_overlapped=self._settings.is_overlapped,
-                waits_for_all_grads=waits_for_all_grads,
-                window=self._settings.window_size,
-                recomputes=self._recomputes(),
-                sums_in_place=self._settings.is_autocast,
-                whole_nbytes=sum(map(_whole_nbytes, whole)),
-            ),
-        )
+        return sizes
 
     def _recomputes(self) -> bool | None:
         if not self._optimizers or not self.blocks():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -225,37 +225,37 @@ class StrategyMixin(CheckpointMixin):
         module, session = self.lightning_module, self._session
         if session is not None and session.units and module is not None and module.trainer.state.fn == "fit":
             session.adopt_all([o for o in optimizers if isinstance(o, Optimizer) and o.param_groups])
-        _optimizers_setter(self)(optimizers)
+        super(StrategyMixin, type(self)).optimizers.fset(self, optimizers)  # type: ignore[attr-defined]
 
     # -- steps -------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step; parameters come and go."""
+        """Run the user's step; its parameters stream."""
         with self._stepping("train"):
             return super().training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step; parameters come and go."""
+        """Run the user's step; its parameters stream."""
         with self._stepping("eval", ends=True):
             return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step; parameters come and go."""
+        """Run the user's step; its parameters stream."""
         with self._stepping("eval", ends=True):
             return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step; parameters come and go."""
+        """Run the user's step; its parameters stream."""
         with self._stepping("eval", ends=True):
             return super().predict_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run backward; units come again, gradients go."""
+        """Run backward: units are fetched again, gradients are taken."""
         with self.session.backward():
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        """Run the step; where nobody may look at gradients, units are updated during its backward."""
+        """Run the step. If no code may read gradients, units are updated during its backward."""
         session = self.session
         if self._may_stream_updates(optimizer):
             session.stream_updates_for(optimizer)
@@ -348,9 +348,3 @@ def _move_buffers(root: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-
-
-def _optimizers_setter(strategy: Any) -> Callable[[list[Optimizer]], None]:
-    base = next(cls for cls in type(strategy).__mro__ if cls.__name__ == "Strategy" and "optimizers" in vars(cls))
-    setter = vars(base)["optimizers"].fset
-    return lambda optimizers: setter(strategy, optimizers)
