@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 
-from lightning_ssd.strategy.precision import PrecisionMixin
+from lightning_ssd.strategy.precision import PrecisionMixin, by_name
 from lightning_ssd.strategy.strategy import StrategyMixin
 from lightning_ssd.strategy.trace_callback import TraceMixin
 
@@ -22,9 +20,7 @@ class SSDOffloadStrategy(StrategyMixin, ParallelStrategy):  # noqa: D101
 
     _namespace = "lightning.pytorch"
     _precision_class = SSDOffloadPrecision
-    _stock_precision = MappingProxyType(
-        {plugin.__name__: plugin for plugin in (Precision, MixedPrecision, HalfPrecision, DoublePrecision)}
-    )
+    _stock_precision = by_name(Precision, MixedPrecision, HalfPrecision, DoublePrecision)
 
 
 class SSDOffloadTrace(TraceMixin, Callback):  # noqa: D101

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,11 @@ from lightning_ssd.strategy.lightning_classes import PrecisionBase
 
 _TRUE_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _SUPPORTED = ("32-true", "bf16-mixed", "16-mixed", *_TRUE_DTYPES)
+
+
+def by_name(*classes: type) -> Mapping[str, Any]:
+    """Lightning's own precision classes, by name."""
+    return MappingProxyType({cls.__name__: cls for cls in classes})
 
 
 def _stock(name: str) -> Any:

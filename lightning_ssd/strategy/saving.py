@@ -73,21 +73,15 @@ def to_checkpoint(session: Session, checkpoint: dict[str, Any], path: Any, *, st
             "the optimizer step that failed had already updated a part of the model, so the model is not saved; resume "
             "from the last checkpoint"
         )
-    _warn_if_replaced(session, os.path.abspath(os.fspath(path)))
-    small = dict(checkpoint)
-    states = small.get("optimizer_states")
-    has_optimizers = states is not None
-    if streams:
-        small.pop("optimizer_states", None)
-        for number, state in enumerate(states or ()):
-            if number < len(session.optimizers) and isinstance(session.optimizers[number], WholeOptimizer):
-                small.setdefault(WHOLE_STATES, {})[number] = state
+    name = os.path.abspath(os.fspath(path))
+    _warn_if_replaced(session, name)
+    has_optimizers = checkpoint.get("optimizer_states") is not None
+    small = _without_linked_states(session, checkpoint) if streams else dict(checkpoint)
     with session.settled():
         weights = _sort(session, small)
         kinds = _kinds(session, weights, with_state=has_optimizers and streams, with_masters=has_optimizers)
-        files = [_unit_file(session.store.on_disk(g)) for g in _generations(session, kinds)]
+        files = [_unit_file(session.store.on_disk(generation)) for generation in _generations(session, kinds)]
         records = _records(session, weights.buffers) if has_optimizers and streams else []
-        dtypes = {n: u.layout.dtype for u in session.units if "param" in kinds[u.name] for n in u.names}
         with within(session.engine.patience):
             done = write_checkpoint(
                 os.fspath(path),
@@ -97,16 +91,26 @@ def to_checkpoint(session: Session, checkpoint: dict[str, Any], path: Any, *, st
                 records,
                 step=int(small.get("global_step", 0)),
                 codec=float32.NAME,
-                dtypes=dtypes,
+                dtypes={n: u.layout.dtype for u in session.units if "param" in kinds[u.name] for n in u.names},
                 aliases=weights.aliases,
                 names=weights.names,
                 recycle=session.store.recycle,
                 unsynced=session.store.unsynced,
             )
     with suppress(OSError):  # it was removed meanwhile
-        session.store.saved[os.path.abspath(os.fspath(path))] = _identity(path)
+        session.store.saved[name] = _identity(path)
     if done.moved_aside is not None:
         warnings.warn(f"a file had the checkpoint's name and is now {done.moved_aside!r}", stacklevel=2)
+
+
+def _without_linked_states(session: Session, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A copy of ``checkpoint`` with only those optimizer states that are not in the store."""
+    small = dict(checkpoint)
+    states = small.pop("optimizer_states", None) or ()
+    for number, (state, adopted) in enumerate(zip(states, session.optimizers, strict=False)):
+        if isinstance(adopted, WholeOptimizer):
+            small.setdefault(WHOLE_STATES, {})[number] = state
+    return small
 
 
 def _warn_if_replaced(session: Session, path: str) -> None:
