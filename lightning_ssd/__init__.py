@@ -1,12 +1,12 @@
 """A PyTorch Lightning strategy that trains models larger than memory by streaming their state through NVMe SSDs.
 
-`Trainer(strategy="ssd_offload")` needs no import of this package. Importing it costs nothing: neither torch nor
-Lightning is imported before one of the names below is used.
+`Trainer(strategy="ssd_offload")` needs no import of this package. Importing it is cheap: torch and Lightning are
+imported when one of the names below is used.
 
 `SSDOffloadStrategy`, `SSDOffloadPrecision` and `SSDOffloadTrace` are classes of the Lightning in use: of
-`pytorch_lightning` when that is imported and `lightning.pytorch` is not, else of `lightning.pytorch` (if only the
-former is installed, of that). So with `pytorch_lightning`, import it first. A program that uses both names the class by
-its module: `lightning_ssd.strategy.for_lightning` or `lightning_ssd.strategy.for_pytorch_lightning`.
+`pytorch_lightning` if it is imported and `lightning.pytorch` is not, or if `lightning` is not installed; else of
+`lightning.pytorch`. So with `pytorch_lightning`, import it first. A program that uses both imports the classes from
+`lightning_ssd.strategy.for_lightning` or `lightning_ssd.strategy.for_pytorch_lightning`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> object:
     if name == "__version__":
         return _version()
     if name in ("SSDOffloadStrategy", "SSDOffloadPrecision", "SSDOffloadTrace"):
-        return getattr(importlib.import_module(_face()), name)
+        return getattr(importlib.import_module(_lightning_classes()), name)
     if name == "IOOptions":
         return importlib.import_module("lightning_ssd.io.engine").IOOptions
     if name == "gathered":
@@ -44,7 +44,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _face() -> str:
+def _lightning_classes() -> str:
     """Our module for the Lightning in use, as the module docstring defines it."""
     if "lightning.pytorch" not in sys.modules and (
         "pytorch_lightning" in sys.modules or importlib.util.find_spec("lightning") is None

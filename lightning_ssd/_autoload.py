@@ -20,8 +20,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 NAMES = ("ssd_offload", "ssdoffloadstrategy", "lightning_ssd.ssdoffloadstrategy")
-"""What the strategy answers to. Lightning puts names in lower case, so the last two are what becomes of
-`SSDOffloadStrategy` and `lightning_ssd.SSDOffloadStrategy`, which `LightningCLI` hands on as strings."""
+"""Names of the strategy. Lightning puts names in lower case: the last two are `SSDOffloadStrategy` and
+`lightning_ssd.SSDOffloadStrategy`, which `LightningCLI` passes as strings."""
 
 
 class _Registry(NamedTuple):
@@ -30,13 +30,13 @@ class _Registry(NamedTuple):
     Attributes:
         module: Module that owns the registry.
         attribute: The registry's name in that module.
-        face: Our module with the strategy for this namespace; None for Fabric, which we do not support.
+        classes: Our module with the strategy for this namespace; None for Fabric, which we do not support.
         cli: Module with the namespace's `LightningCLI`.
     """
 
     module: str
     attribute: str
-    face: str | None = None
+    classes: str | None = None
     cli: str | None = None
 
 
@@ -59,12 +59,12 @@ _REGISTRIES = (
 
 
 def register() -> None:
-    """Entry point that torch calls: registers, or if switched off leaves no trace."""
+    """Entry point that torch calls: registers, or if switched off removes the package from `sys.modules`."""
     if not is_unwanted():
         install()
         return
-    # torch has imported the package only to call this function. Were it to stay imported, a later
-    # `import lightning_ssd` would run nothing and could not register.
+    # torch has imported the package only to call this function. If it stayed imported, a later
+    # `import lightning_ssd` would run no code and could not register.
     for name in ("lightning_ssd._autoload", "lightning_ssd"):
         sys.modules.pop(name, None)
 
@@ -87,37 +87,36 @@ def install() -> None:
 
 
 class RegisteringFinder:
-    """A meta path finder that finds nothing: being asked for a module tells it that imports have moved on.
+    """A meta path finder that finds nothing: each call tells it that another import has begun.
 
-    It wraps no loader and touches no module, spec or lock, so whatever loads Lightning (files, archives, lazy or
-    instrumenting loaders, several threads) does so as if this were not here, and a module caught half-way through its
-    import needs no special case. It is not late either: from the creation of a registry to the end of the import of
-    Lightning's `Trainer`, which alone reads it, dozens of modules are searched for.
+    It wraps no loader and touches no module, spec or lock, so it does not disturb whatever loads Lightning (files,
+    archives, lazy or instrumenting loaders, several threads), and a module in the middle of its import needs no special
+    case. It is in time: after a registry is created, dozens of modules are searched for before Lightning's `Trainer`,
+    the only reader of the registry, is imported.
     """
 
     def __init__(self) -> None:
         self._served: dict[str, object] = {}  # registry by name of its module; a reloaded module has a new one
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
-        """Takes the opportunity to register; leaves finding the module to others."""
+        """Register if it is possible now; return None, so that other finders find the module."""
         for registry in _REGISTRIES:
             if fullname == registry.cli:
                 _show_to_cli(registry)
         self.catch_up()
 
     def catch_up(self) -> None:
-        """Registers wherever it has become possible, and leaves `sys.meta_path` when all is done."""
+        """Register in each registry that exists; when all are done, leave `sys.meta_path`."""
         for place in _REGISTRIES:
             try:
                 registry = _global_of(place.module, place.attribute)
                 if registry is not None and self._served.get(place.module) is not registry:
-                    self._served[place.module] = registry  # first: what fails is not tried again at every import
+                    self._served[place.module] = registry  # first, so that a failure is not repeated at every import
                     _register_names(registry, place)
             except Exception as error:  # raised from here it would end an import that has nothing to do with us
                 _warn(f"could not register 'ssd_offload' in {place.module}: {error!r}")
         if len(self._served) == len(_REGISTRIES):
-            # A new list: importlib is going through the old one right now, and removing an element under it
-            # would make it miss the finder behind.
+            # A new list: importlib is iterating over the old one, and would skip the next finder.
             sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
 
 
@@ -126,7 +125,7 @@ def _installed() -> RegisteringFinder | None:
 
 
 def _global_of(module_name: str, name: str) -> Any:
-    """Global variable ``name`` of a module if that is imported so far, else None; never sets off an import."""
+    """Global variable ``name`` of a module if both exist by now, else None; imports nothing."""
     module = sys.modules.get(module_name)
     # Not getattr or vars: on a module under `importlib.util.LazyLoader` these would load it.
     return object.__getattribute__(module, "__dict__").get(name) if isinstance(module, ModuleType) else None
@@ -138,23 +137,23 @@ def _is_initialising(module_name: str) -> bool:
 
 
 def _register_names(registry: Any, place: _Registry) -> None:
-    factory = _refuse_fabric if place.face is None else _factory(place.face)
+    factory = _refuse_fabric if place.classes is None else _factory(place.classes)
     for name in NAMES:
         if name not in registry:  # somebody's own strategy of that name wins
             # override: two threads may come here at once, and the second must not raise.
             registry.register(name, factory, description="Streams model state through NVMe SSDs", override=True)
 
 
-def _factory(face: str) -> Callable[..., Any]:
+def _factory(classes: str) -> Callable[..., Any]:
     def ssd_offload(**init_args: Any) -> Any:
         """Import the strategy and make one."""
-        return importlib.import_module(face).SSDOffloadStrategy(**init_args)
+        return importlib.import_module(classes).SSDOffloadStrategy(**init_args)
 
     return ssd_offload
 
 
 def _refuse_fabric(**init_args: Any) -> Any:
-    """Registered in place of a strategy for Fabric, so that asking for one is answered with a way out."""
+    """Registered for Fabric in place of a strategy: raises with what to do instead."""
     from lightning_ssd.errors import ConfigurationError
 
     raise ConfigurationError(
@@ -164,14 +163,14 @@ def _refuse_fabric(**init_args: Any) -> Any:
 
 
 def _show_to_cli(place: _Registry) -> None:
-    """Import the strategy for `LightningCLI`, which knows a short class name only of classes that exist.
+    """Import the strategy for `LightningCLI`, which resolves short names only of classes that are imported.
 
     Without this `--trainer.strategy=SSDOffloadStrategy --trainer.strategy.host_memory=8GiB` is not understood.
     """
-    if place.face is None or _is_initialising(place.module.rpartition(".")[0]):
+    if place.classes is None or _is_initialising(place.module.rpartition(".")[0]):
         return
     try:
-        importlib.import_module(place.face)
+        importlib.import_module(place.classes)
     except (
         Exception
     ) as error:  # a broken installation of ours must not take `LightningCLI` from those who do not use us

@@ -1,4 +1,4 @@
-"""Every exception the package raises on purpose. Each names the thing, the numbers and the way out."""
+"""The exceptions of the package. Each message names the thing, the numbers, and what to do."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class StoreError(SSDOffloadError):
 
 
 class ResidencyError(SSDOffloadError):
-    """A unit was asked to make an illegal move, or its memory is still referenced from outside."""
+    """A unit cannot be loaded, moved or written in its present state, or outside references hold its memory."""
 
 
 class RecomputeError(SSDOffloadError):
-    """A block's forward was run a second time in backward and failed, or did something else."""
+    """A block's forward was run again in backward and failed, or did not repeat what the first one did."""
 
 
 class CorruptionError(SSDOffloadError):
@@ -95,10 +95,10 @@ class DeadlineError(IOFailure):
 
 
 def gone(directory: str) -> StoreError:
-    """The error for a run directory that is not there any more, though it is needed."""
+    """The error for a run directory that was removed while it is needed."""
     return StoreError(
-        f"the run directory {directory!r} is gone: somebody removed it while it was used, or what cleans up temporary "
-        "files; the last checkpoint is whole: resume from it, with nvme_path where nothing is cleaned up"
+        f"the run directory {directory!r} is gone: somebody, or a cleaner of temporary files, removed it while it was "
+        "in use; the last checkpoint is whole: resume from it, with an nvme_path where nothing is cleaned up"
     )
 
 
@@ -120,20 +120,20 @@ _REMEDIES = {
 
 
 def remedy(code: int) -> str:
-    """What somebody can do about an error of the system on a file."""
+    """What to do about the system's error ``code`` on a file."""
     return _REMEDIES.get(code, "see the kernel's log, or choose another place")
 
 
 def with_remedy(error: OSError) -> str:
-    """The message of an error of the system on a file, with what somebody can do about it."""
+    """The message of the system's error on a file, with what to do about it."""
     return str(error) if isinstance(error, SSDOffloadError) else f"{error}; {remedy(error.errno or 0)}"
 
 
 class Ending:
-    """Callbacks that are called on leaving, the last one first, each whatever became of the others.
+    """Callbacks that are called on leaving, the last one first, each even if others fail.
 
-    Where several fail, the first error is raised, since it is the cause more often than not; of others there is one
-    warning. (`contextlib.ExitStack` raises the last.)
+    If several fail, the first error is raised, since it is usually the cause, and one warning tells of the others.
+    (`contextlib.ExitStack` raises the last.)
     """
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class Ending:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Let an error of a descriptor tell which file it was, as one of a path does by itself."""
+    """Add the file name to an `OSError` from a call on a descriptor."""
     try:
         yield
     except OSError as error:
@@ -176,7 +176,7 @@ def naming(path: str) -> Iterator[None]:
 
 @contextmanager
 def as_io_failure(path: str, offset: int = 0, nbytes: int = 0, what: str = "transfer") -> Iterator[None]:
-    """Turn the system's error about a file into one of ours, which names file, action and remedy."""
+    """Turn an `OSError` about a file into an `IOFailure`, which names file, action and remedy."""
     try:
         yield
     except SSDOffloadError:

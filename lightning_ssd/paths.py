@@ -1,4 +1,4 @@
-"""Paths as users write them: ``~`` and ``$VAR`` expanded, what is no path of a local disk refused by name."""
+"""Expands paths as users write them (``~``, ``$VAR``), and refuses what is no path of a local disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lightning_ssd.errors import ConfigurationError
 
 NAME_MAX_NBYTES, PATH_MAX_NBYTES = 255, 4095
-"""Longest name and longest path that Linux opens."""
+"""Longest name and longest path that Linux can open."""
 
 _URL = re.compile(r"(?:[A-Za-z][\w.+-]*::)*[A-Za-z][\w.+-]*:/+")
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})", re.ASCII)
@@ -18,11 +18,11 @@ _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})", re.ASCII)
 def local_path(path: Any, what: str) -> str:
     """``path`` with ``~`` and ``$VAR`` expanded, as Lightning's loggers do it.
 
-    What looks like a variable or a user and is none stays as it is if there is a file or folder of that name.
+    An unknown variable or user is left as it is if a file or folder of that name exists.
 
     Args:
         path: Text, bytes or a `pathlib.Path`, of any bytes that a file system takes.
-        what: What messages call it, such as ``nvme_path``.
+        what: Its name in messages, such as ``nvme_path``.
 
     Raises:
         ConfigurationError: If it is a URL, is empty, holds NUL, or names an unknown variable or user.
@@ -55,7 +55,7 @@ def home_path(path: Any, what: str) -> str:
 
 
 def require_no_url(path: str, what: str) -> None:
-    """Refuse URLs, also those that `pathlib.Path` has taken a slash from (``s3:/bucket``).
+    """Refuse URLs, also those that have lost a slash in `pathlib.Path` (``s3:/bucket``).
 
     Raises:
         ConfigurationError: Names it.
@@ -69,7 +69,7 @@ def require_no_url(path: str, what: str) -> None:
 
 
 def too_long(path: str, inner_nbytes: int = 0) -> str:
-    """Why ``path``, or one that is ``inner_nbytes`` longer, is too long to be opened; empty if it is not."""
+    """Why ``path``, or a path ``inner_nbytes`` longer, cannot be opened; empty if it can."""
     name = max(os.fsencode(path).split(b"/"), key=len)
     if len(name) > NAME_MAX_NBYTES:
         return f"its part {os.fsdecode(name)!r} has {len(name)} bytes, a name may have {NAME_MAX_NBYTES}"
@@ -78,3 +78,18 @@ def too_long(path: str, inner_nbytes: int = 0) -> str:
         inside = f", names inside it up to {inner_nbytes} more" if inner_nbytes else ""
         return f"it has {nbytes} bytes{inside}, a path may have {PATH_MAX_NBYTES}"
     return ""
+
+
+def memory_file_system(path: str) -> str | None:
+    """Type of the file system of ``path`` if it is one in memory, else None."""
+    found, kind = b"", b""
+    real = os.fsencode(os.path.realpath(path))
+    with open("/proc/self/mounts", "rb") as mounts:
+        for line in mounts:
+            _, escaped, this_kind = line.split(b" ")[:3]
+            # Space, tab, newline, backslash and # are written as three octal digits.
+            point = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), escaped)
+            inside = real == point or real.startswith(point.rstrip(b"/") + b"/")
+            if inside and len(point) >= len(found):
+                found, kind = point, this_kind
+    return kind.decode() if kind in (b"tmpfs", b"ramfs") else None

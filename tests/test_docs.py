@@ -1,4 +1,4 @@
-"""What the documents say is so: snippets of the guide run, names in the architecture exist, links lead somewhere."""
+"""What the documents say is so: snippets run, names exist, links lead somewhere, the options are those of the code."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import ast
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from lightning_ssd.strategy.settings import Options, argument_docs
 
 # Used by name, not by argument: sessions end with the test, and small models train on one thread.
 from tests.helpers.fixtures import _sessions_end  # noqa: F401
@@ -76,3 +79,20 @@ def test_notes_that_the_architecture_cites_are_written() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def option_rows() -> list[str]:
+    """The README's table of options, from `Options`."""
+    entries = re.findall(r"^ *(\w+): (\S.*(?:\n(?! *\w+: ).*)*)", argument_docs(), re.MULTILINE)
+    documented = {name: " ".join(text.split()).replace("``", "`") for name, text in entries}
+    rows = []
+    for field in fields(Options):
+        default = {"min_unit_numel": "1_000_000", "io": "IOOptions()"}.get(field.name) or repr(field.default)
+        rows.append(f"| `{field.name}` | `{default.replace(chr(39), chr(34))}` | {documented[field.name]} |")
+    return rows
+
+
+def test_the_table_of_options_is_that_of_the_code() -> None:
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| `\w+` \| `", line)]
+    expected = option_rows()
+    assert rows == expected, "the README's table must be:\n" + "\n".join(expected)

@@ -1,4 +1,4 @@
-"""What Lightning asks of a strategy about checkpoints: directories of hard links, and what they hold of the model."""
+"""Lightning's calls that save, load and remove checkpoints."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from lightning_ssd.errors import CheckpointError, ConfigurationError
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
 from lightning_ssd.strategy.dumped import Dumped, are_unchanged
-from lightning_ssd.strategy.lightning_classes import StrategyBase
+from lightning_ssd.strategy.guards import require_set
+from lightning_ssd.strategy.handover import Handover
+from lightning_ssd.strategy.lightning_classes import LightningModule, StrategyBase
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, state_dict, to_checkpoint, with_masters
 from lightning_ssd.strategy.session import Session
-from lightning_ssd.strategy.succession import Handover
 
 
 class CheckpointMixin(StrategyBase):
@@ -37,68 +38,67 @@ class CheckpointMixin(StrategyBase):
 
     @property
     def session(self) -> Session:
-        """The parts, once the Trainer has set the environment up."""
-        if self._session is None:
-            raise ConfigurationError("strategy='ssd_offload' has no session yet: the Trainer has not started")
-        return self._session
+        """The session of the Trainer's current or last run."""
+        return require_set(self._session, "session")
+
+    @property
+    def _pl_module(self) -> LightningModule:
+        """The user's module, once the Trainer has connected it."""
+        return require_set(self.lightning_module, "module")
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Weights are restored before they are placed, so finetuning and averaging callbacks see them."""
+        """False: weights are restored before they are written to the store, where callbacks see them."""
         return False
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state, with streamed parameters as they are: at rest, unread."""
-        assert self.lightning_module is not None
-        return state_dict(self.lightning_module)
+        """The module's state dict, with the parameters themselves in it: none is read."""
+        return state_dict(self._pl_module)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state, with tensors mapped from the store."""
         inner = getattr(optimizer, "_optimizer", optimizer)
         state = cast(dict[str, Any], inner.state_dict())
-        # What a hook on it has changed is not what the store has.
+        # A hook on ``state_dict`` may have changed it: then the store does not have these values.
         if not any(adopted.optimizer is inner and adopted.is_hooked for adopted in self.session.optimizers):
             self._dumped[inner] = Dumped(state)
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save a checkpoint directory: hard links to the store, and a little beside them."""
+        """Save a checkpoint directory: hard links to the store, and a few small files."""
         if storage_options is not None:
             raise ConfigurationError("storage_options are not used by strategy='ssd_offload'; leave them out")
-        assert self.lightning_module is not None
         if self._handover.is_pending and "optimizer_states" in checkpoint:
             with self.session.settled():
                 self._handover.move_into(self.session, self.optimizers)
-        whole = {**checkpoint, **self._resume.state(self.lightning_module.trainer)}
+        whole = {**checkpoint, **self._resume.state(self._pl_module.trainer)}
         dumped, self._dumped = [self._dumped.get(optimizer) for optimizer in self.optimizers], {}
         streams = are_unchanged(dumped, checkpoint.get("optimizer_states"))
         to_checkpoint(self.session, whole, home_path(filepath, "checkpoint"), streams=streams)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors stay mapped until they are placed."""
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
+        """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors are mapped, not read."""
+        trainer = self._pl_module.trainer
         checkpoint, self._opened = load(home_path(checkpoint_path, "ckpt_path"), weights_only)
-        # What is loaded after the model was placed is a Tuner's own.
+        # A checkpoint that is loaded after `Session.place` is one that a Tuner saved.
         self._resume.take(checkpoint, is_resumed=trainer.state.fn == "fit" and not self.session.units)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load weights before they are placed; what is on the meta device takes the mapped tensors as they are."""
-        assert self.lightning_module is not None
+        """Load weights before they are written to the store; meta parameters become the mapped tensors themselves."""
         if self.session.settings.param_dtype == torch.float64:
-            # Lightning converts a module after its weights are loaded, which rounds them to the 32 bits it came with.
-            self.session.materializer.widen(self.lightning_module, torch.float64)
-            self.precision_plugin.convert_module(self.lightning_module)
-        weights = with_masters(self.lightning_module, checkpoint["state_dict"], checkpoint.get(MASTERS, {}))
+            # Lightning converts the module after its weights are loaded: they would be rounded to float32 first.
+            self.session.materializer.widen(self._pl_module, torch.float64)
+            self.precision_plugin.convert_module(self._pl_module)
+        weights = with_masters(self._pl_module, checkpoint["state_dict"], checkpoint.get(MASTERS, {}))
         try:
-            self.session.materializer.load(self.lightning_module, weights, strict=strict)
-        except RuntimeError:  # torch makes one error of all that went wrong
+            self.session.materializer.load(self._pl_module, weights, strict=strict)
+        except RuntimeError:  # of torch, about all keys; a file that changed meanwhile is the likelier cause
             self._opened.require_unchanged()
             raise
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Stream optimizer state, and float32 masters, into the store."""
+        """Write optimizer state and float32 masters to the store."""
         states = checkpoint["optimizer_states"]
         if len(states) != len(self.optimizers):
             raise CheckpointError(
@@ -109,26 +109,24 @@ class CheckpointMixin(StrategyBase):
         for number, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True)):
             saved = names[number] if len(names) == len(states) else []
             optimizer.load_state_dict(self._by_name(optimizer, state, saved))
-        # What was float32 at rest is the master of a run that keeps it in 16 bits.
+        # Float32 values of the checkpoint are the masters of a run whose parameters are 16-bit.
         full = {n: v for n, v in checkpoint["state_dict"].items() if isinstance(v, Tensor) and v.dtype == torch.float32}
         masters = full | checkpoint.get(MASTERS, {})
-        params = {
-            name: param for unit in self.session.units for name, param in zip(unit.names, unit.params, strict=True)
-        }
+        params = {name: p for unit in self.session.units for name, p in zip(unit.names, unit.params, strict=True)}
         changed = self.session.take_masters({params[n]: value for n, value in masters.items() if n in params})
         self._opened.require_unchanged()
         if changed:
             names = ", ".join(map(repr, changed[:4])) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
             logging.getLogger(f"{self._namespace}.ssd_offload").info(
                 f"the values of {names} are not what the checkpoint's float32 masters round to: a hook, callback or "
-                "conversion has changed them, and where they differ training goes on from them"
+                "conversion has changed them; where they differ, training continues from the values"
             )
 
     def _by_name(self, optimizer: Optimizer, state: dict[str, Any], saved: list[list[str]]) -> dict[str, Any]:
-        """The state for the optimizer's groups as they are now; as it is where names cannot tell."""
+        """``state`` in the order of the optimizer's groups now; unchanged if there are no names to match by."""
         adopted = next((each for each in self.session.optimizers if each.optimizer is optimizer), None)
-        # A hook of the user may have changed what is loaded; then it goes by place, as in torch.
-        sizes = [len(group["params"]) for group in state.get("param_groups", ())]  # a class may save what it likes
+        # If a hook of the user has changed the groups, the state is matched by position, as in torch.
+        sizes = [len(group["params"]) for group in state.get("param_groups", ())]  # some classes save no groups
         is_as_saved = [len(names) for names in saved] == sizes
         if adopted is None or isinstance(adopted, WholeOptimizer) or not saved or not is_as_saved:
             return state

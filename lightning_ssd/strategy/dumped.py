@@ -1,4 +1,4 @@
-"""Whether a hook changed the optimizer state that Lightning dumped: then that is saved, not what is in the store."""
+"""Whether a hook changed an optimizer's state dict after Lightning took it: then the dict is saved, not the store."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Dumped:
-    """One optimizer's state as it was given to Lightning."""
+    """One optimizer's state dict as it was given to Lightning."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self._state = state
-        self._seen = list(_items(state))  # holds the values, so that no other can be taken for one of them
+        self._seen = list(_items(state))  # keeps the values alive, so that none of their ids is used again
 
     def is_still(self, state: object) -> bool:
-        """Whether ``state`` is what was given, with the same values in it."""
+        """Whether ``state`` is the dict that was given, with the same unmodified values in it."""
         if state is not self._state:
             return False
         now = list(_items(self._state))
@@ -27,7 +27,7 @@ class Dumped:
 
 
 def are_unchanged(dumped: Sequence[Dumped | None], states: object) -> bool:
-    """Whether ``states`` of a checkpoint are those that were dumped, or there are none."""
+    """Whether the checkpoint's ``states`` are the dumped ones, unchanged, or there are none."""
     if states is None:
         return True
     return (
@@ -38,7 +38,7 @@ def are_unchanged(dumped: Sequence[Dumped | None], states: object) -> bool:
 
 
 def _items(state: dict[str, Any]) -> Iterator[tuple[object, object, int]]:
-    """Each value of an optimizer's state dict: where it is, the value, and how often it was written to."""
+    """Each value of an optimizer's state dict: its path, the value, and its version counter."""
     for part, content in state.items():
         if part not in ("state", "param_groups"):
             yield part, content, 0

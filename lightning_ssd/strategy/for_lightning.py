@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy
 
-from lightning_ssd.strategy.precision import PrecisionMixin
+from lightning_ssd.strategy.precision import PrecisionMixin, by_name
 from lightning_ssd.strategy.strategy import StrategyMixin
 from lightning_ssd.strategy.trace_callback import TraceMixin
 
@@ -22,15 +20,13 @@ class SSDOffloadStrategy(StrategyMixin, ParallelStrategy):  # noqa: D101
 
     _namespace = "lightning.pytorch"
     _precision_class = SSDOffloadPrecision
-    _stock_precision = MappingProxyType(
-        {plugin.__name__: plugin for plugin in (Precision, MixedPrecision, HalfPrecision, DoublePrecision)}
-    )
+    _stock_precision = by_name(Precision, MixedPrecision, HalfPrecision, DoublePrecision)
 
 
 class SSDOffloadTrace(TraceMixin, Callback):  # noqa: D101
     __doc__ = TraceMixin.__doc__
 
 
-# Only the check in front of a compiled module asks for this class. Without the registration every
-# `Trainer.fit(torch.compile(module))` is refused; the strategy stays a `ParallelStrategy` for all else.
+# Lightning tests for this class only before it takes a compiled module. Without the registration,
+# `Trainer.fit(torch.compile(module))` fails with Lightning's message instead of ours.
 SingleDeviceStrategy.register(SSDOffloadStrategy)

@@ -1,17 +1,15 @@
 """Strategy, precision plugin and callback for `pytorch_lightning`. Imported only when that namespace is in use.
 
-`type: ignore[misc]`: for mypy the mixins derive from the bases in `lightning.pytorch`, of which these are the twins.
+`type: ignore[misc]`: for mypy the mixins derive from the classes of `lightning.pytorch`, not from these.
 """
 
 from __future__ import annotations
-
-from types import MappingProxyType
 
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from pytorch_lightning.strategies import ParallelStrategy, SingleDeviceStrategy
 
-from lightning_ssd.strategy.precision import PrecisionMixin
+from lightning_ssd.strategy.precision import PrecisionMixin, by_name
 from lightning_ssd.strategy.strategy import StrategyMixin
 from lightning_ssd.strategy.trace_callback import TraceMixin
 
@@ -25,15 +23,12 @@ class SSDOffloadStrategy(StrategyMixin, ParallelStrategy):  # type: ignore[misc]
 
     _namespace = "pytorch_lightning"
     _precision_class = SSDOffloadPrecision
-    _stock_precision = MappingProxyType(
-        {plugin.__name__: plugin for plugin in (Precision, MixedPrecision, HalfPrecision, DoublePrecision)}
-    )
+    _stock_precision = by_name(Precision, MixedPrecision, HalfPrecision, DoublePrecision)
 
 
 class SSDOffloadTrace(TraceMixin, Callback):  # type: ignore[misc]  # noqa: D101
     __doc__ = TraceMixin.__doc__
 
 
-# Only the check in front of a compiled module asks for this class. Without the registration every
-# `Trainer.fit(torch.compile(module))` is refused; the strategy stays a `ParallelStrategy` for all else.
+# As in `for_lightning`.
 SingleDeviceStrategy.register(SSDOffloadStrategy)

@@ -1,13 +1,13 @@
-"""What the Trainer's checkpoints will need of their disks: tried, counted and said before the first step.
+"""Free space for the Trainer's checkpoints: tried, counted and reported before the first step.
 
-[Note: room] Space is checked, not taken. A reservation would hold (kept checkpoints) x (state) from everybody on the
-disk for hours in which nothing is in it, and would have to be handed over piece by piece while updates run. What it
-protects from, a disk that others fill meanwhile, loses no checkpoint: each file is reserved before it is written, and
-the run ends with an error that says so.
+[Note: free space] Free space is checked, not reserved. A reservation would take (checkpoints kept) x (state) from other
+users of the disk for hours, and would have to be handed over piece by piece while updates run. Without one, no
+checkpoint is lost if others fill the disk: each file is reserved before it is written, and the run ends with an error.
 
-A checkpoint of links costs nothing when it is saved, and its size from the next step on, when files it holds are not
-written again; but what is frozen is written once for all. So the run needs (kept) x (what changes) beside itself. One
-that must be copied costs all of its size at once, before an older one goes: (kept + 1) x (all).
+A checkpoint of hard links costs nothing when it is saved. It costs its size from the next step on, when its files are
+not recycled; frozen parameters are never written again and cost nothing. Such checkpoints need (number kept) x (bytes
+that steps change). A checkpoint that must be copied costs its whole size at once, before an older one is removed:
+(number kept + 1) x (all bytes).
 """
 
 from __future__ import annotations
@@ -48,33 +48,33 @@ class SavingCallback:
 
     @property
     def num_new(self) -> int | None:
-        """Checkpoints for which there must be room; None if there is no end to them."""
+        """Checkpoints that need free space; None if there is no limit to them."""
         return None if self.num_kept is None else max(0, self.num_kept - self.num_there)
 
 
 @dataclass(frozen=True)
 class CheckpointCost:
-    """What the checkpoints of one callback need of their disk, in bytes.
+    """What the checkpoints of one callback take of their disk, in bytes.
 
     Attributes:
-        keeper: The callback.
-        linked_share: The share of the files that are links.
-        each_nbytes: What each kept one takes.
-        extra_nbytes: What one that is being copied takes before an older one goes.
+        callback: The callback that saves them.
+        linked_share: Share of the bytes that are hard links, 0 to 1.
+        each_nbytes: What each kept checkpoint takes.
+        extra_nbytes: What a checkpoint that is being copied takes before an older one is removed.
     """
 
-    keeper: SavingCallback
+    callback: SavingCallback
     linked_share: float
     each_nbytes: int
     extra_nbytes: int
 
-    def num_fitting(self, room_nbytes: int) -> int:
-        """How many kept ones find room."""
-        return max(0, room_nbytes - self.extra_nbytes) // max(1, self.each_nbytes)
+    def num_fitting(self, free_nbytes: int) -> int:
+        """How many kept checkpoints fit."""
+        return max(0, free_nbytes - self.extra_nbytes) // max(1, self.each_nbytes)
 
 
 def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
-    """Try a save wherever the Trainer's callbacks will save, and see whether there is room.
+    """Try a save wherever the Trainer's callbacks will save, and compare what they keep with the free space.
 
     Warns of directories whose checkpoints are copies, and if fewer fit than are to be kept.
 
@@ -86,22 +86,20 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
         ConfigurationError: If a callback saves to a URL, or its path is too long.
         StoreError: If not one checkpoint fits.
     """
-    keepers = find_saving_callbacks(trainer)
+    callbacks = find_saving_callbacks(trainer)
     stores = [path for path, _ in session.store.disks]
-    shares = {folder: probe_save(folder, stores) for folder in dict.fromkeys(keeper.folder for keeper in keepers)}
-    needs = [_need(session, keeper, shares[keeper.folder]) for keeper in keepers]
+    shares = {folder: probe_save(folder, stores) for folder in dict.fromkeys(each.folder for each in callbacks)}
+    costs = [_cost(session, callback, shares[callback.folder]) for callback in callbacks]
     disks: dict[int, list[CheckpointCost]] = {}
-    for need in needs:
-        disks.setdefault(device_of(_existing(need.keeper.folder)), []).append(need)
+    for cost in costs:
+        disks.setdefault(device_of(_existing(cost.callback.folder)), []).append(cost)
     for on_disk in disks.values():
-        path = _existing(on_disk[0].keeper.folder)
-        own = int(session.store.share_on(path) * session.sizing.disk_nbytes)
-        _check(on_disk, free_nbytes(path), own)
+        path = _existing(on_disk[0].callback.folder)
+        _check(on_disk, free_nbytes(path), _own_nbytes(session, path))
     for folder, share in shares.items():
         if share == 0:
-            most = max(need.each_nbytes for need in needs if need.keeper.folder == folder)
-            _warn_of_copies(folder, stores, most)
-    return [_line(session, need) for need in needs]
+            _warn_of_copies(folder, stores, max(c.each_nbytes for c in costs if c.callback.folder == folder))
+    return [_line(session, cost) for cost in costs]
 
 
 def find_saving_callbacks(trainer: Any) -> list[SavingCallback]:
@@ -128,7 +126,7 @@ def find_saving_callbacks(trainer: Any) -> list[SavingCallback]:
 
 
 def _num_kept(callback: Any, trainer: Any) -> int | None:
-    """0 for a callback that saves when the run ends: no step follows, for which a link would cost anything."""
+    """Checkpoints kept while steps follow: 0 if the callback saves once, at the end; None if it keeps all."""
     top = getattr(callback, "save_top_k", 0)
     at_end = (
         trainer.max_epochs == 1
@@ -142,7 +140,7 @@ def _num_kept(callback: Any, trainer: Any) -> int | None:
 
 
 def _num_last(callback: Any) -> int:
-    """Checkpoints of another step than the newest of the best that ``save_last`` keeps."""
+    """1 if ``save_last`` keeps a checkpoint of a step that is not among the best, else 0."""
     save_last, top = getattr(callback, "save_last", None), getattr(callback, "save_top_k", 0)
     if not save_last or top == -1 or (save_last == "link" and top != 0):
         return 0
@@ -150,7 +148,7 @@ def _num_last(callback: Any) -> int:
 
 
 def _num_there(callback: Any, trainer: Any) -> int:
-    """Checkpoints that a callback restored from a checkpoint will replace; it spares the one that is resumed from."""
+    """Checkpoints of an earlier run that the callback will replace: all but the one that is resumed from."""
     best = {*getattr(callback, "best_k_models", ()), getattr(callback, "best_model_path", "")}
     spared = os.path.abspath(trainer.ckpt_path) if trainer.ckpt_path else ""
     paths = {path for path in best if path and os.path.abspath(path) != spared}
@@ -159,41 +157,46 @@ def _num_there(callback: Any, trainer: Any) -> int:
     return sum(bool(path) and is_checkpoint(path) for path in paths)
 
 
-def _need(session: Session, keeper: SavingCallback, share: float) -> CheckpointCost:
-    whole, changing = session.sizing.checkpoint_nbytes(with_state=keeper.has_state)
-    copied = int((1 - share) * whole)
-    return CheckpointCost(keeper, share, int(share * changing) + copied, copied)
+def _cost(session: Session, callback: SavingCallback, linked_share: float) -> CheckpointCost:
+    whole, changing = session.sizing.checkpoint_nbytes(with_state=callback.has_state)
+    copied = int((1 - linked_share) * whole)
+    return CheckpointCost(callback, linked_share, int(linked_share * changing) + copied, copied)
 
 
-def _check(needs: Sequence[CheckpointCost], free: int, own: int) -> None:
+def _own_nbytes(session: Session, path: str) -> int:
+    """Bytes that the run itself is still going to take on the disk of ``path``."""
+    return int(session.store.share_on(path) * session.sizing.disk_nbytes)
+
+
+def _check(costs: Sequence[CheckpointCost], free: int, own: int) -> None:
     """Compare what the callbacks on one disk keep with what the run leaves there.
 
     Args:
-        needs: Of all callbacks that save to the disk.
+        costs: Of all callbacks that save to the disk.
         free: Bytes free there now.
         own: Bytes of them that the run itself is going to take.
     """
-    room = free - own
-    extra = max(need.extra_nbytes for need in needs)
-    waiting = [need for need in needs if need.keeper.num_new != 0]
-    wanted = sum((need.keeper.num_new or 1) * need.each_nbytes for need in waiting) + extra
-    if wanted <= room or room < 0:  # a run that does not fit itself is refused when it starts
+    left = free - own
+    extra = max(cost.extra_nbytes for cost in costs)
+    growing = [cost for cost in costs if cost.callback.num_new != 0]
+    wanted = sum((cost.callback.num_new or 1) * cost.each_nbytes for cost in growing) + extra
+    if wanted <= left or left < 0:  # a run that does not fit itself is refused when it starts
         return
-    most = max(waiting or needs, key=lambda need: need.each_nbytes)
+    most = max(growing or costs, key=lambda cost: cost.each_nbytes)
     numbers = (
-        f"{_kept(need.keeper for need in needs)} in {most.keeper.folder!r} of up to "
+        f"{_kept(cost.callback for cost in costs)} in {most.callback.folder!r} of up to "
         f"{fmt(max(most.each_nbytes, most.extra_nbytes))} each; {fmt(free)} are free there, of which the run itself "
         f"needs {fmt(own)}"
     )
-    num = most.num_fitting(room)
+    num = most.num_fitting(left)
     if num == 0:
         raise StoreError(
-            f"not one checkpoint has room: {numbers}; free {fmt(wanted - room)}, choose another dirpath or nvme_path, "
+            f"not one checkpoint has room: {numbers}; free {fmt(wanted - left)}, choose another dirpath or nvme_path, "
             "or train without saving (enable_checkpointing=False)"
         )
     warnings.warn(
-        f"room for {num} checkpoint(s) only: {numbers}; the run will end with a full disk when there are more, with "
-        f"what is saved whole: free {fmt(wanted - room)}, keep fewer (save_top_k) or choose another dirpath",
+        f"room for {num} checkpoint(s) only: {numbers}; with more the disk is full, and the run ends with the "
+        f"checkpoints it has: free {fmt(wanted - left)}, keep fewer (save_top_k) or choose another dirpath",
         stacklevel=2,
     )
 
@@ -203,24 +206,23 @@ def _warn_of_copies(folder: str, stores: Sequence[str], nbytes: int) -> None:
     warnings.warn(
         f"checkpoints in {folder!r} cannot be hard links to the store in {places}: it is another file system, or has "
         f"none. Each save will write {fmt(nbytes)} while training waits; to save at no cost put dirpath and nvme_path "
-        "on one file system, and use `lightning-ssd copy` for what shall go elsewhere",
+        "on one file system, and copy what you want elsewhere with `lightning-ssd copy`",
         stacklevel=2,
     )
 
 
-def _line(session: Session, need: CheckpointCost) -> str:
-    keeper = need.keeper
-    path = _existing(keeper.folder)
-    room = free_nbytes(path) - int(session.store.share_on(path) * session.sizing.disk_nbytes)
-    how = "links" if need.linked_share == 1 else "copies" if need.linked_share == 0 else "links and copies"
-    size = f"{fmt(need.each_nbytes)} of {how} each"
-    fitting = f", room for {need.num_fitting(room)}" if keeper.num_kept != 0 else ""
-    return f"  checkpoints: {_kept([keeper])} in {keeper.folder}, {size}{fitting}"
+def _line(session: Session, cost: CheckpointCost) -> str:
+    callback = cost.callback
+    path = _existing(callback.folder)
+    how = {1.0: "links", 0.0: "copies"}.get(cost.linked_share, "links and copies")
+    left = free_nbytes(path) - _own_nbytes(session, path)
+    fitting = f", room for {cost.num_fitting(left)}" if callback.num_kept != 0 else ""
+    return f"  checkpoints: {_kept([callback])} in {callback.folder}, {fmt(cost.each_nbytes)} of {how} each{fitting}"
 
 
-def _kept(keepers: Iterable[SavingCallback]) -> str:
+def _kept(callbacks: Iterable[SavingCallback]) -> str:
     words = {None: "keeps every one", 0: "saves when the run ends"}
-    return ", ".join(f"{k.name} {words.get(k.num_kept, f'keeps {k.num_kept}')}" for k in keepers)
+    return ", ".join(f"{each.name} {words.get(each.num_kept, f'keeps {each.num_kept}')}" for each in callbacks)
 
 
 def _existing(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether anybody may look at gradients between backward and the update: then they must be visible as ``.grad``."""
+"""Whether code may read gradients between backward and the update: then they must be visible as ``.grad``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MODULE_HOOKS = (
     "configure_gradient_clipping",
     "backward",
     "on_before_zero_grad",
-    "optimizer_zero_grad",  # zeros that stay are gradients of the next step
+    "optimizer_zero_grad",  # zeros instead of None are gradients of the next step
 )
 _CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 _STOCK = ("lightning.pytorch.core.", "pytorch_lightning.core.", "lightning.pytorch.callbacks.callback")
@@ -18,7 +18,7 @@ _STOCK_CALLBACK = "pytorch_lightning.callbacks.callback"
 
 
 def find_grad_consumer(trainer: Any, module: Any) -> str | None:
-    """Who may look at gradients, in words; None if nobody does."""
+    """The first setting or hook that may read gradients; None if there is none."""
     if trainer.gradient_clip_val:
         return "gradient_clip_val"
     for name in _MODULE_HOOKS:

@@ -1,9 +1,9 @@
-"""The precision plugin: a stock plugin inside, except that parameters change dtype on their way into the store."""
+"""The precision plugin: Lightning's own plugin inside; parameters get their dtype as they are written to the store."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,20 @@ from lightning_ssd.strategy.lightning_classes import PrecisionBase
 
 _TRUE_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _SUPPORTED = ("32-true", "bf16-mixed", "16-mixed", *_TRUE_DTYPES)
+
+
+def by_name(*classes: type) -> Mapping[str, Any]:
+    """Lightning's own precision classes, by name."""
+    return MappingProxyType({cls.__name__: cls for cls in classes})
+
+
+def _stock(name: str) -> Any:
+    """A method that hands its call to the stock plugin's method ``name``."""
+
+    def forward(self: PrecisionMixin, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.inner, name)(*args, **kwargs)
+
+    return forward
 
 
 class PrecisionMixin(PrecisionBase):
@@ -68,14 +82,14 @@ class PrecisionMixin(PrecisionBase):
                 f"{', '.join(_SUPPORTED)}"
             )
         if self.inner is None:
-            if self.precision.endswith("-mixed"):
-                self.inner = stock["MixedPrecision"](self.precision, self.device)
-            elif self.precision == "64-true":
-                self.inner = stock["DoublePrecision"]()
-            elif self.precision in _TRUE_DTYPES:
-                self.inner = stock["HalfPrecision"](self.precision)
-            else:
-                self.inner = stock["Precision"]()
+            self.inner = self._make_inner(stock)
+
+    def _make_inner(self, stock: Mapping[str, Any]) -> Any:
+        if self.precision.endswith("-mixed"):
+            return stock["MixedPrecision"](self.precision, self.device)
+        if self.precision == "64-true":
+            return stock["DoublePrecision"]()
+        return stock["HalfPrecision"](self.precision) if self.precision in _TRUE_DTYPES else stock["Precision"]()
 
     @property
     def param_dtype(self) -> torch.dtype | None:
@@ -93,7 +107,7 @@ class PrecisionMixin(PrecisionBase):
         return getattr(self.inner, "scaler", None)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Convert buffers now; parameters are converted while they stream into the store, never all in memory."""
+        """Convert buffers now; a parameter is converted when it is written to the store, so no second model is made."""
         dtype = self.param_dtype
         if dtype is not None:
             for m in module.modules():
@@ -102,85 +116,47 @@ class PrecisionMixin(PrecisionBase):
                         m._buffers[name] = buffer.to(dtype)
         return module
 
-    # The rest is the stock plugin's.
-
-    def connect(self, model: Any, optimizers: Any, lr_schedulers: Any) -> Any:  # noqa: D102
-        return self.inner.connect(model, optimizers, lr_schedulers)
-
-    def tensor_init_context(self) -> AbstractContextManager[Any]:  # noqa: D102
-        return self.inner.tensor_init_context()  # type: ignore[no-any-return]
-
-    def module_init_context(self) -> AbstractContextManager[Any]:  # noqa: D102
-        return self.inner.module_init_context()  # type: ignore[no-any-return]
-
-    def forward_context(self) -> AbstractContextManager[Any]:  # noqa: D102
-        return self.inner.forward_context()  # type: ignore[no-any-return]
-
-    def train_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]  # noqa: D102
-        return self.inner.train_step_context()  # type: ignore[no-any-return]
-
-    def val_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]  # noqa: D102
-        return self.inner.val_step_context()  # type: ignore[no-any-return]
-
-    def test_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]  # noqa: D102
-        return self.inner.test_step_context()  # type: ignore[no-any-return]
-
-    def predict_step_context(self) -> AbstractContextManager[Any]:  # type: ignore[override]  # noqa: D102
-        return self.inner.predict_step_context()  # type: ignore[no-any-return]
-
-    def convert_input(self, data: Any) -> Any:  # noqa: D102
-        return self.inner.convert_input(data)
-
-    def convert_output(self, data: Any) -> Any:  # noqa: D102
-        return self.inner.convert_output(data)
-
-    def pre_backward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        return self.inner.pre_backward(*args, **kwargs)
-
-    def backward(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
-        self.inner.backward(*args, **kwargs)
-
-    def post_backward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        return self.inner.post_backward(*args, **kwargs)
-
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         if self.scaler is not None:
             unscale_on_host(self.scaler, optimizer)
         return self.inner.optimizer_step(optimizer, *args, **kwargs)
 
-    def clip_gradients(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
-        self.inner.clip_gradients(*args, **kwargs)
-
-    def main_params(self, optimizer: Any) -> Any:  # noqa: D102
-        return self.inner.main_params(optimizer)
-
-    def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return self.inner.state_dict()  # type: ignore[no-any-return]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
-        self.inner.load_state_dict(state_dict)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
-        self.inner.on_save_checkpoint(checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
-        self.inner.on_load_checkpoint(checkpoint)
-
     def teardown(self) -> None:  # noqa: D102
         if self.inner is not None:
             self.inner.teardown()
 
+    # The rest is the stock plugin's.
+    connect = _stock("connect")
+    tensor_init_context = _stock("tensor_init_context")
+    module_init_context = _stock("module_init_context")
+    forward_context = _stock("forward_context")
+    train_step_context = _stock("train_step_context")
+    val_step_context = _stock("val_step_context")
+    test_step_context = _stock("test_step_context")
+    predict_step_context = _stock("predict_step_context")
+    convert_input = _stock("convert_input")
+    convert_output = _stock("convert_output")
+    pre_backward = _stock("pre_backward")
+    backward = _stock("backward")
+    post_backward = _stock("post_backward")
+    clip_gradients = _stock("clip_gradients")
+    main_params = _stock("main_params")
+    state_dict = _stock("state_dict")
+    load_state_dict = _stock("load_state_dict")
+    on_save_checkpoint = _stock("on_save_checkpoint")
+    on_load_checkpoint = _stock("on_load_checkpoint")
+
 
 def unscale_on_host(scaler: Any, optimizer: Any) -> None:
-    """Make a loss scaler of a GPU work on gradients that are on the host, for an optimizer whose step is ours."""
-    # Fused optimizers leave unscaling to their own kernel, which does not run.
+    """Make a GPU's loss scaler work on gradients in host memory, for an optimizer whose step is replaced by ours."""
+    # A fused optimizer unscales in its own kernel, which does not run here.
     optimizer._step_supports_amp_scaling = False
     if "_unscale_grads_" in vars(scaler):
         return
     unscale = scaler._unscale_grads_
 
     def unscale_here(optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
-        # torch would copy both to the host without waiting, and read them there at once: whatever was there before.
+        # torch copies both numbers to the host asynchronously and reads them before the copy is done: copy them here.
         return unscale(optimizer, inv_scale.cpu(), found_inf.cpu(), allow_fp16)  # sync: two numbers
 
     scaler._unscale_grads_ = unscale_here

@@ -1,11 +1,16 @@
-"""The place in the loop: generator states and the position in the training data, so that a resumed run goes on as if
-it had never stopped.
+"""Saves and restores random generators and the position in the training data, so that a resumed run continues as if it
+had never stopped.
 
-[Note: resume] A training `DataLoader` is watched: the generator states when an epoch's iterator is made and when its
-first batch is drawn (then it shuffles) are kept, and batches are counted. After a restart the first batch is asked for
-like this: generators are set as they were then, the iterator is made (so it shuffles as it did), batches already used
-are drawn and dropped, and the generators are set as they were when the checkpoint was saved. Lightning skips a
-validation that was due right after the save; it is run here, since it moves the generators, schedulers and callbacks.
+[Note: resume] A training `DataLoader` is watched. For each epoch we record the generator states at two moments: when
+the iterator is made, and when the first batch is drawn, which is when it shuffles. Batches are counted. After a
+restart, when the first batch is asked for:
+
+1. generators are set to the recorded states and the iterator is made, so that it shuffles the same way;
+2. as many batches as had been used are drawn and dropped;
+3. generators are set to the states of the moment of the save.
+
+Lightning skips a validation that was due right after the save. We run it, since it changes generators, schedulers and
+callbacks.
 """
 
 from __future__ import annotations
@@ -27,36 +32,36 @@ States = dict[str, Any]
 
 
 class Resume:
-    """Saves and restores the place in the loop."""
+    """Saves and restores random generators and positions in the training data."""
 
     def __init__(self) -> None:
         self._restart: _Restart | None = None
         self._watched: list[tuple[DataLoader[Any], _Place]] = []
 
     def state(self, trainer: Any) -> dict[str, Any]:
-        """What a checkpoint carries."""
+        """The entry for a checkpoint."""
         epoch_is_over = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         max_ahead = len(getattr(trainer.fit_loop._data_fetcher, "batches", None) or ())
         loaders = [place.state(max_ahead) for place in self._places_in_use(trainer)]
         return {KEY: {"generators": generator_states(), "epoch_is_over": epoch_is_over, "loaders": loaders}}
 
     def take(self, checkpoint: dict[str, Any], *, is_resumed: bool) -> None:
-        """Take out of a checkpoint what it carries; if ``fit`` goes on from it, remember that for the loaders to come.
+        """Remove our entry from a checkpoint; if ``fit`` resumes from it, keep the entry for the loaders to come.
 
-        A Tuner loads what it saved itself, and an evaluation only wants the weights: training begins as it would have.
+        A Tuner loads its own checkpoint, and an evaluation only needs the weights: neither changes how training begins.
         """
         saved = checkpoint.pop(KEY, None)
         if saved is not None and is_resumed:
             self._restart = _Restart(**saved)
 
     def begin(self) -> None:
-        """The Trainer starts: nothing of an earlier run is left."""
+        """The Trainer starts: forget the earlier run."""
         self.end()
         self._watched = []
         self._restart = None
 
     def end(self) -> None:
-        """The Trainer is done: the loaders are again what they were. `state` goes on to tell their place."""
+        """The Trainer has ended: give loaders their own class back. `state` still works."""
         for loader, _ in self._watched:
             if "_ssd_offload_place" in vars(loader):
                 loader.__class__ = type(loader)._ssd_offload_class  # type: ignore[attr-defined]
@@ -74,7 +79,7 @@ class Resume:
         return loader
 
     def start(self, trainer: Any) -> None:
-        """Training is about to start: go on from the generator states of the checkpoint."""
+        """Training starts: set the generators to the checkpoint's states."""
         restart = self._restart
         if restart is None:
             return
@@ -85,7 +90,7 @@ class Resume:
         epoch_loop = fit_loop.epoch_loop
         total = fit_loop.epoch_progress.total
         if restart.epoch_is_over and not restart.in_epoch and total.ready == total.completed:
-            # Saved after fit. Lightning would go on with the epoch that is over: for one batch, or without any.
+            # Saved after fit. Lightning would continue the epoch that is over, with one batch or none.
             epoch_loop.batch_progress.reset_on_run()
             epoch_loop.scheduler_progress.reset_on_run()
             epoch_loop.automatic_optimization.optim_progress.reset_on_run()
@@ -97,27 +102,27 @@ class Resume:
             restart.generators = generator_states()
 
     def begin_batch(self) -> None:
-        """A training batch starts: where no loader of ours did it, the generators are set now."""
+        """A training batch starts: set the generators now if no watched loader has done so."""
         restart, self._restart = self._restart, None
         if restart is not None and not self._watched:
             set_generator_states(restart.generators)
 
     def _places_in_use(self, trainer: Any) -> list[_Place]:
-        """The places of the loaders that training draws from now: each time it loads its data it asks for them anew."""
+        """Positions of the loaders that training draws from now. Lightning calls `watch` anew for each reload."""
         in_use = getattr(trainer.fit_loop._combined_loader, "flattened", ())
         newest = {id(loader): place for loader, place in self._watched}
         return [newest[id(loader)] for loader in in_use if id(loader) in newest]
 
 
 class _Restart:
-    """A run goes on from a checkpoint.
+    """A checkpoint's entry, from which a run resumes.
 
     Attributes:
-        generators: States to go on from.
+        generators: Generator states to continue with.
         epoch_is_over: The checkpoint was saved after the last batch of an epoch.
         loaders: What `_Place.state` returned, for each loader.
-        has_started: Training has started; Lightning draws ahead from a loader without length before that.
-        in_epoch: Lightning goes straight to the next batch, without hooks that begin an epoch.
+        has_started: Training has started. Before that Lightning prefetches from a loader without length.
+        in_epoch: Lightning continues with the next batch, without the hooks at the beginning of an epoch.
     """
 
     def __init__(self, generators: States, epoch_is_over: bool, loaders: list[dict[str, Any]]) -> None:
@@ -129,12 +134,12 @@ class _Restart:
 
 
 class _Place:
-    """Where a loader is in its epoch.
+    """A loader's position in its epoch.
 
     Attributes:
-        num_batches: Drawn from this epoch's iterator.
-        restart: What to go on from, until the first batch.
-        saved: This loader's part of it.
+        num_batches: Batches drawn from this epoch's iterator.
+        restart: The entry to resume from, until the first batch.
+        saved: This loader's part of the entry.
     """
 
     def __init__(self, loader: DataLoader[Any], restart: _Restart | None, number: int) -> None:
@@ -145,7 +150,7 @@ class _Place:
         self.begin_epoch()
 
     def state(self, max_ahead: int) -> dict[str, Any]:
-        """What a checkpoint carries; ``max_ahead`` batches were drawn but not used yet."""
+        """This loader's part of the entry; ``max_ahead`` batches were drawn but not used yet."""
         return {
             "begin": self._begin,
             "first": self._first,
@@ -179,13 +184,13 @@ class _Place:
 
 
 def _resumable(cls: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
-    """A subclass of the loader's own class that knows where it is in its epoch; [Note: resume]."""
-    # Not a mixin: Python lets an object change its class only along single inheritance.
+    """A subclass of the loader's own class that counts its batches; [Note: resume]."""
+    # Not a mixin: an object's class can be changed only to one with the same memory layout.
     members = {
         "__module__": cls.__module__,
         "__iter__": lambda self: _Batches(self._ssd_offload_place, lambda: cls.__iter__(self)),
         "_ssd_offload_class": cls,
-        # Lightning asks for these before it believes that a loader can go on in mid-epoch; `Resume` has the state.
+        # Lightning resumes in mid-epoch only if a loader has these; the state is in `Resume`.
         "state_dict": lambda self: {},
         "load_state_dict": lambda self, state: None,
     }
@@ -193,12 +198,12 @@ def _resumable(cls: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
 
 
 class _Batches:
-    """One epoch's iterator. After a restart the inner one is made with the first batch, else at once."""
+    """One epoch's iterator. The inner iterator is made at once, or after a restart with the first batch."""
 
     def __init__(self, place: _Place, make: Any) -> None:
         self._place = place
         self._make = make
-        self._ahead: list[Any] = []  # drawn before the checkpoint, not used yet
+        self._ahead: list[Any] = []  # drawn but not used before the checkpoint
         self._inner: Any = None
         if place.restart is None:
             self._begin()
@@ -253,7 +258,7 @@ class _Batches:
 
 
 def _own_generators(loader: DataLoader[Any]) -> list[torch.Generator]:
-    """Generators that only the loader draws from."""
+    """Generators of the loader itself."""
     found = [loader.generator, getattr(loader.sampler, "generator", None)]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 

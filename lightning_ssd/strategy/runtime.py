@@ -151,7 +151,7 @@ class Runtime:
                 saved_inputs_nbytes=plan.activation_nbytes if plan.recomputes else 0,
                 lends=not settings.is_off_host,
             )
-            self.updater = Updater(lock=model.lock, budget=budget, is_async=settings.overlap, trace=trace)
+            self.updater = Updater(lock=model.lock, budget=budget, is_async=settings.is_overlapped, trace=trace)
             undo.callback(self.updater.close)
             self.cache = self._make_cache(module)
             undo.callback(self.cache.close)
@@ -281,14 +281,14 @@ class Runtime:
         )
 
     def _make_cache(self, module: nn.Module) -> ParamCache:
-        plan, window = self.plan, self._settings.window
+        plan, window = self.plan, self._settings.window_size
         return ParamCache(
             self._model,
             pool=self.memory.params,
             placement=self._make_placement(module),
             keep_cache=plan.keep_cache,
             max_ahead=(None if plan.keep_cache else 1) if window is None else window - 1,
-            prefetch_batch=self._settings.prefetch_batch,
+            prefetch_batch=self._settings.prefetch_size,
             trace=self._trace,
         )
 

@@ -1,4 +1,4 @@
-"""Between Lightning's checkpoint dictionary and a checkpoint directory."""
+"""Converts between Lightning's checkpoint dictionary and a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ NAMES = "ssd_offload_parameter_names"
 
 
 def state_dict(module: nn.Module) -> dict[str, Any]:
-    """The module's state dict with the parameters themselves in it, so that no value is read to make it.
+    """The module's state dict with the parameters themselves in it, so that none is read.
 
-    A module whose own ``state_dict`` takes no ``keep_vars`` is asked plainly; that maps the parameters' files.
+    If the module overrides ``state_dict`` without ``keep_vars``, it is called without; then parameters are mapped.
     """
     try:
         return module.state_dict(keep_vars=True)
@@ -56,38 +56,32 @@ def state_dict(module: nn.Module) -> dict[str, Any]:
 
 
 def to_checkpoint(session: Session, checkpoint: dict[str, Any], path: Any, *, streams: bool) -> None:
-    """Save what Lightning dumped, and hooks have changed since, as a checkpoint directory.
+    """Save Lightning's dictionary, as hooks and callbacks have left it, as a checkpoint directory.
 
     Args:
-        session: Has the values.
+        session: Has the values of parameters and optimizer state.
         checkpoint: Lightning's dictionary.
-        path: Where.
-        streams: Its ``optimizer_states`` are those of the session, which are saved from the store; else as they are.
+        path: Of the new directory.
+        streams: ``optimizer_states`` are unchanged: the state is linked from the store; else the dictionary's is saved.
 
     Raises:
-        CheckpointError: If it could not be saved; what was there before is untouched.
+        CheckpointError: If it could not be saved; a checkpoint of that name is then untouched.
     """
     session.require_own("a checkpoint cannot be saved")
     if any(adopted.is_mid_step for adopted in session.optimizers):
         raise CheckpointError(
-            "the optimizer step that failed had updated a part of the model already, so its state is of no step and is "
-            "not saved; resume from the last checkpoint"
+            "the optimizer step that failed had already updated a part of the model, so the model is not saved; resume "
+            "from the last checkpoint"
         )
-    _warn_if_replaced(session, os.path.abspath(os.fspath(path)))
-    small = dict(checkpoint)
-    states = small.get("optimizer_states")
-    has_optimizers = states is not None
-    if streams:
-        small.pop("optimizer_states", None)
-        for number, state in enumerate(states or ()):
-            if number < len(session.optimizers) and isinstance(session.optimizers[number], WholeOptimizer):
-                small.setdefault(WHOLE_STATES, {})[number] = state
+    name = os.path.abspath(os.fspath(path))
+    _warn_if_replaced(session, name)
+    has_optimizers = checkpoint.get("optimizer_states") is not None
+    small = _without_linked_states(session, checkpoint) if streams else dict(checkpoint)
     with session.settled():
         weights = _sort(session, small)
         kinds = _kinds(session, weights, with_state=has_optimizers and streams, with_masters=has_optimizers)
-        files = [_unit_file(session.store.on_disk(g)) for g in _generations(session, kinds)]
+        files = [_unit_file(session.store.on_disk(generation)) for generation in _generations(session, kinds)]
         records = _records(session, weights.buffers) if has_optimizers and streams else []
-        dtypes = {n: u.layout.dtype for u in session.units if "param" in kinds[u.name] for n in u.names}
         with within(session.engine.patience):
             done = write_checkpoint(
                 os.fspath(path),
@@ -97,20 +91,30 @@ def to_checkpoint(session: Session, checkpoint: dict[str, Any], path: Any, *, st
                 records,
                 step=int(small.get("global_step", 0)),
                 codec=float32.NAME,
-                dtypes=dtypes,
+                dtypes={n: u.layout.dtype for u in session.units if "param" in kinds[u.name] for n in u.names},
                 aliases=weights.aliases,
                 names=weights.names,
                 recycle=session.store.recycle,
                 unsynced=session.store.unsynced,
             )
-    with suppress(OSError):  # somebody was quick to remove it
-        session.store.saved[os.path.abspath(os.fspath(path))] = _identity(path)
+    with suppress(OSError):  # it was removed meanwhile
+        session.store.saved[name] = _identity(path)
     if done.moved_aside is not None:
         warnings.warn(f"a file had the checkpoint's name and is now {done.moved_aside!r}", stacklevel=2)
 
 
+def _without_linked_states(session: Session, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A copy of ``checkpoint`` with only those optimizer states that are not in the store."""
+    small = dict(checkpoint)
+    states = small.pop("optimizer_states", None) or ()
+    for number, (state, adopted) in enumerate(zip(states, session.optimizers, strict=False)):
+        if isinstance(adopted, WholeOptimizer):
+            small.setdefault(WHOLE_STATES, {})[number] = state
+    return small
+
+
 def _warn_if_replaced(session: Session, path: str) -> None:
-    """Say that another run saves to the same name: what this one saved there is gone, and now the other's goes."""
+    """Warn if another run saves to the same name: it has replaced our checkpoint, and now we replace its."""
     known = session.store.saved.get(path)
     if known is not None and is_checkpoint(path) and known != _identity(path):
         warnings.warn(
@@ -127,13 +131,13 @@ def _identity(path: Any) -> tuple[int, int]:
 
 @dataclass
 class _Weights:
-    """A state dict, by where its tensors are saved.
+    """A state dict, divided by where its tensors are saved.
 
     Attributes:
-        names: Of its tensors, in order.
-        units: Units of which it has a parameter.
-        aliases: Further names of their parameters -> their own.
-        buffers: Every other tensor.
+        names: Names of its tensors, in order.
+        units: Names of the units of which it has a parameter.
+        aliases: Further names of parameters -> the parameter's own name.
+        buffers: All other tensors, by name.
     """
 
     names: list[str] = field(default_factory=list)
@@ -143,7 +147,7 @@ class _Weights:
 
 
 def _sort(session: Session, small: dict[str, Any]) -> _Weights:
-    """Take the tensors of the state dict out of ``small``; what else is in it stays there."""
+    """Move the tensors of the state dict out of ``small``; its other values stay there."""
     found = _Weights()
     state = small.pop("state_dict", None)
     if not isinstance(state, Mapping):
@@ -159,7 +163,7 @@ def _sort(session: Session, small: dict[str, Any]) -> _Weights:
             continue
         found.names.append(key)
         name, unit = own.get(value, ("", "")) if isinstance(value, nn.Parameter) else ("", "")
-        # An alias can only say of a name that is no parameter's that it is one whose value is saved as its own.
+        # An alias is a name of no parameter, for a parameter that is in the state dict by its own name too.
         if name and (name == key or (key not in by_name and state.get(name, value) is value)):
             found.units.add(unit)
             if name != key:
@@ -175,8 +179,8 @@ def _sort(session: Session, small: dict[str, Any]) -> _Weights:
 def load(path: Any, weights_only: bool | None) -> tuple[dict[str, Any], SeenFiles]:
     """Open a checkpoint directory, or a plain ``.ckpt``, as Lightning's dictionary with mapped tensors.
 
-    A directory is read once to compare its checksums before anything is used; what is returned beside the dictionary
-    tells whether its files are unchanged once everything was.
+    All checksums of a directory are compared first. When all values have been used, the `SeenFiles` that is returned
+    tells whether the files are still unchanged.
 
     Raises:
         CheckpointError: If it is incomplete or malformed.
@@ -209,7 +213,7 @@ def load(path: Any, weights_only: bool | None) -> tuple[dict[str, Any], SeenFile
 def with_masters(module: nn.Module, weights: Mapping[str, Any], masters: Mapping[str, Tensor]) -> Mapping[str, Any]:
     """``weights`` with masters in place of the 16-bit values made from them, where ``module`` has float32.
 
-    Where somebody has changed a value since, it stays; [Note: masters and values].
+    A value that was changed since it was rounded from its master stays; [Note: masters and values].
     """
     found: dict[str, Tensor] = {}
     params = dict(module.named_parameters())
@@ -227,7 +231,7 @@ def with_masters(module: nn.Module, weights: Mapping[str, Any], masters: Mapping
 
 
 def _kinds(session: Session, weights: _Weights, *, with_state: bool, with_masters: bool) -> dict[str, list[str]]:
-    """What is saved of each unit: the values that the state dict shows, and what training needs to go on."""
+    """The kinds that are saved of each unit: the parameter if the state dict has it, and the state to continue with."""
     found: dict[str, list[str]] = {}
     for unit in session.units:
         wanted = {"param": unit.name in weights.units, "master": with_masters}

@@ -29,10 +29,10 @@ from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.choice import choose_rule
 from lightning_ssd.optim.pipeline import master_dtype
 from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
+from lightning_ssd.store.handles import handles, require_handles
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.strategy.forking import Forking
-from lightning_ssd.strategy.handles import handles, require_handles
 from lightning_ssd.strategy.runtime import Runtime
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing

@@ -1,4 +1,4 @@
-"""What the units of a session need of disk and memory, once its optimizers are known."""
+"""Disk space and memory that the units of a session need, once its optimizers are known."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Sizing:
 
     @property
     def disk_nbytes(self) -> int:
-        """Bytes that the run still needs on disk: optimizer state, generations being written, waiting gradients."""
+        """Bytes that the run still needs on disk: optimizer state, generations being written, gradients."""
         state = sum(self._state_nbytes(unit) * unit.layout.numel for unit in self.trained())
         in_flight = max(
             (self._state_nbytes(u) * u.layout.numel + u.layout.data_nbytes for u in self.trained()), default=0
@@ -47,7 +47,7 @@ class Sizing:
         return state + in_flight + spilled
 
     def checkpoint_nbytes(self, *, with_state: bool) -> tuple[int, int]:
-        """Bytes of the unit files of a checkpoint, and how many of them the next steps write anew.
+        """Bytes of the unit files of a checkpoint, and how many of them the next steps replace.
 
         Args:
             with_state: With the optimizer's state and masters, else parameters alone.
@@ -65,15 +65,15 @@ class Sizing:
 
     @property
     def num_generations(self) -> int:
-        """Files of all units: parameters, and what updates need beside them."""
+        """Files of all units: parameters, optimizer state and masters."""
         return len(self._units) + sum(len(self.state_layouts(unit)) for unit in self.trained())
 
     @property
     def num_spare(self) -> int:
-        """Files beside these that are being written, or wait to be used again, at most."""
+        """Further files that are being written, or wait to be recycled, at most."""
         kinds = [[unit.layout, *self.state_layouts(unit)] for unit in self.trained()]
         sizes = {layout.file_nbytes for layouts in kinds for layout in layouts}
-        # Two units are being written at a time; of each size a file waits per kind at most.
+        # At most two units are being written at a time, and one file per size and kind waits.
         return len(sizes) + 3 * max(map(len, kinds), default=0)
 
     def blocks(self) -> set[nn.Module]:
@@ -95,7 +95,7 @@ class Sizing:
         return kinds
 
     def state_layouts(self, unit: Unit) -> list[UnitLayout]:
-        """Everything that an update of ``unit`` needs beside the parameters."""
+        """Layouts of the optimizer state and the master of ``unit``."""
         dtype = master_dtype(unit, keep_master=self._settings.keep_master)
         kinds = sorted(self._state_kinds(unit)) + (["master"] if dtype != unit.layout.dtype else [])
         return [unit.layout_of(kind, dtype) for kind in kinds]
@@ -112,14 +112,30 @@ class Sizing:
         Raises:
             MemoryPlanError: If the budget cannot work.
         """
+        whole = [adopted for adopted in self._optimizers if isinstance(adopted.rule, WholeRule)]
+        sizes = self._unit_sizes(shared_parameters(module), whole)
+        return make_plan(
+            sizes,
+            chains(module, self._units),
+            budget_nbytes=self._settings.budget_nbytes,
+            demand=Demand(
+                is_elementwise=all(adopted.rule.is_elementwise for adopted in self._optimizers),
+                is_overlapped=self._settings.is_overlapped,
+                waits_for_all_grads=waits_for_all_grads,
+                window=self._settings.window_size,
+                recomputes=self._recomputes(),
+                sums_in_place=self._settings.is_autocast,
+                whole_nbytes=sum(map(_whole_nbytes, whole)),
+            ),
+        )
+
+    def _unit_sizes(self, shared: set[nn.Parameter], whole: list[OptimizerAdapter]) -> list[UnitSize]:
         trained = {unit.name for unit in self.trained()}
-        shared = shared_parameters(module)
-        whole = [a for a in self._optimizers if isinstance(a.rule, WholeRule)]
         updated_whole = {p for adopted in whole for g in adopted.optimizer.param_groups for p in g["params"]}
         most_kinds = max((len(self._state_kinds(unit)) for unit in self._units), default=0)
         sizes = []
         for unit in self._units:
-            # A frozen unit may be trained later in the run: there is room for its update too.
+            # A frozen unit may be trained later in the run: plan room for its update too.
             can_train = len(whole) < len(self._optimizers) and unit.params[0].is_floating_point()
             is_trained = unit.name in trained
             sizes.append(
@@ -136,20 +152,7 @@ class Sizing:
                     is_persistent=unit.persistent or not updated_whole.isdisjoint(unit.params),
                 )
             )
-        return make_plan(
-            sizes,
-            chains(module, self._units),
-            budget_nbytes=self._settings.budget_nbytes,
-            demand=Demand(
-                is_elementwise=all(adopted.rule.is_elementwise for adopted in self._optimizers),
-                is_overlapped=self._settings.overlap,
-                waits_for_all_grads=waits_for_all_grads,
-                window=self._settings.window,
-                recomputes=self._recomputes(),
-                sums_in_place=self._settings.is_autocast,
-                whole_nbytes=sum(map(_whole_nbytes, whole)),
-            ),
-        )
+        return sizes
 
     def _recomputes(self) -> bool | None:
         if not self._optimizers or not self.blocks():
@@ -157,7 +160,7 @@ class Sizing:
         return {"auto": None, "recompute": True, "keep": False}[self._settings.activations]
 
     def _grad_nbytes(self, unit: Unit) -> int:
-        """Host memory of the gradients of ``unit``; off the device each lands in a buffer of its own."""
+        """Host memory of the gradients of ``unit``; from a device, each is copied into a buffer of its own."""
         return (
             sum(map(pool_nbytes, (e.nbytes for e in unit.layout.entries)))
             if self._is_off_host
@@ -172,7 +175,7 @@ class Sizing:
         return sum(entry.nbytes for param, entry in entries if param in shared and param.requires_grad)
 
     def _temporary_nbytes(self, unit: Unit) -> int:
-        """What an optimizer class allocates beside the plan's buffers to update the largest parameter of ``unit``."""
+        """Bytes that an optimizer class allocates itself to update the largest parameter of ``unit``."""
         if not any(self._temporary_share(param.dim()) for param in unit.params):
             return 0
         dtype = dtype_of(master_dtype(unit, keep_master=self._settings.keep_master))
@@ -180,7 +183,7 @@ class Sizing:
         return max(int((self._temporary_share(p.dim()) + widened) * p.numel() * dtype.itemsize) for p in unit.params)
 
     def _temporary_share(self, num_dims: int) -> float:
-        """The same per byte of a parameter of so many dimensions; 0 where all rules are fused kernels."""
+        """The same, per byte of a parameter with ``num_dims`` dimensions; 0 if all rules are fused kernels."""
         if num_dims not in self._temporary_shares:
             self._temporary_shares[num_dims] = max(
                 (
@@ -196,19 +199,21 @@ class Sizing:
 
 
 def shared_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters at several places of ``module``: tied ones, and those of a module that is used in several."""
+    """Parameters that ``module`` has under several names: tied ones, and those of a shared submodule."""
     counts = Counter(param for _, param in module.named_parameters(remove_duplicate=False))
     return {param for param, count in counts.items() if count > 1}
 
 
 def _whole_nbytes(adopted: OptimizerAdapter) -> int:
-    assert isinstance(adopted.rule, WholeRule)
+    """Bytes of state of an optimizer that runs whole, estimated by its trial; 0 for others."""
+    if not isinstance(adopted.rule, WholeRule):
+        return 0
     params = (p for group in adopted.optimizer.param_groups for p in group["params"])
     return int(adopted.rule.state_ratio * sum(param.nbytes for param in params))
 
 
 def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:
-    """Units that modules nested in each other need at the same time."""
+    """Names of units that nested modules need at the same time, one list per chain of nested modules."""
     users: dict[nn.Module, list[Unit]] = {}
     for unit in units:
         for user in unit.modules:

@@ -1,6 +1,6 @@
-"""What Lightning sees: one strategy. Behaviour without a namespace; the faces add Lightning's base classes.
+"""What Lightning calls, and when. `Session` does the work.
 
-Everything it does is handed to a `Session`; this file only says when.
+The class has no Lightning base; `for_lightning` and `for_pytorch_lightning` add that of their namespace.
 """
 
 from __future__ import annotations
@@ -8,29 +8,29 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ssd.checkpoint.mapped import SeenFiles
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import IOOptions, IOStats
-from lightning_ssd.kernels import api as kernels
 from lightning_ssd.strategy import guards
 from lightning_ssd.strategy.checkpoint_hooks import CheckpointMixin
 from lightning_ssd.strategy.free_space import prepare_checkpoints
 from lightning_ssd.strategy.grad_consumers import find_grad_consumer
+from lightning_ssd.strategy.handover import Handover
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.session import Session
-from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.strategy.succession import Handover
+from lightning_ssd.strategy.settings import Options, Settings, argument_docs
 from lightning_ssd.strategy.summary import summary
 
 
@@ -41,36 +41,15 @@ class StrategyMixin(CheckpointMixin):
         accelerator: As in every Lightning strategy; so are the next four.
         parallel_devices: The one device to use.
         cluster_environment: Where ranks come from; one process in this version.
-        checkpoint_io: Not supported, since checkpoints are hard links to the store: leave it unset. Only
-            ``AsyncCheckpointIO`` is accepted, and has nothing to do.
-        precision_plugin: A precision plugin; `Trainer(precision=...)` sets it.
-        nvme_path: Directory, or one per disk, for the live store, text or `pathlib.Path`; ``~`` and ``$VAR`` are
-            expanded. Default: ``$LIGHTNING_SSD_PATH``, else ``.ssd_offload`` under the Trainer's ``default_root_dir``.
-        host_memory: Bytes (int, or text such as ``"16GiB"``) of host memory that may be used; ``"auto"`` takes half of
-            what the machine and the control group leave; ``"min"`` takes the smallest plan that streams, with
-            nothing kept in memory.
-        device_memory: Bytes of a GPU's memory for parameters, those in use and those that wait there to be used again;
-            ``"auto"`` is what lets one unit arrive while others compute. Activations and gradients come on top.
-        units: ``"auto"``, or class names of the modules that are streamed as one unit each.
-        min_unit_numel: Modules outside repeated blocks with at least this many parameters are units of their own;
-            smaller ones share a unit that stays in memory during a step.
-        activations: ``"recompute"`` runs each block's forward again in backward, ``"keep"`` keeps what it saved;
-            ``"auto"`` recomputes if not everything fits in ``host_memory``, except blocks that work in place.
-        overlap: ``"auto"`` updates units beside compute: during backward where that is exact, else under the next
-            forward; ``"off"`` updates them after backward, one after the other.
-        update: ``"native"`` uses the fused kernels (Adam, AdamW, SGD), ``"torch"`` the optimizer's own class on one
-            parameter at a time (bit-equal to plain torch); ``"auto"`` is native where there is a kernel.
-        state: Form of the optimizer state on disk; ``"fp32"``.
-        window: Units in memory at once, the one in use among them (Superpipeline's *k*); ``"auto"`` takes as many as
-            the plan has room for.
-        prefetch_batch: Units whose reads are started together; ``"auto"`` is one.
-        verify_reads: Check every byte read against a checksum; ``"auto"`` does where the kernel is native.
-        io: Disk transport.
-        keep_store: Leave the live store on disk when the run ends.
+        checkpoint_io: Leave it unset: checkpoints are hard links to the store. ``AsyncCheckpointIO`` is accepted and
+            does nothing; any other is refused.
+        precision_plugin: The precision plugin; `Trainer(precision=...)` sets it.
     """
 
+    __doc__: str | None = f"{(__doc__ or '').rstrip()}\n{argument_docs()}\n    "
+
     strategy_name = "ssd_offload"
-    # Set by the faces: Lightning's stock precision classes, by name, and the root of its logger names.
+    # Set in `for_lightning` and its twin: Lightning's own precision classes, by name, and the root of its logger names.
     _stock_precision: Mapping[str, Any]
     _precision_class: type[PrecisionMixin]
     _namespace: str
@@ -98,6 +77,7 @@ class StrategyMixin(CheckpointMixin):
         io: IOOptions = IOOptions(),  # noqa: B008  frozen
         keep_store: bool = False,
     ) -> None:
+        given = locals()
         self._session: Session | None = None
         super().__init__(
             accelerator=accelerator,
@@ -107,22 +87,7 @@ class StrategyMixin(CheckpointMixin):
             precision_plugin=precision_plugin,
         )
         self.num_nodes = 1
-        self._settings: dict[str, Any] = {
-            "nvme_path": nvme_path,
-            "host_memory": host_memory,
-            "device_memory": device_memory,
-            "units": units,
-            "min_unit_numel": min_unit_numel,
-            "activations": activations,
-            "overlap": overlap,
-            "update": update,
-            "state": state,
-            "window": window,
-            "prefetch_batch": prefetch_batch,
-            "verify_reads": verify_reads,
-            "io": io,
-            "keep_store": keep_store,
-        }
+        self._given = {field.name: given[field.name] for field in fields(Options)}
         self._resume = Resume()
         self._handover = Handover()
         self._dumped = {}
@@ -132,44 +97,43 @@ class StrategyMixin(CheckpointMixin):
 
     @property
     def is_distributed(self) -> bool:
-        """One process: no sampler is replaced, no reduction is made."""
+        """False: one process, so Lightning replaces no sampler and reduces nothing."""
         return False
 
     @property
     def root_device(self) -> torch.device:
         """Where compute runs."""
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
+        return guards.require_set(self.parallel_devices, "device")[self.local_rank]
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """What a distributed sampler would be made with."""
+        """Arguments for a distributed sampler: one replica."""
         return {"num_replicas": 1, "rank": 0}
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """The identity."""
+        """Return the argument: there is one process."""
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """The identity."""
+        """Return the argument: there is one process."""
         return decision
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """The identity."""
+        """Return the argument: there is one process."""
         return tensor
 
     def barrier(self, name: str | None = None) -> None:
-        """Nobody to wait for."""
+        """Do nothing: there is one process."""
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """The identity."""
+        """Return the argument: there is one process."""
         return obj
 
     # -- setup -------------------------------------------------------------------------------------------------
 
     @property
     def precision_plugin(self) -> Any:
-        """The precision plugin; a stock one is put inside ours."""
+        """The precision plugin. One of Lightning's own is wrapped in `PrecisionMixin`."""
         return self._precision_plugin if self._precision_plugin is not None else self._stock_precision["Precision"]()
 
     @precision_plugin.setter
@@ -181,87 +145,55 @@ class StrategyMixin(CheckpointMixin):
         self._precision_plugin = plugin
 
     def stats(self) -> IOStats:
-        """What was read from and written to disk since the Trainer started, bytes and seconds."""
+        """Bytes and seconds of disk reads and writes since the Trainer started."""
         return self.session.stats()
 
     def setup_environment(self) -> None:
-        """Check the settings, and make the run directory."""
-        assert self.accelerator is not None
-        guards.require_choices(self._settings)
+        """Check the options and the Trainer's arguments, and make the run directory."""
+        options = Options(**self._given)
         guards.require_one_process(self.world_size, len(self.parallel_devices or []), self.num_nodes)
         guards.require_device(self.root_device)
         plugin = self.precision_plugin
         if isinstance(plugin, PrecisionMixin):
             plugin.prepare(self._stock_precision, self.root_device.type)
         if guards.is_async_checkpoint_plugin(self._checkpoint_io):
-            logging.getLogger(f"{self._namespace}.ssd_offload").info(guards.ASYNC_IS_NOT_NEEDED)
+            self._log(guards.ASYNC_IS_NOT_NEEDED)
         super().setup_environment()
-        assert self.lightning_module is not None
-        guards.require_not_streamed(self.lightning_module)
+        guards.require_not_streamed(self._pl_module)
         self._resume.begin()
         self._opened = SeenFiles({})
-        previous, self._session = self._session, Session(self._checked_settings())
-        self._handover.begin(previous)
-
-    def _checked_settings(self) -> Settings:
-        chosen = self._settings
-        assert self.lightning_module is not None
-        roots = guards.store_roots(chosen["nvme_path"], self.lightning_module.trainer.default_root_dir)
-        for root in roots:
-            in_memory = guards.memory_file_system(root)
-            if in_memory:
-                warnings.warn(
-                    f"nvme_path={root!r} is on {in_memory}, which lives in memory: nothing is saved by streaming "
-                    "there, and host_memory does not count it; choose a directory on a disk",
-                    stacklevel=2,
-                )
-        plugin = self.precision_plugin
-        return Settings(
-            roots=roots,
-            budget_nbytes=guards.host_budget(chosen["host_memory"]),
+        settings = Settings.resolve(
+            options,
+            default_root=self._pl_module.trainer.default_root_dir,
             device=self.root_device,
-            device_nbytes=guards.device_budget(chosen["device_memory"], self.root_device),
-            units=chosen["units"],
-            min_unit_numel=chosen["min_unit_numel"],
-            activations=chosen["activations"],
-            overlap=chosen["overlap"] == "auto",
-            update=chosen["update"],
-            window=None if chosen["window"] == "auto" else chosen["window"],
-            prefetch_batch=1 if chosen["prefetch_batch"] == "auto" else chosen["prefetch_batch"],
-            verify=kernels.is_native() if chosen["verify_reads"] == "auto" else chosen["verify_reads"],
-            io=chosen["io"],
-            param_dtype=plugin.param_dtype,
-            keep_master=plugin.keeps_master,
-            is_autocast=plugin.precision.endswith("-mixed"),
-            keep_store=chosen["keep_store"],
+            precision=plugin,
         )
+        previous, self._session = self._session, Session(settings)
+        self._handover.begin(previous)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """While ``configure_model`` runs, parameters are mapped files as they are registered."""
-        with ExitStack() as stack:
-            if self._session is not None:
-                stack.enter_context(self._session.materializer.armed())
+        """While ``configure_model`` runs, each parameter moves to a mapped file when it is registered."""
+        with self._materializing():
             yield
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """For `trainer.init_module()`: tensors are made on the host, in the precision's dtype."""
-        with ExitStack() as stack:
-            stack.enter_context(self.precision_plugin.tensor_init_context())
-            if self._session is not None:
-                stack.enter_context(self._session.materializer.armed())
+        with self.precision_plugin.tensor_init_context(), self._materializing():
             yield
 
+    def _materializing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._session is None else self._session.materializer.armed()
+
     def setup(self, trainer: Any) -> None:
-        """Place the model in the store, adopt the optimizers, plan the memory, hook the modules."""
-        assert self.accelerator is not None
-        assert self.lightning_module is not None
-        guards.require_no_compile(self.lightning_module)
-        self.accelerator.setup(trainer)
-        self.model = self.precision_plugin.convert_module(self.lightning_module)
+        """Write the model to the store, adopt the optimizers, plan the memory, install the hooks."""
+        module = self._pl_module
+        guards.require_no_compile(module)
+        guards.require_set(self.accelerator, "accelerator").setup(trainer)
+        self.model = self.precision_plugin.convert_module(module)
         self._handover.before_placing()
-        self.session.place(self.lightning_module)
+        self.session.place(module)
         self._opened.require_unchanged()
         self.model_to_device()
         if trainer.state.fn == "fit":
@@ -273,22 +205,19 @@ class StrategyMixin(CheckpointMixin):
         )
         with within(self.session.engine.patience):
             checkpoints = prepare_checkpoints(self.session, trainer) if trainer.state.fn == "fit" else []
-        self.session.start(self.lightning_module, waits_for_all_grads=waits_for_all_grads)
-        logging.getLogger(f"{self._namespace}.ssd_offload").info("\n".join([summary(self.session), *checkpoints]))
+        self.session.start(module, waits_for_all_grads=waits_for_all_grads)
+        self._log("\n".join([summary(self.session), *checkpoints]))
 
     def model_to_device(self) -> None:
-        """Move buffers; parameters go to the device unit by unit."""
-        assert self.lightning_module is not None
-        for module in self.lightning_module.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(self.root_device)
+        """Move buffers. Parameters are copied to the device unit by unit, when they are used."""
+        _move_buffers(self._pl_module, self.root_device)
+        for module in self._pl_module.modules():
             if hasattr(module, "_device"):
                 module._device = self.root_device  # type: ignore[assignment]
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The user's optimizers, adopted."""
+        """The user's optimizers."""
         return self._optimizers
 
     @optimizers.setter
@@ -296,37 +225,37 @@ class StrategyMixin(CheckpointMixin):
         module, session = self.lightning_module, self._session
         if session is not None and session.units and module is not None and module.trainer.state.fn == "fit":
             session.adopt_all([o for o in optimizers if isinstance(o, Optimizer) and o.param_groups])
-        _optimizers_setter(self)(optimizers)
+        super(StrategyMixin, type(self)).optimizers.fset(self, optimizers)  # type: ignore[attr-defined]
 
     # -- steps -------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step; parameters come and go."""
+        """Run the user's step; its parameters stream."""
         with self._stepping("train"):
             return super().training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step; parameters come and go."""
+        """Run the user's step; its parameters stream."""
         with self._stepping("eval", ends=True):
             return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step; parameters come and go."""
+        """Run the user's step; its parameters stream."""
         with self._stepping("eval", ends=True):
             return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step; parameters come and go."""
+        """Run the user's step; its parameters stream."""
         with self._stepping("eval", ends=True):
             return super().predict_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run backward; units come again, gradients go."""
+        """Run backward: units are fetched again, gradients are taken."""
         with self.session.backward():
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        """Run the step; where nobody may look at gradients, units are updated during its backward."""
+        """Run the step. If no code may read gradients, units are updated during its backward."""
         session = self.session
         if self._may_stream_updates(optimizer):
             session.stream_updates_for(optimizer)
@@ -345,10 +274,9 @@ class StrategyMixin(CheckpointMixin):
             hooks.end_step()
 
     def _may_stream_updates(self, optimizer: Optimizer) -> bool:
-        module = self.lightning_module
-        assert module is not None
+        module = self._pl_module
         return (
-            self.session.settings.overlap
+            self.session.settings.is_overlapped
             and module.automatic_optimization
             and len(self.optimizers) == 1
             and not self.session.runs_whole(optimizer)
@@ -359,66 +287,64 @@ class StrategyMixin(CheckpointMixin):
     # -- resume ------------------------------------------------------------------------------------------------
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Make a DataLoader resumable, so that training goes on with the next batch after a restart."""
-        assert self.lightning_module is not None
-        return self._resume.watch(dataloader) if self.lightning_module.trainer.training else dataloader
+        """Make a training DataLoader resumable: after a restart, training continues with the next batch."""
+        return self._resume.watch(dataloader) if self._pl_module.trainer.training else dataloader
 
     def on_train_start(self) -> None:
-        """After a restart, go on from the generator states of the checkpoint."""
-        assert self.lightning_module is not None
-        self._resume.start(self.lightning_module.trainer)
+        """After a restart, set the random generators to the checkpoint's states."""
+        self._resume.start(self._pl_module.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """After a restart, the last moment to set the generators."""
+        """After a restart, set the random generators if no DataLoader of ours has done so."""
         self._resume.begin_batch()
 
     # -- end ---------------------------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
-        """Make the updates that are still owed."""
+        """Wait for pending updates."""
         self.session.drain()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Drop what the failed step held."""
+        """Release what the failed step held."""
         if self._session is not None:
             try:
                 self._session.abort_step()
-            except SSDOffloadError as error:  # the exception is the cause, and stays the one that is shown
-                warnings.warn(f"after the error of this run, giving up its step failed as well: {error}", stacklevel=2)
+            except SSDOffloadError as error:  # raised from here it would hide the exception, which is the cause
+                warnings.warn(f"after the error of this run, ending its step failed as well: {error}", stacklevel=2)
 
     def teardown(self) -> None:
-        """Hooks, threads and memory go; parameters are plain again, on mappings of their files."""
+        """Remove hooks, end threads, release memory. Parameters are ordinary tensors again, mapped from their files."""
         self._resume.end()
         if self._session is not None:
             self._end_session(self._session)
         if self.lightning_module is not None:
             guards.keep_bus_errors_handled(self.lightning_module._trainer)
-            for module in self.lightning_module.modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        module._buffers[name] = buffer.cpu()
+            _move_buffers(self.lightning_module, torch.device("cpu"))
         self.precision_plugin.teardown()
-        assert self.accelerator is not None
-        self.accelerator.teardown()
+        guards.require_set(self.accelerator, "accelerator").teardown()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
 
+    def _log(self, text: str) -> None:
+        logging.getLogger(f"{self._namespace}.ssd_offload").info(text)
+
     @staticmethod
     def _end_session(session: Session) -> None:
-        """End it; an error here does not take the place of one that is on its way to the user."""
+        """End ``session``. An error here becomes a warning if another exception is being raised."""
         is_failing = sys.exc_info()[1] is not None
         try:
             if session.is_started:
                 session.rest()
             else:
-                session.close()  # setup failed: there is nothing that a checkpoint could want
+                session.close()  # setup failed: nothing can be saved from it
         except Exception as error:
             if not is_failing:
                 raise
             warnings.warn(f"after the error of this run, its end failed as well: {error}", stacklevel=2)
 
 
-def _optimizers_setter(strategy: Any) -> Callable[[list[Optimizer]], None]:
-    base = next(cls for cls in type(strategy).__mro__ if cls.__name__ == "Strategy" and "optimizers" in vars(cls))
-    setter = vars(base)["optimizers"].fset
-    return lambda optimizers: setter(strategy, optimizers)
+def _move_buffers(root: nn.Module, device: torch.device) -> None:
+    for module in root.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)

@@ -1,4 +1,4 @@
-"""The callback that writes a trace of some training steps. Without a namespace; the faces add Lightning's base."""
+"""The callback that writes a trace of some training steps. `for_lightning` and its twin add Lightning's base class."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lightning_ssd.trace.summary import summarize
 
 
 class TraceMixin(CallbackBase):
-    """Writes a trace of training steps: when the disk, the copies, the compute and the update were busy.
+    """Writes a trace of training steps: when disk, copies, compute and updates were busy.
 
-    The file opens in https://ui.perfetto.dev; ``lightning-ssd trace FILE`` sums it up and names the limiting resource.
+    The file opens in https://ui.perfetto.dev. ``lightning-ssd trace FILE`` sums it up and names the limiting resource.
 
     Args:
-        path: The file, such as ``"trace.json"``. Missing directories are made; a file that exists is replaced.
-        first_step: Optimizer steps of the fit before the first that is traced. The order in which units are used is
-            learned in the first one, and the updates of one step reach into the next, so 2 is the first typical step.
-        num_steps: How many are traced.
+        path: The file, such as ``"trace.json"``. Missing directories are made; an existing file is replaced.
+        first_step: Optimizer steps of the fit before the first traced one. The first step learns the order of units,
+            and updates of a step may run into the next, so 2 is the first typical step.
+        num_steps: Number of steps to trace.
     """
 
     def __init__(self, path: str | Path, first_step: int = 2, num_steps: int = 1) -> None:
@@ -40,7 +40,7 @@ class TraceMixin(CallbackBase):
         self._is_written = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse what cannot be traced or written, before the first step."""
+        """Refuse before the first step what cannot be traced or written."""
         if not isinstance(trainer.strategy, StrategyMixin):
             raise ConfigurationError(
                 f"SSDOffloadTrace traces strategy='ssd_offload', the Trainer has {type(trainer.strategy).__name__}: "
@@ -60,14 +60,14 @@ class TraceMixin(CallbackBase):
             raise ConfigurationError(f"SSDOffloadTrace: path={self._path!r} is a directory; name a file in it")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Count from here."""
+        """Start to count steps."""
         self._num_done = 0
         self._global_step = trainer.global_step
         self._trace = None
         self._is_written = False
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start, if the first step to be traced begins."""
+        """Start the trace if the first traced step begins."""
         if self._num_done != self._first_step or self._trace is not None:
             return
         trace: Trace = trainer.strategy.session.trace
@@ -79,7 +79,7 @@ class TraceMixin(CallbackBase):
         self._trace = trace
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write, if the last step to be traced has ended."""
+        """Write the trace if the last traced step has ended."""
         if trainer.global_step == self._global_step:
             return  # gradients are being accumulated
         self._global_step = trainer.global_step
@@ -88,7 +88,7 @@ class TraceMixin(CallbackBase):
             self._write(trainer, self._trace)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write what there is, if training was shorter than asked for, and say so."""
+        """If training ended before the last traced step, warn and write what was traced."""
         if self._is_written:
             return
         warnings.warn(
@@ -100,12 +100,12 @@ class TraceMixin(CallbackBase):
             self._write(trainer, self._trace)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Write what there is: where a step that hangs was interrupted is told by what is not over."""
+        """Write what was traced. Spans that have not ended show where a step that hung was interrupted."""
         if self._trace is None:
             return
         try:
             self._write(trainer, self._trace)
-        except TraceError as error:  # the exception that we were told of is the one to be seen
+        except TraceError as error:  # raised from here it would hide ``exception``
             warnings.warn(f"SSDOffloadTrace: {error}", stacklevel=2)
 
     def _write(self, trainer: Any, trace: Trace) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def numbers(repository: Path) -> dict[str, object]:
-    """Lines, large files and packages, assertions about None, attributes that are given a callable after construction."""
+    """Lines, large files and packages, assertions about None, callables that are handed to constructors."""
     package = repository / "lightning_ssd"
     files = {path.relative_to(package): path.read_text() for path in sorted(package.rglob("*.py"))}
     lines = {str(path): text.count("\n") for path, text in files.items()}

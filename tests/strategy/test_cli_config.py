@@ -123,8 +123,8 @@ def results(request: pytest.FixtureRequest, fresh_python: Run, tmp_path_factory:
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("bad") and case != "printed"])
 def test_every_spelling_makes_the_strategy_of_the_namespace(results: Any, case: str) -> None:
-    face = {"lightning.pytorch": "lightning_face", "pytorch_lightning": "pytorch_lightning_face"}[results["namespace"]]
-    assert results[case].get("class") == f"lightning_ssd.strategy.{face}.SSDOffloadStrategy", results[case]
+    module = {"lightning.pytorch": "for_lightning", "pytorch_lightning": "for_pytorch_lightning"}[results["namespace"]]
+    assert results[case].get("class") == f"lightning_ssd.strategy.{module}.SSDOffloadStrategy", results[case]
 
 
 @pytest.mark.parametrize(

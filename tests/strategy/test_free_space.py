@@ -98,10 +98,10 @@ def test_what_is_frozen_is_on_the_disk_once(tmp_path: Path) -> None:
 )
 def test_what_a_callback_keeps(tmp_path: Path, options: dict[str, Any], num_kept: int | None) -> None:
     trainer = pl.Trainer(callbacks=[saver(tmp_path, **options)], logger=False, accelerator="cpu")
-    (keeper,) = free_space.find_saving_callbacks(trainer)
-    assert keeper.num_kept == num_kept
-    assert keeper.folder == str(tmp_path)
-    assert keeper.has_state
+    (callback,) = free_space.find_saving_callbacks(trainer)
+    assert callback.num_kept == num_kept
+    assert callback.folder == str(tmp_path)
+    assert callback.has_state
 
 
 def test_who_saves_nothing_keeps_nothing(tmp_path: Path) -> None:

@@ -194,14 +194,14 @@ print("CLASS", type(callback).__module__, isinstance(callback, importlib.import_
 
 
 @pytest.mark.parametrize(
-    ("namespace", "face"),
-    [("lightning.pytorch", "lightning_face"), ("pytorch_lightning", "pytorch_lightning_face")],
+    ("namespace", "classes"),
+    [("lightning.pytorch", "for_lightning"), ("pytorch_lightning", "for_pytorch_lightning")],
 )
 def test_a_configuration_file_can_name_it_in_both_namespaces(
-    fresh_python: Callable[..., str], tmp_store: Path, namespace: str, face: str
+    fresh_python: Callable[..., str], tmp_store: Path, namespace: str, classes: str
 ) -> None:
     path = tmp_store / "trace.json"
     case = json.dumps([namespace, str(path)])
     out = fresh_python(f"import os; os.chdir({str(tmp_store)!r})" + DRIVER, CASE=case)
-    assert f"CLASS lightning_ssd.strategy.{face} True" in out
+    assert f"CLASS lightning_ssd.strategy.{classes} True" in out
     assert read_trace(path).num_steps == 1

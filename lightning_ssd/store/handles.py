@@ -1,7 +1,7 @@
-"""Whether the system gives a run what it needs of open files and mappings; asked before the first step.
+"""Counts the open files and mappings that a run needs, and compares them with the limits before the first step.
 
-A generation is an open file, two descriptors where O_DIRECT is used. When a checkpoint is saved, and when the run ends,
-it is mapped too: one mapping, and the descriptor that Python keeps with it. So are gradients that wait on disk.
+A generation is an open file: one descriptor, or two with O_DIRECT. While a checkpoint is saved and when the run ends it
+is also mapped: one mapping, and the descriptor that Python holds for it. Gradients on disk are mapped too.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from lightning_ssd.errors import StoreError
 
 _SPARE = 128
-"""For what everybody else in the process opens meanwhile: data loaders, loggers, checkpoints that are read."""
+"""For what else the process opens meanwhile: data loaders, loggers, checkpoints that are read."""
 
 _WAY_OUT = "or cut fewer, larger units with units=... or min_unit_numel=..."
 
 
 @dataclass(frozen=True)
 class Handles:
-    """What a run needs beside what is open already.
+    """What a run needs, beside what is open already.
 
     Attributes:
         num_files: Descriptors.
@@ -36,8 +36,8 @@ def handles(num_generations: int, num_spills: int, num_spare: int, *, direct: bo
 
     Args:
         num_generations: Units times kinds.
-        num_spills: Units whose gradients wait on disk.
-        num_spare: Files that wait to be recycled, or are being written, at most.
+        num_spills: Units whose gradients are on disk.
+        num_spare: Files that are being written or wait to be recycled, at most.
         direct: O_DIRECT is used.
     """
     each = 2 if direct else 1
@@ -48,7 +48,7 @@ def handles(num_generations: int, num_spills: int, num_spare: int, *, direct: bo
 
 
 def require_handles(needed: Handles, what: str) -> None:
-    """Refuse a run that would end when the system gives no more.
+    """Refuse a run that would exceed a limit later.
 
     Raises:
         StoreError: Names what is needed, the limit, and how it is raised.

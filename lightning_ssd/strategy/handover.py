@@ -1,7 +1,7 @@
-"""What one session leaves to the next one on the same module: optimizer state, and float32 masters.
+"""Hands optimizer state and float32 masters from one session to the next one on the same module.
 
-``fit``, ``test``, then ``save_checkpoint`` or ``fit`` again: each of them has a session, and only those that fit have
-optimizers. The last of these is kept until its optimizers' state has moved on, at the latest into the next ``fit``.
+``fit``, then ``test``, then ``save_checkpoint`` or another ``fit``: each has a session of its own, but only a session
+that fits has optimizers. The last one with optimizers stays open until their state is in a newer session.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_ssd.strategy.session import Session
 
 
 class Handover:
-    """Sessions that ended and still have something that is wanted."""
+    """Earlier sessions that still have values which the current one has not."""
 
     def __init__(self) -> None:
         self._last: Session | None = None
@@ -23,7 +23,7 @@ class Handover:
         self._masters: dict[nn.Parameter, Tensor] = {}  # mapped
 
     def begin(self, last: Session | None) -> None:
-        """Another session begins after ``last``."""
+        """A new session begins; ``last`` is the one before."""
         if last is None:
             return
         if not last.units:  # its setup failed early
@@ -36,13 +36,13 @@ class Handover:
             self._masters = last.masters()
 
     def before_placing(self) -> None:
-        """Parameters are about to move into the new session."""
+        """The parameters' values are about to be written to the new session's store."""
         if self._last is not None and self._last is not self._fitted:
             self._last.close()
         self._last = None
 
     def move_into(self, session: Session, optimizers: Iterable[Optimizer]) -> None:
-        """Adopt ``optimizers``, with the state they have; what was left is in ``session`` now.
+        """Have ``session`` adopt ``optimizers`` with their state, and the masters; close the earlier session.
 
         Raises:
             ConfigurationError: If they have parameters of another module.
@@ -55,7 +55,7 @@ class Handover:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a session that fitted still has what the current one has not."""
+        """Whether an earlier session has optimizer state that the current one has not."""
         return self._fitted is not None
 
     def _close_fitted(self) -> None:
