@@ -1,4 +1,4 @@
-"""Bytes between a device and host memory. For tensors on the CPU these are plain copies, over when they return."""
+"""Asynchronous copies between a device and host memory; between tensors on the CPU, plain synchronous ones."""
 
 from __future__ import annotations
 
@@ -7,45 +7,47 @@ from torch import Tensor
 
 
 class DeviceCopies:
-    """Copies on a stream of their own; compute waits for them, and they for it, by events."""
+    """Copies on a CUDA stream of their own, ordered with the compute stream by events."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def is_off_host(self, device: torch.device) -> bool:
-        """Whether what lives on ``device`` takes no host memory."""
+        """Whether tensors on ``device`` take no host memory."""
         return device.type != "cpu"
 
     def to_host(self, data: Tensor, memory: Tensor) -> torch.cuda.Event | None:
-        """Start to copy ``data`` to ``memory``. The event tells when ``memory`` holds it; None: now.
+        """Start to copy ``data`` to ``memory``; the caller may drop ``data`` at once.
 
-        The caller may drop ``data`` at once.
+        Returns:
+            The event after which ``memory`` has the values; None if it has them already.
         """
         if not data.is_cuda:
             memory.copy_(data)
             return None
         stream = self._stream(data.device)
-        # What compute has queued so far wrote the data.
+        # The copy must follow the kernels that write the data.
         stream.wait_stream(torch.cuda.current_stream(data.device))
         with torch.cuda.stream(stream):
             memory.copy_(data, non_blocking=True)
-            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a waiting thread must not spin
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # blocking: a waiting thread sleeps
             copied.record(stream)
-        # Without this the allocator gives the memory to the next block while it is still being sent.
+        # The allocator must not reuse the memory before the copy is done.
         data.record_stream(stream)
         return copied
 
     def to_device(self, memory: Tensor, data: Tensor) -> torch.cuda.Event | None:
-        """Start to copy ``memory`` to ``data``, which compute on the current stream may use at once.
+        """Start to copy ``memory`` to ``data``; kernels queued on the current stream afterwards may use ``data``.
 
-        The event tells when ``memory`` may be used for something else; None: now.
+        Returns:
+            The event after which ``memory`` may be reused; None if it may be reused already.
         """
         if not data.is_cuda:
             data.copy_(memory)
             return None
         stream = self._stream(data.device)
         compute = torch.cuda.current_stream(data.device)
-        stream.wait_stream(compute)  # it may still use the memory that the allocator has just handed out
+        stream.wait_stream(compute)  # whose kernels may still use the memory that the allocator has just handed out
         with torch.cuda.stream(stream):
             data.copy_(memory, non_blocking=True)
             copied: torch.cuda.Event = stream.record_event()

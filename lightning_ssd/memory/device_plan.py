@@ -1,4 +1,4 @@
-"""What parameters take of a GPU's memory, decided before the first is sent there. Pure arithmetic: bytes."""
+"""How much of a GPU's memory parameters may take, decided before any is allocated. Pure arithmetic on bytes."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from lightning_ssd.errors import MemoryPlanError
 from lightning_ssd.sizes import MiB, fmt, round_up
 
 ALLOCATION_NBYTES = 512
-"""CUDA's allocator of torch hands out multiples of this."""
+"""torch's CUDA allocator rounds sizes up to multiples of this."""
 
 
 def tensors_nbytes(sizes: Iterable[int]) -> int:
-    """Device memory of tensors of so many bytes each."""
+    """Device memory that tensors of these sizes take."""
     return sum(round_up(nbytes, ALLOCATION_NBYTES) for nbytes in sizes)
 
 
 def device_capacity(units: Mapping[str, int], chains: Sequence[Sequence[str]], budget_nbytes: int | None) -> int:
-    """What units in use, and those that were released or are on their way, may take together.
+    """Device memory for all units that are in use, cached after a release, or being copied there.
 
     Args:
         units: Device memory of each unit.
-        chains: Units that modules nested in each other need at the same time.
-        budget_nbytes: ``device_memory``; None for as much as lets one unit arrive while others compute.
+        chains: Sets of units that nested modules need at the same time.
+        budget_nbytes: ``device_memory``; None for just enough to copy one unit while others compute.
 
     Raises:
-        MemoryPlanError: The budget does not hold the largest chain.
+        MemoryPlanError: The budget is smaller than the largest chain.
     """
     need, chain = max((sum(units[name] for name in chain), list(chain)) for chain in chains)
     if budget_nbytes is None:

@@ -1,4 +1,4 @@
-"""What a forward reads from its thread: states of generators and of autocast, and the default dtype."""
+"""The state of its thread that a forward depends on: random generators, autocast, and the default dtype."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import Tensor
 
 
 class Ambient:
-    """The states now.
+    """A snapshot of that state, taken when it is constructed.
 
     Args:
-        device: Where forward computes.
+        device: Where the forward computes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._generators = _generator_states(device)
         self._autocast = _autocast_states(device)
-        self._default_dtype = torch.get_default_dtype()  # that of the parameters, in a step under bf16-true
+        self._default_dtype = torch.get_default_dtype()  # under bf16-true, that of the parameters
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, the states are as they were."""
+        """Inside, the thread has the state of the snapshot."""
         with ExitStack() as stack:
             stack.enter_context(_generators_at(self._generators, self._device))
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -40,7 +40,7 @@ class Ambient:
 
 @dataclass(frozen=True)
 class _Generators:
-    """States of every generator that a forward may draw from."""
+    """States of the global generators of Python, NumPy and torch."""
 
     python: Any
     numpy: Any

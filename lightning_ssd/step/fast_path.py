@@ -1,9 +1,9 @@
-"""torch's own transformer layers in evaluation: the fused path that plain Lightning takes, which looks for our traces.
+"""Keeps torch's fused path for transformer layers in evaluation, so that results are bit-equal to plain Lightning's.
 
-`nn.TransformerEncoderLayer` leaves its fused kernel where a module has forward hooks, `nn.TransformerEncoder` where a
-parameter of its first layer has a class of its own, as at rest. Its numbers differ from those of the other path in the
-last bits, and at padded places by more. So the hooks of such a layer are around its ``forward``, and its first layer is
-brought before an encoder looks at it.
+`nn.TransformerEncoderLayer` does not use its fused kernel if a module has forward hooks, nor `nn.TransformerEncoder` if
+a parameter of its first layer is of a subclass, as lazy parameters are. The results of the two paths differ in the last
+bits, and at padded positions by more. So such a layer gets no hooks but a wrapper around its ``forward``, and the first
+layer of an encoder is fetched before the encoder checks it.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from lightning_ssd.units.lazy_param import load_all
 
 
 class ForwardHooks(Protocol):
-    """What is called around the forward of a module."""
+    """The two functions that are called around the forward of a module."""
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """As a forward pre-hook with keyword arguments."""
         ...
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """As a forward hook with keyword arguments; while the exception is handled after a failure."""
+        """As a forward hook with keyword arguments; also called when the forward raises."""
         ...
 
 
 class Removable(Protocol):
-    """Undoes a hook."""
+    """A handle that removes a hook."""
 
     def remove(self) -> None:
-        """Undo it."""
+        """Remove the hook."""
         ...
 
 
 def hook(module: nn.Module, hooks: ForwardHooks) -> list[Removable]:
-    """Call ``hooks`` around every forward of ``module``; what is returned undoes it."""
+    """Call ``hooks`` around every forward of ``module``; returns the handles that remove them."""
     if isinstance(module, nn.TransformerEncoderLayer):
         return [_Forward(module, hooks)]
     before = module.register_forward_pre_hook(hooks.before, prepend=True, with_kwargs=True)
@@ -47,19 +47,19 @@ def hook(module: nn.Module, hooks: ForwardHooks) -> list[Removable]:
 
 
 def hook_encoders(root: nn.Module) -> list[Removable]:
-    """Bring the first layer of each `nn.TransformerEncoder` before it asks whether it may take the fused path."""
+    """Fetch the first layer of each `nn.TransformerEncoder` before it checks whether it may use the fused path."""
     encoders = [module for module in root.modules() if isinstance(module, nn.TransformerEncoder)]
-    return [encoder.register_forward_pre_hook(_bring_first_layer) for encoder in encoders]
+    return [encoder.register_forward_pre_hook(_fetch_first_layer) for encoder in encoders]
 
 
-def _bring_first_layer(encoder: nn.TransformerEncoder, args: Any) -> None:
+def _fetch_first_layer(encoder: nn.TransformerEncoder, args: Any) -> None:
     first = encoder.layers[0]
     if not first.training and not torch.is_grad_enabled():
         load_all(list(first.parameters()))
 
 
 class _Forward:
-    """The forward of one module, with hooks that nobody sees; a copy of the module has the plain one."""
+    """Wraps the forward of one module, so that torch sees no hooks. Copies of the module have the plain forward."""
 
     def __init__(self, module: nn.Module, hooks: ForwardHooks) -> None:
         self._module = module
@@ -85,4 +85,4 @@ class _Forward:
                 self._module.forward = self._before
 
     def __reduce__(self) -> Any:
-        return types.MethodType, (type(self._module).forward, self._module)  # `copy` and `pickle` both ask here
+        return types.MethodType, (type(self._module).forward, self._module)  # called by `copy` and by `pickle`

@@ -1,4 +1,4 @@
-"""Looking at, and changing, the values of streamed parameters outside a step."""
+"""The public context manager in which parameters are plain tensors, to be read and changed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning_ssd.units.lazy_param import ParamLoader, by_loader
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Inside, every parameter of ``module`` is a plain tensor on its current values; what is written stays.
+    """Inside, every parameter of ``module`` is a plain tensor with its current values; writes to it persist.
 
-    Not needed to read or change single parameters, which come to life when they are touched. It helps code that
+    Not needed to read or change single parameters, which are loaded at their first use. It is for code that
     bypasses torch's dispatch: a C++ extension that takes raw pointers, and torch.func (``grad``, ``vmap``, ``jvp``)
     with respect to parameters. Outside a step the values are mapped from their files and cost no anonymous memory;
     inside a step, all of them must fit into memory at once.
@@ -27,7 +27,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
         ResidencyError: Inside a step, if the parameters do not fit into the memory plan at once.
     """
     params = list(module.parameters())
-    # Parameters that are awake do not tell whose they are; hooks on modules do.
+    # A loaded parameter does not refer to its loader; the hooks of its module do.
     owners: dict[ParamLoader, None] = dict.fromkeys((*(owner for owner, _ in by_loader(params)), *models_of(module)))
     with ExitStack() as stack:
         for owner in owners:

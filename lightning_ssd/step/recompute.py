@@ -1,13 +1,12 @@
-"""Recompute: a unit's forward keeps its inputs only; backward runs that forward again for the tensors it saved.
+"""Recompute: of a block's forward only the inputs are saved; backward runs it again for the tensors autograd saved.
 
-[Note: recompute] A forward under a `Frame` packs each tensor that autograd saves as a number. The first unpack in
-backward calls the module again, with the same inputs, generators, autocast state, [Note: Python state] and buffers,
-through the same hooks (so through the same fetch), and collects what autograd saves this time; the n-th of these is the
-n-th of the first run. The second run's own graph is thrown away, so it may start from other tensors with the same
-values: large inputs are in the activation store, [Note: saved inputs]. A second run ends with the last saved tensor, by
-an exception: what would come after it, such as the product of a block's last matrix, nobody needs
-(torch.utils.checkpoint stops early too). Whether a block can be recomputed is found out in its first forward,
-[Note: trial].
+[Note: recompute] In a forward under a `Frame`, each tensor that autograd saves is packed as its index. The first unpack
+in backward calls the module again, with the same inputs, generators, autocast state, Python objects ([Note: Python
+state]) and buffers, and through the same hooks, which fetch the same units. The n-th tensor that autograd saves then
+takes the place of the n-th of the first run. The second run's own graph is dropped, so the run may start from other
+tensors with the same values: large inputs are in the activation store, [Note: saved inputs]. An exception ends the
+second run after the last saved tensor, since nothing needs the operations behind it (torch.utils.checkpoint stops early
+too). The first forward of a block decides whether it can be recomputed, [Note: trial].
 
 Method: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 """
@@ -46,46 +45,46 @@ class FrameUnits(Protocol):
         ...
 
     def keep(self, tensor: Tensor) -> object:
-        """What stands for a saved tensor that is kept: it, or a view of a parameter that is fetched again."""
+        """What a frame holds of a saved tensor: itself, or a stand-in for a view of a parameter, fetched again."""
         ...
 
     def kept(self, packed: Any) -> Tensor:
-        """The tensor that `keep` was given."""
+        """The tensor that was given to `keep`."""
         ...
 
     def place(self, tensor: Tensor) -> object | None:
-        """Which parameter's values ``tensor`` views, and how; None if none."""
+        """Which parameter ``tensor`` views, and how; None if it views none."""
         ...
 
     def hide(self, tensor: Tensor) -> object:
-        """As `keep`, of a tensor of a second run: only views of other units' parameters are fetched again."""
+        """As `keep`, for a tensor of a second run: stand-ins are made only for parameters of other units."""
         ...
 
     def show(self, frame: Frame, packed: Any) -> Tensor:
-        """The tensor that `hide` was given."""
+        """The tensor that was given to `hide`."""
         ...
 
 
 class Frame:
-    """One forward of one module that will be run again in backward.
+    """One forward of one module, which is to be run again in backward; see [Note: recompute].
 
     Args:
         name: The unit's name, for messages.
-        module: What to call again.
-        args: Its arguments.
-        kwargs: Those by name.
+        module: The module, which is called again.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         device: Where it computes.
-        units: Its units.
-        verdicts: Which modules can be run again; added to.
+        units: The units that it needs.
+        verdicts: Which modules can be run again; the frame adds what it finds.
 
     Attributes:
         name: The unit's name, for messages.
-        module: What to call again.
-        opaque: Why the module cannot be run again, as far as that is known before it has run; None if it can.
-        is_kept: It keeps what was saved: its module cannot be run again.
-        is_trying: The second run is the one right after the first.
-        is_stopped: The second run is ending early, since all is saved.
-        error: What one of our hooks raised then; torch only warns of it.
+        module: The module.
+        opaque: Why the module cannot be run again, if that is known before it runs; None otherwise.
+        is_kept: The frame keeps what autograd saved, since its module cannot be run again.
+        is_trying: The second run of [Note: trial] is in progress.
+        is_stopped: The second run is ending early, since it has saved the last tensor.
+        error: What one of our hooks raised while it was; torch turns that into a warning.
     """
 
     def __init__(
@@ -122,17 +121,17 @@ class Frame:
     # -- forward -------------------------------------------------------------------------------------------------
 
     def pack(self, tensor: Tensor) -> _Saved:
-        """Forget a tensor that autograd saves; remember its place."""
+        """Stands for ``tensor``, which autograd saves and the frame does not hold."""
         self._saved.append((tensor.shape, tensor.dtype, tensor.device))
         if self._trial is not None:
             self._trial.save(tensor)
         return _Saved(self, len(self._saved) - 1)
 
     def end_forward(self) -> None:
-        """The forward is over: keep old values of the buffers it changed, and find out whether it can be run again.
+        """The forward is over: keep the old values of buffers that it changed, and decide whether it can be run again.
 
         Raises:
-            RecomputeError: If it changed an input in place, and did not before.
+            RecomputeError: It changed an input in place, or wrote to its parameters, and its first forward did not.
         """
         self._is_open = False
         self._buffers = [item for item in self._buffers if not torch.equal(item[2], item[3])]
@@ -175,7 +174,7 @@ class Frame:
         self._given = self._own = PythonState(())
 
     def save_inputs(self, store: ActivationStore) -> None:
-        """Let go of large inputs; ``store`` keeps their values. Follows `end_forward`, and hooks on `inputs`."""
+        """Have ``store`` save the large inputs, and drop them. Called after `end_forward` and hooks on `inputs`."""
         given: list[Tensor] = []
 
         def take(tensor: Tensor) -> object:
@@ -194,13 +193,13 @@ class Frame:
 
     @property
     def inputs(self) -> Iterator[Tensor]:
-        """Tensors among the arguments; after `keep` only those that stayed."""
+        """Tensors among the arguments; after `save_inputs`, only those that the store did not take."""
         return (t for t, _ in self._inputs)
 
     # -- backward ------------------------------------------------------------------------------------------------
 
     def unpack(self, saved: _Saved) -> Tensor:
-        """The tensor that was packed, recomputed now if it is not in memory."""
+        """The tensor that was packed as ``saved``; recomputes if it is not in memory."""
         return saved.frame.value(saved.index)
 
     def value(self, index: int) -> Tensor:
@@ -216,10 +215,10 @@ class Frame:
         return self._units.kept(value) if self.is_kept else self._units.show(self, value)
 
     def drop(self) -> None:
-        """Forget the recomputed tensors; if autograd asks again, they are computed again."""
+        """Drop the recomputed tensors; if autograd unpacks again, they are recomputed again."""
         if self._values is not None and not self.is_kept:
-            # Emptied, not only let go: a detached view holds its base, so the second run's graph, whose hooks hold the
-            # list. Without this the tensors, and the unit's buffer under them, live until the process ends.
+            # The list must be emptied: a detached view holds its base, and so the second run's graph, whose hooks hold
+            # the list. This cycle would keep the tensors, and the unit's buffer, until the process ends.
             self._values.clear()
             self._values = None
 
@@ -249,7 +248,7 @@ class Frame:
         return values
 
     def _run_again(self, pack: Callable[[Tensor], int], rerun: Callable[[Frame, Callable[[], object]], None]) -> None:
-        """The second run, everything as it was in the first."""
+        """The second run, with all state as it was in the first."""
         self.is_stopped = False
         self.error = None
 
@@ -258,12 +257,12 @@ class Frame:
 
         def run() -> None:
             try:
-                # Not a `__call__` of its class around this one: the first run was noted inside of it.
+                # Not a `__call__` that the class overrides: the frame was made inside it.
                 nn.Module.__call__(self.module, *args, **kwargs)
-            except Exception:  # the module may have made another one of ours
+            except Exception:  # the module may have replaced `_AllSavedError` by its own
                 if not self.is_stopped:
                     raise
-            error, self.error = self.error, None  # the graph holds us, and would hold all that the error refers to
+            error, self.error = self.error, None  # the graph holds us, and with us what the error refers to
             if error is not None:
                 raise error
 
@@ -283,16 +282,16 @@ class Frame:
         return f"unit {self.name!r}: backward inside its own forward cannot be recomputed; {REMEDY}"
 
     def _loader(self) -> Callable[[Any], Any]:
-        """Gives what the store keeps, where it stands for it; anything else as it is."""
+        """A function that returns the saved input that a `_Given` stands for, and any other value as it is."""
         values = [] if self._saved_inputs is None else self._saved_inputs.load()
-        found: dict[int, Tensor] = {}  # the same tensor where it was the same
+        found: dict[int, Tensor] = {}  # one tensor stays one tensor
 
         def load(held: Any) -> Any:
             if not isinstance(held, _Given):
                 return held
             if held.index not in found:
                 tensor = values[held.index]
-                # Autocast caches casts of leaves: what was none must not become one.
+                # A view, so that it is no leaf: autocast caches casts of leaves.
                 found[held.index] = tensor.requires_grad_().view_as(tensor) if held.requires_grad else tensor
             return found[held.index]
 
@@ -300,7 +299,7 @@ class Frame:
 
     @contextmanager
     def _old_buffers(self) -> Iterator[None]:
-        # Copies, so that the second run cannot change what the first has already changed.
+        """Inside, buffers have the values from before the first run: copies, which the second run may change."""
         old = {(m, n): value for m, n, _, value in self._buffers}
         live = list(_buffers(self.module))
         for m, n, b in live:
@@ -339,15 +338,16 @@ class Frame:
 
 
 class _AllSavedError(getattr(torch.utils.checkpoint, "_StopRecomputationError", Exception)):  # type: ignore[misc]
-    """Ends a second run. Not a failure; an `Exception`, since torch runs forward hooks after these only.
+    """Ends a second run early; not a failure.
 
-    Code that catches everything in forward lets torch's pass, where it knows of it.
+    An `Exception`, since torch runs forward hooks after those only; of torch's own class, since some code that catches
+    every exception in forward lets that one pass.
     """
 
 
 @dataclass(frozen=True)
 class _Given:
-    """Stands for an input that is the ``index``-th in the store."""
+    """Stands for the ``index``-th input that the store saved."""
 
     index: int
     requires_grad: bool

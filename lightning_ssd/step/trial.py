@@ -1,9 +1,9 @@
-"""Which blocks can be recomputed: found out in the first forward of each, by running it twice.
+"""Which blocks can be recomputed: decided in the first forward of each, by running it twice.
 
-[Note: trial] The first frame of a block keeps what autograd saves, and runs its forward again at once. If that saves
-the same values, the block is recomputed from then on and the frame lets go of them. If not, or if the forward has
-changed a tensor in place, the frame goes on with what it has, and the block keeps its activations from then on. So no
-gradient is computed from a difference, and no more is in memory than in a recompute: one block's activations.
+[Note: trial] The first frame of a block keeps the tensors that autograd saves, and runs its forward again at once. If
+the second run saves the same values, the frame drops the tensors, and the block is recomputed from then on. If not, or
+if the forward changed a tensor in place, the frame keeps them, and the block keeps its activations from then on. So no
+gradient is computed from other values, and no more is in memory than in a recompute: the activations of one block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REMEDY = "set activations='keep' in the strategy to keep its activations instead
 
 
 class Verdicts:
-    """What is known of each block."""
+    """Which blocks were tried, and with what result."""
 
     def __init__(self) -> None:
         self._equal: set[nn.Module] = set()
@@ -29,19 +29,19 @@ class Verdicts:
         self._said: set[tuple[type, str]] = set()
 
     def is_equal(self, module: nn.Module) -> bool:
-        """Whether its second run was once compared with the first to its end."""
+        """Whether a second run of ``module`` saved the same values as the first."""
         return module in self._equal
 
     def keeps(self, module: nn.Module) -> bool:
-        """Whether it keeps its activations."""
+        """Whether ``module`` keeps its activations."""
         return module in self._keeping
 
     def pass_(self, module: nn.Module) -> None:
-        """Its second run saved the same."""
+        """The second run of ``module`` saved the same values."""
         self._equal.add(module)
 
     def keep(self, module: nn.Module, name: str, reason: str) -> None:
-        """It keeps its activations from now on; said once for each class and reason."""
+        """``module`` keeps its activations from now on; warns once for each class and reason."""
         self._keeping.add(module)
         self._around.pop(module, None)
         if (type(module), reason) not in self._said:
@@ -53,18 +53,21 @@ class Verdicts:
             )
 
     def around(self, module: nn.Module) -> list[Holder]:
-        """Variables outside of it that its code uses."""
+        """Variables from outside that the code of ``module`` uses; see `surroundings`."""
         if module not in self._around:
             self._around[module] = surroundings(module)
         return self._around[module]
 
 
 class Trial:
-    """What the first forward of a block saved.
+    """Compares the tensors that autograd saves in the first and the second forward of a block.
 
     Args:
-        keep: How a saved tensor is kept when it has to be.
-        place: Which parameter's values a tensor views, and how; None if none.
+        keep: Returns what the frame holds of a saved tensor if the block turns out to keep its activations.
+        place: Returns which parameter a tensor views, and how; None if it views none.
+
+    Attributes:
+        kept: What ``keep`` returned, in order.
     """
 
     def __init__(self, keep: Callable[[Tensor], object], place: Callable[[Tensor], object | None]) -> None:
@@ -76,14 +79,14 @@ class Trial:
         self._doubtful: list[tuple[int, Tensor]] = []
 
     def save(self, tensor: Tensor) -> None:
-        """Autograd saves ``tensor`` in the first run."""
+        """Record ``tensor``, which autograd saves in the first run."""
         self.kept.append(self._keep(tensor))
         place = self._place(tensor)
-        # What views a parameter may not hold its memory: a unit that is only visited is released soon.
+        # A view of a parameter is not held: it would keep the memory of a unit that is soon to be released.
         self._first.append((place, tensor.detach() if place is None else torch.empty(0)))
 
     def compare(self, tensor: Tensor) -> int:
-        """Autograd saves ``tensor`` in the second run."""
+        """Compare ``tensor``, which autograd saves in the second run; returns its index."""
         index = self._num_compared
         self._num_compared += 1
         if index < len(self._first):
@@ -94,7 +97,7 @@ class Trial:
         return index
 
     def difference(self) -> str | None:
-        """How the second run, which is over, differed from the first; lets go of all but `kept`."""
+        """How the second run differed from the first, None if it did not. Drops everything but `kept`."""
         first, self._first = self._first, []
         doubtful, self._doubtful = self._doubtful, []
         if self._num_compared != len(first):
@@ -107,7 +110,7 @@ class Trial:
 
 
 def is_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same form and values; NaN is NaN."""
+    """Whether two tensors have the same layout and values; NaN equals NaN."""
     if type(a) is not type(b) or (a.shape, a.dtype, a.device, a.layout) != (b.shape, b.dtype, b.device, b.layout):
         return False
     inner_a, inner_b = _inner(a), _inner(b)
@@ -121,7 +124,7 @@ def is_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _inner(tensor: Tensor) -> list[Tensor] | None:
-    """The dense tensors that make up one that is not dense."""
+    """The dense tensors that a sparse, nested or wrapper-subclass tensor consists of; None for a dense one."""
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

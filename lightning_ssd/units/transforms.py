@@ -1,8 +1,8 @@
-"""Transforms of torch.func, modes that see each operation, and the saved-tensor hooks that the former do not run under.
+"""Transforms of torch.func, dispatch modes, and saved-tensor hooks, which transforms do not run under.
 
-Under a transform (``grad``, ``vmap``, ``jvp`` and those made of them) every tensor that is made is wrapped, and dies
-with the transform: what lives longer, such as the data of a parameter, is made outside (`suspended`). So is what no
-mode may see: a selective checkpoint counts the operations of a forward, and its second run may fetch what its first did
+A tensor that is made under a transform (``grad``, ``vmap``, ``jvp``) is wrapped, and is invalid after it. So tensors
+that live longer, such as the data of a parameter, are made outside (`suspended`). No dispatch mode may see how they
+are made either: a selective checkpoint counts the operators of a forward, and a second run may fetch when the first did
 not.
 """
 
@@ -25,12 +25,12 @@ def are_active() -> bool:
 
 
 def are_duals_made() -> bool:
-    """Whether tensors may carry tangents (torch.autograd.forward_ad), which are gone when backward comes."""
+    """Whether tensors may carry tangents (torch.autograd.forward_ad), which do not last until backward."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def suspended() -> AbstractContextManager[object]:
-    """Inside, no transform is active, and no mode sees an operation."""
+    """Inside, no transform is active, and no dispatch mode sees an operator."""
     is_watched = torch._C._len_torch_dispatch_stack() > 0
     if not (is_watched or are_active()):
         return nullcontext()
@@ -43,17 +43,17 @@ def suspended() -> AbstractContextManager[object]:
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """What a transform has wrapped, or ``tensor`` itself."""
+    """The tensor that transforms have wrapped as ``tensor``; ``tensor`` itself if none has."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
 def require_no_transform(error: BaseException) -> None:
-    """Say what to do if ``error`` is torch.func's refusal to run in a step.
+    """Raise an error that says what to do if ``error`` is torch.func's refusal to run in a step.
 
     Raises:
-        ResidencyError: It is.
+        ResidencyError: It is that refusal.
     """
     if isinstance(error, RuntimeError) and "support saved tensor hooks" in str(error):
         raise ResidencyError(
@@ -64,10 +64,10 @@ def require_no_transform(error: BaseException) -> None:
 
 
 class StepHooks:
-    """Saved-tensor hooks of a step, for tensors that are saved outside the forward of a module that needs a unit.
+    """Saved-tensor hooks of a step, for tensors that are saved outside the forward of modules with units.
 
-    torch.func refuses to run while there are such hooks: so there are none under ``gathered()``, nor, where they save
-    no memory, before a parameter is used outside its module.
+    torch.func refuses to run while such hooks are set. So they are not set under ``gathered()``, nor, if they save no
+    memory, before a parameter is used outside its module.
 
     Args:
         make: Makes the hooks.
@@ -79,21 +79,21 @@ class StepHooks:
         self._is_suspended = False
 
     def begin(self) -> None:
-        """Set them. Where there are hooks already, those of a module or the user's own, they see to it."""
+        """Set them, unless other hooks are set, of a module or the user's, which then handle what is saved."""
         if self._hooks is None and not self._is_suspended and _may_set() and _top() is None:
             hooks = self._make()
             hooks.__enter__()
             self._hooks = hooks
 
     def end(self) -> None:
-        """Take them back."""
+        """Remove them."""
         hooks, self._hooks = self._hooks, None
         if hooks is not None:
             hooks.__exit__()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Inside, there are no hooks of the step."""
+        """Inside, they are not set."""
         top = _top()
         is_ours = self._hooks is not None and top is not None and top[0] == self._hooks.pack_hook and _may_set()
         before, self._is_suspended = self._is_suspended, True
@@ -108,16 +108,16 @@ class StepHooks:
 
 
 def _may_set() -> bool:
-    """Whether hooks stay set: autograd's engine restores those of before when a node has run, and so do transforms."""
+    """Whether hooks would stay set: autograd's engine resets them after each node, a transform at its end."""
     return not are_active() and torch._C._current_graph_task_id() == -1
 
 
 def _top() -> tuple[Callable[..., object], Callable[..., object]] | None:
-    """The hooks that are set now."""
+    """The innermost hooks that are set now."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def is_on_top(pack: Callable[..., object]) -> bool:
-    """Whether tensors that are saved now go to ``pack``, and not to hooks that were set after it."""
+    """Whether ``pack`` is of the innermost hooks, to which tensors that are saved now go."""
     top = _top()
     return top is not None and top[0] == pack
