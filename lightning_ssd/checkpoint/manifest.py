@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lightning_ssd.checkpoint.unit_file import UnitFile as UnitFile
 from lightning_ssd.store.safetensors_header import (
     TensorEntry,
 )

@@ -1,4 +1,4 @@
-"""``lightning-ssd clean``: what runs, saves and exports that died have left on disk, shown and, if wanted, removed."""
+"""``lightning-ssd clean``: shows and removes stale files of dead runs, saves, copies and exports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.cli import arguments as types
 from lightning_ssd.cli.output import error_line, fmt_age, line, table
-from lightning_ssd.cli.stale_files import could_be_left_over, leftover, remove_leftover
+from lightning_ssd.cli.stale_files import find_stale, may_be_stale, remove_stale
 from lightning_ssd.paths import local_path
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.run_directory import DeadRun, dead_run, is_run_directory, remove_dead_run
@@ -21,7 +21,7 @@ from lightning_ssd.store.run_directory import DeadRun, dead_run, is_run_director
 NAME = "clean"
 _RUN = "dead run"
 _KEPT = "kept store"
-HELP = "Show what runs, saves and exports that died have left; remove it with --yes, or after a question on a terminal."
+HELP = "Show stale files of dead runs, saves, copies and exports; remove them with --yes, or after a prompt."
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,18 +34,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="where to look, subdirectories too (default: $LIGHTNING_SSD_PATH or .)",
     )
     parser.add_argument("--yes", action="store_true", help="remove without asking")
-    parser.add_argument("--kept", action="store_true", help="also stores that a run left on purpose (keep_store=True)")
+    parser.add_argument("--kept", action="store_true", help="also stores that a run was told to keep (keep_store=True)")
     parser.add_argument("--json", action="store_true", help="write the result as JSON; asks nothing")
     parser.add_argument(
         "--other-hosts",
         action="store_true",
-        help="also runs of other machines, whose locks this one may not see: only if no run is alive there",
+        help="also runs of other machines, whose locks may not be visible here; use it only if none is alive",
     )
 
 
 @dataclass
 class _Find:
-    """One thing that could go. ``kept_because`` is empty if it may; ``removed`` whether it is gone."""
+    """One thing to remove. ``kept_because`` says why it stays, or is empty; ``removed`` whether it was removed."""
 
     path: str
     what: str
@@ -89,7 +89,7 @@ def _search(top: str, arguments: argparse.Namespace) -> Iterator[_Find]:
             run = dead_run(path)
             if run is not None:
                 yield _Find(path, _KEPT if run.is_kept else _RUN, run.nbytes, run.age_s, _why_kept(run, arguments))
-        elif (found := leftover(path)) is not None:
+        elif (found := find_stale(path)) is not None:
             why = "the only copy of a checkpoint: inspect it by its own name" if found.is_needed else ""
             yield _Find(path, found.what, found.nbytes, found.age_s, why)
 
@@ -108,7 +108,7 @@ def _below(top: str) -> Iterator[str]:
         paths = [os.path.join(folder, name) for name in names]
         found = [path for path in paths if not os.path.islink(path)]
         yield from found
-        yield from (os.path.join(folder, name) for name in sorted(files) if could_be_left_over(name))
+        yield from (os.path.join(folder, name) for name in sorted(files) if may_be_stale(name))
         names[:] = [os.path.basename(path) for path in found if not _is_closed(path)]
 
 
@@ -121,7 +121,7 @@ def _is_closed(path: str) -> bool:
 
 def _show(finds: list[_Find]) -> None:
     if not finds:
-        line("nothing was left behind")
+        line("nothing stale was found")
         return
     rows = [(find.path, find.what, fmt(find.nbytes), fmt_age(find.age_s), find.kept_because) for find in finds]
     table(("path", "what", "frees", "unchanged for", ""), rows)
@@ -138,10 +138,10 @@ def _confirmed(finds: list[_Find]) -> bool:
 
 
 def _remove(find: _Find, *, kept: bool) -> bool:
-    """Remove one, whether that was without error; what somebody took since it was listed, or removed, is none."""
+    """Remove one; return False after an error. It is no error if another process locked or removed it meanwhile."""
     try:
         is_run = find.what in (_RUN, _KEPT)
-        find.removed = remove_dead_run(find.path, kept=kept) if is_run else remove_leftover(find.path)
+        find.removed = remove_dead_run(find.path, kept=kept) if is_run else remove_stale(find.path)
         find.kept_because = "" if find.removed else "somebody uses it now, or has removed it"
     except FileNotFoundError:
         find.kept_because = "somebody has removed it"

@@ -1,4 +1,4 @@
-"""``lightning-ssd copy``: a checkpoint to another disk, checked, and gone on with after an interruption."""
+"""``lightning-ssd copy``: copies a checkpoint to another disk, verifies it, and resumes an interrupted copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_ssd.cli.output import line
 from lightning_ssd.sizes import fmt
 
 NAME = "copy"
-HELP = "Copy a checkpoint, compare every byte with its checksums, and go on where an interrupted copy was."
+HELP = "Copy a checkpoint and compare every byte with its checksums; resumes an interrupted copy."
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,5 +24,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Copy."""
     with byte_bar("copied and compared") as progress:
         report = copy_checkpoint(arguments.checkpoint, arguments.target, progress)
-    line(f"{fmt(report.nbytes_copied)} copied, {fmt(report.nbytes_kept)} were there and right, all compared")
+    line(f"{fmt(report.nbytes_copied)} copied, {fmt(report.nbytes_kept)} were there already, all compared")
     return 0

@@ -1,4 +1,4 @@
-"""``lightning-ssd export``: a checkpoint in forms that others read: a file or one of two kinds of folder."""
+"""``lightning-ssd export``: writes a checkpoint as a .ckpt file, a Hugging Face folder or a DCP folder."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _unused(form: str) -> tuple[str, ...]:
-    """Options that mean nothing for a form."""
+    """Options that do not apply to a format."""
     for_folders = ("strip_prefix", "config_from")
     return {"ckpt": for_folders, "dcp": ("overwrite", *for_folders), "safetensors": ("overwrite", "trust")}[form]
 

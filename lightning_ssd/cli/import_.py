@@ -1,4 +1,4 @@
-"""``lightning-ssd import``: a checkpoint of ours from somebody else's, or for a model with other names."""
+"""``lightning-ssd import``: makes a checkpoint from another format, or for a model with other parameter names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import line
-from lightning_ssd.convert.importing import ImportReport, Options, import_checkpoint
+from lightning_ssd.convert.importing import ImportOptions, ImportReport, import_checkpoint
 from lightning_ssd.convert.rename import Renaming, read_renaming
 from lightning_ssd.sizes import fmt
 
@@ -41,21 +41,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--partial", action="store_true", help="take what is missing from --like, and leave out what is left over"
     )
     parser.add_argument(
-        "--weights-only", action="store_true", help="leave the optimizer's and Lightning's state behind"
+        "--weights-only", action="store_true", help="import neither optimizer state nor Lightning's state"
     )
     parser.add_argument(
-        "--step", type=int, metavar="N", help="optimizer steps that the state has seen, where the source does not say"
+        "--step", type=int, metavar="N", help="number of optimizer steps of the state, if the source does not hold it"
     )
     parser.add_argument(
-        "--trust", action="store_true", help="load classes of the source's own (runs code from the file)"
+        "--trust", action="store_true", help="load classes that the source names (runs code from the file)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="only report what would be imported")
+    parser.add_argument("--dry-run", action="store_true", help="report what would be imported; write nothing")
     parser.add_argument("--json", action="store_true", help="write the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Import and report."""
-    options = Options(
+    options = ImportOptions(
         renaming=Renaming({}) if arguments.map is None else read_renaming(arguments.map),
         like=arguments.like,
         partial=arguments.partial,

@@ -1,4 +1,4 @@
-"""What commands write: lines on stdout, errors on stderr."""
+"""Output of the commands: results on stdout, errors on stderr."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What dead processes left beside checkpoints: found by name, lock and content, and removed on request.
+"""Stale files: what dead processes left next to checkpoints. Found by name, lock and content; removed on request.
 
-The names and locks are those of [Note: staging]; `copy` keeps its unfinished directory under a third role, to go on
-with it, and exports write a file or a folder under a fourth. A directory in which anything lies that we do not write
-there is none of ours, whatever it is called.
+Names and locks are those of [Note: staging]. An unfinished copy has the role ``copy``, an unfinished export the role
+``export``. A directory that holds anything we do not write there is not ours, whatever its name.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ _WHAT = {
 
 
 @dataclass(frozen=True)
-class Leftover:
-    """A directory, or a file of an export, that no living process works on.
+class StaleFile:
+    """A directory, or a file of an export, that no living process has locked.
 
     Attributes:
         path: The directory or file.
         what: What it was to become.
         nbytes: Bytes on disk that removing it frees; files that something else links are not counted.
         age_s: Seconds since something in it was changed.
-        is_needed: It is the only copy of a checkpoint whose replacing was interrupted; reading that by its own name
-            brings it back.
+        is_needed: It is the only copy of a checkpoint, since its replacement was interrupted; reading the checkpoint by
+            its own name recovers it.
     """
 
     path: str
@@ -50,8 +49,8 @@ class Leftover:
     is_needed: bool
 
 
-def leftover(path: str) -> Leftover | None:
-    """What is known of one directory or file; None if it is no leftover of ours, or a process holds it."""
+def find_stale(path: str) -> StaleFile | None:
+    """What is known of one directory or file; None if it is no stale file of ours, or a process holds it."""
     role = _role(path)
     if role is None:
         return None
@@ -61,8 +60,8 @@ def leftover(path: str) -> Leftover | None:
     return None
 
 
-def remove_leftover(path: str) -> bool:
-    """Remove a leftover; False if it is none any more, or the only copy of a checkpoint.
+def remove_stale(path: str) -> bool:
+    """Remove a stale file or directory; False if it is none any more, or the only copy of a checkpoint.
 
     Raises:
         OSError: If something could not be removed.
@@ -108,8 +107,8 @@ def _role(path: str) -> tuple[str, str] | None:
     return None if found is None else (os.path.join(folder, found["target"]), found["role"])
 
 
-def could_be_left_over(name: str) -> bool:
-    """Whether a file or directory of that name is worth a look with `leftover`."""
+def may_be_stale(name: str) -> bool:
+    """Whether a file or directory of that name is worth a look with `find_stale`."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -127,12 +126,12 @@ def _is_ours(found: Folder, role: str) -> bool:
     return True
 
 
-def _look(path: str, parent: Folder, found: Folder, target: str, role: str) -> Leftover:
+def _look(path: str, parent: Folder, found: Folder, target: str, role: str) -> StaleFile:
     each = [os.fstat(found.fd), *(about for _, _, about in _entries(found))]
     nbytes = sum(about.st_blocks * 512 for about in each if about.st_nlink == 1)
     age_s = max(time.time() - max(about.st_mtime for about in each), 0.0)
     is_needed = role == "old" and not parent.has(os.path.basename(target))
-    return Leftover(path, _WHAT[role], nbytes, age_s, is_needed)
+    return StaleFile(path, _WHAT[role], nbytes, age_s, is_needed)
 
 
 def _entries(found: Folder) -> Iterator[tuple[str, bool, os.stat_result]]:

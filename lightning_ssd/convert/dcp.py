@@ -1,7 +1,7 @@
 """A folder of ``torch.distributed.checkpoint``, read without a process group and without running what it pickles.
 
-Torch reads the folder's ``.metadata`` with plain ``pickle``, which runs code. Here each class that it may name is stood
-in for by one of ours that only keeps what it is given (`_Unpickler`); anything else is refused.
+Torch reads the folder's ``.metadata`` with plain ``pickle``, which runs code. `_Unpickler` replaces each class that the
+metadata may name by one of ours that only stores its arguments, and refuses every other name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lightning_ssd.store.torch_file import check_pickle, load_any, load_pickle
 
 METADATA = ".metadata"
 META = "meta.pt"
-"""What Lightning keeps beside tensors, in the folders that its strategies write."""
+"""Lightning's state besides tensors, in the folders that its strategies write."""
 
 _MAX_METADATA_NBYTES = 512 * MiB
 _OPTIMIZER = re.compile(r"optim(?:izer)?(?:_(\d+))?")
@@ -82,7 +82,7 @@ def _optimizer_number(parts: _Path) -> int | None:
 def _add_value(source: ImportSource, folder: _Folder, key: str, parts: _Path) -> None:
     name = ".".join(map(str, parts))
     if key in folder.tensors:
-        source.add(name, folder.held(key))
+        source.add(name, folder.tensor_ref(key))
 
 
 def _groups(leaves: Mapping[_Path, Any]) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ def _add_optimizer(
         state[name] = add_state(source, number, name, small)
         for kind, key in keys.items():
             if kind not in small:
-                source.parameters[name][kind] = folder.held(key)
+                source.parameters[name][kind] = folder.tensor_ref(key)
     groups = _groups(leaves)
     if any(not all(isinstance(n, str) for n in group.get("params", [0])) for group in groups):
         groups = []  # numbers: of no use without the optimizer they were of
@@ -149,7 +149,7 @@ class _Folder:
     def close(self) -> None:
         close_fd(self._fd)
 
-    def held(self, key: str) -> TensorRef:
+    def tensor_ref(self, key: str) -> TensorRef:
         dtype, shape, _ = self.tensors[key]
         return TensorRef(shape, dtype, lambda: self.tensor(key), lambda: None)
 
@@ -159,7 +159,7 @@ class _Folder:
         return found is not None and found[1] == shape and not key.endswith(".step")
 
     def meta(self) -> dict[str, Any]:
-        """What Lightning keeps beside tensors; nothing if it did not write the folder."""
+        """Lightning's state besides tensors; nothing if it did not write the folder."""
         if not os.path.lexists(os.path.join(self.where, META)):
             return {}
         fd = open_inside(self._fd, META, self.where)
@@ -214,7 +214,7 @@ class _Folder:
                 found = _Unpickler(io.BytesIO(data)).load()
             except CheckpointError:
                 raise
-            except Exception as error:  # what a pickle that means harm does to the machine that reads it is open
+            except Exception as error:  # a hostile pickle can make the unpickler fail in any way
                 raise CheckpointError(f"{self.where}: the metadata cannot be read: {error}") from error
         return _fields(found, f"{self.where}: the metadata")
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.convert.sources import ImportSource, TensorRef, held_tensor, state_kinds
+from lightning_ssd.convert.sources import ImportSource, TensorRef, state_kinds, tensor_ref
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.io.safe_open import open_inside
@@ -35,7 +35,7 @@ def is_universal(path: str) -> bool:
 
 
 def open_universal(path: str | os.PathLike[str], *, weights_only: bool = True) -> ImportSource:
-    """Open the folder; its optimizer has no groups, as the files do not tell them.
+    """Open the folder; its optimizer record has no groups, as the files do not hold them.
 
     Raises:
         CheckpointError: If a file is of another form.
@@ -61,9 +61,9 @@ def _opened(where: str, files: _Files) -> ImportSource:
             continue
         kinds = sorted(file[: -len(".pt")] for file in os.listdir(folder) if file.endswith(".pt"))
         # The float32 value is the master whatever the model computed in.
-        found = {"master" if k == _VALUE else k: _held(files, name, k) for k in kinds if k != _STEP}
-        shapes = {held.shape for held in found.values()}
-        if len(shapes) != 1 or not all(held.dtype for held in found.values()):
+        found = {"master" if k == _VALUE else k: _tensor_ref(files, name, k) for k in kinds if k != _STEP}
+        shapes = {ref.shape for ref in found.values()}
+        if len(shapes) != 1 or not all(ref.dtype for ref in found.values()):
             raise CheckpointError(f"{folder}: the states of one parameter have shapes {sorted(shapes)}")
         source.parameters[name] = found
         if len(found) > 1:
@@ -74,7 +74,7 @@ def _opened(where: str, files: _Files) -> ImportSource:
 
 
 class _Files:
-    """The files of such a folder, opened inside it without following symlinks."""
+    """The files of the folder, opened inside it without following symlinks."""
 
     def __init__(self, where: str, weights_only: bool) -> None:
         self._folder = Folder.open(where)
@@ -94,10 +94,10 @@ class _Files:
             close_fd(fd)
 
 
-def _held(files: _Files, name: str, kind: str) -> TensorRef:
-    """One state; its file is opened now for the shape, and again when the tensor is wanted."""
+def _tensor_ref(files: _Files, name: str, kind: str) -> TensorRef:
+    """A reference to one state; its file is opened now for the shape, and again by `load`."""
     tensor, is_flat = _load(files, name, kind)
-    like = held_tensor(tensor)
+    like = tensor_ref(tensor)
     loaded: list[Tensor] = []
 
     def load() -> Tensor:
@@ -106,7 +106,7 @@ def _held(files: _Files, name: str, kind: str) -> TensorRef:
 
     def drop() -> None:
         while loaded:
-            held_tensor(loaded.pop()).drop()
+            tensor_ref(loaded.pop()).drop()
 
     return TensorRef(like.shape, like.dtype, load, drop, is_flat)
 

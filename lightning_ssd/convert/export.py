@@ -1,7 +1,7 @@
-"""A checkpoint in forms that others read: one Lightning ``.ckpt``, or a Hugging Face folder.
+"""Export a checkpoint as one Lightning ``.ckpt`` or as a Hugging Face folder.
 
-Tensors go from the mapped files to the output in pieces and their pages are dropped behind them: host memory does not
-grow with the model.
+Tensors are written from the mapped files in pieces, and their pages are dropped afterwards: host memory does not grow
+with the model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lightning_ssd.checkpoint.writer import (
     write_pickle,
     write_tensors,
 )
-from lightning_ssd.convert.export_staging import file_beside, folder_beside, publish
+from lightning_ssd.convert.export_staging import publish, staged_file, staged_folder
 from lightning_ssd.convert.shards import HF_INDEX, Shard, cut_shards, index_text, strip_prefix
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder
@@ -82,7 +82,7 @@ def consolidate(
     if os.path.isdir(target) or (os.path.lexists(target) and not overwrite):
         raise CheckpointError(f"{target!r} exists; choose another name, or have a file replaced with overwrite=True")
     with CheckpointReader(directory) as reader, ExitStack() as stack, os_errors(target):
-        reader.verify_files()  # what is exported has no checksums by which damage would be found later
+        reader.verify_files()  # the export has no checksums, so damage could not be found later
         content = dict(reader.state(weights_only))
         drop_empty_loader_states(content)
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -93,7 +93,7 @@ def consolidate(
             content["optimizer_states"] = [
                 own.get(index, state) for index, state in enumerate(optimizer_states(reader, weights_only))
             ]
-        with file_beside(target) as (fd, take_name):
+        with staged_file(target) as (fd, take_name):
             total = reader.manifest.nbytes
             writer = StreamWriter(fd, on_flush=dropper(reader, spill, progress, total))
             write_pickle(writer, content)
@@ -132,7 +132,7 @@ def to_safetensors(
     check_replaceable(target)
     if is_checkpoint(target) or (os.path.lexists(target) and not os.path.isdir(target)):
         raise CheckpointError(f"{target!r} exists; name a folder that does not exist or is empty")
-    with CheckpointReader(directory) as reader, os_errors(target), folder_beside(target) as folder:
+    with CheckpointReader(directory) as reader, os_errors(target), staged_folder(target) as folder:
         reader.verify_files(kinds=VALUE_KINDS)
         view = StateDictView(reader)
         names, left_out = strip_prefix(view, prefix_to_strip)
@@ -192,9 +192,9 @@ def optimizer_state(
 
 
 def drop_empty_loader_states(content: dict[str, Any]) -> None:
-    """Leave out the empty states of data loaders that our strategy made resumable; it keeps their place elsewhere.
+    """Remove the empty states of data loaders that our strategy made resumable; it keeps their position elsewhere.
 
-    A plain Trainer has no loader that takes a state, and refuses a checkpoint with more states than such loaders.
+    A plain Trainer has no stateful loader, and refuses a checkpoint with more states than stateful loaders.
     """
     loop: Any = content
     for key in ("loops", "fit_loop", "state_dict"):
@@ -243,7 +243,7 @@ def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool
 
 
 class Spill:
-    """An unnamed file for tensors that had to be converted: mapped like the others instead of held in memory."""
+    """An unnamed file for converted tensors, so that they are mapped like the others, not held in memory."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -259,7 +259,7 @@ class Spill:
         self._nbytes += round_up(tensor.nbytes)
 
     def map(self) -> dict[str, Tensor]:
-        """All tensors, in place."""
+        """All tensors, mapped."""
         if not self._nbytes:
             return {name: torch.empty_like(like, device="cpu") for name, _, like in self._entries}
         os.ftruncate(self._fd, self._nbytes)
@@ -271,13 +271,13 @@ class Spill:
             }
 
     def drop(self) -> None:
-        """Give back the memory of the pages that were looked at."""
+        """Free the memory of the mapped pages."""
         if self._mapped is not None:
             drop_pages(self._mapped.ctypes.data, self._mapped.nbytes)
 
 
 def dropper(reader: CheckpointReader, spill: Spill, progress: Progress | None, total: int) -> Callable[[int], None]:
-    """What to call with bytes written: gives back the memory of what was read, and tells the progress."""
+    """A callback for written bytes that frees the memory of read pages and reports progress."""
 
     def on_flush(nbytes: int) -> None:
         reader.drop()
@@ -329,7 +329,7 @@ def _write_text(folder: Folder, name: str, text: str) -> None:
 
 @contextmanager
 def os_errors(target: str) -> Iterator[None]:
-    """Failures of the operating system become ours, with the name of what was to be written."""
+    """Turn an `OSError` into a `CheckpointError` that names the target."""
     try:
         yield
     except OSError as error:

@@ -32,7 +32,7 @@ from lightning_ssd.convert.export import (
     optimizer_states,
     os_errors,
 )
-from lightning_ssd.convert.export_staging import folder_beside, publish
+from lightning_ssd.convert.export_staging import publish, staged_folder
 from lightning_ssd.errors import CheckpointError
 
 
@@ -62,7 +62,7 @@ def to_dcp(
         reader = stack.enter_context(CheckpointReader(directory))
         reader.verify_files()
         stack.enter_context(os_errors(target))
-        folder = stack.enter_context(folder_beside(target))
+        folder = stack.enter_context(staged_folder(target))
         inside = f"/proc/self/fd/{folder.fd}"  # the folder that was made, whatever has its path by now
         spill = Spill(stack.enter_context(TemporaryFile(dir=inside)).fileno())
         meta = reader.state(weights_only)

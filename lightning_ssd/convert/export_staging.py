@@ -1,7 +1,7 @@
-"""What an export writes before it has its name: a hidden, locked file or folder beside the target.
+"""Staging of exports: a hidden, locked file or folder next to the target, ``.NAME.export-PID-RANDOM``.
 
-``.NAME.export-PID-RANDOM``, as in [Note: staging]: the lock (``flock`` on the file or folder itself) dies with the
-process, so what can be locked belongs to nobody, and `lightning_ssd.cli.stale_files` may remove it.
+As in [Note: staging], the lock (``flock`` on the file or folder itself) ends with the process. So a file or folder that
+can be locked is stale, and `lightning_ssd.cli.stale_files` may remove it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|__\d+_\d+\.distcp
 
 
 @contextmanager
-def file_beside(target: str) -> Iterator[tuple[int, Callable[[], None]]]:
-    """A new locked file: its descriptor, and what gives it the name ``target``. Without that it is gone on leaving."""
+def staged_file(target: str) -> Iterator[tuple[int, Callable[[], None]]]:
+    """A new locked file: its descriptor, and a call that renames it to ``target``. If not renamed, it is removed."""
     folder, name = os.path.split(target)
     with Folder.open(folder) as parent:
         is_locked = False
@@ -48,8 +48,8 @@ def _take_name(parent: Folder, own: str, name: str, fd: int) -> None:
 
 
 @contextmanager
-def folder_beside(target: str) -> Iterator[Folder]:
-    """A new locked folder. It is gone on leaving unless `publish` has given it its name."""
+def staged_folder(target: str) -> Iterator[Folder]:
+    """A new locked folder; removed on leaving unless `publish` has renamed it."""
     folder, name = os.path.split(target)
     os.makedirs(folder, exist_ok=True)
     with Folder.open(folder) as parent, make_locked(parent, lambda: _name(name)) as made:
@@ -63,10 +63,10 @@ def folder_beside(target: str) -> Iterator[Folder]:
 
 
 def publish(made: Folder, target: str) -> None:
-    """Give a folder of `folder_beside` its name.
+    """Rename a folder of `staged_folder` to ``target``.
 
     Raises:
-        CheckpointError: If somebody else has taken that, or the folder, away.
+        CheckpointError: If somebody else has removed or replaced the folder.
     """
     with Folder.open(os.path.dirname(target)) as parent:
         own = os.path.basename(made.path)
@@ -80,22 +80,24 @@ def _name(target: str) -> str:
 
 
 def _lock(parent: Folder, name: str, fd: int) -> bool:
-    """Whether it is ours; False if somebody took it for dead, between making and locking, and removed it."""
+    """Whether the lock is ours; False if another process took the file for stale before it was locked."""
     mine = try_lock(fd)
-    return mine is None or (mine and parent.is_at(name, fd))  # None: no locks here, and so nobody who removes
+    return mine is None or (
+        mine and parent.is_at(name, fd)
+    )  # None: no locks on this file system, so nobody removes stale files
 
 
 def is_unfinished_export(found: Folder) -> bool:
-    """Whether a file or folder, by its looks, is what an export writes; its name is the caller's matter."""
+    """Whether a file or folder holds what an export writes; the caller checks the name."""
     about = os.fstat(found.fd)
     if stat.S_ISREG(about.st_mode):
-        # Of one that was killed at once there may be nothing yet.
+        # An export that was killed early may have written nothing.
         return _is_private(about) and _FILE_BEGIN.startswith(os.pread(found.fd, len(_FILE_BEGIN), 0))
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
         return False
     entries = {name: found.stat(name) for name in found.names()}
     weights = [name for name in entries if _WEIGHTS.fullmatch(name)]
-    # Copied configuration may have any name, but comes after weights, and is as private. Torch writes with the umask.
+    # Copied configuration may have any name, but is written after weights, with mode 0600. Torch uses the umask.
     return (not entries or bool(weights)) and all(
         _is_private(each) or (name in weights and _is_file(each)) for name, each in entries.items()
     )

@@ -1,7 +1,7 @@
 """Optimizer records of an imported checkpoint: whose groups, whose hyper-parameters, which state. Reads no tensor.
 
-Hyper-parameters go with the states of the schedulers that changed them. A source that has none of these leaves the
-groups with names alone, and a resumed optimizer keeps what ``configure_optimizers`` gave it.
+Hyper-parameters are imported together with the scheduler states that changed them. If the source has no scheduler
+states, groups hold names only, and a resumed optimizer keeps the hyper-parameters of ``configure_optimizers``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def optimizers_for(
     """Records of the target.
 
     Args:
-        source: Where the state comes from, if it has any.
-        like: A checkpoint that the model saved: then its groups are the target's.
-        names: Name in the source -> name in the target of the parameters that come along.
-        step: Steps that state without a count has seen.
+        source: The source of the state.
+        like: A checkpoint that the model saved; the target then gets its groups.
+        names: Name in the source -> name in the target, of imported parameters.
+        step: Number of optimizer steps, for state without a count.
 
     Raises:
         CheckpointError: If the source's state cannot be given to the groups of an optimizer.
@@ -93,7 +93,7 @@ def _count_steps(
     state: dict[str, dict[str, Any]],
     step: int | None,
 ) -> None:
-    """Give moments that come without a count of steps the one that the caller names."""
+    """Add the caller's number of steps to moments that the source stores without one."""
     for old, new in names.items():
         if old in record.state and _MOMENT in source.parameters[old] and _STEP not in state[new]:
             if step is None:

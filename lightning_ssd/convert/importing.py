@@ -1,9 +1,9 @@
-"""A checkpoint of ours made from somebody else's, or from one of ours for a model with other names.
+"""Make a checkpoint of ours from another format, or from one of ours for a model with other parameter names.
 
-Tensors go one at a time from the source's mapped files to the new ones. Where the source is a checkpoint of ours, unit
-files of which every tensor is wanted are linked instead, under whatever names. What the target must hold is either what
-the source holds, or what a *model checkpoint* holds: one that the new model saved, at any step. From that come names,
-shapes, optimizer groups, and the values of parameters that the source does not have.
+Tensors are copied one at a time from the source's mapped files. Where the source is a checkpoint of ours, a unit file
+is linked if every tensor in it is wanted. Without a *model checkpoint* the target holds what the source holds. A model
+checkpoint is one that the new model saved, at any step (``like``): from it come names, shapes, optimizer groups, and
+the values of parameters that the source does not have.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class ImportReport:
 
     Attributes:
         source: Where from.
-        matched: Number of the model's tensors that the source has.
+        matched: How many of the model's tensors the source has.
         renamed: Name in the source -> name in the target, where they differ.
-        missing: Names of the model that the source has not; their values are the model checkpoint's.
-        left_over: Names of the source that the model has not, or that the map leaves out.
+        missing: Names of the model that the source does not have; their values come from the model checkpoint.
+        left_over: Names of the source that the model does not have, or that the map leaves out.
         optimizers: Whether optimizer state is imported: ``"imported"``, ``"fresh"`` or ``"none"``.
         step: Global step of the target.
         nbytes_linked: Bytes of unit files that are links.
@@ -73,7 +73,7 @@ class ImportReport:
 
 
 @dataclass
-class Options:
+class ImportOptions:
     """How to import.
 
     Attributes:
@@ -81,9 +81,9 @@ class Options:
         like: A checkpoint that the model saved.
         partial: Take what is missing from ``like``, and leave out what is left over, instead of refusing.
         weights_only: Leave optimizer state and Lightning's state behind.
-        trust: Load classes of the source's own, which runs its code.
-        step: Optimizer steps that the source's state has seen, where it does not say.
-        dry_run: Only report.
+        trust: Unpickle classes that the source names, which runs its code.
+        step: Optimizer steps of the source's state, where it does not hold them.
+        dry_run: Report only; write nothing.
     """
 
     renaming: Renaming = field(default_factory=lambda: Renaming({}))
@@ -98,22 +98,22 @@ class Options:
 def import_checkpoint(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    options: Options | None = None,
+    options: ImportOptions | None = None,
     progress: Progress | None = None,
 ) -> ImportReport:
-    """Make a checkpoint of ours.
+    """Import a checkpoint.
 
     Args:
         source: A Hugging Face folder, a ``.safetensors`` file, a plain ``.ckpt`` or other torch file, a folder of
             ``torch.distributed.checkpoint``, a DeepSpeed universal checkpoint, or a checkpoint of ours.
         target: The new checkpoint's directory; must not exist, or be empty.
-        options: How.
+        options: How to import; the defaults of `ImportOptions` if None.
         progress: Called with bytes done and bytes in all.
 
     Raises:
         CheckpointError: If source and model do not fit, or the source is not what it should be. Nothing was written.
     """
-    options = options or Options()
+    options = options or ImportOptions()
     to = os.path.abspath(os.fspath(target))
     if os.path.lexists(to) and not (os.path.isdir(to) and not os.listdir(to)):
         raise CheckpointError(f"{to!r} exists; name a directory that does not exist or is empty")
@@ -131,10 +131,10 @@ def import_checkpoint(
         if options.dry_run:
             return report
         files = job.files(with_state=bool(records))
-        if any(isinstance(file, ComposedFile) for file in files):  # which have checksums of their own
+        if any(isinstance(file, ComposedFile) for file in files):  # a link keeps its checksums
             _verify(found, None if records else VALUE_KINDS)
             _verify(like, VALUE_KINDS)
-        buffers = {name: held.load() for name, held in job.buffers.items()}
+        buffers = {name: ref.load() for name, ref in job.buffers.items()}
         for index, name, key, value in extra:
             buffers[f"{OPTIMIZER_PREFIX}{index}.{name}.{key}"] = value
         done = write_checkpoint(
@@ -146,10 +146,10 @@ def import_checkpoint(
 
 
 def open_source(path: str | os.PathLike[str], *, trust: bool = False) -> ImportSource:
-    """Open whatever ``path`` is; see `import_checkpoint`.
+    """Open a source of any known format; see `import_checkpoint`.
 
     Raises:
-        CheckpointError: If it is nothing that is known, or malformed.
+        CheckpointError: If the format is unknown, or the source is malformed.
     """
     name = os.path.abspath(os.fspath(path))
     if is_checkpoint(name):
@@ -165,7 +165,7 @@ def open_source(path: str | os.PathLike[str], *, trust: bool = False) -> ImportS
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor of the target comes from: a name there, in the source or (if missing) in the model checkpoint."""
+    """Where a tensor of the target comes from: the source, or the model checkpoint; and its name there."""
 
     source: ImportSource
     name: str
@@ -184,11 +184,13 @@ def _leave_weights(source: ImportSource) -> None:
             del kinds[kind]
 
 
-def _pair(source: ImportSource, like: ImportSource | None, options: Options) -> tuple[dict[str, _Place], ImportReport]:
+def _pair(
+    source: ImportSource, like: ImportSource | None, options: ImportOptions
+) -> tuple[dict[str, _Place], ImportReport]:
     """Find for each name of the target where its tensor comes from.
 
     Raises:
-        CheckpointError: If that leaves something open.
+        CheckpointError: If shapes disagree, or names are missing or left over without ``partial``.
     """
     shapes = source.shapes
     new_names = options.renaming.apply(shapes)
@@ -211,9 +213,9 @@ def _pair(source: ImportSource, like: ImportSource | None, options: Options) -> 
 
 
 def _shape(source: ImportSource, name: str, wanted: Shape | None) -> Shape:
-    held = source.value(name)
-    fits = held.is_flat and wanted is not None and math.prod(wanted) == math.prod(held.shape)
-    return wanted if fits and wanted is not None else held.shape
+    ref = source.value(name)
+    fits = ref.is_flat and wanted is not None and math.prod(wanted) == math.prod(ref.shape)
+    return wanted if fits and wanted is not None else ref.shape
 
 
 def _refuse_flat(source: ImportSource) -> None:
@@ -244,11 +246,11 @@ def _refuse_faults(
 
 
 def _lightning_state(source: ImportSource, *, has_optimizers: bool) -> dict[str, Any]:
-    """What `Trainer.fit` reads beside tensors: the source's own, or a beginning at step 0."""
+    """What `Trainer.fit` reads besides tensors: the source's own state, or that of step 0."""
     state = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": _lightning_version(), **source.state}
     if has_optimizers:
         state.setdefault("lr_schedulers", [])
-    else:  # with it, a fit would go on and find no optimizer; without it, Lightning says that only the model is here
+    else:  # without this key Lightning says that the checkpoint holds a model only; with it, a resume fails later
         state.pop("lr_schedulers", None)
     return state
 
@@ -286,15 +288,15 @@ class _Job:
     def files(self, *, with_state: bool) -> list[UnitFile | ComposedFile]:
         """Unit files: links where all of one is wanted, new ones for the others."""
         wanted = {
-            (name, kind): held
+            (name, kind): ref
             for name, kinds in self._params.items()
-            for kind, held in kinds.items()
+            for kind, ref in kinds.items()
             if with_state or kind in VALUE_KINDS
         }
         linked = self._linked(wanted)
         done = {(entry.name, file.kind) for file in linked for entry in file.entries}
-        rest = {key: held for key, held in wanted.items() if key not in done}
-        return [*linked, *_composed(rest, {name: held for name, held in self._shapes().items()})]
+        rest = {key: ref for key, ref in wanted.items() if key not in done}
+        return [*linked, *_composed(rest, self._shapes())]
 
     def dtypes(self, files: Iterable[UnitFile | ComposedFile]) -> dict[str, str]:
         """Dtypes at rest of parameters, where their origin tells them."""
@@ -316,8 +318,8 @@ class _Job:
         kinds = place.source.parameters.get(old) or {"param": place.source.buffers[old]}
         missing = place.source is self._like
         if self._rests_in_16_bits(name) and "master" not in kinds and kinds["param"].dtype == "F32":
-            kinds = {"master" if kind == "param" else kind: held for kind, held in kinds.items()}
-        self._params[name] = {k: held for k, held in kinds.items() if not missing or k in VALUE_KINDS}
+            kinds = {"master" if kind == "param" else kind: ref for kind, ref in kinds.items()}
+        self._params[name] = {k: ref for k, ref in kinds.items() if not missing or k in VALUE_KINDS}
         self._origins[name] = place
         if not missing:
             self.names[old] = name
@@ -333,16 +335,16 @@ class _Job:
     def _linked(self, wanted: Mapping[tuple[str, str], TensorRef]) -> list[UnitFile]:
         files: dict[str, dict[str, str]] = defaultdict(dict)  # path -> name inside the target -> name in the source
         places = {}
-        for (name, _), held in wanted.items():
+        for (name, _), ref in wanted.items():
             reader = self._origins[name].source.reader
-            if held.place is not None and reader is not None:
-                path = reader.path_of(held.place[0])
-                places[path] = held.place[0], reader
-                files[path][name] = held.place[1].name
+            if ref.place is not None and reader is not None:
+                path = reader.path_of(ref.place[0])
+                places[path] = ref.place[0], reader
+                files[path][name] = ref.place[1].name
         found = []
         for path, names in files.items():
             record, reader = places[path]
-            # A tensor that went to two names, or to none, makes the file unfit as it is.
+            # The file cannot be linked if one of its tensors has two names in the target, or none.
             if sorted(names.values()) == sorted(entry.name for entry in record.entries):
                 new = {old: name for name, old in names.items()}
                 entries = tuple(type(e)(new[e.name], e.dtype, e.shape, e.begin, e.end) for e in record.entries)
@@ -362,7 +364,7 @@ def _aliases(source: ImportSource, like: ImportSource | None, places: Mapping[st
     families: dict[str, str] = {}
     for old, name in new.items():
         stored = source.aliases.get(old, old)
-        # The stored name may be left out by the map, or come later: then the first of the family stores the tensor.
+        # The map may leave out the stored name: then the first of the tied names stores the tensor.
         first = families.setdefault(stored, new.get(stored, name))
         if first != name:
             found[name] = first
@@ -373,12 +375,12 @@ def _composed(wanted: Mapping[tuple[str, str], TensorRef], shapes: Mapping[str, 
     """Files of up to 1 GiB, one kind each, in order."""
     groups: dict[str, list[dict[str, TensorRef]]] = defaultdict(lambda: [{}])
     filled: dict[str, int] = defaultdict(int)
-    for (name, kind), held in wanted.items():
-        nbytes = math.prod(held.shape) * ITEMSIZE[held.dtype]
+    for (name, kind), ref in wanted.items():
+        nbytes = math.prod(ref.shape) * ITEMSIZE[ref.dtype]
         if groups[kind][-1] and filled[kind] + nbytes > _FILE_NBYTES:
             groups[kind].append({})
             filled[kind] = 0
-        groups[kind][-1][name] = held
+        groups[kind][-1][name] = ref
         filled[kind] += nbytes
     return [
         _compose(f"imported-{index}", kind, group, shapes)
@@ -391,7 +393,7 @@ def _compose(unit: str, kind: str, group: Mapping[str, TensorRef], shapes: Mappi
     def tensor_of(name: str) -> Tensor:
         return group[name].load().reshape(shapes[name])
 
-    entries = lay_out((name, held.dtype, shapes[name]) for name, held in group.items())
+    entries = lay_out((name, ref.dtype, shapes[name]) for name, ref in group.items())
     return ComposedFile(unit, kind, entries, tensor_of, partial(_drop, group))
 
 

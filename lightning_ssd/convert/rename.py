@@ -16,8 +16,8 @@ class Renaming:
     """Old name -> new name.
 
     Rules are pairs ``"old.name": "new.name"``; ``"front.*": "other.*"`` exchanges the front of every name that begins
-    so; null in place of the new name leaves the tensor out. A whole name goes before a front, a longer front before a
-    shorter one. Names that no rule is about stay.
+    so; null in place of the new name leaves the tensor out. A whole name takes precedence over a front, a longer front
+    over a shorter one. Names without a rule stay.
     """
 
     def __init__(self, rules: Mapping[str, object], where: str = "the map") -> None:
@@ -61,7 +61,7 @@ class Renaming:
         """Old -> new name of all ``names``.
 
         Raises:
-            CheckpointError: If a rule is about none of them (a slip of the pen), or two would get the same name.
+            CheckpointError: If a rule matches none of them, or two would get the same name.
         """
         found = {name: self(name) for name in names}
         unused = [rule for rule in (*self._whole, *(f"{front}*" for front in self._fronts)) if rule not in self._used]

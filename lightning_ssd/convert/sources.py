@@ -1,7 +1,6 @@
-"""Training states that others wrote, in one form: what tensors there are, and each of them on demand.
+"""Training states of any format as one class, `ImportSource`: names and shapes first, tensors on demand.
 
-No code of a file is run unless the caller says so: torch files are loaded with ``weights_only=True``. Tensors lie where
-their file is mapped.
+Torch files are loaded with ``weights_only=True`` unless the caller trusts them. Tensors are mapped, not read.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ class TensorRef:
     Attributes:
         shape: Its shape.
         dtype: Its safetensors dtype; empty if that format has none for it.
-        load: Gives the tensor.
-        drop: Gives its memory back.
-        is_flat: ``shape`` is the number of elements only; the tensor has another shape that the source does not tell.
-        place: The unit file of ours that holds it.
+        load: Returns the tensor.
+        drop: Frees its memory.
+        is_flat: The source does not hold the tensor's shape; ``shape`` is its number of elements.
+        place: The unit file that holds it and its entry there, if the source is a checkpoint of ours.
     """
 
     shape: Shape
@@ -57,11 +56,12 @@ class ImportSource:
         where: What messages call it.
         parameters: Name -> kind -> tensor.
         buffers: Further tensors of the module.
-        aliases: Further names of tied tensors -> name under which the tensor is held.
-        optimizers: Records; one without groups is of a source that does not say which parameters were in which.
+        aliases: Further names of tied tensors -> name under which the tensor is stored.
+        optimizers: Records. One has no groups if the source does not say which parameters were in which group.
         extra_state: Optimizer state of another shape than its parameter's: optimizer -> parameter -> key -> tensor.
-        state: What Lightning keeps beside tensors; empty if the source is not from Lightning.
-        reader: The checkpoint, if it is one of ours.
+        state: Lightning's state besides tensors; empty if the source is not from Lightning.
+        reader: The open checkpoint, if it is one of ours.
+        stack: Closes what the source holds open.
     """
 
     where: str
@@ -87,7 +87,7 @@ class ImportSource:
         return found | {alias: found[stored] for alias, stored in self.aliases.items()}
 
     def value(self, name: str) -> TensorRef:
-        """A tensor of the module in its most exact form."""
+        """A tensor of the module in its most exact form: the master if there is one."""
         stored = self.aliases.get(name, name)
         if stored in self.buffers:
             return self.buffers[stored]
@@ -97,12 +97,12 @@ class ImportSource:
             raise CheckpointError(f"{self.where}: {name!r} has optimizer state but no value")
         return found
 
-    def add(self, name: str, held: TensorRef, kind: str = "param") -> None:
-        """Enter a tensor of the module where it belongs: integers are no parameters."""
-        if held.dtype and torch.empty(0, dtype=TORCH_DTYPE[held.dtype]).is_floating_point():
-            self.parameters.setdefault(name, {})[kind] = held
+    def add(self, name: str, ref: TensorRef, kind: str = "param") -> None:
+        """Add a tensor of the module: to the parameters if it is floating-point, else to the buffers."""
+        if ref.dtype and torch.empty(0, dtype=TORCH_DTYPE[ref.dtype]).is_floating_point():
+            self.parameters.setdefault(name, {})[kind] = ref
         else:
-            self.buffers[name] = held
+            self.buffers[name] = ref
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) -> ImportSource:
@@ -116,7 +116,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
         source = ImportSource(reader.directory, reader=reader)
         view = StateDictView(reader, weights_only)
         buffers, source.extra_state = split_buffers(reader, weights_only)
-        # What a hook put in a parameter's place is in `buffers`, and what it left out is only there for its optimizer.
+        # A value that a hook replaced is in `buffers`; a parameter that it left out is stored for its optimizer only.
         kept = {n: p for n, p in reader.manifest.parameters.items() if n in view.shapes and n not in buffers}
         for name, places in kept.items():
             source.parameters[name] = {
@@ -129,7 +129,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
                 )
                 for kind, place in places.items()
             }
-        source.buffers = {name: held_tensor(tensor) for name, tensor in buffers.items()}
+        source.buffers = {name: tensor_ref(tensor) for name, tensor in buffers.items()}
         source.aliases = dict(reader.manifest.aliases)
         source.optimizers = reader.optimizers(weights_only)
         lost = [name for name in reader.manifest.parameters if name not in kept]
@@ -165,7 +165,7 @@ def open_torch_file(path: str | os.PathLike[str], *, weights_only: bool = True) 
         key = (value.data_ptr(), tuple(value.shape), value.dtype)
         stored = first.setdefault(key, name) if value.numel() and value.layout == torch.strided else name
         if stored == name:
-            source.add(name, held_tensor(value))
+            source.add(name, tensor_ref(value))
         else:
             source.aliases[name] = stored
     if not source.parameters and not source.buffers:
@@ -175,8 +175,8 @@ def open_torch_file(path: str | os.PathLike[str], *, weights_only: bool = True) 
     return source
 
 
-def held_tensor(tensor: Tensor) -> TensorRef:
-    """A tensor that is at hand, usually mapped."""
+def tensor_ref(tensor: Tensor) -> TensorRef:
+    """A reference to a tensor in memory, usually a mapped one."""
     tensor = tensor.detach()
     dtype = name_of(tensor.dtype) if tensor.layout == torch.strided and tensor.dtype in TORCH_DTYPE.values() else ""
 
@@ -188,14 +188,14 @@ def held_tensor(tensor: Tensor) -> TensorRef:
 
 
 def add_state(source: ImportSource, number: int, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Enter one parameter's optimizer state; return what of it is scalar."""
+    """Add one parameter's optimizer state by shape; return its scalars."""
     scalars: dict[str, Any] = {}
     shape = source.value(name).shape
     for key, value in values.items():
         if not isinstance(value, Tensor) or key == "step" or (value.dim() == 0 and shape):
             scalars[key] = value
         elif tuple(value.shape) == shape and value.is_floating_point():
-            source.parameters[source.aliases.get(name, name)][key] = held_tensor(value)
+            source.parameters[source.aliases.get(name, name)][key] = tensor_ref(value)
         else:
             source.extra_state.setdefault(number, {}).setdefault(name, {})[key] = value
     return scalars

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.directory import remove as remove
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.manifest import OptimizerRecord, UnitFile
+from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.mapped import SeenFiles
 from lightning_ssd.checkpoint.save import write_checkpoint
 from lightning_ssd.checkpoint.state_dict import (
@@ -26,6 +26,7 @@ from lightning_ssd.checkpoint.state_dict import (
     StateDictView,
     join_state_dict,
 )
+from lightning_ssd.checkpoint.unit_file import UnitFile
 from lightning_ssd.codec import float32
 from lightning_ssd.convert.export import WHOLE_STATES, optimizer_states
 from lightning_ssd.errors import CheckpointError

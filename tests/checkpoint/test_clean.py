@@ -15,7 +15,7 @@ import pytest
 
 from lightning_ssd.checkpoint import directory
 from lightning_ssd.cli.main import main
-from lightning_ssd.cli.stale_files import leftover, remove_leftover
+from lightning_ssd.cli.stale_files import find_stale, remove_stale
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.store.run_directory import RunDirectory, dead_runs, remove_dead_run
 from tests.checkpoint.support import Training, assert_whole
@@ -272,20 +272,20 @@ def test_the_only_copy_of_a_checkpoint_stays(
     code, found = clean(tmp_store, "--yes", capsys=capsys)
     assert (code, found[0]["removed"]) == (0, False)
     assert "only copy" in found[0]["kept_because"]
-    assert not remove_leftover(str(aside))
+    assert not remove_stale(str(aside))
     directory.recover(str(tmp_store / "c"))
     assert_whole(tmp_store / "c", training, 1)
 
 
 def test_a_directory_with_something_else_in_it_is_no_leftover(training: Training, tmp_store: Path) -> None:
     path = dead_save(training, tmp_store / "c")
-    assert leftover(str(path)) is not None
+    assert find_stale(str(path)) is not None
     (path / "units" / "notes.txt").touch()
-    assert leftover(str(path)) is None
+    assert find_stale(str(path)) is None
     (path / "units" / "notes.txt").unlink()
     (path / "buffers.safetensors").unlink()
     (path / "buffers.safetensors").symlink_to(tmp_store)
-    assert leftover(str(path)) is None
+    assert find_stale(str(path)) is None
 
 
 def test_a_save_leaves_alone_what_another_user_planted(

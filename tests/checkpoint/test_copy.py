@@ -18,7 +18,7 @@ from lightning_ssd.checkpoint import progress as progress_module
 from lightning_ssd.checkpoint.copy import copy_checkpoint
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.cli.main import main
-from lightning_ssd.cli.stale_files import leftover
+from lightning_ssd.cli.stale_files import find_stale
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import try_lock
 from tests.checkpoint.support import Training, assert_whole
@@ -88,7 +88,7 @@ def test_a_killed_copy_goes_on_where_it_was(checkpoint: Path, training: Training
     while die_at(number, checkpoint, elsewhere / "d"):
         assert not (elsewhere / "d").exists()
         (unfinished,) = elsewhere.iterdir()
-        found = leftover(str(unfinished))
+        found = find_stale(str(unfinished))
         assert found is not None
         assert found.what == "unfinished copy"
         assert not found.is_needed

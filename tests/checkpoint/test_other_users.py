@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from lightning_ssd.checkpoint import directory
-from lightning_ssd.cli.stale_files import leftover, remove_leftover
+from lightning_ssd.cli.stale_files import find_stale, remove_stale
 from lightning_ssd.convert.importing import import_checkpoint
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.io.file import File
+from lightning_ssd.io.engine import File
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.store.run_directory import RunDirectory
 from tests.checkpoint.support import Training, assert_whole
@@ -125,8 +125,8 @@ def test_another_users_checkpoint_is_not_replaced_and_their_leftovers_stay(train
         theirs.advance()
         with pytest.raises(CheckpointError, match="belongs to another user"):
             theirs.save(shared / "c")
-        assert leftover(str(shared / ".c.tmp-1-0123456789abcdef")) is None
-        assert not remove_leftover(str(shared / ".c.tmp-1-0123456789abcdef"))
+        assert find_stale(str(shared / ".c.tmp-1-0123456789abcdef")) is None
+        assert not remove_stale(str(shared / ".c.tmp-1-0123456789abcdef"))
 
     as_user(NOBODY, other)
     assert_whole(shared / "c", training, 1)

@@ -12,7 +12,7 @@ from lightning_ssd.checkpoint.copy import copy_checkpoint
 from lightning_ssd.convert.export import consolidate, to_safetensors
 from lightning_ssd.convert.export_dcp import to_dcp
 from lightning_ssd.convert.importing import import_checkpoint
-from lightning_ssd.io.file import File
+from lightning_ssd.io.engine import File
 from lightning_ssd.store.run_directory import RunDirectory
 from tests.checkpoint.support import Training
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_ssd.checkpoint.probe_save import probe_save
-from lightning_ssd.cli.stale_files import leftover
+from lightning_ssd.cli.stale_files import find_stale
 from lightning_ssd.errors import CheckpointError
 
 
@@ -74,7 +74,7 @@ def test_a_directory_that_cannot_take_checkpoints_is_named(
     assert tree(tmp_store / "a") == tree(tmp_store / "b") == []
     # What could not be removed is what `lightning-ssd clean` knows.
     left = list((tmp_store / "saved").iterdir()) if (tmp_store / "saved").is_dir() else []
-    assert all(leftover(str(path)) is not None for path in left)
+    assert all(find_stale(str(path)) is not None for path in left)
     assert len(left) <= (call in ("unlink", "rename"))
 
 

@@ -20,7 +20,7 @@ from lightning_ssd.checkpoint.manifest_json import seal
 from lightning_ssd.convert.dcp import open_dcp
 from lightning_ssd.convert.export import consolidate, to_safetensors
 from lightning_ssd.convert.export_dcp import to_dcp
-from lightning_ssd.convert.importing import Options, import_checkpoint, open_source
+from lightning_ssd.convert.importing import ImportOptions, import_checkpoint, open_source
 from lightning_ssd.convert.param_names import in_order_of, optimizer_from_torch
 from lightning_ssd.convert.rename import Renaming
 from lightning_ssd.errors import CheckpointError, CorruptionError
@@ -248,7 +248,7 @@ def test_odd_optimizer_state_comes_along(tmp_path: Path) -> None:
 def test_a_checkpoint_of_ours_under_other_names(training: Training, tmp_store: Path) -> None:
     training.save(tmp_store / "c")
     rules = {"a.weight": "x.weight", "head.weight": "y.weight", "b.bias": None}
-    report = import_checkpoint(tmp_store / "c", tmp_store / "d", Options(renaming=Renaming(rules)))
+    report = import_checkpoint(tmp_store / "c", tmp_store / "d", ImportOptions(renaming=Renaming(rules)))
     assert report.left_over == ["b.bias"]
     with CheckpointReader(tmp_store / "d") as reader:
         reader.verify()
@@ -263,7 +263,7 @@ def test_a_checkpoint_of_ours_under_other_names(training: Training, tmp_store: P
         # The file of unit a is a link; that of b lost a tensor, so it is written anew.
         links = {file.name: file.stat().st_nlink for file in (tmp_store / "d" / "units").iterdir()}
         assert sorted(links.values()) == [1, 1, 3, 3]
-        again = import_checkpoint(tmp_store / "d", tmp_store / "e", Options(renaming=Renaming({"x.*": "z.*"})))
+        again = import_checkpoint(tmp_store / "d", tmp_store / "e", ImportOptions(renaming=Renaming({"x.*": "z.*"})))
     assert again.renamed == {"x.weight": "z.weight"}
     with CheckpointReader(tmp_store / "e") as reader:
         assert torch.equal(reader.tensor("z.weight", "master"), training.tensors("a", "master", 1)["a.weight"])
@@ -277,7 +277,7 @@ def test_damage_is_found_before_its_bytes_get_other_checksums_or_none(
     for file in (tmp_store / "c" / "units").glob(f"*b.{kind}*"):
         file.write_bytes(file.read_bytes()[:-4] + b"****")
     ways: list[Callable[[Path], object]] = [
-        lambda to: import_checkpoint(tmp_store / "c", to, Options(renaming=Renaming({"b.bias": None}))),
+        lambda to: import_checkpoint(tmp_store / "c", to, ImportOptions(renaming=Renaming({"b.bias": None}))),
         lambda to: consolidate(tmp_store / "c", to),
         lambda to: to_dcp(tmp_store / "c", to),
     ]

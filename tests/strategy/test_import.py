@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.cli.main import main
-from lightning_ssd.convert.importing import Options, import_checkpoint
+from lightning_ssd.convert.importing import ImportOptions, import_checkpoint
 from lightning_ssd.convert.rename import Renaming
 from lightning_ssd.errors import CheckpointError
 from tests.helpers.models import GPT, Block
@@ -148,7 +148,7 @@ def test_a_plain_checkpoint_goes_on_where_it_was(tmp_path: Path, like: Path, use
     trainer.fit(Module(GPT(tie=True)), DataLoader(Tokens(64), batch_size=4))
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     report = import_checkpoint(
-        tmp_path / "plain.ckpt", tmp_path / "target.ckpt", Options(like=str(like) if use_like else None)
+        tmp_path / "plain.ckpt", tmp_path / "target.ckpt", ImportOptions(like=str(like) if use_like else None)
     )
     assert (report.step, report.optimizers, report.missing, report.left_over) == (5, "imported", [], [])
     with CheckpointReader(tmp_path / "target.ckpt") as reader:
@@ -263,13 +263,13 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, trained: Any, like
     flat = write_flat(tmp_path / "flat", module, optimizer)
     target = tmp_path / "target"
     for source, options, message in [
-        (universal, Options(), "which parameters were in which group.*--like"),
-        (flat, Options(weights_only=True), "stored flat.*--like"),
-        (flat, Options(like=str(like)), "number of steps.*--step"),
-        (universal, Options(like=str(like), renaming=Renaming({"net.tok.weight": "tok"})), "'tok'.*--map"),
-        (universal, Options(renaming=Renaming({"nte.*": "net.*"})), r"no tensor is called 'nte\.\*'"),
-        (universal, Options(renaming=Renaming({"net.tok.weight": "net.pos"})), "both.*'net.pos'"),
-        (tmp_path / "nothing", Options(), "is no file"),
+        (universal, ImportOptions(), "which parameters were in which group.*--like"),
+        (flat, ImportOptions(weights_only=True), "stored flat.*--like"),
+        (flat, ImportOptions(like=str(like)), "number of steps.*--step"),
+        (universal, ImportOptions(like=str(like), renaming=Renaming({"net.tok.weight": "tok"})), "'tok'.*--map"),
+        (universal, ImportOptions(renaming=Renaming({"nte.*": "net.*"})), r"no tensor is called 'nte\.\*'"),
+        (universal, ImportOptions(renaming=Renaming({"net.tok.weight": "net.pos"})), "both.*'net.pos'"),
+        (tmp_path / "nothing", ImportOptions(), "is no file"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             import_checkpoint(source, target, options)
@@ -277,4 +277,4 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, trained: Any, like
     target.mkdir()
     (target / "mine").touch()
     with pytest.raises(CheckpointError, match="exists"):
-        import_checkpoint(universal, target, Options(weights_only=True))
+        import_checkpoint(universal, target, ImportOptions(weights_only=True))
