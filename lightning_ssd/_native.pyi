@@ -3,7 +3,7 @@
 import enum
 
 
-class IoTransfer:
+class IOTransfer:
     """One asynchronous operation; it completes whether or not anyone waits."""
 
     def done(self) -> bool: ...
@@ -17,10 +17,10 @@ class IoTransfer:
     def times(self) -> tuple[float, float | None] | None:
         """(begin_s, end_s or None) of time.perf_counter; None while queued."""
 
-class IoEngine:
+class IOEngine:
     """Moves bytes between descriptors and memory; not usable after a fork."""
 
-    def start(self, is_write: bool, direct_fd: int, tail_fd: int, offset: int, address: int, nbytes: int) -> IoTransfer: ...
+    def start(self, is_write: bool, direct_fd: int, tail_fd: int, offset: int, address: int, nbytes: int) -> IOTransfer: ...
 
     def register_memory(self, address: int, nbytes: int) -> bool:
         """Pin memory once that most requests use; False where refused."""
@@ -31,9 +31,9 @@ class IoEngine:
     def close(self) -> None:
         """Wait for what is in flight and end the threads."""
 
-def make_posix_engine(block_nbytes: int, num_threads: int) -> IoEngine: ...
+def make_posix_engine(block_nbytes: int, num_threads: int) -> IOEngine: ...
 
-def make_uring_engine(block_nbytes: int, depth: int) -> IoEngine:
+def make_uring_engine(block_nbytes: int, depth: int) -> IOEngine:
     """Raises OSError where io_uring is missing, forbidden or too old."""
 
 def handle_bus_errors(raise_: object) -> bool:

@@ -14,7 +14,7 @@ from lightning_ssd.io.file import File
 from lightning_ssd.sizes import parse_nbytes
 
 if TYPE_CHECKING:
-    from lightning_ssd._native import IoEngine, IoTransfer
+    from lightning_ssd._native import IOEngine, IOTransfer
 
 
 def make_uring_engine(options: IOOptions, *, reason: str) -> NativeEngine:
@@ -41,7 +41,7 @@ def make_posix_engine(options: IOOptions, *, reason: str) -> NativeEngine:
 class NativeEngine:
     """`Engine` over an engine of the native module."""
 
-    def __init__(self, name: str, native: IoEngine, options: IOOptions, *, reason: str) -> None:
+    def __init__(self, name: str, native: IOEngine, options: IOOptions, *, reason: str) -> None:
         self.name = name
         self.reason = reason
         self._native = native
@@ -103,7 +103,7 @@ class NativeTransfer:
 
     def __init__(
         self,
-        native: IoTransfer,
+        native: IOTransfer,
         file: File,
         offset: int,
         nbytes: int,

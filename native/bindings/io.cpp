@@ -122,13 +122,13 @@ void bind_io(nb::module_& module) {
   nb::register_exception_translator(raise_os_error);
   using Release = nb::call_guard<nb::gil_scoped_release>;
 
-  nb::class_<Transfer>(module, "IoTransfer", "One asynchronous operation; it completes whether or not anyone waits.")
+  nb::class_<Transfer>(module, "IOTransfer", "One asynchronous operation; it completes whether or not anyone waits.")
       .def("done", &Transfer::done)
       .def("wait_for", &Transfer::wait_for, "seconds"_a, Release(), "Wait at most this long; returns done().")
       .def("failure", &failure, "(errno, offset, nbytes) of the first piece that failed, once done.")
       .def("times", &times, "(begin_s, end_s or None) of time.perf_counter; None while queued.");
 
-  nb::class_<OwnedEngine>(module, "IoEngine", "Moves bytes between descriptors and memory; not usable after a fork.")
+  nb::class_<OwnedEngine>(module, "IOEngine", "Moves bytes between descriptors and memory; not usable after a fork.")
       .def("start", &start, "is_write"_a, "direct_fd"_a, "tail_fd"_a, "offset"_a, "address"_a, "nbytes"_a, Release())
       .def(
           "register_memory",
