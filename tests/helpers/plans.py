@@ -27,5 +27,5 @@ def choose_plan(
             setattr(draft, name, getattr(draft, name) | value if isinstance(value, set) else value)
 
     monkeypatch.setattr(plan._Draft, "grow", grow)
-    # A plan that keeps everything is not among those to choose from: it fits in no budget.
-    monkeypatch.setattr(plan._Draft, "keep_everything", lambda draft: setattr(draft, "spill_nbytes", 1 << 62))
+    # A plan that holds everything in memory is not among those to choose from: it fits in no budget.
+    monkeypatch.setattr(plan._Draft, "hold_everything", lambda draft: setattr(draft, "spill_nbytes", 1 << 62))
