@@ -179,7 +179,7 @@ class CheckpointReader:
 
         Args:
             weights_only: False unpickles whatever the file names, which runs its code; only for files you trust.
-            safe_globals: Classes allowed beside torch's own list.
+            safe_globals: Classes allowed in addition to torch's own list.
 
         Raises:
             CheckpointError: If the state holds a class that is not allowed.
@@ -246,13 +246,14 @@ class CheckpointReader:
                 if record.checksums is None:
                     unchecked.append(record.path)
                     continue
-                self._verify_file(fd, record, done, progress)
+                self._verify_file(fd, record, record.checksums, done, progress)
             done += record.nbytes
         return VerifyReport(done, tuple(unchecked))
 
-    def _verify_file(self, fd: int, record: FileRecord, done: int, progress: Progress | None) -> None:
-        assert record.checksums is not None
-        for index, expected in enumerate(record.checksums):
+    def _verify_file(
+        self, fd: int, record: FileRecord, checksums: tuple[int, ...], done: int, progress: Progress | None
+    ) -> None:
+        for index, expected in enumerate(checksums):
             offset = record.data_begin + index * PIECE_NBYTES
             piece = read_exactly(fd, min(PIECE_NBYTES, record.nbytes - offset), offset, self._where(record.path))
             if checksum(piece) != expected:

@@ -21,7 +21,7 @@ UNITS = "units"
 
 NAMES_1 = {BUFFERS: "rest.safetensors", EXTRA_TENSORS: "odd.pt"}
 OWN_FILES = (MANIFEST, STATE, BUFFERS, EXTRA_TENSORS, *NAMES_1.values())
-"""Every name that a file of a checkpoint has beside ``units``, in any version of the format."""
+"""Names of the files next to ``units``, in every version of the format."""
 
 
 @dataclass
