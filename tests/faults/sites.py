@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from lightning_ssd.checkpoint import directory
-from lightning_ssd.io import engine as engine_module
+from lightning_ssd.io import file as file_module
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.io.select import make_engine
 from lightning_ssd.strategy import session as session_module
@@ -161,7 +161,7 @@ class Injector:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(session_module, "make_engine", self._make_engine)
             if self._site.calls == ("reserve",):
-                patch.setattr(engine_module, "_reserve", self._wrapped("reserve", engine_module._reserve))
+                patch.setattr(file_module, "_reserve", self._wrapped("reserve", file_module._reserve))
             elif not self._site.by_engine:
                 for name in self._site.calls:
                     patch.setattr(os, name, self._wrapped(name, getattr(os, name)))
