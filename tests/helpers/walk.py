@@ -8,6 +8,7 @@ threads count, in the order of their calls. It stands alone, so that it runs on 
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tempfile
@@ -119,7 +120,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     calls = walk()
     files = [call.file for call in calls]
-    switches = sum(a != b for a, b in zip(files, files[1:], strict=False))
+    switches = sum(a != b for a, b in itertools.pairwise(files))
     print(f"{len(calls)} calls, {len(set(calls))} functions, {len(set(files))} files, {switches} switches of file")
     if "--list" in sys.argv:
         for call in calls:

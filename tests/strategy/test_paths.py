@@ -169,7 +169,7 @@ def test_a_run_directory_that_somebody_removed_is_named(
     with pytest.raises(StoreError) as error:
         train(tmp_path, net, strategy, max_steps=6, callbacks=[_RemovesTheRun()], **options)
     assert re.search(r"the run directory '.*/store/ssd-run-\S+' is gone: somebody, or a cleaner", str(error.value))
-    assert "resume from it, with nvme_path where nothing is cleaned up" in str(error.value)
+    assert "resume from it, with an nvme_path where nothing is cleaned up" in str(error.value)
     del error
     finish_backward()
     strategy.lightning_module.trainer._signal_connector.teardown()  # not done by Lightning where a teardown fails
