@@ -136,7 +136,7 @@ def memory_now() -> tuple[int, int]:
 def plan_of(session: Any) -> dict[str, Any]:
     """The memory plan of a session of the strategy: bytes by pool, and how much is kept."""
     plan = session.plan
-    names = ("host", "smallest", "param", "update", "temporary", "grad", "staging", "kept", "queue")
+    names = ("host", "smallest", "param", "update", "temporary", "grad", "staging", "in_memory", "queue")
     return {f"{name}_nbytes": getattr(plan, f"{name}_nbytes") for name in names} | {
         "chunk_numel": plan.chunk_numel,
         "depth": plan.depth,

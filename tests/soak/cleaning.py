@@ -30,7 +30,7 @@ from lightning_ssd.checkpoint.directory import remove
 from lightning_ssd.checkpoint.probe_save import probe_save
 from lightning_ssd.cli.main import main as command_line
 from lightning_ssd.convert.export import consolidate, to_safetensors
-from lightning_ssd.io.engine import File
+from lightning_ssd.io.file import File
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from tests.checkpoint.support import Training, assert_whole
 
