@@ -6,8 +6,6 @@ files stay, so that a checkpoint can still be saved; they go when the next sessi
 
 from __future__ import annotations
 
-import resource
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,10 +15,10 @@ from itertools import count
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.errors import ConfigurationError, Ending, IOFailure, ResidencyError, SSDOffloadError
+from lightning_ssd.errors import ConfigurationError, Ending, ResidencyError, SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import Engine, IOStats
-from lightning_ssd.io.select import make_engine, use_direct
+from lightning_ssd.io.select import make_engine
 from lightning_ssd.memory.headroom import Headroom
 from lightning_ssd.memory.heap import bound_heap, trim_heap, unbound_heap
 from lightning_ssd.memory.mapped_file import handle_bus_errors
@@ -30,12 +28,11 @@ from lightning_ssd.optim.choice import choose_rule
 from lightning_ssd.optim.pipeline import master_dtype
 from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
 from lightning_ssd.store.handles import handles, require_handles
-from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
-from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.strategy.forking import Forking
 from lightning_ssd.strategy.runtime import Runtime
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing
+from lightning_ssd.strategy.store_files import end_store, open_store
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.inherited import Inherited
 from lightning_ssd.units.mapped import MappedParams
@@ -70,7 +67,7 @@ class Session:
         self.trace = Trace()
         self.engine: Engine = make_engine(settings.io)
         try:
-            self.store = self._make_store()
+            self.store = open_store(settings, self.engine, self.trace)
         except BaseException:
             self.engine.close()
             raise
@@ -83,7 +80,7 @@ class Session:
         self._is_at_rest = False
         self._streaming_for: OptimizerAdapter | None = None
         # Runs when nobody holds the session any more, at the latest when the process ends.
-        self._remove_files = weakref.finalize(self, _end_files, self.store, remove=not settings.keep_store)
+        self._remove_files = weakref.finalize(self, end_store, self.store, remove=not settings.keep_store)
         Forking(self)
 
     @property
@@ -385,35 +382,3 @@ class Session:
     def stats(self) -> IOStats:
         """What was read and written so far."""
         return self.engine.stats()
-
-    def _make_store(self) -> StateStore:
-        # Each generation of each kind of each unit is an open file.
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        directories: list[RunDirectory] = []
-        try:
-            for root in self.settings.roots:
-                warn_of_dead_runs(root)
-                directories.append(RunDirectory(root, keep=self.settings.keep_store))
-            direct = [use_direct(self.settings.io, directory.path) for directory in directories]
-        except BaseException:
-            with Ending() as ending:
-                for directory in directories:
-                    ending.callback(partial(directory.close, remove=True))
-                raise
-        return StateStore(
-            directories,
-            self.engine,
-            direct=direct,
-            verify=self.settings.verify,
-            trace=self.trace,
-            new_engine=partial(make_engine, self.settings.io),
-        )
-
-
-def _end_files(store: StateStore, *, remove: bool) -> None:
-    """Close the files, and remove them; a disk that hangs does not keep the process from ending."""
-    try:
-        store.engine.patience.call(lambda: store.close(remove=remove), store.spill_directory, "end of the run's files")
-    except IOFailure as error:
-        warnings.warn(f"{error}; what is left there can be removed with: lightning-ssd clean", stacklevel=2)
