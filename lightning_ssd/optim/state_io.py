@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -22,7 +23,7 @@ from lightning_ssd.units.mapped import snapshot
 from lightning_ssd.units.unit import Unit
 
 
-class OptimizerState:
+class OptimizerState(ABC):
     """What one optimizer keeps of its parameters. Arguments as of `OptimizerAdapter`.
 
     Attributes:
@@ -44,9 +45,9 @@ class OptimizerState:
         self._initialised: dict[nn.Parameter, set[str]] = {}
         self._view = StateView(self._with_state, self._has_state, self._state_to_show, store)
 
+    @abstractmethod
     def drain(self) -> None:
         """Return when no update is pending."""
-        raise NotImplementedError
 
     def params(self) -> Iterable[nn.Parameter]:
         """Its parameters, group by group."""

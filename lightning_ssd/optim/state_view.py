@@ -44,9 +44,7 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
     def map(self, unit: str, kind: str) -> tuple[Tensor, ...]:
         """The tensors of a kind of a unit; what is written to them is found by `changes`."""
         if (unit, kind) not in self._maps:
-            generation = self._store.current(unit, kind)
-            assert generation is not None, (unit, kind)
-            self._maps[unit, kind] = MappedParams(self._store, generation)
+            self._maps[unit, kind] = MappedParams(self._store, self._store.newest(unit, kind))
         return self._maps[unit, kind].tensors
 
     @property

@@ -51,6 +51,7 @@ class BackwardPass:
         self.rerunning: Frame | None = None
         self.step_hooks = StepHooks(self.hooks)
         self._model = model
+        self._store = model.store
         self._cache = cache
         self._grads = grads
         self._optimizer: OptimizerAdapter | None = None  # updates units in this backward
@@ -148,7 +149,7 @@ class BackwardPass:
         return packed.tensor()
 
     def _require_unchanged(self, unit: Unit, generation: Generation) -> None:
-        if generation.lineage is not self._model.current(unit).lineage:
+        if generation.lineage is not self._store.newest(unit.name, "param").lineage:
             raise RuntimeError(
                 f"backward needs values of unit {unit.name!r} that an optimizer step has replaced since the forward; "
                 "run the forward again, or the backward before the step"
@@ -156,7 +157,7 @@ class BackwardPass:
 
     def _require_unwritten(self, used: _Used) -> None:
         unit = used.unit
-        is_written = used.generation is not self._model.current(unit) or used.num_writes != unit.num_writes
+        is_written = used.generation is not self._store.newest(unit.name, "param") or used.num_writes != unit.num_writes
         if not is_written and used.fingerprint is not None and unit.in_memory is not None:
             is_written = used.fingerprint != fingerprint(unit.in_memory)
         if is_written:
@@ -195,7 +196,7 @@ class BackwardPass:
 
     def end_forward(self, frame: Frame, units: list[Unit]) -> None:
         """The forward of ``frame`` is over, and what it wrote to parameters of ``units`` itself is in the store."""
-        self._used[frame] = [_Used(unit, self._model.current(unit), unit.num_writes) for unit in units]
+        self._used[frame] = [_Used(unit, self._store.newest(unit.name, "param"), unit.num_writes) for unit in units]
 
     def touched(self, unit: Unit) -> None:
         """Code outside of modules may write to ``unit`` from now on; no generation tells where it is kept in memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -28,16 +29,16 @@ _FOREIGN = (sys.stdlib_module_names - {"collections", "types"}) | {
 _MISSING = object()
 
 
-class Holder:
+class Holder(ABC):
     """Something whose contents can be read and written. The contents are a tuple, or one value."""
 
+    @abstractmethod
     def read(self) -> Any:
         """The contents now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, contents: Any) -> None:
         """Make ``contents`` the contents."""
-        raise NotImplementedError
 
     def values(self, contents: Any) -> Iterable[object]:
         """Objects inside ``contents``, to be looked at next."""

@@ -102,6 +102,17 @@ class StateStore:
             raise StoreError(generation.damage)
         return generation
 
+    def newest(self, unit: str, kind: str) -> Generation:
+        """The current generation of a kind that must have one, such as the parameters of a unit that was placed.
+
+        Raises:
+            StoreError: There is none, or its update in memory failed midway.
+        """
+        generation = self.current(unit, kind)
+        if generation is None:
+            raise StoreError(f"unit {unit!r} has no {kind} in the store: the disk failed before it was written")
+        return generation
+
     def kinds(self, unit: str) -> list[str]:
         """Kinds of which ``unit`` has a generation."""
         with self._lock:

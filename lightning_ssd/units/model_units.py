@@ -10,8 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_ssd.errors import SSDOffloadError, StoreError
-from lightning_ssd.store.generation import Generation
+from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units import transforms
 from lightning_ssd.units.inherited import Inherited
@@ -71,20 +70,9 @@ class ModelUnits:
         self._unit_of = {param: unit for unit in units for param in unit.params}
         self._lazy_class = lazy_class(self)
 
-    def current(self, unit: Unit) -> Generation:
-        """The newest generation of the parameters of ``unit``.
-
-        Raises:
-            StoreError: There is none: the disk failed while the model was placed.
-        """
-        generation = self.store.current(unit.name, "param")
-        if generation is None:
-            raise StoreError(f"unit {unit.name!r} has no values on disk: the disk failed while the model was placed")
-        return generation
-
     def is_current(self, unit: Unit) -> bool:
         """Whether the bytes in memory are those of the newest generation."""
-        return unit.generation is self.current(unit)
+        return unit.generation is self.store.newest(unit.name, "param")
 
     # -- lazy parameters -----------------------------------------------------------------------------------------
 
@@ -128,7 +116,7 @@ class ModelUnits:
             unit.generation = unit.device_copy = None
             # Not placed if the disk failed or filled before.
             if unit.mapped is None and self.store.current(unit.name, "param") is not None:
-                self._show(unit, MappedParams(self.store, self.current(unit)))
+                self._show(unit, MappedParams(self.store, self.store.newest(unit.name, "param")))
 
     def release_memory(self) -> None:
         """Write what is held in memory into files; nothing computes with it any more."""
@@ -160,7 +148,7 @@ class ModelUnits:
         with self.lock:
             if unit.mapped is None:
                 unit.device_copy = None  # the user may write a value of the same generation
-                generation = self.current(unit)
+                generation = self.store.newest(unit.name, "param")
                 in_memory = unit.in_memory is not None
                 self._show(unit, InMemoryParams(generation) if in_memory else MappedParams(self.store, generation))
         if self.streaming is not None:

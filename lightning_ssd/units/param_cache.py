@@ -54,6 +54,7 @@ class ParamCache:
         self.units = model.units
         self.schedule = ExecutionOrder()
         self._model = model
+        self._store = model.store
         self._writes = model.writes
         self._lock = model.lock
         self._pool = pool
@@ -212,13 +213,13 @@ class ParamCache:
         return True
 
     def _start_read(self, unit: Unit, buffer: Buffer) -> None:
-        generation = self._model.current(unit)
+        generation = self._store.newest(unit.name, "param")
         unit.buffer = buffer
         unit.generation = generation
         unit.move(Residency.READING)
         if unit.layout.data_nbytes:
             keep = buffer.hold()
-            unit.transfer = self._model.store.read(generation, 0, buffer.address, unit.layout.data_nbytes, keep=keep)
+            unit.transfer = self._store.read(generation, 0, buffer.address, unit.layout.data_nbytes, keep=keep)
 
     def _end_read(self, unit: Unit) -> None:
         unit.transfer = None
@@ -238,7 +239,7 @@ class ParamCache:
 
     def _place(self, unit: Unit) -> DeviceCopy:
         if unit.buffer is None:  # it is kept, or on the device
-            unit.generation = self._model.current(unit)
+            unit.generation = self._store.newest(unit.name, "param")
         device_copy = unit.device_copy
         if device_copy is None or not (self._has_device_copy(unit) and self._placement.reuse(device_copy)):
             if unit.in_memory is not None:
@@ -256,7 +257,7 @@ class ParamCache:
         return (
             device_copy is not None
             and bool(device_copy.tensors)
-            and device_copy.generation is self._model.current(unit)
+            and device_copy.generation is self._store.newest(unit.name, "param")
         )
 
     def _prefetch(self, *, beyond: bool = False) -> None:
@@ -333,7 +334,7 @@ class ParamCache:
         with self._lock:
             is_wanted = self._keep_cache or self._outlook.is_next(unit, self._has_device_copy)
             if target.is_writable and is_new and is_wanted:
-                unit.generation = self._model.current(unit)
+                unit.generation = self._store.newest(unit.name, "param")
             self.unpin(unit)
 
     def end_copy(self, unit: Unit) -> None:

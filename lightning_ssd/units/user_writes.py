@@ -201,8 +201,7 @@ class UserWrites:
                 )
         moved = [i for i in range(len(tensors)) if is_assigned(unit.params[i : i + 1], tensors[i : i + 1])]
         self._note_ties(unit, moved)
-        before = self._store.current(unit.name, "param")
-        assert before is not None, unit.name
+        before = self._store.newest(unit.name, "param")
         if unit.in_memory is not None and self._keeps_buffer:
             unit.in_memory = self._store.adopt(unit.layout, _kept(unit.params, unit.in_memory))
         generation = self._store.put(unit.layout, lambda i: unit.params[i].data)
@@ -251,9 +250,7 @@ class UserWrites:
                 self._left[storage._cdata] = name, StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
     def _drop_file(self, unit: Unit) -> None:
-        generation = self._store.current(unit.name, "param")
-        assert generation is not None, unit.name
-        self._store.drop_file(generation)
+        self._store.drop_file(self._store.newest(unit.name, "param"))
 
 
 def _kept(params: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> list[Tensor]:
