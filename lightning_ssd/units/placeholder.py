@@ -19,7 +19,7 @@ from lightning_ssd.units.unit import Unit
 def make_placeholders(units: Sequence[Unit], scratch: Scratch) -> dict[str, tuple[Tensor, ...]]:
     """Tensors of the parameters' shapes for every unit, by unit name; they cost no memory unless something reads them.
 
-    Every byte is 0xFF, NaN in each floating dtype: an operation that got past the fence would not go unnoticed.
+    Every byte is 0xFF, NaN in each floating dtype: an operation that reads them by mistake is noticed.
     """
     nbytes = max([unit.layout.buffer_nbytes for unit in units], default=1)
     file = scratch.make("placeholder.safetensors", nbytes)
