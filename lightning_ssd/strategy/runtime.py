@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from torch import nn
 
@@ -69,7 +68,7 @@ class Memory:
         }
         if settings.is_off_host:
             sizes["gradient"] = plan.grad_nbytes
-        self.arena: mmap.mmap | None = map_anonymous(sum(map(pool_nbytes, sizes.values())))
+        self.arena = map_anonymous(sum(map(pool_nbytes, sizes.values())))
         # Where it is refused (a limit on locked memory), transfers cost more CPU time and work the same.
         engine.register_memory(address_of(self.arena), len(self.arena))
         is_pinned = settings.is_off_host
@@ -89,7 +88,7 @@ class Memory:
                 ending.callback(pool.close)
             if self._pinned is not None:
                 ending.callback(self._pinned.close)
-        self.arena = None
+        del self.arena  # this object may be held longer
 
 
 class Runtime:
@@ -138,13 +137,12 @@ class Runtime:
         self._activations: ActivationStore | None = None
         self._headroom = headroom
         self.memory = Memory(plan, model.units, engine, settings)
-        with ExitStack() as undo:
-            undo.callback(self._hold_nothing)
-            assert self.memory.arena is not None
+        undo: list[Callable[[], object]] = [self._hold_nothing]
+        try:
             headroom.watch(self.memory.arena)
             self._hold_in_memory(sizing)
             self.grads = self._make_grads(waits_for_all_grads)
-            undo.callback(self.grads.close)
+            undo.append(self.grads.close)
             pipeline = self._make_pipeline()
             budget = SharedBudget(
                 gradients_nbytes=plan.queue_nbytes,
@@ -152,13 +150,13 @@ class Runtime:
                 lends=not settings.is_off_host,
             )
             self.updater = Updater(lock=model.lock, budget=budget, is_async=settings.is_overlapped, trace=trace)
-            undo.callback(self.updater.close)
+            undo.append(self.updater.close)
             self.cache = self._make_cache(module)
-            undo.callback(self.cache.close)
+            undo.append(self.cache.close)
             self._updates = Updates(pipeline, self.cache, self.updater, self.grads)
             if plan.recomputes:
                 self._activations = self._make_activations(budget)
-                undo.callback(self._activations.close)
+                undo.append(self._activations.close)
             self.hooks = ModuleHooks(
                 module,
                 model=model,
@@ -171,7 +169,11 @@ class Runtime:
                 is_in_memory=plan.fits and not settings.is_off_host,
                 trace=trace,
             )
-            undo.pop_all()
+        except BaseException:
+            with Ending() as ending:  # what fails here does not hide the cause
+                for call in undo:
+                    ending.callback(call)
+                raise
 
     def connect(self, adopted: OptimizerAdapter) -> None:
         """From now on the steps of ``adopted`` run here."""
