@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssd.activations.store import ActivationStore
-from lightning_ssd.errors import ResidencyError
+from lightning_ssd.errors import Ending, ResidencyError
 from lightning_ssd.memory.headroom import Headroom
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.step.backward import BackwardPass
@@ -92,9 +92,13 @@ class ModuleHooks:
 
     def close(self) -> None:
         """Remove the hooks; no unit is held any more."""
-        self.end_step()  # what the last step wrote is kept
-        self.abort_step()
-        self._backward.close()
+        with Ending() as ending:  # the last one first
+            ending.callback(self._unhook)
+            ending.callback(self._backward.close)
+            ending.callback(self.abort_step)
+            ending.callback(self.end_step)  # what the last step wrote is kept
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ssd import SSDOffloadStrategy
+from lightning_ssd.step.module_hooks import is_streamed
 from lightning_ssd.strategy import runtime as runtime_module
 from tests.helpers.models import GPT
 from tests.helpers.training import train
@@ -29,3 +30,23 @@ def test_the_cause_of_a_failed_setup_is_shown_whatever_its_end_fails_with(
     monkeypatch.setattr(runtime_module.Runtime, "free", free_and_fail)
     with pytest.raises(ZeroDivisionError, match="the cause"):
         train(tmp_path, GPT, SSDOffloadStrategy(host_memory="min"))
+
+
+def test_hooks_go_whatever_the_last_step_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(hooks: runtime_module.ModuleHooks) -> None:
+        if is_over:
+            raise ZeroDivisionError("the last write")
+
+    close, is_over = runtime_module.ModuleHooks.close, False
+
+    def close_and_fail(hooks: runtime_module.ModuleHooks) -> None:
+        nonlocal is_over
+        is_over = True
+        close(hooks)
+
+    monkeypatch.setattr(runtime_module.ModuleHooks, "end_step", fail)
+    monkeypatch.setattr(runtime_module.ModuleHooks, "close", close_and_fail)
+    strategy = SSDOffloadStrategy(host_memory="min")
+    with pytest.raises(ZeroDivisionError, match="the last write"):
+        train(tmp_path, GPT, strategy)
+    assert not is_streamed(strategy.lightning_module)
