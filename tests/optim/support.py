@@ -36,6 +36,7 @@ class FakeWorld:
 
     Attributes:
         events: What was called, in order.
+        begun: Set when the first update runs.
         busy: Names of units that compute reads.
         gates: An update of a unit waits for the event here.
         errors: What an update of a unit raises.
@@ -47,6 +48,7 @@ class FakeWorld:
         self, *names: str, capacity: int = 0, is_async: bool = True, lock: threading.Condition | None = None
     ) -> None:
         self.events: list[str] = []
+        self.begun = threading.Event()
         self.busy: set[str] = set()
         self.gates: dict[str, threading.Event] = {}
         self.errors: dict[str, Exception] = {}
@@ -119,6 +121,7 @@ class FakeWorld:
 
     def update(self, update: PendingUpdate, target: None) -> None:
         name = update.unit.name
+        self.begun.set()
         if name in self.gates:
             assert self.gates[name].wait(20)
         self.events.append(f"update {name}")
