@@ -21,11 +21,12 @@ from lightning_ssd.step.recompute import Frame
 from lightning_ssd.step.trial import Verdicts
 from lightning_ssd.trace.recorder import Lane, Trace
 from lightning_ssd.units import transforms
+from lightning_ssd.units.direct_use import DirectUse
 from lightning_ssd.units.lazy_param import require_loaded
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.transforms import require_no_transform
-from lightning_ssd.units.unit import Residency, Unit
+from lightning_ssd.units.unit import Unit
 from lightning_ssd.units.user_writes import may_write
 
 
@@ -64,6 +65,7 @@ class ModuleHooks:
     ) -> None:
         self.cache = cache
         self.model = model
+        self._direct_use = DirectUse(cache, model.writes)
         self._grads = grads
         self._headroom = headroom
         self._device = device
@@ -121,7 +123,7 @@ class ModuleHooks:
         if kind and not self.model.step.is_running:
             self._backward.abort()  # one that failed outside our sight
             self._grads.begin_step()
-            self.cache.schedule.begin(kind)
+            self.cache.order.begin(kind)
         self._num_steps += 1
         if not self._is_in_memory:
             self._backward.step_hooks.begin()
@@ -169,7 +171,7 @@ class ModuleHooks:
     def touch(self, units: Sequence[Unit], operands: Sequence[Tensor]) -> None:
         """See `Streaming.touch`."""
         with transforms.suspended():
-            self.cache.touch(units, operands)
+            self._direct_use.touch(units, operands)
         for unit in units:
             self._backward.touched(unit)
             self._backward.watch_grads(unit)
@@ -183,7 +185,7 @@ class ModuleHooks:
     @contextmanager
     def hold(self, units: Sequence[Unit]) -> Iterator[None]:
         """See `Streaming.hold`."""
-        with self._backward.step_hooks.suspended(), self.cache.hold(units):
+        with self._backward.step_hooks.suspended(), self._direct_use.hold(units):
             yield
 
     def before_map(self, unit: Unit) -> None:
@@ -319,7 +321,7 @@ def _require_exportable(module: nn.Module, units: list[Unit]) -> None:
     TorchScript takes the parameters themselves into its module, and they go back to disk; torch.export looks at them.
     """
     is_script = torch._C._get_tracing_state() is not None
-    if is_script or any(unit.mapped is None and unit.state is not Residency.RESIDENT for unit in units):
+    if is_script or any(unit.mapped is None and unit.device_copy is None for unit in units):
         way_out = "trace copy.deepcopy(module)" if is_script else "export inside `with lightning_ssd.gathered(module):`"
         raise ResidencyError(
             f"a {type(module).__name__} is being {'traced by TorchScript' if is_script else 'exported'} while its "

@@ -12,7 +12,7 @@ memory to the end of the step, so that what is written through the view counts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import Any, NoReturn
 
@@ -24,7 +24,7 @@ from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.fingerprint import fingerprint
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams, is_assigned
 from lightning_ssd.units.masters import follow_values
-from lightning_ssd.units.unit import Residency, Unit, is_held
+from lightning_ssd.units.unit import Unit, is_held
 
 _NUM_WATCHED = 2
 """Uses of a unit, in training and in evaluation, after which it is known whether its modules write to it."""
@@ -36,16 +36,12 @@ class UserWrites:
     Args:
         store: Where values are.
         units: All units.
-        is_current: Whether the bytes of a unit in memory are those of its newest generation.
         keeps_buffer: See `Placement.keeps_buffer`.
     """
 
-    def __init__(
-        self, store: StateStore, units: Sequence[Unit], is_current: Callable[[Unit], bool], *, keeps_buffer: bool
-    ) -> None:
+    def __init__(self, store: StateStore, units: Sequence[Unit], *, keeps_buffer: bool) -> None:
         self._store = store
         self._units = units
-        self._is_current = is_current
         self._num_watched: dict[tuple[str, bool], int] = {}
         self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
         self._left: dict[int, tuple[str, Any]] = {}  # memory that was a parameter's, while somebody else views it
@@ -61,7 +57,7 @@ class UserWrites:
             return
         unit.is_touched = unit.persistent  # it stays to the end of the step, where everybody finds it awake
         unit.seen = None
-        unit.versions = unit.current_versions()
+        unit.versions = _versions(unit.params)
         use = unit.name, any(module.training for module in unit.modules)
         is_watched = self._num_watched.get(use, 0) < _NUM_WATCHED
         self._num_watched[use] = self._num_watched.get(use, 0) + is_watched
@@ -84,8 +80,8 @@ class UserWrites:
     def forget(self, unit: Unit) -> None:
         """What was written to ``unit`` so far does not count: its step failed."""
         unit.is_ahead = False
-        if unit.state is Residency.RESIDENT and not self._is_in_place(unit):
-            unit.versions = unit.current_versions()
+        if unit.device_copy is not None and not self._is_in_place(unit):
+            unit.versions = _versions(unit.params)
             unit.seen = None
 
     def collect_in_step(self, unit: Unit) -> None:
@@ -95,21 +91,19 @@ class UserWrites:
             ResidencyError: It was written to while its optimizer updated it, or while it shared memory with another.
             SSDOffloadError: A parameter has another form than it was placed with.
         """
-        if unit.state is not Residency.RESIDENT:
+        if unit.device_copy is None:
             return
         # What is in place is updated when it is at rest, so after what is written now.
         is_late = unit.is_ahead or (unit.is_handed_on and not self._is_in_place(unit))
         if is_late and self._is_written(unit):
             self._refuse_late(unit)
-        if self._is_in_place(unit):
-            assert unit.in_memory is not None
-            if is_assigned(unit.params, unit.in_memory):
-                self._put(unit, unit.in_memory)
+        if self._is_in_place(unit):  # the device copy is what is in memory
+            if is_assigned(unit.params, unit.device_copy.tensors):
+                self._put(unit, unit.device_copy.tensors)
             self._drop_file(unit)
         elif self._is_written(unit):
-            if not self._is_current(unit):
+            if unit.device_copy.generation is not self._store.newest(unit.name, "param"):
                 self._refuse_late(unit)
-            assert unit.device_copy is not None
             self._put(unit, unit.device_copy.tensors)
             follow_values(self._store, unit)
 
@@ -122,14 +116,13 @@ class UserWrites:
         )
 
     def _is_written(self, unit: Unit) -> bool:
-        versions = unit.current_versions()
-        if unit.seen is None and versions == unit.versions:
+        versions = _versions(unit.params)
+        if unit.device_copy is None or (unit.seen is None and versions == unit.versions):
             return False
         found = fingerprint(unit.params)
         before = unit.seen
         if before is None:
-            assert unit.generation is not None
-            before = unit.generation.fingerprint  # a second forward writes what the first wrote
+            before = unit.device_copy.generation.fingerprint  # a second forward writes what the first wrote
         elif found != before and versions == unit.versions and not unit.is_touched:
             unit.writes_itself = True
         return found != before
@@ -206,15 +199,13 @@ class UserWrites:
             unit.in_memory = self._store.adopt(unit.layout, _kept(unit.params, unit.in_memory))
         generation = self._store.put(unit.layout, lambda i: unit.params[i].data)
         generation.lineage = before.lineage  # no update
-        if unit.state is not Residency.RESIDENT or self._is_in_place(unit):
+        if unit.device_copy is None or self._is_in_place(unit):
             return
         generation.fingerprint = fingerprint(unit.params)
-        unit.versions = unit.current_versions()
+        unit.versions = _versions(unit.params)
         unit.seen = None if unit.seen is None else generation.fingerprint
         if not moved:  # what is in memory is what was put
-            unit.generation = generation
-            if unit.device_copy is not None:
-                unit.device_copy.generation = generation
+            unit.became(generation)
 
     def _note_ties(self, unit: Unit, moved: Sequence[int]) -> None:
         """Remember which parameters of ``unit`` share memory with others, now that those in ``moved`` were assigned."""
@@ -235,8 +226,8 @@ class UserWrites:
         self._left = {number: left for number, left in self._left.items() if not left[1].expired()}
         owners = {number: name for number, (name, _) in self._left.items() if name not in except_for}
         for unit in self._units:
-            is_awake = unit.state is Residency.RESIDENT or unit.mapped is not None
-            tensors = unit.params if is_awake else unit.in_memory or ()
+            is_offloaded = unit.device_copy is None and unit.mapped is None
+            tensors = (unit.in_memory or ()) if is_offloaded else unit.params
             for name, tensor in zip(unit.names, tensors, strict=bool(tensors)):
                 if name not in except_for and tensor.numel():
                     owners[tensor.untyped_storage()._cdata] = name
@@ -251,6 +242,11 @@ class UserWrites:
 
     def _drop_file(self, unit: Unit) -> None:
         self._store.drop_file(self._store.newest(unit.name, "param"))
+
+
+def _versions(params: Sequence[nn.Parameter]) -> tuple[int, ...]:
+    """``_version`` of each; an operation in place on the parameter itself raises it."""
+    return tuple(param._version for param in params)
 
 
 def _kept(params: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> list[Tensor]:
