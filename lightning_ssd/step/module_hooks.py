@@ -1,4 +1,4 @@
-"""Brings units to the device when their modules run and takes them away afterwards: hooks on modules, nothing else."""
+"""Hooks on modules: they fetch units before their modules run, and release them afterwards."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.step.backward import BackwardPass
 from lightning_ssd.step.fast_path import Removable, hook, hook_encoders
 from lightning_ssd.step.gradients import GradientStore
+from lightning_ssd.step.own_writes import may_write
 from lightning_ssd.step.recompute import Frame
 from lightning_ssd.step.trial import Verdicts
 from lightning_ssd.trace.recorder import Lane, Trace
@@ -27,7 +28,6 @@ from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.transforms import require_no_transform
 from lightning_ssd.units.unit import Unit
-from lightning_ssd.units.user_writes import may_write
 
 
 class ModuleHooks:
@@ -115,7 +115,7 @@ class ModuleHooks:
 
     @contextmanager
     def step(self, kind: str) -> Iterator[None]:
-        """Inside, an operation on a parameter at rest fetches its unit, and saved tensors hold no unit's memory.
+        """Inside, an operation on a lazy parameter fetches its unit, and saved tensors hold no unit's memory.
 
         Args:
             kind: What the order of use is remembered under, such as ``"train"``; empty to go on with the one before.
@@ -354,34 +354,34 @@ class _ModuleCall:
 
 
 def is_streamed(root: nn.Module) -> bool:
-    """Whether a streamer has hooks on a module of ``root`` now."""
+    """Whether a module of ``root`` has hooks of ours now."""
     return bool(models_of(root))
 
 
 def models_of(root: nn.Module) -> list[ModelUnits]:
-    """Those whose streamers have hooks on a module of ``root`` now."""
+    """The units of which a module of ``root`` has hooks now."""
     hooks = [hook for module in root.modules() for hook in module._forward_pre_hooks.values()]
     owners = [getattr(hook, "__self__", None) for hook in hooks]
-    streamers = [owner.streamer for owner in owners if isinstance(owner, _HooksOfModule) and owner.streamer is not None]
-    return list({streamer: streamer.model for streamer in streamers}.values())
+    found = [owner.hooks for owner in owners if isinstance(owner, _HooksOfModule) and owner.hooks is not None]
+    return list({hooks: hooks.model for hooks in found}.values())
 
 
 class _HooksOfModule:
     """Forward hooks of one module. On a copy of the module, whose parameters are plain, they do nothing."""
 
-    def __init__(self, streamer: ModuleHooks | None, units: list[Unit]) -> None:
-        self.streamer = streamer
+    def __init__(self, hooks: ModuleHooks | None, units: list[Unit]) -> None:
+        self.hooks = hooks
         self._units = units
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.streamer is not None:
-            self.streamer.before_forward(module, self._units, args, kwargs)
+        if self.hooks is not None:
+            self.hooks.before_forward(module, self._units, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.streamer is not None:
-            self.streamer.after_forward(module)
+        if self.hooks is not None:
+            self.hooks.after_forward(module)
 
     def __reduce__(self) -> Any:
         return _HooksOfModule, (None, [])  # `copy` and `pickle` both ask here

@@ -242,12 +242,10 @@ class ParamCache:
         """Offload a resident unit; keep its host copy if that is wanted and the newest."""
         if unit.device_copy is None:
             return
-        self._writes.collect_in_step(unit)
+        self._offload(unit)
         # A block that is needed next, at the turn of forward to backward, is not read again.
         is_wanted = self._keep_cache or next(self.order.upcoming(), "") == unit.name
-        stays = unit.num_pins > 0 or (is_wanted and not self._is_stale(unit))
-        self._offload(unit)
-        if not stays:
+        if unit.num_pins == 0 and not (is_wanted and not self._is_stale(unit)):
             unit.give_back(self.pool)
         self._trace.mark("release", unit.name)
 
@@ -263,7 +261,6 @@ class ParamCache:
     def _evict(self, unit: Unit) -> None:
         """Hold no memory for ``unit``, whatever copies it has; what the plan holds in memory stays there."""
         if unit.device_copy is not None:
-            self._writes.collect_in_step(unit)
             self._offload(unit)
         unit.give_back(self.pool)
 

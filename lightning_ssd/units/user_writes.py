@@ -1,4 +1,4 @@
-"""What the user writes to parameters, at rest or inside a step, and how it comes into the store.
+"""What the user writes to parameters, in a step or outside, and how it comes into the store.
 
 [Note: in a step, written] Bytes in memory are thrown away when a unit is released, so a change to them (weights clipped
 in ``training_step``, a mask that is multiplied in, `nn.Embedding(max_norm=)`) would be lost without a word. An
@@ -12,8 +12,7 @@ memory to the end of the step, so that what is written through the view counts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from types import CodeType, FunctionType
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -55,7 +54,7 @@ class UserWrites:
         unit.is_ahead = unit.is_handed_on
         if self._is_in_place(unit) and not unit.is_ahead:
             return
-        unit.is_touched = unit.persistent  # it stays to the end of the step, where everybody finds it awake
+        unit.is_touched = unit.persistent  # it stays resident to the end of the step, and everybody can use it
         unit.seen = None
         unit.versions = _versions(unit.params)
         use = unit.name, any(module.training for module in unit.modules)
@@ -71,7 +70,13 @@ class UserWrites:
             unit.seen = fingerprint(unit.params) if unit.seen is None else unit.seen
 
     def end(self, unit: Unit) -> None:
-        """``unit`` goes to rest."""
+        """``unit``, which is resident, is about to be released: `collect_in_step`, the last time.
+
+        Raises:
+            ResidencyError: See there.
+            SSDOffloadError: See there.
+        """
+        self.collect_in_step(unit)
         if unit.is_touched and unit.device_copy is not None and not self._is_in_place(unit):
             self.leave(unit, unit.device_copy.tensors)
         unit.is_touched = False
@@ -93,7 +98,7 @@ class UserWrites:
         """
         if unit.device_copy is None:
             return
-        # What is in place is updated when it is at rest, so after what is written now.
+        # A unit in place is updated when it is not resident, so after what is written now.
         is_late = unit.is_ahead or (unit.is_handed_on and not self._is_in_place(unit))
         if is_late and self._is_written(unit):
             self._refuse_late(unit)
@@ -127,20 +132,20 @@ class UserWrites:
             unit.writes_itself = True
         return found != before
 
-    # -- at rest -------------------------------------------------------------------------------------------------
+    # -- outside a step ------------------------------------------------------------------------------------------
 
-    def collect_mapped(self, unit: Unit, at_rest: MappedParams | InMemoryParams) -> bool:
-        """Bring in what was written to ``unit`` while it was awake at rest; whether there was anything.
+    def collect_mapped(self, unit: Unit, mapped: MappedParams | InMemoryParams) -> bool:
+        """Bring in what was written to ``unit`` while it was ``mapped``; returns whether there was anything.
 
         Raises:
             ResidencyError: It was written to while it shared memory with another parameter.
             SSDOffloadError: A parameter has another form than it was placed with.
         """
-        was_assigned = at_rest.is_assigned(unit.params)
-        was_written = at_rest.was_written()
-        if was_assigned or (was_written and at_rest.is_private):
-            self._put(unit, at_rest.tensors)
-        self.leave(unit, at_rest.tensors)
+        was_assigned = mapped.is_assigned(unit.params)
+        was_written = mapped.was_written()
+        if was_assigned or (was_written and mapped.is_private):
+            self._put(unit, mapped.tensors)
+        self.leave(unit, mapped.tensors)
         if was_assigned or was_written:
             unit.num_writes += 1
             follow_values(self._store, unit)
@@ -196,7 +201,7 @@ class UserWrites:
         self._note_ties(unit, moved)
         before = self._store.newest(unit.name, "param")
         if unit.in_memory is not None and self._keeps_buffer:
-            unit.in_memory = self._store.adopt(unit.layout, _kept(unit.params, unit.in_memory))
+            unit.in_memory = self._store.adopt(unit.layout, _memory_of(unit.params, unit.in_memory))
         generation = self._store.put(unit.layout, lambda i: unit.params[i].data)
         generation.lineage = before.lineage  # no update
         if unit.device_copy is None or self._is_in_place(unit):
@@ -249,8 +254,8 @@ def _versions(params: Sequence[nn.Parameter]) -> tuple[int, ...]:
     return tuple(param._version for param in params)
 
 
-def _kept(params: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> list[Tensor]:
-    """Where to keep ``params`` from now on: where they were, or in the memory that ``p.data`` was assigned.
+def _memory_of(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> list[Tensor]:
+    """Where ``params`` are from now on: where they were ``before``, or in the memory that ``p.data`` was assigned.
 
     That memory becomes the parameter's, as in plain torch, where the user holds it or what was there before: an average
     that is swapped in, and the weights to be swapped back.
@@ -263,64 +268,4 @@ def _kept(params: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> list[Tensor
             return tensor
         return data if is_held(param, tensor) or is_held(param, data) else tensor
 
-    return [place(param, tensor) for param, tensor in zip(params, kept, strict=True)]
-
-
-def may_write(module: nn.Module, known: dict[type[nn.Module], bool]) -> bool:
-    """Whether a forward of ``module`` or its children, or a hook on it, mentions ``.data``: it may write to parameters.
-
-    Or code of the user's that it uses. torch's own forwards do so by operations on the parameter itself only.
-
-    Args:
-        module: What runs.
-        known: Answers for classes; added to.
-    """
-    for inner in module.modules():
-        kind = type(inner)
-        if kind not in known:
-            known[kind] = any("data" in _names(function) for function in _used_by_forward(kind))
-        hooks = (*inner._forward_pre_hooks.values(), *inner._forward_hooks.values())
-        if known[kind] or any("data" in _names(function) for function in hooks):
-            return True
-    return False
-
-
-def _used_by_forward(kind: type[nn.Module]) -> Iterator[object]:
-    """Functions of the user's that a forward of ``kind`` may call, itself among them; found by their names."""
-    own = [base for base in kind.__mro__ if _is_users(base)]
-    waiting, seen = list(_functions_of(own, "forward")), set[int]()
-    while waiting:
-        function = waiting.pop()
-        if id(function) in seen:
-            continue
-        seen.add(id(function))
-        yield function
-        names = _names(function)
-        around = getattr(function, "__globals__", {})
-        outside = [value for value in map(around.get, names) if isinstance(value, (FunctionType, type))]
-        theirs = [value for value in outside if _is_users(value)]
-        kinds = [*own, *(value for value in theirs if isinstance(value, type))]
-        waiting += [value for value in theirs if not isinstance(value, type)]
-        waiting += [found for name in names for found in _functions_of(kinds, name)]
-
-
-def _is_users(value: FunctionType | type) -> bool:
-    return not (value.__module__ or "").startswith(("torch.", "builtins"))
-
-
-def _functions_of(kinds: list[type], name: str) -> Iterator[object]:
-    """What ``kinds`` themselves have by this name, without what makes it a method."""
-    for found in (vars(kind)[name] for kind in kinds if name in vars(kind)):
-        yield found.fget if isinstance(found, property) else getattr(found, "__func__", found)
-
-
-def _names(function: object) -> list[str]:
-    """Names that a Python function uses, and those inside it do; none of anything else."""
-    names: list[str] = []
-    codes = [getattr(function, "__code__", function)]
-    while codes:
-        code = codes.pop()
-        if isinstance(code, CodeType):
-            names += code.co_names
-            codes += code.co_consts
-    return names
+    return [place(param, tensor) for param, tensor in zip(params, before, strict=True)]
