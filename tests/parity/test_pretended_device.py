@@ -14,6 +14,7 @@ import pytest
 
 from lightning_ssd.memory.device_plan import tensors_nbytes
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
+from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.unit import Unit
 from tests.helpers.fake_device import pretend
 from tests.helpers.models import GPT, FunctionalTie
