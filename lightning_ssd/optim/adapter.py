@@ -149,7 +149,6 @@ class OptimizerAdapter(OptimizerState):
         if land is None:
             require_finite(unit, mine)
         parts = self._parts(unit, mine, groups)
-        updates.cache.write_back(unit)
         updates.cache.before_update(unit)
         self._has_used_grads |= is_last
         updates.updater.submit(

@@ -153,7 +153,7 @@ class PendingUpdate:
         # Where there is a master, the values in memory are not what the rule updates.
         self._reads_params = updates.pipeline.updates_values_of(unit)
         self._is_pinned = self._reads_params and updates.cache.pin(unit)
-        self.position = updates.cache.schedule.position(unit.name, "train")
+        self.position = updates.cache.order.position(unit.name, "train")
 
     def __repr__(self) -> str:
         return f"PendingUpdate({self.unit.name!r}, {self.state.name})"
@@ -166,7 +166,7 @@ class PendingUpdate:
     @property
     def is_idle(self) -> bool:
         """Whether compute does not read the unit where the update would change it."""
-        return self._updates.cache.is_idle(self.unit)
+        return self.unit.device_copy is None or not self._updates.cache.keeps_buffer
 
     @property
     def changes_memory(self) -> bool:
@@ -248,7 +248,7 @@ class PendingUpdate:
                 require_finite(unit, {index: part.grad for index, part in self.parts.items()})
                 for part in self.parts.values():
                     part.version = part.grad._version  # what landed may have been added to it
-            updates.cache.end_copy(unit)
+            unit.end_copies()
             return updates.cache.reserve(unit, reads=self._reads_params)
         finally:
             self._unpin()

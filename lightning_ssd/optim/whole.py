@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.rules import Rule
+from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.unit import params_with_grad
 
 
@@ -67,20 +68,25 @@ class WholeOptimizer(OptimizerAdapter):
 
     def _step(self, own: Callable[..., Any], closure: Callable[[], Any] | None = None, *args: Any, **kw: Any) -> Any:
         self._is_stepping = False
-        with self._require_updates().cache.outside_step() as inside_step:
+        cache = self._require_updates().cache
+        cache.end_step()
+        with cache.step.suspended():  # parameters are offloaded, whatever runs around it
             if closure is None:
                 self._require_written()
                 self._is_stepping = True
                 loss = own(*args, **kw)
             else:
-                loss = own(partial(self._evaluate, closure, inside_step), *args, **kw)
+                loss = own(partial(self._evaluate, closure, cache), *args, **kw)
         self._is_stepping = False
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss
 
-    def _evaluate(self, closure: Callable[[], Any], inside_step: Callable[[], Any]) -> Any:
-        with inside_step():
-            loss = closure()
+    def _evaluate(self, closure: Callable[[], Any], cache: ParamCache) -> Any:
+        with cache.step.suspended(False):
+            try:
+                loss = closure()
+            finally:
+                cache.end_step()
         self._require_written()
         self._is_stepping = True  # from here on it may write
         self.drain()  # updates of other optimizers

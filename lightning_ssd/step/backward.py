@@ -29,6 +29,7 @@ from lightning_ssd.units import transforms
 from lightning_ssd.units.fingerprint import fingerprint
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache
+from lightning_ssd.units.resident_params import ResidentParam
 from lightning_ssd.units.transforms import StepHooks
 from lightning_ssd.units.unit import Unit
 
@@ -121,17 +122,15 @@ class BackwardPass:
 
     def pack(self, tensor: Tensor) -> object:
         """What stands for a saved tensor."""
-        place = self._cache.find(tensor)
-        if place is None:
+        param = self._cache.resident.find(tensor)
+        if param is None:
             if tensor.is_inference() or transforms.are_active():
                 return tensor, None
             # Detached (the version is shared): an operation may save its own output, which holds the graph that holds
             # this. Without backward nothing would break that circle, and every skipped batch stayed in memory.
             return tensor.detach(), tensor._version
-        unit, index = place
-        assert unit.generation is not None
-        view = _ParameterView(unit, index, _form(tensor), unit.generation, unit.params[index]._version)
-        self._packed.setdefault(unit.name, weakref.WeakSet()).add(view)
+        view = _ParameterView(param, _form(tensor))
+        self._packed.setdefault(view.unit.name, weakref.WeakSet()).add(view)
         return view
 
     def unpack(self, packed: Any) -> Tensor:
@@ -289,12 +288,12 @@ class _ParameterView:
 
     __slots__ = ("__weakref__", "form", "generation", "index", "unit", "version")
 
-    def __init__(self, unit: Unit, index: int, form: tuple[Any, ...], generation: Generation, version: int) -> None:
-        self.unit = unit
-        self.index = index
+    def __init__(self, param: ResidentParam, form: tuple[Any, ...]) -> None:
+        self.unit = param.unit
+        self.index = param.index
         self.form = form
-        self.generation = generation
-        self.version = version
+        self.generation = param.device_copy.generation
+        self.version = param.unit.params[param.index]._version
 
     def tensor(self) -> Tensor:
         """The tensor; the unit is resident."""
@@ -335,8 +334,8 @@ class _FrameUnits:
     def has_written(self) -> bool:
         return self._versions != self._current_versions()
 
-    def _current_versions(self) -> list[tuple[int, ...]]:
-        return [unit.current_versions() for unit in self._units]
+    def _current_versions(self) -> list[int]:
+        return [param._version for unit in self._units for param in unit.params]
 
     def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
         self._backward.rerun(frame, call)
@@ -351,13 +350,13 @@ class _FrameUnits:
         return self._backward.unpack(packed)
 
     def place(self, tensor: Tensor) -> object | None:
-        place = self._cache.find(tensor)
-        return None if place is None else (place[0].name, place[1], *_form(tensor))
+        param = self._cache.resident.find(tensor)
+        return None if param is None else (param.unit.name, param.index, *_form(tensor))
 
     def hide(self, tensor: Tensor) -> object:
-        place = self._cache.find(tensor)
+        param = self._cache.resident.find(tensor)
         # What a unit that was only visited has is not held: a view of it would hold its buffer, one for each visit.
-        return tensor.detach() if place is None or place[0] in self._units else self._backward.pack(tensor)
+        return tensor.detach() if param is None or param.unit in self._units else self._backward.pack(tensor)
 
     def show(self, frame: Frame, packed: Any) -> Tensor:
         return self._backward.show(frame, packed) if isinstance(packed, _ParameterView) else cast(Tensor, packed)

@@ -1,4 +1,4 @@
-"""Brings units to the device when their modules run and takes them away afterwards: hooks on modules, nothing else."""
+"""Hooks on modules: they fetch units before their modules run, and release them afterwards."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.step.backward import BackwardPass
 from lightning_ssd.step.fast_path import Removable, hook, hook_encoders
 from lightning_ssd.step.gradients import GradientStore
+from lightning_ssd.step.own_writes import may_write
 from lightning_ssd.step.recompute import Frame
 from lightning_ssd.step.trial import Verdicts
 from lightning_ssd.trace.recorder import Lane, Trace
 from lightning_ssd.units import transforms
+from lightning_ssd.units.direct_use import DirectUse
 from lightning_ssd.units.lazy_param import require_loaded
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.transforms import require_no_transform
-from lightning_ssd.units.unit import Residency, Unit
-from lightning_ssd.units.user_writes import may_write
+from lightning_ssd.units.unit import Unit
 
 
 class ModuleHooks:
@@ -64,6 +65,7 @@ class ModuleHooks:
     ) -> None:
         self.cache = cache
         self.model = model
+        self._direct_use = DirectUse(cache, model.writes)
         self._grads = grads
         self._headroom = headroom
         self._device = device
@@ -113,7 +115,7 @@ class ModuleHooks:
 
     @contextmanager
     def step(self, kind: str) -> Iterator[None]:
-        """Inside, an operation on a parameter at rest fetches its unit, and saved tensors hold no unit's memory.
+        """Inside, an operation on a lazy parameter fetches its unit, and saved tensors hold no unit's memory.
 
         Args:
             kind: What the order of use is remembered under, such as ``"train"``; empty to go on with the one before.
@@ -121,7 +123,7 @@ class ModuleHooks:
         if kind and not self.model.step.is_running:
             self._backward.abort()  # one that failed outside our sight
             self._grads.begin_step()
-            self.cache.schedule.begin(kind)
+            self.cache.order.begin(kind)
         self._num_steps += 1
         if not self._is_in_memory:
             self._backward.step_hooks.begin()
@@ -169,7 +171,7 @@ class ModuleHooks:
     def touch(self, units: Sequence[Unit], operands: Sequence[Tensor]) -> None:
         """See `Streaming.touch`."""
         with transforms.suspended():
-            self.cache.touch(units, operands)
+            self._direct_use.touch(units, operands)
         for unit in units:
             self._backward.touched(unit)
             self._backward.watch_grads(unit)
@@ -183,7 +185,7 @@ class ModuleHooks:
     @contextmanager
     def hold(self, units: Sequence[Unit]) -> Iterator[None]:
         """See `Streaming.hold`."""
-        with self._backward.step_hooks.suspended(), self.cache.hold(units):
+        with self._backward.step_hooks.suspended(), self._direct_use.hold(units):
             yield
 
     def before_map(self, unit: Unit) -> None:
@@ -319,7 +321,7 @@ def _require_exportable(module: nn.Module, units: list[Unit]) -> None:
     TorchScript takes the parameters themselves into its module, and they go back to disk; torch.export looks at them.
     """
     is_script = torch._C._get_tracing_state() is not None
-    if is_script or any(unit.mapped is None and unit.state is not Residency.RESIDENT for unit in units):
+    if is_script or any(unit.mapped is None and unit.device_copy is None for unit in units):
         way_out = "trace copy.deepcopy(module)" if is_script else "export inside `with lightning_ssd.gathered(module):`"
         raise ResidencyError(
             f"a {type(module).__name__} is being {'traced by TorchScript' if is_script else 'exported'} while its "
@@ -352,34 +354,34 @@ class _ModuleCall:
 
 
 def is_streamed(root: nn.Module) -> bool:
-    """Whether a streamer has hooks on a module of ``root`` now."""
+    """Whether a module of ``root`` has hooks of ours now."""
     return bool(models_of(root))
 
 
 def models_of(root: nn.Module) -> list[ModelUnits]:
-    """Those whose streamers have hooks on a module of ``root`` now."""
+    """The units of which a module of ``root`` has hooks now."""
     hooks = [hook for module in root.modules() for hook in module._forward_pre_hooks.values()]
     owners = [getattr(hook, "__self__", None) for hook in hooks]
-    streamers = [owner.streamer for owner in owners if isinstance(owner, _HooksOfModule) and owner.streamer is not None]
-    return list({streamer: streamer.model for streamer in streamers}.values())
+    found = [owner.hooks for owner in owners if isinstance(owner, _HooksOfModule) and owner.hooks is not None]
+    return list({hooks: hooks.model for hooks in found}.values())
 
 
 class _HooksOfModule:
     """Forward hooks of one module. On a copy of the module, whose parameters are plain, they do nothing."""
 
-    def __init__(self, streamer: ModuleHooks | None, units: list[Unit]) -> None:
-        self.streamer = streamer
+    def __init__(self, hooks: ModuleHooks | None, units: list[Unit]) -> None:
+        self.hooks = hooks
         self._units = units
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.streamer is not None:
-            self.streamer.before_forward(module, self._units, args, kwargs)
+        if self.hooks is not None:
+            self.hooks.before_forward(module, self._units, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.streamer is not None:
-            self.streamer.after_forward(module)
+        if self.hooks is not None:
+            self.hooks.after_forward(module)
 
     def __reduce__(self) -> Any:
         return _HooksOfModule, (None, [])  # `copy` and `pickle` both ask here

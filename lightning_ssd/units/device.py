@@ -26,6 +26,7 @@ from lightning_ssd.memory.device_plan import tensors_nbytes
 from lightning_ssd.memory.pool import Buffer
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import UnitLayout
 
 
@@ -69,18 +70,24 @@ class DeviceCopy:
 
     Attributes:
         tensors: One per parameter, in file order; empty once their memory is used for something else.
+        generation: Whose values they are.
         nbytes: What they take of device memory; 0 on the host.
-        copied: When the host's bytes may change; None where there was no copy.
-        generation: Whose values they are. Set by the owner.
+        copied: When the host's bytes may change; None on the host, whose bytes these are.
     """
 
-    def __init__(self, tensors: list[Tensor], nbytes: int = 0, copied: Event | None = None) -> None:
+    def __init__(
+        self, tensors: list[Tensor], generation: Generation, nbytes: int = 0, copied: Event | None = None
+    ) -> None:
         self.tensors = tensors
+        self.generation = generation
         self.nbytes = nbytes
         self.copied = copied
-        self.generation: object = None
         self.released: Event | None = None
         self.is_shared = False  # when it was released, somebody else held one of the tensors
+
+    def has(self, generation: Generation) -> bool:
+        """Whether it still holds the values of ``generation``."""
+        return self.generation is generation and bool(self.tensors)
 
 
 class CopyToDevice:
@@ -104,12 +111,13 @@ class CopyToDevice:
             deque()
         )  # holding the host's tensors keeps buffers from reuse
 
-    def place(self, layout: UnitLayout, buffer: Buffer) -> DeviceCopy:
+    def place(self, layout: UnitLayout, buffer: Buffer, generation: Generation) -> DeviceCopy:
         """See `Placement.place`; ``buffer`` is in use until the copy is over, and may be given back before."""
         dtype = dtype_of(layout.dtype)
-        return self.place_tensors([buffer.tensor(entry.begin, dtype, entry.shape) for entry in layout.entries])
+        tensors = [buffer.tensor(entry.begin, dtype, entry.shape) for entry in layout.entries]
+        return self.place_tensors(tensors, generation)
 
-    def place_tensors(self, tensors: Sequence[Tensor]) -> DeviceCopy:
+    def place_tensors(self, tensors: Sequence[Tensor], generation: Generation) -> DeviceCopy:
         """See `Placement.place_tensors`."""
         self.poll()
         nbytes = tensors_nbytes(tensor.nbytes for tensor in tensors)
@@ -117,13 +125,14 @@ class CopyToDevice:
         found, copied = self._streams.send(tensors)
         self._sending.append((copied, list(tensors)))
         self._nbytes += nbytes
-        return DeviceCopy(found, nbytes, copied)
+        return DeviceCopy(found, generation, nbytes, copied)
 
-    def release(self, device_copy: DeviceCopy) -> None:
-        """See `Placement.release`; they stay as long as nothing else needs the memory."""
+    def release(self, device_copy: DeviceCopy) -> DeviceCopy:
+        """See `Placement.release`; it stays as long as nothing else needs the memory."""
         device_copy.released = self._streams.mark()
         device_copy.is_shared = any(map(_is_held_elsewhere, device_copy.tensors))
         self._released.append(device_copy)
+        return device_copy
 
     def reuse(self, device_copy: DeviceCopy) -> bool:
         """See `Placement.reuse`."""

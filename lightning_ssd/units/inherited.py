@@ -34,7 +34,7 @@ class Inherited:
         self._refusals = refusals
 
     def values(self, unit: Unit) -> tuple[Tensor, ...]:
-        """What the parameters of ``unit``, which are at rest, were at the fork.
+        """What the parameters of ``unit``, which are lazy, were at the fork.
 
         Raises:
             ResidencyError: Nobody knows.
@@ -58,7 +58,7 @@ class Inherited:
         """
         raise ResidencyError(
             f"unit {unit.name!r} cannot be fetched in a forked process, which can look at parameters and compute with "
-            "them, but not go on with what the process that trains was about"
+            "them, but cannot train"
         )
 
 

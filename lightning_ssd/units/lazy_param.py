@@ -33,7 +33,7 @@ class ParamLoader(Protocol):
 
 
 def lazy_class(owner: ParamLoader) -> type[nn.Parameter]:
-    """The class of parameters at rest that ``owner`` looks after."""
+    """The class of offloaded parameters whose values ``owner`` loads."""
 
     class LazyParameter(nn.Parameter):
         _loader = owner
@@ -75,9 +75,10 @@ def lazy_class(owner: ParamLoader) -> type[nn.Parameter]:
 def _differentiate(
     func: Callable[..., Any], outputs: Any, inputs: Any = None, *, materialize_grads: bool = False, **kwargs: Any
 ) -> Any:
-    """`torch.autograd.grad` or `backward`, as torch hands them on: parameters among ``inputs`` stay at rest.
+    """`torch.autograd.grad` or `backward`, as torch passes them on: lazy parameters among ``inputs`` are not loaded.
 
-    Both take places in the graph as well as tensors. Not with the fence off, as other functions: they run forwards.
+    Both take edges of the graph instead of tensors. Unlike other functions they are called with ``__torch_function__``
+    on, since hooks and recomputes in them run forwards.
     """
     load_all([p for p in _tensors((outputs, kwargs.get("grad_outputs"), kwargs.get("grad_tensors"))) if _is_lazy(p)])
     load_all([p for p in inputs or () if _is_lazy(p) and not p.requires_grad])  # torch refuses it
@@ -95,13 +96,13 @@ def _is_lazy(value: Any) -> bool:
 
 
 def load_all(params: Sequence[nn.Parameter]) -> None:
-    """Wake those of ``params`` that are at rest, all at the same time."""
+    """Load the lazy ones of ``params``, all at the same time."""
     for owner, lazy in by_loader(params):
         owner.load(lazy)
 
 
 def by_loader(params: Sequence[nn.Parameter]) -> list[tuple[ParamLoader, list[nn.Parameter]]]:
-    """Those of ``params`` that are at rest, with who looks after them."""
+    """The lazy ones of ``params``, by their loader."""
     found: dict[int, tuple[ParamLoader, list[nn.Parameter]]] = {}
     for param in params:
         owner = getattr(type(param), "_loader", None)
@@ -111,7 +112,7 @@ def by_loader(params: Sequence[nn.Parameter]) -> list[tuple[ParamLoader, list[nn
 
 
 def require_loaded(module: nn.Module) -> None:
-    """Refuse to run ``module`` under torch.func on parameters that the transform took while they were at rest.
+    """Refuse to run ``module`` under torch.func on parameters that were lazy when the transform took them.
 
     Raises:
         ResidencyError: Names the module and the way out.

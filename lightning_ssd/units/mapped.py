@@ -1,13 +1,13 @@
 """Values of a unit outside a step: tensors on a mapping of its file, and whether the user wrote to them.
 
-[Note: at rest, written] A file that no checkpoint names is mapped shared: what the user writes lands in it. Its
+[Note: mapped values] A file that no checkpoint names is mapped shared: what the user writes lands in it. Its
 modification time is set back by two to four seconds when it is mapped, to one that no write to come can have; so
 another one found later, after `msync`, means a write. A file that a checkpoint names, or that a forked process may
 read, is mapped private: what the user writes stays in memory, on pages that no longer belong to the file, which bit 61
 of ``/proc/self/pagemap`` tells. Assigning ``p.data`` is seen by the address. Optimizer state is always mapped private:
-it is shown, and a checkpoint must still be able to link its file. Parameters that are kept in memory are shown as they
-are: what the user writes is their value. Only a 16-bit one, which has a master beside it, needs to know: its content is
-summed up before and after.
+it is shown, and a checkpoint must still be able to link its file. A unit in memory is
+shown as it is: what the user writes is its value. Only a 16-bit one, which has a master beside it, has to notice:
+its checksum is compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.fingerprint import fingerprint
 
 _PAGE = mmap.PAGESIZE
-_EVEN_NS = 2 * 10**9  # there are file systems that keep even seconds only
+_EVEN_NS = 2 * 10**9  # some file systems store times in steps of two seconds
 _FILE_PAGE = 1 << 61
 _PRESENT_OR_SWAPPED = (1 << 63) | (1 << 62)
 
@@ -112,7 +112,7 @@ class MappedParams:
 
 
 class InMemoryParams:
-    """The same of a unit that is kept in memory.
+    """The same of a unit that the plan holds in memory.
 
     Attributes:
         generation: What is shown.

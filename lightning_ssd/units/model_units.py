@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ssd.errors import SSDOffloadError
@@ -17,7 +16,7 @@ from lightning_ssd.units.inherited import Inherited
 from lightning_ssd.units.lazy_param import lazy_class
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams
 from lightning_ssd.units.step_state import StepState
-from lightning_ssd.units.unit import Residency, Unit
+from lightning_ssd.units.unit import Unit, give
 from lightning_ssd.units.user_writes import UserWrites
 
 
@@ -53,6 +52,7 @@ class ModelUnits:
         units: All units.
         store: Where their values are.
         step: Whether a step runs.
+        lazy_class: Of parameters that are offloaded.
         lock: Guards who has a unit; the thread that trains and the thread of updates take it.
         writes: What the user wrote to parameters.
         streaming: What streams the units; None before `start` and after the end.
@@ -64,22 +64,17 @@ class ModelUnits:
         self.store = store
         self.step = StepState()
         self.lock = threading.Condition()
-        self.writes = UserWrites(store, units, self.is_current, keeps_buffer=keeps_buffer)
+        self.writes = UserWrites(store, units, keeps_buffer=keeps_buffer)
         self.streaming: Streaming | None = None
         self.inherited: Inherited | None = None
         self._unit_of = {param: unit for unit in units for param in unit.params}
-        self._lazy_class = lazy_class(self)
-
-    def is_current(self, unit: Unit) -> bool:
-        """Whether the bytes in memory are those of the newest generation."""
-        return unit.generation is self.store.newest(unit.name, "param")
+        self.lazy_class = lazy_class(self)
 
     # -- lazy parameters -----------------------------------------------------------------------------------------
 
     def offload(self, unit: Unit) -> None:
         """Make the parameters of ``unit``, whose values are in the store, lazy."""
-        for param, placeholder in zip(unit.params, unit.placeholders, strict=True):
-            give(param, placeholder, self._lazy_class)
+        unit.offload(self.lazy_class)
 
     def load(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
         """See `ParamLoader.load`."""
@@ -113,10 +108,10 @@ class ModelUnits:
     def map_all(self) -> None:
         """Nothing streams any more: all parameters are plain ones on mapped files."""
         for unit in self.units:
-            unit.generation = unit.device_copy = None
+            unit.released_copy = None
             # Not placed if the disk failed or filled before.
             if unit.mapped is None and self.store.current(unit.name, "param") is not None:
-                self._show(unit, MappedParams(self.store, self.store.newest(unit.name, "param")))
+                unit.map(MappedParams(self.store, self.store.newest(unit.name, "param")))
 
     def release_memory(self) -> None:
         """Write what is held in memory into files; nothing computes with it any more."""
@@ -139,7 +134,6 @@ class ModelUnits:
             mapped, is_written = unit.mapped, self.writes.collect_mapped(unit, unit.mapped)
             self.offload(unit)
             mapped.unmap(is_written=is_written)
-            unit.mapped = None
         return is_written
 
     def _map(self, unit: Unit) -> None:
@@ -147,18 +141,11 @@ class ModelUnits:
             self.streaming.before_map(unit)
         with self.lock:
             if unit.mapped is None:
-                unit.device_copy = None  # the user may write a value of the same generation
                 generation = self.store.newest(unit.name, "param")
                 in_memory = unit.in_memory is not None
-                self._show(unit, InMemoryParams(generation) if in_memory else MappedParams(self.store, generation))
+                unit.map(InMemoryParams(generation) if in_memory else MappedParams(self.store, generation))
         if self.streaming is not None:
             self.streaming.after_map(unit)
-
-    @staticmethod
-    def _show(unit: Unit, mapped: MappedParams | InMemoryParams) -> None:
-        unit.mapped = mapped
-        for param, tensor in zip(unit.params, mapped.tensors, strict=True):
-            give(param, tensor, nn.Parameter)
 
     # -- forked processes: [Note: inherited] ---------------------------------------------------------------------
 
@@ -179,10 +166,9 @@ class ModelUnits:
         self.inherited = inherited
         for unit in self.units:
             unit.num_holds, unit.update = 0, None
-            if lost(unit) and (unit.state is Residency.RESIDENT or unit.in_memory is not None):
+            if lost(unit) and (unit.device_copy is not None or unit.in_memory is not None):
                 self.offload(unit)
-            if unit.state is not Residency.ON_DISK:
-                unit.move(Residency.ON_DISK)  # nothing releases it any more
+            unit.forget_copies()
 
     def load_inherited(self, units: Sequence[Unit]) -> None:
         """In a forked process: give lazy parameters of ``units`` the values of the fork."""
@@ -190,14 +176,7 @@ class ModelUnits:
             return
         with transforms.suspended():
             for unit in units:
-                if self._lazy_class in map(type, unit.params):
+                if self.lazy_class in map(type, unit.params):
                     for param, tensor in zip(unit.params, self.inherited.values(unit), strict=True):
-                        if type(param) is self._lazy_class:
+                        if type(param) is self.lazy_class:
                             give(param, tensor, nn.Parameter)
-
-
-def give(param: nn.Parameter, data: Tensor, cls: type[nn.Parameter]) -> None:
-    """Let ``param`` view ``data`` and be a ``cls``."""
-    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
-        param.data = data
-    param.__class__ = cls

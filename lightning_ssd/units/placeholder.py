@@ -1,4 +1,4 @@
-"""What parameters at rest view: one mapped file of NaN bytes, as large as the largest unit, shared by all."""
+"""What lazy parameters view: one mapped file of NaN bytes, as large as the largest unit, shared by all."""
 
 from __future__ import annotations
 

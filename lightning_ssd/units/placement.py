@@ -1,4 +1,4 @@
-"""The way from a host buffer to where compute reads: in place on the CPU, by copies to a GPU (`streaming.device`)."""
+"""The way from a host copy to where compute reads: in place on the CPU, by copies to a GPU (`units.device`)."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from torch import Tensor
 
 from lightning_ssd.memory.pool import Buffer
 from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.units.device import CopyToDevice, CudaStreams, DeviceCopy
 
 
 class Placement(Protocol):
-    """Makes the bytes of a staged unit usable on the device."""
+    """Makes the device copy of a unit from its host copy, or from what is in memory."""
 
     keeps_buffer: bool
-    """Whether the parameters view the host buffer, which therefore stays with the unit."""
+    """Whether the device copy views the host copy, which therefore stays as long as the unit is resident."""
 
-    def place(self, layout: UnitLayout, buffer: Buffer) -> DeviceCopy:
+    def place(self, layout: UnitLayout, buffer: Buffer, generation: Generation) -> DeviceCopy:
         """One tensor per parameter, in file order, on the device, ready for the current stream."""
         ...
 
-    def place_tensors(self, tensors: Sequence[Tensor]) -> DeviceCopy:
-        """The same of a unit whose host tensors are kept in memory."""
+    def place_tensors(self, tensors: Sequence[Tensor], generation: Generation) -> DeviceCopy:
+        """The same of a unit that the plan holds in memory, in ``tensors``."""
         ...
 
-    def release(self, device_copy: DeviceCopy) -> None:
-        """Parameters view its tensors no longer."""
+    def release(self, device_copy: DeviceCopy) -> DeviceCopy | None:
+        """Parameters view its tensors no longer; returns what may be used again, if anything."""
         ...
 
     def reuse(self, device_copy: DeviceCopy) -> bool:
-        """Whether what was released is still there; if so it is in use as if it had just been installed."""
+        """Whether what was released is still there; if so it is in use as if it had just been placed."""
         ...
 
     def poll(self) -> None:
@@ -55,23 +56,23 @@ class InPlace:
 
     keeps_buffer = True
 
-    def place(self, layout: UnitLayout, buffer: Buffer) -> DeviceCopy:
+    def place(self, layout: UnitLayout, buffer: Buffer, generation: Generation) -> DeviceCopy:
         """See `Placement.place`; nothing is copied but parameters whose file offset is not 64-byte aligned."""
         for entry, place in zip(layout.entries, layout.places, strict=True):
             if place != entry.begin:
                 ctypes.memmove(buffer.address + place, buffer.address + entry.begin, entry.nbytes)
-        return DeviceCopy(_tensors(layout, buffer))
+        return DeviceCopy(_tensors(layout, buffer), generation)
 
-    def place_tensors(self, tensors: Sequence[Tensor]) -> DeviceCopy:
+    def place_tensors(self, tensors: Sequence[Tensor], generation: Generation) -> DeviceCopy:
         """See `Placement.place_tensors`; they are used where they are."""
-        return DeviceCopy(list(tensors))
+        return DeviceCopy(list(tensors), generation)
 
     def release(self, device_copy: DeviceCopy) -> None:
         """See `Placement.release`; a tensor that lived on would keep the buffer in use."""
         device_copy.tensors.clear()
 
     def reuse(self, device_copy: DeviceCopy) -> bool:
-        """See `Placement.reuse`; the buffer has it."""
+        """See `Placement.reuse`; the host copy has the values."""
         return False
 
     def poll(self) -> None:
@@ -86,7 +87,7 @@ class InPlace:
 
 
 def make_placement(device: torch.device, *, capacity_nbytes: int = 0, is_limit: bool = False) -> Placement:
-    """The route to ``device``; on a GPU it takes ``capacity_nbytes``, see `CopyToDevice`."""
+    """The way to ``device``; on a GPU it takes ``capacity_nbytes``, see `CopyToDevice`."""
     if device.type == "cpu":
         return InPlace()
     return CopyToDevice(CudaStreams(device), capacity_nbytes=capacity_nbytes, is_limit=is_limit)

@@ -1,13 +1,18 @@
-"""Which units to read next and which may go for them: choices over the order of use, no moves."""
+"""Which units to read next and which may go for them: choices over the order of use, no moves.
+
+The window of units that are read ahead (``max_ahead``) and the number of them that are read together
+(``prefetch_batch``) are those of Superpipeline (its *k* and move quantum, arXiv 2410.08791).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 
+from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.execution_order import ExecutionOrder
-from lightning_ssd.units.unit import Residency, Unit
+from lightning_ssd.units.unit import Unit
 
 
 class PrefetchPolicy:
@@ -15,7 +20,8 @@ class PrefetchPolicy:
 
     Args:
         units: All units.
-        schedule: Order of use.
+        store: Which generation of a unit is the newest.
+        order: In which a step uses them.
         max_ahead: Units that may be fetched ahead of use.
         prefetch_batch: Units whose reads are started together.
     """
@@ -23,15 +29,17 @@ class PrefetchPolicy:
     def __init__(
         self,
         units: list[Unit],
-        schedule: ExecutionOrder,
+        store: StateStore,
+        order: ExecutionOrder,
         *,
         max_ahead: int = 1,
         prefetch_batch: int = 1,
     ) -> None:
         self._units = units
         self._by_name = {unit.name: unit for unit in units}
-        self._schedule = schedule
-        self._num_ahead = max_ahead
+        self._store = store
+        self._order = order
+        self._max_ahead = max_ahead
         self._prefetch_batch = prefetch_batch
         self._renewed: set[str] = set()  # updated since the last backward began
 
@@ -43,19 +51,18 @@ class PrefetchPolicy:
         """The update of this step has come."""
         self._renewed.add(unit.name)
 
-    def wanted(self, is_placed: Callable[[Unit], bool], *, beyond: bool) -> Iterator[list[Unit]]:
+    def wanted(self, *, beyond: bool) -> Iterator[list[Unit]]:
         """Groups of units to read now, soonest needed first; to be asked for one by one, as each takes memory.
 
         Args:
-            is_placed: Whether the newest values of a unit are where compute reads.
             beyond: Of what the next step begins with too, as far as no update of this step is still to come.
         """
-        following = takewhile(self._is_renewed, self._schedule.following()) if beyond else ()
+        following = takewhile(self._is_renewed, self._order.following()) if beyond else ()
         group: list[Unit] = []
-        for max_ahead, unit in enumerate(self._ahead(following, is_placed), 1):
-            if max_ahead > self._num_ahead or unit.mapped is not None or unit.update is not None:
+        for num_ahead, unit in enumerate(self._ahead(following), 1):
+            if num_ahead > self._max_ahead or unit.mapped is not None or unit.update is not None:
                 return
-            if unit.state is Residency.ON_DISK:
+            if unit.host_copy is None:
                 group.append(unit)
             if len(group) == self._prefetch_batch:
                 yield group
@@ -69,15 +76,15 @@ class PrefetchPolicy:
 
     def position(self, unit: Unit) -> int:
         """How many units are needed before ``unit`` is."""
-        needs = (*self._schedule.upcoming(), *self._schedule.following())
+        needs = (*self._order.upcoming(), *self._order.following())
         return needs.index(unit.name) if unit.name in needs else len(needs)
 
-    def is_next(self, unit: Unit, is_placed: Callable[[Unit], bool]) -> bool:
+    def is_next(self, unit: Unit) -> bool:
         """Whether ``unit`` would be read now if no update of it were pending."""
-        for max_ahead, other in enumerate(self._ahead(self._schedule.following(), is_placed), 1):
+        for num_ahead, other in enumerate(self._ahead(self._order.following()), 1):
             if other is unit:
-                return max_ahead <= self._num_ahead
-            if other.state is Residency.ON_DISK:
+                return num_ahead <= self._max_ahead
+            if other.host_copy is None:
                 return False
         return False
 
@@ -87,15 +94,21 @@ class PrefetchPolicy:
         Args:
             needed_after: Only one that is merely cached, and needed later than this.
         """
-        free = [u for u in self._units if u.num_holds == u.num_pins == 0 and u.buffer is not None and not u.is_viewed]
+        copies = [(u, u.host_copy) for u in self._units if u.host_copy is not None and u.num_holds == u.num_pins == 0]
+        free = {u: copy.transfer is not None for u, copy in copies if not u.is_viewed}  # whether they are being read
         if needed_after is not None:
-            free = [u for u in free if u.state is Residency.STAGED and self.need(u) > needed_after]
-        return max(free, key=lambda u: (u.state is not Residency.READING, self.need(u)), default=None)
+            cached = (u for u, is_reading in free.items() if not is_reading and u.device_copy is None)
+            free = {u: False for u in cached if self.need(u) > needed_after}
+        return max(free, key=lambda u: (not free[u], self.need(u)), default=None)
 
-    def _ahead(self, following: Iterable[str], is_placed: Callable[[Unit], bool]) -> Iterator[Unit]:
+    def _ahead(self, following: Iterable[str]) -> Iterator[Unit]:
         """Units that need a buffer before they are used, soonest needed first: in this step, then in the next."""
-        units = (self._by_name[name] for name in dict.fromkeys((*self._schedule.upcoming(), *following)))
-        return (u for u in units if u.state is not Residency.RESIDENT and u.in_memory is None and not is_placed(u))
+        units = (self._by_name[name] for name in dict.fromkeys((*self._order.upcoming(), *following)))
+        return (u for u in units if u.device_copy is None and u.in_memory is None and not self._is_on_device(u))
+
+    def _is_on_device(self, unit: Unit) -> bool:
+        copy = unit.released_copy
+        return copy is not None and copy.has(self._store.newest(unit.name, "param"))
 
     def _is_renewed(self, name: str) -> bool:
         return name in self._renewed or not any(param.requires_grad for param in self._by_name[name].params)

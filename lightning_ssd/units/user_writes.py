@@ -1,4 +1,4 @@
-"""What the user writes to parameters, at rest or inside a step, and how it comes into the store.
+"""What the user writes to parameters, in a step or outside, and how it comes into the store.
 
 [Note: in a step, written] Bytes in memory are thrown away when a unit is released, so a change to them (weights clipped
 in ``training_step``, a mask that is multiplied in, `nn.Embedding(max_norm=)`) would be lost without a word. An
@@ -12,8 +12,7 @@ memory to the end of the step, so that what is written through the view counts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from types import CodeType, FunctionType
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.fingerprint import fingerprint
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams, is_assigned
 from lightning_ssd.units.masters import follow_values
-from lightning_ssd.units.unit import Residency, Unit, is_held
+from lightning_ssd.units.unit import Unit, is_held
 
 _NUM_WATCHED = 2
 """Uses of a unit, in training and in evaluation, after which it is known whether its modules write to it."""
@@ -36,16 +35,12 @@ class UserWrites:
     Args:
         store: Where values are.
         units: All units.
-        is_current: Whether the bytes of a unit in memory are those of its newest generation.
         keeps_buffer: See `Placement.keeps_buffer`.
     """
 
-    def __init__(
-        self, store: StateStore, units: Sequence[Unit], is_current: Callable[[Unit], bool], *, keeps_buffer: bool
-    ) -> None:
+    def __init__(self, store: StateStore, units: Sequence[Unit], *, keeps_buffer: bool) -> None:
         self._store = store
         self._units = units
-        self._is_current = is_current
         self._num_watched: dict[tuple[str, bool], int] = {}
         self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
         self._left: dict[int, tuple[str, Any]] = {}  # memory that was a parameter's, while somebody else views it
@@ -59,9 +54,9 @@ class UserWrites:
         unit.is_ahead = unit.is_handed_on
         if self._is_in_place(unit) and not unit.is_ahead:
             return
-        unit.is_touched = unit.persistent  # it stays to the end of the step, where everybody finds it awake
+        unit.is_touched = unit.persistent  # it stays resident to the end of the step, and everybody can use it
         unit.seen = None
-        unit.versions = unit.current_versions()
+        unit.versions = _versions(unit.params)
         use = unit.name, any(module.training for module in unit.modules)
         is_watched = self._num_watched.get(use, 0) < _NUM_WATCHED
         self._num_watched[use] = self._num_watched.get(use, 0) + is_watched
@@ -75,7 +70,13 @@ class UserWrites:
             unit.seen = fingerprint(unit.params) if unit.seen is None else unit.seen
 
     def end(self, unit: Unit) -> None:
-        """``unit`` goes to rest."""
+        """``unit``, which is resident, is about to be released: `collect_in_step`, the last time.
+
+        Raises:
+            ResidencyError: See there.
+            SSDOffloadError: See there.
+        """
+        self.collect_in_step(unit)
         if unit.is_touched and unit.device_copy is not None and not self._is_in_place(unit):
             self.leave(unit, unit.device_copy.tensors)
         unit.is_touched = False
@@ -84,8 +85,8 @@ class UserWrites:
     def forget(self, unit: Unit) -> None:
         """What was written to ``unit`` so far does not count: its step failed."""
         unit.is_ahead = False
-        if unit.state is Residency.RESIDENT and not self._is_in_place(unit):
-            unit.versions = unit.current_versions()
+        if unit.device_copy is not None and not self._is_in_place(unit):
+            unit.versions = _versions(unit.params)
             unit.seen = None
 
     def collect_in_step(self, unit: Unit) -> None:
@@ -95,21 +96,19 @@ class UserWrites:
             ResidencyError: It was written to while its optimizer updated it, or while it shared memory with another.
             SSDOffloadError: A parameter has another form than it was placed with.
         """
-        if unit.state is not Residency.RESIDENT:
+        if unit.device_copy is None:
             return
-        # What is in place is updated when it is at rest, so after what is written now.
+        # A unit in place is updated when it is not resident, so after what is written now.
         is_late = unit.is_ahead or (unit.is_handed_on and not self._is_in_place(unit))
         if is_late and self._is_written(unit):
             self._refuse_late(unit)
-        if self._is_in_place(unit):
-            assert unit.in_memory is not None
-            if is_assigned(unit.params, unit.in_memory):
-                self._put(unit, unit.in_memory)
+        if self._is_in_place(unit):  # the device copy is what is in memory
+            if is_assigned(unit.params, unit.device_copy.tensors):
+                self._put(unit, unit.device_copy.tensors)
             self._drop_file(unit)
         elif self._is_written(unit):
-            if not self._is_current(unit):
+            if unit.device_copy.generation is not self._store.newest(unit.name, "param"):
                 self._refuse_late(unit)
-            assert unit.device_copy is not None
             self._put(unit, unit.device_copy.tensors)
             follow_values(self._store, unit)
 
@@ -122,32 +121,31 @@ class UserWrites:
         )
 
     def _is_written(self, unit: Unit) -> bool:
-        versions = unit.current_versions()
-        if unit.seen is None and versions == unit.versions:
+        versions = _versions(unit.params)
+        if unit.device_copy is None or (unit.seen is None and versions == unit.versions):
             return False
         found = fingerprint(unit.params)
         before = unit.seen
         if before is None:
-            assert unit.generation is not None
-            before = unit.generation.fingerprint  # a second forward writes what the first wrote
+            before = unit.device_copy.generation.fingerprint  # a second forward writes what the first wrote
         elif found != before and versions == unit.versions and not unit.is_touched:
             unit.writes_itself = True
         return found != before
 
-    # -- at rest -------------------------------------------------------------------------------------------------
+    # -- outside a step ------------------------------------------------------------------------------------------
 
-    def collect_mapped(self, unit: Unit, at_rest: MappedParams | InMemoryParams) -> bool:
-        """Bring in what was written to ``unit`` while it was awake at rest; whether there was anything.
+    def collect_mapped(self, unit: Unit, mapped: MappedParams | InMemoryParams) -> bool:
+        """Bring in what was written to ``unit`` while it was ``mapped``; returns whether there was anything.
 
         Raises:
             ResidencyError: It was written to while it shared memory with another parameter.
             SSDOffloadError: A parameter has another form than it was placed with.
         """
-        was_assigned = at_rest.is_assigned(unit.params)
-        was_written = at_rest.was_written()
-        if was_assigned or (was_written and at_rest.is_private):
-            self._put(unit, at_rest.tensors)
-        self.leave(unit, at_rest.tensors)
+        was_assigned = mapped.is_assigned(unit.params)
+        was_written = mapped.was_written()
+        if was_assigned or (was_written and mapped.is_private):
+            self._put(unit, mapped.tensors)
+        self.leave(unit, mapped.tensors)
         if was_assigned or was_written:
             unit.num_writes += 1
             follow_values(self._store, unit)
@@ -203,18 +201,16 @@ class UserWrites:
         self._note_ties(unit, moved)
         before = self._store.newest(unit.name, "param")
         if unit.in_memory is not None and self._keeps_buffer:
-            unit.in_memory = self._store.adopt(unit.layout, _kept(unit.params, unit.in_memory))
+            unit.in_memory = self._store.adopt(unit.layout, _memory_of(unit.params, unit.in_memory))
         generation = self._store.put(unit.layout, lambda i: unit.params[i].data)
         generation.lineage = before.lineage  # no update
-        if unit.state is not Residency.RESIDENT or self._is_in_place(unit):
+        if unit.device_copy is None or self._is_in_place(unit):
             return
         generation.fingerprint = fingerprint(unit.params)
-        unit.versions = unit.current_versions()
+        unit.versions = _versions(unit.params)
         unit.seen = None if unit.seen is None else generation.fingerprint
         if not moved:  # what is in memory is what was put
-            unit.generation = generation
-            if unit.device_copy is not None:
-                unit.device_copy.generation = generation
+            unit.became(generation)
 
     def _note_ties(self, unit: Unit, moved: Sequence[int]) -> None:
         """Remember which parameters of ``unit`` share memory with others, now that those in ``moved`` were assigned."""
@@ -235,8 +231,8 @@ class UserWrites:
         self._left = {number: left for number, left in self._left.items() if not left[1].expired()}
         owners = {number: name for number, (name, _) in self._left.items() if name not in except_for}
         for unit in self._units:
-            is_awake = unit.state is Residency.RESIDENT or unit.mapped is not None
-            tensors = unit.params if is_awake else unit.in_memory or ()
+            is_offloaded = unit.device_copy is None and unit.mapped is None
+            tensors = (unit.in_memory or ()) if is_offloaded else unit.params
             for name, tensor in zip(unit.names, tensors, strict=bool(tensors)):
                 if name not in except_for and tensor.numel():
                     owners[tensor.untyped_storage()._cdata] = name
@@ -253,8 +249,13 @@ class UserWrites:
         self._store.drop_file(self._store.newest(unit.name, "param"))
 
 
-def _kept(params: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> list[Tensor]:
-    """Where to keep ``params`` from now on: where they were, or in the memory that ``p.data`` was assigned.
+def _versions(params: Sequence[nn.Parameter]) -> tuple[int, ...]:
+    """``_version`` of each; an operation in place on the parameter itself raises it."""
+    return tuple(param._version for param in params)
+
+
+def _memory_of(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> list[Tensor]:
+    """Where ``params`` are from now on: where they were ``before``, or in the memory that ``p.data`` was assigned.
 
     That memory becomes the parameter's, as in plain torch, where the user holds it or what was there before: an average
     that is swapped in, and the weights to be swapped back.
@@ -267,64 +268,4 @@ def _kept(params: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> list[Tensor
             return tensor
         return data if is_held(param, tensor) or is_held(param, data) else tensor
 
-    return [place(param, tensor) for param, tensor in zip(params, kept, strict=True)]
-
-
-def may_write(module: nn.Module, known: dict[type[nn.Module], bool]) -> bool:
-    """Whether a forward of ``module`` or its children, or a hook on it, mentions ``.data``: it may write to parameters.
-
-    Or code of the user's that it uses. torch's own forwards do so by operations on the parameter itself only.
-
-    Args:
-        module: What runs.
-        known: Answers for classes; added to.
-    """
-    for inner in module.modules():
-        kind = type(inner)
-        if kind not in known:
-            known[kind] = any("data" in _names(function) for function in _used_by_forward(kind))
-        hooks = (*inner._forward_pre_hooks.values(), *inner._forward_hooks.values())
-        if known[kind] or any("data" in _names(function) for function in hooks):
-            return True
-    return False
-
-
-def _used_by_forward(kind: type[nn.Module]) -> Iterator[object]:
-    """Functions of the user's that a forward of ``kind`` may call, itself among them; found by their names."""
-    own = [base for base in kind.__mro__ if _is_users(base)]
-    waiting, seen = list(_functions_of(own, "forward")), set[int]()
-    while waiting:
-        function = waiting.pop()
-        if id(function) in seen:
-            continue
-        seen.add(id(function))
-        yield function
-        names = _names(function)
-        around = getattr(function, "__globals__", {})
-        outside = [value for value in map(around.get, names) if isinstance(value, (FunctionType, type))]
-        theirs = [value for value in outside if _is_users(value)]
-        kinds = [*own, *(value for value in theirs if isinstance(value, type))]
-        waiting += [value for value in theirs if not isinstance(value, type)]
-        waiting += [found for name in names for found in _functions_of(kinds, name)]
-
-
-def _is_users(value: FunctionType | type) -> bool:
-    return not (value.__module__ or "").startswith(("torch.", "builtins"))
-
-
-def _functions_of(kinds: list[type], name: str) -> Iterator[object]:
-    """What ``kinds`` themselves have by this name, without what makes it a method."""
-    for found in (vars(kind)[name] for kind in kinds if name in vars(kind)):
-        yield found.fget if isinstance(found, property) else getattr(found, "__func__", found)
-
-
-def _names(function: object) -> list[str]:
-    """Names that a Python function uses, and those inside it do; none of anything else."""
-    names: list[str] = []
-    codes = [getattr(function, "__code__", function)]
-    while codes:
-        code = codes.pop()
-        if isinstance(code, CodeType):
-            names += code.co_names
-            codes += code.co_consts
-    return names
+    return [place(param, tensor) for param, tensor in zip(params, before, strict=True)]

@@ -14,6 +14,7 @@ from lightning_ssd.optim.rules import SGDRule
 from lightning_ssd.optim.update import ParameterUpdate, PendingUpdate, Updates
 from lightning_ssd.optim.updater import Updater
 from lightning_ssd.trace.recorder import Trace
+from lightning_ssd.units.device import DeviceCopy
 from lightning_ssd.units.partition import UnitSpec
 from lightning_ssd.units.unit import Unit
 
@@ -37,7 +38,6 @@ class FakeWorld:
     Attributes:
         events: What was called, in order.
         begun: Set when the first update runs.
-        busy: Names of units that compute reads.
         gates: An update of a unit waits for the event here.
         errors: What an update of a unit raises.
         write_errors: What the writes of a unit raise.
@@ -49,7 +49,6 @@ class FakeWorld:
     ) -> None:
         self.events: list[str] = []
         self.begun = threading.Event()
-        self.busy: set[str] = set()
         self.gates: dict[str, threading.Event] = {}
         self.errors: dict[str, Exception] = {}
         self.write_errors: dict[str, Exception] = {}
@@ -57,7 +56,7 @@ class FakeWorld:
         self.budget = SharedBudget(gradients_nbytes=capacity)
         self.lock = threading.Condition() if lock is None else lock
         self.units = [make_unit(name) for name in names]
-        self.schedule = self
+        self.order = self
         self._writing: PendingUpdate | None = None
         self.updater = Updater(lock=self.lock, budget=self.budget, is_async=is_async, trace=Trace())
         self.updates = Updates(cast(Any, self), cast(Any, self), self.updater, self)
@@ -78,19 +77,23 @@ class FakeWorld:
             self.updater.submit(update)
         return made
 
+    def use(self, *names: str) -> None:
+        """Compute reads units."""
+        for name in names:
+            self.unit(name).device_copy = DeviceCopy([], cast(Any, None))
+
     def release(self, name: str) -> None:
         """Compute is done with a unit."""
         with self.lock:
-            self.busy.discard(name)
+            self.unit(name).device_copy = None
             self.lock.notify_all()
 
     # -- of the cache --------------------------------------------------------------------------------------------
 
+    keeps_buffer = True
+
     def position(self, name: str, pass_: str) -> int:
         return [unit.name for unit in self.units].index(name)
-
-    def is_idle(self, unit: Unit) -> bool:
-        return unit.name not in self.busy
 
     def pin(self, unit: Unit) -> bool:
         unit.num_pins += 1
@@ -98,9 +101,6 @@ class FakeWorld:
 
     def unpin(self, unit: Unit) -> None:
         unit.num_pins -= 1
-
-    def end_copy(self, unit: Unit) -> None:
-        self.events.append(f"end_copy {unit.name}")
 
     def reserve(self, unit: Unit, *, reads: bool) -> None:
         assert unit.num_pins == 1  # until then the values may not go
@@ -140,6 +140,6 @@ class FakeWorld:
             writing.complete()
 
     @property
-    def order(self) -> list[str]:
+    def updated_units(self) -> list[str]:
         """Units in the order in which they were updated."""
         return [event.removeprefix("update ") for event in self.events if event.startswith("update ")]

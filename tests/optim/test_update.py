@@ -55,7 +55,7 @@ def test_the_way_of_an_update(writes_behind: bool) -> None:
     assert update.state is (UpdateState.WRITING if writes_behind else UpdateState.DONE)
     update.finish()
     assert update.state is UpdateState.DONE
-    assert world.events == ["check a", "land", "end_copy a", "reserve a", "update a", "updated a"]
+    assert world.events == ["check a", "land", "reserve a", "update a", "updated a"]
     for method in (PendingUpdate.run, PendingUpdate.complete, PendingUpdate.cancel):
         with pytest.raises(ResidencyError):
             method(update)
@@ -83,7 +83,7 @@ def test_a_gradient_that_arrives_from_a_device_is_checked_when_it_is_there() -> 
     with pytest.raises(NonFiniteGradientError, match=r"'a\.weight'"):
         update.run()
     assert (update.state, update.unit.num_pins) == (UpdateState.FAILED, 0)
-    assert world.order == []
+    assert world.updated_units == []
 
 
 def test_a_failed_update_lies_on_every_unit() -> None:
@@ -105,7 +105,7 @@ def test_numbers_that_count() -> None:
     assert (shared.nbytes, shared.position) == (0, 1)
     assert shared.is_idle
     assert not shared.changes_memory
-    world.busy.add("b")
+    world.use("b")
     assert not shared.is_idle
     world.unit("b").in_memory = (torch.zeros(4),)
     assert shared.changes_memory

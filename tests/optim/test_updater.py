@@ -21,16 +21,18 @@ def test_gradients_without_room_are_waited_for_unless_memory_in_use_would_change
 ) -> None:
     """``capacity`` is below or above what is pending of a unit that compute still uses."""
     world = FakeWorld("unit", capacity=capacity)
-    world.busy.add("unit")
+    world.use("unit")
     world.unit("unit").in_memory = (torch.zeros(4),) if is_in_memory else None
     world.submit("unit")
     if not is_in_memory and capacity == 0:
-        assert world.order == ["unit"]  # `submit` returned when it had run: the gradients of two units have no room
+        assert world.updated_units == [
+            "unit"
+        ]  # `submit` returned when it had run: the gradients of two units have no room
     else:
-        assert world.order == []
+        assert world.updated_units == []
         world.release("unit")
     world.unit("unit").wait_for_update()
-    assert world.order == ["unit"]
+    assert world.updated_units == ["unit"]
     world.updater.close()  # until then the thread may be between the two
     assert world.budget.held_gradients_nbytes == 0
 
@@ -47,7 +49,7 @@ class Hesitant(threading.Condition):
 def test_who_waits_for_room_learns_that_nothing_can_run() -> None:
     """One update ends while another, of memory in use, waits: what waits for room has to go on, or both sleep."""
     world = FakeWorld("used", "free", lock=Hesitant())
-    world.busy.add("used")
+    world.use("used")
     world.unit("used").in_memory = (torch.zeros(4),)
     world.gates["free"] = threading.Event()
     world.updater.submit(world.make("free", is_last=False))
@@ -74,17 +76,17 @@ def test_soonest_needed_first() -> None:
     world.gates["c"].set()
     world.updater.drain()
     world.updater.close()
-    assert world.order == ["c", "a", "b", "d"]
+    assert world.updated_units == ["c", "a", "b", "d"]
 
 
 def test_who_waits_for_a_unit_has_even_those_updated_that_compute_reads() -> None:
     world = FakeWorld("a", "b", capacity=1000)
-    world.busy |= {"a", "b"}
+    world.use("a", "b")
     a, b = world.submit("a", "b")
     assert (a.state, b.state) == (UpdateState.QUEUED, UpdateState.QUEUED)
     assert world.unit("b").update is b
     world.unit("b").wait_for_update()
-    assert world.order == ["a", "b"]
+    assert world.updated_units == ["a", "b"]
     assert b.state is UpdateState.DONE
     assert world.unit("b").update is None
     world.updater.close()
@@ -92,7 +94,7 @@ def test_who_waits_for_a_unit_has_even_those_updated_that_compute_reads() -> Non
 
 def test_an_earlier_update_of_the_same_unit_is_done_first() -> None:
     world = FakeWorld("a", capacity=1000)
-    world.busy.add("a")
+    world.use("a")
     first, second = world.make("a"), world.make("a", is_last=False)
     first._unpin()  # the fake holds one pin for both
     world.updater.submit(first)
@@ -118,7 +120,7 @@ def test_after_a_failure_what_was_written_is_whole_and_the_rest_is_cancelled() -
     world = FakeWorld("a", "b", "c", "d", capacity=1000)
     world.writes_behind = True
     world.gates["a"] = threading.Event()
-    world.busy |= {"b", "c", "d"}  # only a runs by itself
+    world.use("b", "c", "d")  # only a runs by itself
     world.errors["b"] = SSDOffloadError("the disk")
     a, b, c = world.submit("a", "b", "c")
     world.gates["a"].set()
@@ -133,7 +135,7 @@ def test_after_a_failure_what_was_written_is_whole_and_the_rest_is_cancelled() -
         world.updater.submit(late)
     assert (late.state, late.unit.num_pins) == (UpdateState.FAILED, 0)
     world.updater.close()
-    assert world.order == ["a", "b"]
+    assert world.updated_units == ["a", "b"]
 
 
 def test_a_write_that_fails_under_the_next_update_fails_both() -> None:
@@ -165,16 +167,16 @@ def test_without_a_thread_an_update_is_done_when_it_is_submitted() -> None:
 def test_closing_runs_what_is_pending() -> None:
     world = FakeWorld("a", "b", capacity=1000)
     world.writes_behind = True
-    world.busy |= {"a", "b"}
+    world.use("a", "b")
     updates = world.submit("b", "a")
     world.updater.close()
-    assert world.order == ["a", "b"]
+    assert world.updated_units == ["a", "b"]
     assert [update.state for update in updates] == [UpdateState.DONE, UpdateState.DONE]
 
 
 def test_settling_runs_what_can_run_and_leaves_the_rest() -> None:
     world = FakeWorld("a", "b", capacity=1000)
-    world.busy.add("a")
+    world.use("a")
     a, b = world.submit("a", "b")
     world.updater.settle()
     assert (a.state, b.state) == (UpdateState.QUEUED, UpdateState.DONE)

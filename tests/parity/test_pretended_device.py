@@ -15,6 +15,7 @@ import pytest
 from lightning_ssd.memory.device_plan import tensors_nbytes
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from lightning_ssd.units.param_cache import ParamCache
+from lightning_ssd.units.unit import Unit
 from tests.helpers.fake_device import pretend
 from tests.helpers.models import GPT, FunctionalTie
 from tests.helpers.plans import choose_plan
@@ -74,10 +75,8 @@ def test_the_block_at_the_turn_is_not_read_again(tmp_path: Path, monkeypatch: py
     routes = pretend(monkeypatch, random.Random(0))
     strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0, activations="recompute")
     reads: list[str] = []
-    start_read = ParamCache._start_read
-    monkeypatch.setattr(
-        ParamCache, "_start_read", lambda self, unit, buffer: (reads.append(unit.name), start_read(self, unit, buffer))
-    )
+    read = Unit.read
+    monkeypatch.setattr(Unit, "read", lambda self, store, buffer: (reads.append(self.name), read(self, store, buffer)))
     train(tmp_path, functools.partial(GPT, layers=4), strategy, max_steps=3)
     assert len(routes) == 1
     # Blocks are read in forward and again in backward, but for the last one, of which one read a step is enough.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from lightning_ssd.memory.device_plan import device_capacity
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import MiB
 from lightning_ssd.step.grad_offload import GradOffloader
+from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Shape, lay_out
 from lightning_ssd.units.device import CopyToDevice, DeviceCopy
 from tests.helpers.fake_device import LateCopies, SimulatedDevice
 
 LAYOUT = lay_out("unit", "param", [Shape("a", (40, 30)), Shape("b", (30,)), Shape("c", ())], "F32")
+GENERATION = cast(Generation, object())
 NBYTES = 40 * 30 * 4 + 512 - 40 * 30 * 4 % 512 + 512 + 512
 Break = Callable[[SimulatedDevice], None]
 
@@ -43,7 +46,7 @@ class Run:
     def fetch(self, value: float) -> DeviceCopy:
         buffer = self.pool.lend(LAYOUT.buffer_nbytes, "unit", self.placement.wait_for_one)
         buffer.tensor(0, torch.float32, (LAYOUT.numel,)).fill_(value)
-        device_copy = self.placement.place(LAYOUT, buffer)
+        device_copy = self.placement.place(LAYOUT, buffer, GENERATION)
         self.pool.give_back(buffer)
         self.most_nbytes = max(self.most_nbytes, self.placement._nbytes)
         return device_copy

@@ -1,50 +1,241 @@
-"""A unit's states: the table of legal moves is the whole truth."""
+"""A unit's forms: each move, and what is refused since a form would be lost."""
 
 from __future__ import annotations
 
-from itertools import product
+import ctypes
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_ssd.errors import ResidencyError
+from lightning_ssd.errors import IOFailure, ResidencyError
+from lightning_ssd.memory.pool import Buffer, Pool
+from lightning_ssd.store.generation import Generation
+from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.units.mapped import MappedParams
 from lightning_ssd.units.partition import UnitSpec
-from lightning_ssd.units.unit import Residency, Unit
-
-ON_DISK, READING, STAGED, RESIDENT = Residency
-LEGAL = {
-    (ON_DISK, READING),
-    (ON_DISK, STAGED),
-    (READING, STAGED),
-    (READING, ON_DISK),
-    (STAGED, RESIDENT),
-    (STAGED, ON_DISK),
-    (RESIDENT, STAGED),
-    (RESIDENT, ON_DISK),
-}
+from lightning_ssd.units.placement import InPlace
+from lightning_ssd.units.unit import Unit
 
 
-def unit(dtype: torch.dtype | None = None) -> Unit:
+class Lazy(nn.Parameter):
+    """The class of offloaded parameters."""
+
+
+class FakeTransfer:
+    """A read that is over when somebody waits for it."""
+
+    def __init__(self, address: int, numel: int, value: float) -> None:
+        self.address, self.numel, self.value = address, numel, value
+
+    def wait(self) -> None:
+        memory = (ctypes.c_float * self.numel).from_address(self.address)
+        torch.frombuffer(memory, dtype=torch.float32).fill_(self.value)
+
+
+class FakeStore:
+    """Generation n has the value n everywhere."""
+
+    def __init__(self) -> None:
+        self.generations = [object()]
+        self.error: Exception | None = None
+
+    def newest(self, name: str, kind: str) -> object:
+        return self.generations[-1]
+
+    def read(self, generation: object, offset: int, address: int, nbytes: int, *, keep: Any) -> FakeTransfer:
+        if self.error is not None:
+            raise self.error
+        return FakeTransfer(address, nbytes // 4, float(self.generations.index(generation)))
+
+
+def make_unit(dtype: torch.dtype | None = None) -> Unit:
     params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4, 8)), nn.Parameter(torch.zeros(()))]
-    return Unit(UnitSpec("blocks.0", ["a", "b", "c"], params), dtype)
+    unit = Unit(UnitSpec("blocks.0", ["a", "b", "c"], params), dtype)
+    unit.placeholders = tuple(torch.full(shape.shape, torch.nan, dtype=unit.dtype) for shape in unit.shapes)
+    return unit
 
 
-@pytest.mark.parametrize(("before", "after"), list(product(Residency, Residency)))
-def test_moves(before: Residency, after: Residency) -> None:
-    moved = unit()
-    moved.state = before
-    if (before, after) in LEGAL:
-        moved.move(after)
-        assert moved.state is after
+class World:
+    """A unit, a store and memory for two units."""
+
+    def __init__(self) -> None:
+        self.unit = make_unit()
+        self.fake_store = FakeStore()
+        self.store = cast(StateStore, self.fake_store)
+        self.pool = Pool(2 * self.unit.layout.buffer_nbytes, "parameter")
+        self.placement = InPlace()
+        self.unit.offload(Lazy)
+
+    def lend(self) -> Buffer:
+        return self.pool.lend(self.unit.layout.buffer_nbytes, "unit")
+
+    def make_resident(self) -> None:
+        self.unit.read(self.store, self.lend())
+        host_copy = self.unit.host_copy
+        assert host_copy is not None
+        host_copy.end_read()
+        self.unit.show(self.store, self.placement)
+
+    def values(self) -> set[float]:
+        return {float(value) for param in self.unit.params for value in param.detach().reshape(-1)}
+
+    def mapping(self) -> MappedParams:
+        class Mapping:
+            tensors = tuple(torch.full(shape.shape, 7.0) for shape in self.unit.shapes)
+
+        return cast(MappedParams, Mapping())
+
+
+def test_from_disk_to_the_device_and_back() -> None:
+    world = World()
+    unit = world.unit
+    assert unit.is_on_disk
+    assert {type(param) for param in unit.params} == {Lazy}
+    world.make_resident()
+    assert {type(param) for param in unit.params} == {nn.Parameter}
+    assert world.values() == {0.0}
+    unit.hide(world.placement, Lazy)
+    assert {type(param) for param in unit.params} == {Lazy}
+    assert all(bool(param.detach().isnan().all()) for param in unit.params)
+    assert unit.host_copy is not None  # it may be shown again without a read
+    unit.show(world.store, world.placement)
+    assert world.values() == {0.0}
+    unit.hide(world.placement, Lazy)
+    unit.give_back(world.pool)
+    assert unit.is_on_disk
+    assert world.pool.num_lent == 0
+
+
+def test_values_that_are_not_there_yet_are_not_shown() -> None:
+    world = World()
+    with pytest.raises(ResidencyError, match=r"Unit\('blocks.0', 36 x F32, offloaded\) was to be made resident"):
+        world.unit.show(world.store, world.placement)
+    world.unit.read(world.store, world.lend())
+    with pytest.raises(ResidencyError, match=r"host_copy.* has no values in memory"):
+        world.unit.show(world.store, world.placement)  # it is being read
+    world.unit.give_back(world.pool)
+    world.unit.lend(world.lend())  # an update will make them
+    with pytest.raises(ResidencyError, match="has no values in memory"):
+        world.unit.show(world.store, world.placement)
+
+
+@pytest.mark.parametrize("is_resident", [False, True])
+def test_a_copy_is_not_replaced_by_another(is_resident: bool) -> None:
+    world = World()
+    if is_resident:
+        world.make_resident()
     else:
-        with pytest.raises(ResidencyError, match=rf"unit 'blocks.0': {before.name} -> {after.name} is not a move"):
-            moved.move(after)
-        assert moved.state is before
+        world.unit.read(world.store, world.lend())
+    other = world.lend()
+    with pytest.raises(ResidencyError, match="has a copy there"):
+        world.unit.read(world.store, other)
+    with pytest.raises(ResidencyError, match="has a copy there"):
+        world.unit.lend(other)
+    with pytest.raises(ResidencyError, match="has a copy there"):
+        world.unit.hold_in_memory(())
+    if is_resident:
+        with pytest.raises(ResidencyError, match="was to be made resident"):
+            world.unit.show(world.store, world.placement)
+        with pytest.raises(ResidencyError, match="was to be mapped"):
+            world.unit.map(world.mapping())
+
+
+def test_what_is_mapped_is_offloaded_before_it_is_resident() -> None:
+    world = World()
+    world.unit.map(world.mapping())
+    assert world.values() == {7.0}
+    with pytest.raises(ResidencyError, match=r"mapped.* was to be made resident"):
+        world.unit.show(world.store, world.placement)
+    with pytest.raises(ResidencyError, match="was to be mapped"):
+        world.unit.map(world.mapping())
+    with pytest.raises(ResidencyError, match="is not resident"):
+        world.unit.hide(world.placement, Lazy)
+    world.unit.offload(Lazy)
+    world.make_resident()
+    assert world.values() == {0.0}
+
+
+def test_what_is_in_memory_is_shown_as_it_is() -> None:
+    world = World()
+    held = tuple(torch.full(shape.shape, 5.0) for shape in world.unit.shapes)
+    world.unit.hold_in_memory(held)
+    world.unit.show(world.store, world.placement)
+    with torch.no_grad():
+        world.unit.params[0].add_(1)
+    world.unit.hide(world.placement, Lazy)
+    assert {float(value) for tensor in held for value in tensor.reshape(-1)} == {5.0, 6.0}
+    with pytest.raises(ResidencyError, match="has a copy there"):
+        world.unit.read(world.store, world.lend())
+    world.unit.release_memory()
+    assert world.unit.is_on_disk
+
+
+def test_a_buffer_that_an_update_has_is_not_given_back() -> None:
+    world = World()
+    world.unit.read(world.store, world.lend())
+    world.unit.num_pins = 1
+    with pytest.raises(ResidencyError, match="an update has"):
+        world.unit.give_back(world.pool)
+    world.unit.num_pins = 0
+    world.unit.give_back(world.pool)
+    assert world.pool.num_lent == 0
+
+
+def test_a_read_that_cannot_be_started_leaves_no_copy() -> None:
+    world = World()
+    world.fake_store.error = IOFailure(5, "/disk/file", 0, 16)
+    buffer = world.lend()
+    with pytest.raises(IOFailure, match="/disk/file"):
+        world.unit.read(world.store, buffer)
+    assert world.unit.is_on_disk
+    world.fake_store.error = None
+    world.pool.give_back(buffer)
+    world.make_resident()
+    assert world.values() == {0.0}
+
+
+def test_a_copy_that_the_device_kept_is_used_again_only_for_the_newest_values() -> None:
+    class Device(InPlace):
+        """Has what was released."""
+
+        keeps_buffer = False
+
+        def release(self, device_copy: Any) -> Any:  # type: ignore[override]
+            return device_copy
+
+        def reuse(self, device_copy: Any) -> bool:
+            return True
+
+    world = World()
+    world.placement = Device()
+    world.make_resident()
+    world.unit.hide(world.placement, Lazy)
+    world.unit.give_back(world.pool)
+    world.unit.show(world.store, world.placement)  # without a host copy
+    assert world.values() == {0.0}
+    world.unit.hide(world.placement, Lazy)
+    world.fake_store.generations.append(object())
+    with pytest.raises(ResidencyError, match=r"released_copy\) was to be made resident, and has no values"):
+        world.unit.show(world.store, world.placement)
+    world.make_resident()
+    assert world.values() == {1.0}
+
+
+def test_what_was_written_into_the_store_is_what_is_in_memory() -> None:
+    world = World()
+    world.make_resident()
+    generation = cast(Generation, object())
+    world.unit.became(generation)
+    unit = world.unit
+    assert unit.host_copy is not None
+    assert unit.device_copy is not None
+    assert unit.host_copy.generation is unit.device_copy.generation is generation
 
 
 def test_parameters_stand_in_file_order_in_every_kind() -> None:
-    made = unit(torch.bfloat16)
+    made = make_unit(torch.bfloat16)
     assert made.names == ("b", "a", "c")  # the one that keeps the others aligned comes first
     assert [tuple(param.shape) for param in made.params] == [(4, 8), (3,), ()]
     assert made.layout.dtype == "BF16"
