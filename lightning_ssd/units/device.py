@@ -82,8 +82,6 @@ class DeviceCopy:
         self.generation = generation
         self.nbytes = nbytes
         self.copied = copied
-        self.released: Event | None = None
-        self.is_shared = False  # when it was released, somebody else held one of the tensors
 
     def has(self, generation: Generation) -> bool:
         """Whether it still holds the values of ``generation``."""
@@ -106,10 +104,11 @@ class CopyToDevice:
         self._capacity_nbytes = capacity_nbytes
         self._is_limit = is_limit
         self._nbytes = 0
-        self._released: deque[DeviceCopy] = deque()  # the oldest first: in backward that is the one needed last
-        self._sending: deque[tuple[Event, list[Tensor]]] = (
-            deque()
-        )  # holding the host's tensors keeps buffers from reuse
+        # The oldest first: in backward that is the one needed last. With what compute had queued at the release, and
+        # whether somebody else held one of the tensors then.
+        self._released: dict[DeviceCopy, tuple[Event, bool]] = {}
+        # Copies under way, the oldest first. The host's tensors are held, so that their buffers are not lent again.
+        self._sending: deque[tuple[Event, list[Tensor]]] = deque()
 
     def place(self, layout: UnitLayout, buffer: Buffer, generation: Generation) -> DeviceCopy:
         """See `Placement.place`; ``buffer`` is in use until the copy is over, and may be given back before."""
@@ -129,17 +128,12 @@ class CopyToDevice:
 
     def release(self, device_copy: DeviceCopy) -> DeviceCopy:
         """See `Placement.release`; it stays as long as nothing else needs the memory."""
-        device_copy.released = self._streams.mark()
-        device_copy.is_shared = any(map(_is_held_elsewhere, device_copy.tensors))
-        self._released.append(device_copy)
+        self._released[device_copy] = self._streams.mark(), any(map(_is_held_elsewhere, device_copy.tensors))
         return device_copy
 
     def reuse(self, device_copy: DeviceCopy) -> bool:
         """See `Placement.reuse`."""
-        if device_copy not in self._released:
-            return False
-        self._released.remove(device_copy)
-        return True
+        return self._released.pop(device_copy, None) is not None
 
     def poll(self) -> None:
         """See `Placement.poll`."""
@@ -158,11 +152,11 @@ class CopyToDevice:
         while self.wait_for_one():
             pass
         while self._released:
-            self._drop(self._released.popleft())
+            self._drop_oldest()
 
     def _make_room(self, nbytes: int) -> None:
         while self._released and self._nbytes + nbytes > self._capacity_nbytes:
-            self._drop(self._released.popleft())
+            self._drop_oldest()
         if self._is_limit and self._nbytes + nbytes > self._capacity_nbytes:
             raise ResidencyError(
                 f"parameters in use take {fmt(self._nbytes)} of device memory and {fmt(nbytes)} more are needed at the "
@@ -170,10 +164,11 @@ class CopyToDevice:
                 "units=..., or use fewer parameters outside the modules that own them"
             )
 
-    def _drop(self, device_copy: DeviceCopy) -> None:
-        assert device_copy.released is not None
-        self._streams.wait(self._streams.mark() if device_copy.is_shared else device_copy.released)
-        if device_copy.is_shared:
+    def _drop_oldest(self) -> None:
+        device_copy = next(iter(self._released))
+        released, is_shared = self._released.pop(device_copy)
+        self._streams.wait(self._streams.mark() if is_shared else released)
+        if is_shared:
             for tensor in filter(_is_held_elsewhere, device_copy.tensors):
                 self._streams.share(tensor)
         device_copy.tensors.clear()

@@ -121,10 +121,9 @@ class InMemoryParams:
 
     is_private = False
 
-    def __init__(self, generation: Generation) -> None:
-        assert generation.in_memory is not None
+    def __init__(self, generation: Generation, tensors: tuple[Tensor, ...]) -> None:
         self.generation = generation
-        self.tensors = generation.in_memory
+        self.tensors = tensors
         self._has_master = generation.layout.itemsize < 4
         self._seen = self._content()
 

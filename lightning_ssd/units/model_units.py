@@ -142,8 +142,10 @@ class ModelUnits:
         with self.lock:
             if unit.mapped is None:
                 generation = self.store.newest(unit.name, "param")
-                in_memory = unit.in_memory is not None
-                unit.map(InMemoryParams(generation) if in_memory else MappedParams(self.store, generation))
+                if unit.in_memory is not None:
+                    unit.map(InMemoryParams(generation, unit.in_memory))
+                else:
+                    unit.map(MappedParams(self.store, generation))
         if self.streaming is not None:
             self.streaming.after_map(unit)
 
