@@ -235,7 +235,7 @@ class Pool:
         held = ", ".join(f"{b.owner} {fmt(b.nbytes)}" for b in self._lent.values()) or "nothing"
         kept = ", ".join(f"{b.owner} {fmt(b.nbytes)}" for b in self._lingering) or "nothing"
         return (
-            f"{owner} needs {fmt(nbytes)} of {self.name} memory ({fmt(self.nbytes)} in all); in use: {held}; "
+            f"{owner} needs {fmt(nbytes)} of the {self.name} pool ({fmt(self.nbytes)} in all); in use: {held}; "
             f"released but still referenced by tensors kept outside: {kept}; "
             "raise host_memory, cut smaller units with units=..., or do not keep views of parameters"
         )

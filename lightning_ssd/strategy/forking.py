@@ -80,9 +80,9 @@ class Forking:
 
     def _pass_on_memory(self, session: Session) -> str:
         """Let the child have parameters that are in memory; returns why it cannot have those that are kept."""
-        memory = None if session.runtime is None else session.runtime.memory
-        self._passed_on = [] if memory is None else memory.params.pass_on()
-        kept = None if memory is None else memory.in_memory_params
+        pools = None if session.runtime is None else session.runtime.pools
+        self._passed_on = [] if pools is None else pools.params.pass_on()
+        kept = None if pools is None else pools.in_memory_params
         if kept is None:
             return _OFF_HOST
         # What the next update changes exists twice then, as long as the child lives. Its memory is not in the plan.
@@ -98,8 +98,8 @@ class Forking:
     def _in_parent(self) -> None:
         session = self._session()
         if session is not None and not session.is_inherited:
-            memory = None if session.runtime is None else session.runtime.memory
-            for pool in () if memory is None else (memory.params, memory.in_memory_params):
+            pools = None if session.runtime is None else session.runtime.pools
+            for pool in () if pools is None else (pools.params, pools.in_memory_params):
                 if pool is not None:
                     pool.withhold()
         self._let_go()

@@ -208,7 +208,7 @@ class Session:
         self.store.require_free(sizing.disk_nbytes, what, num_files=num_new + sizing.num_spare)
         needed = handles(
             sizing.num_generations,
-            0 if plan.keep_grads or plan.fits else len(sizing.trained()),
+            0 if plan.in_memory_grads or plan.fits else len(sizing.trained()),
             sizing.num_spare,
             direct=any(direct for _, direct in self.store.disks),
         )

@@ -85,7 +85,7 @@ def test_no_room_names_who_holds_and_who_keeps() -> None:
     first, second = pool.lend(BLOCK_NBYTES, "unit 'a'"), pool.lend(2 * BLOCK_NBYTES, "unit 'b'")
     view = second.tensor(0, torch.float32, (3,))
     pool.give_back(second)
-    with pytest.raises(ResidencyError, match=r"unit 'c' needs 12.00 KiB of parameter memory \(16.00 KiB in all\)") as e:
+    with pytest.raises(ResidencyError, match=r"'c' needs 12.00 KiB of the parameter pool \(16.00 KiB in all\)") as e:
         pool.lend(3 * BLOCK_NBYTES, "unit 'c'")
     for part in ("in use: unit 'a' 4.00 KiB", "kept outside: unit 'b' 8.00 KiB", "raise host_memory"):
         assert part in str(e.value)

@@ -289,7 +289,7 @@ def test_gradients_that_wait_in_files_are_refused(tmp_path: Path) -> None:
         grad = module.net[0][0].weight.grad
         assert grad is not None
         assert grad.shape == (D, D)
-        if hasattr(trainer.strategy, "session") and trainer.strategy.session.plan.keep_grads is False:
+        if hasattr(trainer.strategy, "session") and trainer.strategy.session.plan.in_memory_grads is False:
             with pytest.raises(RuntimeError):  # neither may autograd add to it
                 module.net(torch.ones(1, D)).sum().backward()
         return [grad.sum().item()]
