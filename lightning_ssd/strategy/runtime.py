@@ -26,11 +26,12 @@ from lightning_ssd.step.gradients import GradientStore
 from lightning_ssd.step.module_hooks import ModuleHooks
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.strategy.sizing import Sizing, chains
+from lightning_ssd.strategy.sizing import Sizing
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.placement import Placement, make_placement
+from lightning_ssd.units.unit import chains
 
 
 class Runtime:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from torch import nn
 
-from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import pool_nbytes
 from lightning_ssd.optim.adapter import OptimizerAdapter
@@ -17,7 +14,8 @@ from lightning_ssd.step.recompute import keeps_activations
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.units.unit import Unit
+from lightning_ssd.units.partition import shared_parameters
+from lightning_ssd.units.unit import Unit, chains
 
 
 class Sizing:
@@ -198,36 +196,9 @@ class Sizing:
         return self._temporary_shares[num_dims]
 
 
-def shared_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters that ``module`` has under several names: tied ones, and those of a shared submodule."""
-    counts = Counter(param for _, param in module.named_parameters(remove_duplicate=False))
-    return {param for param, count in counts.items() if count > 1}
-
-
 def _whole_nbytes(adopted: OptimizerAdapter) -> int:
     """Bytes of state of an optimizer that runs whole, estimated by its trial; 0 for others."""
     if not isinstance(adopted.rule, WholeRule):
         return 0
     params = (p for group in adopted.optimizer.param_groups for p in group["params"])
     return int(adopted.rule.state_ratio * sum(param.nbytes for param in params))
-
-
-def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:
-    """Names of units that nested modules need at the same time, one list per chain of nested modules."""
-    users: dict[nn.Module, list[Unit]] = {}
-    for unit in units:
-        for user in unit.modules:
-            users.setdefault(user, []).append(unit)
-    found: list[list[str]] = []
-
-    def call(inner: nn.Module, held: list[str]) -> None:
-        here = held + [unit.name for unit in users.get(inner, []) if unit.name not in held]
-        if len(here) > len(held):
-            found.append(here)
-        for child in inner.children():
-            call(child, here)
-
-    call(module, [])
-    if not found:
-        raise ConfigurationError("the model has no parameters to stream")
-    return found
