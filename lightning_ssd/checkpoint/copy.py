@@ -20,12 +20,12 @@ from lightning_ssd.checkpoint.discard import UNIT_FILE
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import MANIFEST, UNITS, FileRecord
 from lightning_ssd.checkpoint.manifest_json import decode_manifest
-from lightning_ssd.checkpoint.mapped import read_exactly
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.io.safe_open import closing_fd
 from lightning_ssd.sizes import fmt
+from lightning_ssd.store.mapped_safetensors import read_exactly
 
 _WAIT_S = 1.0
 

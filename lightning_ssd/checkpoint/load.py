@@ -23,7 +23,6 @@ from lightning_ssd.checkpoint.manifest import (
     OptimizerRecord,
 )
 from lightning_ssd.checkpoint.manifest_json import decode_manifest
-from lightning_ssd.checkpoint.mapped import MappedFile, SeenFiles, read_exactly
 from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
@@ -32,6 +31,7 @@ from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.io.safe_open import closing_fd, open_inside
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.mapped_safetensors import MappedFile, SeenFiles, read_exactly
 from lightning_ssd.store.safetensors_header import TensorEntry
 from lightning_ssd.store.torch_file import load_pickle
 

@@ -42,7 +42,6 @@ from lightning_ssd.checkpoint.manifest import (
     SmallFile,
 )
 from lightning_ssd.checkpoint.manifest_json import decode_manifest, encode_manifest
-from lightning_ssd.checkpoint.mapped import read_exactly
 from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
@@ -61,6 +60,7 @@ from lightning_ssd.io.deadline import sync as sync_disk
 from lightning_ssd.io.folder import Folder, close_fd, is_own_file
 from lightning_ssd.paths import too_long
 from lightning_ssd.store.dtypes import TORCH_DTYPE
+from lightning_ssd.store.mapped_safetensors import read_exactly
 
 _NUM_SYNCS = 16
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)

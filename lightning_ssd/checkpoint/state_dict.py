@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -21,16 +20,6 @@ OPTIMIZER_PREFIX = "optimizer."
 
 VALUE_KINDS = ("param", "master")
 """Kinds of unit files that hold a parameter's value."""
-
-STATE_DICT_EXTRA = "state_dict_extra"
-"""Key of the saved state under which the entries of the module's state dict lie that are no tensors."""
-
-STATE_DICT_WHOLE = "state_dict_whole"
-"""Key of the saved state under which a list holds what a hook put in the state dict's place, if that is no dictionary;
-the list is empty if the hook took it out."""
-
-STATE_DICT_METADATA = "state_dict_metadata"
-"""Key of the saved state under which versions of the module's classes lie, if one is not 1."""
 
 
 class StateDictView(Mapping[str, Tensor]):
@@ -89,18 +78,6 @@ class StateDictView(Mapping[str, Tensor]):
         stored = self.stored_name(name)
         if stored not in self._buffers:
             self._reader.drop_parameter(stored)
-
-
-def join_state_dict(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Put the state dict back into a saved state: ``tensors``, and the entries that the state itself holds."""
-    extra, whole = content.pop(STATE_DICT_EXTRA, {}), content.pop(STATE_DICT_WHOLE, None)
-    metadata = content.pop(STATE_DICT_METADATA, None)
-    if whole is None:
-        content["state_dict"] = state = OrderedDict({**tensors, **extra})
-        if metadata is not None:
-            state._metadata = metadata  # type: ignore[attr-defined]  # where `Module.load_state_dict` looks for it
-    elif whole:
-        content["state_dict"] = whole[0]
 
 
 def valued(manifest: Manifest) -> dict[str, Mapping[str, tuple[FileRecord, TensorEntry]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_ssd.checkpoint.dictionary import dictionary_of
 from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.checkpoint.mapped import drop_pages, map_bytes
-from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, join_state_dict, split_buffers
+from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView
 from lightning_ssd.checkpoint.writer import (
     Progress,
     StreamWriter,
@@ -38,7 +37,7 @@ from lightning_ssd.convert.shards import HF_INDEX, Shard, cut_shards, index_text
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import parse_nbytes, round_up
-from lightning_ssd.store.layout import suffix_of
+from lightning_ssd.store.mapped_safetensors import drop_pages, map_bytes
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json", ".h5", ".msgpack", ".gguf")
 
@@ -83,16 +82,10 @@ def consolidate(
         raise CheckpointError(f"{target!r} exists; choose another name, or have a file replaced with overwrite=True")
     with CheckpointReader(directory) as reader, ExitStack() as stack, os_errors(target):
         reader.verify_files()  # the export has no checksums, so damage could not be found later
-        content = dict(reader.state(weights_only))
-        drop_empty_loader_states(content)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         spill = Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
-        join_state_dict(content, mapped_state_dict(reader, spill, weights_only))
-        own = content.pop(WHOLE_STATES, {})
-        if "optimizer_states" not in content and ("lr_schedulers" in content or reader.manifest.optimizers):
-            content["optimizer_states"] = [
-                own.get(index, state) for index, state in enumerate(optimizer_states(reader, weights_only))
-            ]
+        content = dictionary_of(reader, mapped_state_dict(reader, spill, weights_only), weights_only)
+        drop_empty_loader_states(content)
         with staged_file(target) as (fd, take_name):
             total = reader.manifest.nbytes
             writer = StreamWriter(fd, on_flush=dropper(reader, spill, progress, total))
@@ -155,42 +148,6 @@ def to_safetensors(
     return ExportReport(tuple(os.path.join(target, shard.file) for shard in shards), total, left_out)
 
 
-WHOLE_STATES = "whole_optimizer_states"
-"""Key of the saved state under which lies, by number, what optimizers that are run whole gave as their state."""
-
-
-def optimizer_state(
-    record: OptimizerRecord, full: Callable[[str, str], Tensor], extra: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One optimizer's state as ``torch.optim`` saves it: parameters are numbered through the groups in order.
-
-    Args:
-        record: The optimizer.
-        full: Gives a state of a parameter's own shape, by parameter and kind; KeyError if there is none.
-        extra: Further tensors: parameter -> key -> tensor.
-    """
-    numbers: dict[str, int] = {}
-    groups: list[dict[str, Any]] = []
-    for group in record.param_groups:
-        ids = [numbers.setdefault(name, len(numbers)) for name in group["params"]]
-        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": ids})
-    state: dict[int, dict[str, Any]] = {}
-    for name, number in numbers.items():
-        entry = {key: _as_torch_keeps_it(key, value) for key, value in record.state.get(name, {}).items()}
-        lacking = record.lacking.get(name, ())  # its unit's file of that kind has zeros for it
-        for kind in record.kinds if name in record.state else ():
-            if kind in lacking:
-                continue
-            try:
-                entry[kind.removesuffix(suffix_of(kind))] = full(name, kind)
-            except KeyError:
-                continue
-        entry |= extra.get(name, {})
-        if entry:
-            state[number] = entry
-    return {"state": state, "param_groups": groups}
-
-
 def drop_empty_loader_states(content: dict[str, Any]) -> None:
     """Remove the empty states of data loaders that our strategy made resumable; it keeps their position elsewhere.
 
@@ -203,26 +160,6 @@ def drop_empty_loader_states(content: dict[str, Any]) -> None:
         states = [state for state in loop.pop("combined_loader") if state != {}]
         if states:
             loop["combined_loader"] = states
-
-
-def _as_torch_keeps_it(key: str, value: Any) -> Any:
-    # torch.optim counts steps in a float32 tensor; a plain number is what files of old torch versions hold.
-    if key == "step" and isinstance(value, int | float):
-        return torch.tensor(float(value), dtype=torch.float32)
-    return value
-
-
-def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> list[dict[str, Any]]:
-    """State of each optimizer as ``torch.optim`` saves it, with mapped tensors."""
-    _, extra = split_buffers(reader, weights_only)
-
-    def full(name: str, kind: str) -> Tensor:
-        if kind not in reader.manifest.parameters.get(name, {}):
-            raise KeyError(name)
-        return reader.tensor(name, kind)
-
-    records = reader.optimizers(weights_only)
-    return [optimizer_state(record, full, extra.get(index, {})) for index, record in enumerate(records)]
 
 
 def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool | None) -> dict[str, Tensor]:

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lightning_ssd.checkpoint.dictionary import join_state_dict, optimizer_states
 from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.state_dict import join_state_dict
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress, StreamWriter, new_file, write_pickle
 from lightning_ssd.convert.dcp import META
 from lightning_ssd.convert.export import (
@@ -29,7 +29,6 @@ from lightning_ssd.convert.export import (
     drop_empty_loader_states,
     dropper,
     mapped_state_dict,
-    optimizer_states,
     os_errors,
 )
 from lightning_ssd.convert.export_staging import publish, staged_folder

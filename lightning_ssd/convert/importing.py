@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from lightning_ssd.checkpoint.dictionary import STATE_DICT_EXTRA
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.save import write_checkpoint
-from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, STATE_DICT_EXTRA, VALUE_KINDS
+from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, VALUE_KINDS
 from lightning_ssd.checkpoint.unit_file import ComposedFile
 from lightning_ssd.checkpoint.writer import Progress
 from lightning_ssd.convert.dcp import is_dcp, open_dcp

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ssd.checkpoint.dictionary import STATE_DICT_EXTRA
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import FileRecord, OptimizerRecord
-from lightning_ssd.checkpoint.mapped import drop_pages
-from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, VALUE_KINDS, StateDictView, split_buffers
+from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, split_buffers
 from lightning_ssd.convert.match import Shape
 from lightning_ssd.convert.param_names import optimizer_from_torch
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
+from lightning_ssd.store.mapped_safetensors import drop_pages
 from lightning_ssd.store.safetensors_header import TensorEntry
 from lightning_ssd.store.torch_file import load_pickle
 

@@ -8,13 +8,13 @@ from functools import partial
 
 from torch import Tensor
 
-from lightning_ssd.checkpoint.mapped import MappedFile
 from lightning_ssd.convert.match import Shape
 from lightning_ssd.convert.sources import ImportSource, TensorRef
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.io.safe_open import open_inside, open_regular
 from lightning_ssd.store.dtypes import name_of
+from lightning_ssd.store.mapped_safetensors import MappedFile
 from lightning_ssd.store.safetensors_header import MAX_HEADER_NBYTES, parse_json_object
 
 _SINGLE = "model.safetensors"

@@ -43,8 +43,6 @@ class StateStore:
         new_engine: Makes the engine of `writable` after `suspend`; by default ``engine`` is used.
 
     Attributes:
-        unsynced: Paths of files whose fdatasync failed once. Checkpoints do not link them.
-        saved: Path of each checkpoint that was saved -> device and inode of its directory.
         is_suspended: All files are closed; see `suspend`.
     """
 
@@ -65,8 +63,6 @@ class StateStore:
         self._new_engine = new_engine or (lambda: engine)
         self._lock = threading.Lock()  # of `_current`
         self._current: dict[tuple[str, str], Generation] = {}  # by unit and kind
-        self.unsynced: set[str] = set()
-        self.saved: dict[str, tuple[int, int]] = {}
         self.is_suspended = False
 
     @property

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.mapped import SeenFiles
+from lightning_ssd.checkpoint.dictionary import MASTERS, NAMES, open_dictionary, with_masters
+from lightning_ssd.checkpoint.directory import is_checkpoint, remove
 from lightning_ssd.convert.param_names import in_order_of
 from lightning_ssd.errors import CheckpointError, ConfigurationError
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
+from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy.dumped import Dumped, are_unchanged
 from lightning_ssd.strategy.guards import require_set
 from lightning_ssd.strategy.handover import Handover
 from lightning_ssd.strategy.lightning_classes import LightningModule, StrategyBase
 from lightning_ssd.strategy.resume import Resume
-from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, state_dict, to_checkpoint, with_masters
 from lightning_ssd.strategy.session import Session
 
 
@@ -52,8 +52,14 @@ class CheckpointMixin(StrategyBase):
         return False
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state dict, with the parameters themselves in it: none is read."""
-        return state_dict(self._pl_module)
+        """The module's state dict with the parameters themselves in it, so that none is read.
+
+        If the module overrides ``state_dict`` without ``keep_vars``, parameters are mapped.
+        """
+        try:
+            return self._pl_module.state_dict(keep_vars=True)
+        except TypeError:
+            return self._pl_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state, with tensors mapped from the store."""
@@ -73,13 +79,13 @@ class CheckpointMixin(StrategyBase):
                 self._handover.move_into(self.session, self.optimizers)
         whole = {**checkpoint, **self._resume.state(self._pl_module.trainer)}
         dumped, self._dumped = [self._dumped.get(optimizer) for optimizer in self.optimizers], {}
-        streams = are_unchanged(dumped, checkpoint.get("optimizer_states"))
-        to_checkpoint(self.session, whole, home_path(filepath, "checkpoint"), streams=streams)
+        is_linked = are_unchanged(dumped, checkpoint.get("optimizer_states"))
+        self.session.save(whole, home_path(filepath, "checkpoint"), is_linked=is_linked)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors are mapped, not read."""
         trainer = self._pl_module.trainer
-        checkpoint, self._opened = load(home_path(checkpoint_path, "ckpt_path"), weights_only)
+        checkpoint, self._opened = open_dictionary(home_path(checkpoint_path, "ckpt_path"), weights_only)
         # A checkpoint that is loaded after `Session.place` is one that a Tuner saved.
         self._resume.take(checkpoint, is_resumed=trainer.state.fn == "fit" and not self.session.units)
         return checkpoint

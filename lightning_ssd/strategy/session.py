@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import count
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.errors import ConfigurationError, Ending, ResidencyError, SSDOffloadError
+from lightning_ssd.checkpoint.training_state import Saver
+from lightning_ssd.errors import CheckpointError, ConfigurationError, Ending, ResidencyError, SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import Engine, IOStats
 from lightning_ssd.io.select import make_engine
@@ -72,6 +74,7 @@ class Session:
             self.engine.close()
             raise
         self.materializer = ParamMaterializer(self.store.scratches[0])
+        self._saver = Saver(self.store)
         self.model = self._make_model([])
         self.optimizers: list[OptimizerAdapter] = []
         self.runtime: Runtime | None = None
@@ -257,6 +260,22 @@ class Session:
             if self._is_at_rest:  # what failed then was told then
                 stack.enter_context(suppress(SSDOffloadError))
             self.rest()
+
+    def save(self, checkpoint: Mapping[str, Any], path: str, *, is_linked: bool) -> None:
+        """Save Lightning's dictionary as a checkpoint; see `Saver.save`.
+
+        Raises:
+            CheckpointError: A step failed midway, or the checkpoint could not be saved.
+            ResidencyError: This is a forked process.
+        """
+        self.require_own("a checkpoint cannot be saved")
+        if any(adopted.is_mid_step for adopted in self.optimizers):
+            raise CheckpointError(
+                "the optimizer step that failed had already updated a part of the model, so the model is not saved; "
+                "resume from the last checkpoint"
+            )
+        with self.settled(), within(self.engine.patience):
+            self._saver.save(checkpoint, path, units=self.units, optimizers=self.optimizers, is_linked=is_linked)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
