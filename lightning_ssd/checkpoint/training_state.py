@@ -71,13 +71,14 @@ class Saver:
         small = _without_linked_states(checkpoint, optimizers) if is_linked else dict(checkpoint)
         weights = _sort(units, small)
         with_state = has_optimizers and is_linked
+        records = _records(optimizers, weights.buffers) if with_state else []
         linked = self._generations(units, weights, with_state=with_state, with_masters=has_optimizers)
         done = write_checkpoint(
             target,
             list(map(_unit_file, linked)),
             weights.buffers,
             small,
-            _records(optimizers, weights.buffers) if with_state else [],
+            records,
             step=int(small.get("global_step", 0)),
             dtypes={name: unit.layout.dtype for unit in units if unit.name in weights.units for name in unit.names},
             aliases=weights.aliases,

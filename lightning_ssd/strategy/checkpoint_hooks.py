@@ -66,7 +66,8 @@ class CheckpointMixin(StrategyBase):
         inner = getattr(optimizer, "_optimizer", optimizer)
         state = cast(dict[str, Any], inner.state_dict())
         # A hook on ``state_dict`` may have changed it: then the store does not have these values.
-        if not any(adopted.optimizer is inner and adopted.is_hooked for adopted in self.session.optimizers):
+        adopted = self.session.adopted(inner)
+        if adopted is None or not adopted.is_hooked:
             self._dumped[inner] = Dumped(state)
         return state
 
@@ -75,7 +76,7 @@ class CheckpointMixin(StrategyBase):
         if storage_options is not None:
             raise ConfigurationError("storage_options are not used by strategy='ssd_offload'; leave them out")
         if self._handover.is_pending and "optimizer_states" in checkpoint:
-            with self.session.settled():
+            with self.session.written_back():
                 self._handover.move_into(self.session, self.optimizers)
         whole = {**checkpoint, **self._resume.state(self._pl_module.trainer)}
         dumped, self._dumped = [self._dumped.get(optimizer) for optimizer in self.optimizers], {}
@@ -130,7 +131,7 @@ class CheckpointMixin(StrategyBase):
 
     def _by_name(self, optimizer: Optimizer, state: dict[str, Any], saved: list[list[str]]) -> dict[str, Any]:
         """``state`` in the order of the optimizer's groups now; unchanged if there are no names to match by."""
-        adopted = next((each for each in self.session.optimizers if each.optimizer is optimizer), None)
+        adopted = self.session.adopted(optimizer)
         # If a hook of the user has changed the groups, the state is matched by position, as in torch.
         sizes = [len(group["params"]) for group in state.get("param_groups", ())]  # some classes save no groups
         is_as_saved = [len(names) for names in saved] == sizes

@@ -1,7 +1,7 @@
-"""The parts, put together for one model: store, plan, pools, streamer, sink, pipeline, adopted optimizers.
+"""One model in a store, from the Trainer's setup until the next session has taken over.
 
-A session begins when the Trainer sets the strategy up. At teardown it goes to rest: no hooks, threads or pools, but the
-files stay, so that a checkpoint can still be saved; they go when the next session begins or the process ends.
+At teardown hooks, threads and pools end. The files stay, so that a checkpoint can still be saved; they are removed when
+the next session begins or the process ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_ssd.checkpoint.training_state import Saver
 from lightning_ssd.errors import CheckpointError, ConfigurationError, Ending, ResidencyError, SSDOffloadError
 from lightning_ssd.io.deadline import within
-from lightning_ssd.io.engine import Engine, IOStats
+from lightning_ssd.io.engine import Engine
 from lightning_ssd.io.select import make_engine
 from lightning_ssd.memory.headroom import Headroom
 from lightning_ssd.memory.heap import bound_heap, trim_heap, unbound_heap
@@ -47,17 +47,17 @@ from lightning_ssd.units.unit import Unit
 
 
 class Session:
-    """One model in a store: units, files, adopted optimizers; between `start` and `rest` a runtime streams it.
+    """One model in a store: units, files, adopted optimizers; between `start` and `stop` a runtime streams it.
 
     Attributes:
         settings: What the user set.
-        trace: Order of events.
+        trace: Records events and spans.
         engine: Moves bytes between disk and memory.
         store: The files.
         materializer: Makes parameters on mapped files while a model is created.
         model: The model's units; none before `place`.
         optimizers: The adopted optimizers, in Lightning's order.
-        runtime: What streams the model; None before `start`, and from `rest` on.
+        runtime: What streams the model; None before `start`, and from `stop` on.
         plan: The memory of the runtime, also after its end; None before `start`.
         is_inherited: This is a forked process, and all of it is the parent's.
     """
@@ -80,8 +80,8 @@ class Session:
         self.runtime: Runtime | None = None
         self.plan: MemoryPlan | None = None
         self.is_inherited = False
-        self._is_at_rest = False
-        self._streaming_for: OptimizerAdapter | None = None
+        self._is_stopped = False
+        self._updates_in_backward: OptimizerAdapter | None = None
         # Runs when nobody holds the session any more, at the latest when the process ends.
         self._remove_files = weakref.finalize(self, end_store, self.store, remove=not settings.keep_store)
         Forking(self)
@@ -93,7 +93,7 @@ class Session:
 
     @property
     def is_started(self) -> bool:
-        """Whether steps could run, now or before `rest`."""
+        """Whether `start` has succeeded, also after `stop`."""
         return self.plan is not None
 
     @property
@@ -137,11 +137,15 @@ class Session:
                 param.data = param.data.cpu()
         self.store.put(unit.layout, lambda i: unit.params[i].data)
 
+    def adopted(self, optimizer: Optimizer) -> OptimizerAdapter | None:
+        """What ``optimizer`` was adopted as; None if it was not."""
+        return next((each for each in self.optimizers if each.optimizer is optimizer), None)
+
     def adopt(self, optimizer: Optimizer) -> OptimizerAdapter:
-        """Take over an optimizer; if the session is running its steps work at once."""
-        for adopted in self.optimizers:
-            if adopted.optimizer is optimizer:
-                return adopted
+        """Take over an optimizer, unless that was done before; if a runtime streams, its steps work at once."""
+        known = self.adopted(optimizer)
+        if known is not None:
+            return known
         rule = choose_rule(optimizer, self.settings.update, keep_master=self.settings.keep_master)
         if isinstance(rule, WholeRule) and self.is_started:
             raise ConfigurationError(
@@ -227,16 +231,11 @@ class Session:
         if self.runtime is not None:
             self.runtime.drain()
 
-    def abort_step(self) -> None:
-        """See `Runtime.abort_step`."""
-        if self.runtime is not None:
-            self.runtime.abort_step()
-
-    def rest(self) -> None:
+    def stop(self) -> None:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
         if self.is_inherited:
             return
-        self._is_at_rest = True
+        self._is_stopped = True
         runtime, self.runtime = self.runtime, None
         # In reverse order, each whatever became of the one before.
         with within(self.engine.patience), Ending() as stack:
@@ -257,9 +256,9 @@ class Session:
             return
         with ExitStack() as stack:
             stack.callback(self._remove_files)
-            if self._is_at_rest:  # what failed then was told then
+            if self._is_stopped:  # what failed then was reported then
                 stack.enter_context(suppress(SSDOffloadError))
-            self.rest()
+            self.stop()
 
     def save(self, checkpoint: Mapping[str, Any], path: str, *, is_linked: bool) -> None:
         """Save Lightning's dictionary as a checkpoint; see `Saver.save`.
@@ -274,12 +273,12 @@ class Session:
                 "the optimizer step that failed had already updated a part of the model, so the model is not saved; "
                 "resume from the last checkpoint"
             )
-        with self.settled(), within(self.engine.patience):
+        with self.written_back(), within(self.engine.patience):
             self._saver.save(checkpoint, path, units=self.units, optimizers=self.optimizers, is_linked=is_linked)
 
     @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Inside, the files hold every value, also those that the user changed at rest; works after `rest` too."""
+    def written_back(self) -> Iterator[None]:
+        """Inside, the store has every value, also those that the user wrote outside a step; works after `stop` too."""
         self.require_own("the model cannot be written to its files")
         if self.runtime is not None:
             self.drain()
@@ -301,7 +300,7 @@ class Session:
             self.runtime.cache.write_back(unit)
 
     def masters(self) -> dict[nn.Parameter, Tensor]:
-        """Float32 masters of 16-bit parameters, mapped; works after `rest` too."""
+        """Float32 masters of 16-bit parameters, mapped; works after `stop` too."""
         found: dict[nn.Parameter, Tensor] = {}
         for unit in self.units:
             generation = self.store.current(unit.name, "master")
@@ -337,20 +336,29 @@ class Session:
 
     # -- the step ------------------------------------------------------------------------------------------------
 
-    def stream_updates_for(self, optimizer: Optimizer | None) -> None:
-        """In `backward`, from now on, ``optimizer`` updates units once their gradients are there; None: no more."""
-        self._streaming_for = next((a for a in self.optimizers if a.optimizer is optimizer), None)
-        self.running.begin_step()
+    @contextmanager
+    def step_of(self, updates_in_backward: Optimizer | None) -> Iterator[None]:
+        """Around the step of an optimizer, which runs forward and `backward` as its closure.
 
-    def runs_whole(self, optimizer: Optimizer) -> bool:
-        """Whether ``optimizer`` is run on all its parameters at once, after all gradients are there."""
-        return any(isinstance(a, WholeOptimizer) and a.optimizer is optimizer for a in self.optimizers)
+        Args:
+            updates_in_backward: The optimizer, if backward may update each unit as soon as its gradients are complete;
+                None if gradients wait for the end of backward.
+        """
+        if updates_in_backward is not None:
+            self._updates_in_backward = self.adopted(updates_in_backward)
+            self.running.begin_step()
+        try:
+            yield
+        finally:
+            self._updates_in_backward = None
+            self.running.begin_step()
+            self.running.hooks.end_step()
 
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Around the backward of a step; not around one that the user runs, after which gradients must be there."""
         self.require_own("a step cannot be made")
-        with self.running.backward(self._streaming_for):
+        with self.running.backward(self._updates_in_backward):
             yield
 
     # -- forked processes ----------------------------------------------------------------------------------------
@@ -397,7 +405,3 @@ class Session:
     def sizing(self) -> Sizing:
         """What the units need, with the optimizers that are adopted now."""
         return Sizing(self.settings, self.units, self.optimizers)
-
-    def stats(self) -> IOStats:
-        """What was read and written so far."""
-        return self.engine.stats()

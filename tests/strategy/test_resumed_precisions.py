@@ -137,7 +137,7 @@ class Does(pl.Callback):
         self.masters: dict[str, Tensor] = {}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        with trainer.strategy.session.settled():
+        with trainer.strategy.session.written_back():
             masters = trainer.strategy.session.masters()
             for name, param in module.named_parameters():
                 self.values[name] = param.detach().clone()

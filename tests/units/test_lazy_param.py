@@ -146,7 +146,7 @@ def test_values_are_right_and_the_parameter_is_plain_from_then_on(resting: Resti
             assert found.requires_grad == expected.requires_grad, name
         else:
             assert found == expected, name
-        with resting.session.settled():
+        with resting.session.written_back():
             pass  # at rest again
 
 
@@ -228,7 +228,7 @@ def test_what_is_written_at_rest_is_used_and_reaches_no_checkpoint(
     write(layer.weight)
     torch.testing.assert_close(forward(), 3 * before.t())
     assert torch.equal(layer.weight, 3 * before)
-    with resting.session.settled():
+    with resting.session.written_back():
         assert torch.equal(stored(resting, name), 3 * before)
     torch.testing.assert_close(forward(), 3 * before.t())
     if linked:
@@ -242,7 +242,7 @@ def test_looking_writes_nothing(resting: Resting) -> None:
     store, units = resting.session.store, resting.session.units
     generations = [store.current(unit.name, "param") for unit in units]
     [param.sum().item() for param in resting.net.parameters()]
-    with resting.session.settled():
+    with resting.session.written_back():
         assert all(resting.is_at_rest(param) for param in resting.net.parameters())
     assert all(store.current(unit.name, "param") is g for unit, g in zip(units, generations, strict=True))
 
