@@ -33,7 +33,7 @@ class GenerationFiles:
         trace: Gets spans of reads and writes.
 
     Attributes:
-        engine: Moves the bytes; another one after `StateStore.resume`.
+        engine: Moves the bytes; another one inside `StateStore.writable`.
         verify: As given.
         spare: Files to be written again.
         is_inherited: This is a forked process: it reads and writes nothing, and maps only what its parent let it see.

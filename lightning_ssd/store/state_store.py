@@ -11,16 +11,17 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from lightning_ssd.errors import Ending, StoreError
-from lightning_ssd.io.engine import Engine, Transfer
+from lightning_ssd.io.engine import Engine, IOOptions, Transfer
 from lightning_ssd.io.file import File
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.scratch import Scratch
+from lightning_ssd.io.select import make_engine
 from lightning_ssd.store.disks import Disks
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.generation_files import GenerationFiles
@@ -37,10 +38,10 @@ class StateStore:
     Args:
         directories: One run directory per disk, used in turn.
         engine: Moves the bytes.
+        options: Of the engine that `writable` makes after `suspend`.
         direct: Whether to open files with O_DIRECT, one flag per directory.
         verify: Compare every read with the checksums of what was written.
         trace: Gets spans of reads and writes.
-        new_engine: Makes the engine of `writable` after `suspend`; by default ``engine`` is used.
 
     Attributes:
         is_suspended: All files are closed; see `suspend`.
@@ -51,16 +52,16 @@ class StateStore:
         directories: list[RunDirectory],
         engine: Engine,
         *,
+        options: IOOptions,
         direct: list[bool],
         verify: bool,
-        trace: Trace | None = None,
-        new_engine: Callable[[], Engine] | None = None,
+        trace: Trace,
     ) -> None:
         self._disks = Disks(directories, direct)
-        self._files = GenerationFiles(self._disks, engine, verify=verify, trace=trace or Trace())
+        self._files = GenerationFiles(self._disks, engine, verify=verify, trace=trace)
         self._staging = Staging(self._files)
         self._in_memory = InMemoryKinds(self._files, self._staging)
-        self._new_engine = new_engine or (lambda: engine)
+        self._options = options
         self._lock = threading.Lock()  # of `_current`
         self._current: dict[tuple[str, str], Generation] = {}  # by unit and kind
         self.is_suspended = False
@@ -324,21 +325,17 @@ class StateStore:
             ending.callback(self._files.spare.remove)
             self.is_suspended = True
 
-    def resume(self, engine: Engine) -> None:
-        """Open the files again after `suspend`; from now on ``engine`` moves the bytes."""
-        self._files.engine = engine
-        self.is_suspended = False
-        for generation in self._current.values():
-            self._files.reopen(generation)
-
     @contextmanager
     def writable(self) -> Iterator[None]:
         """Inside, generations can be written: after `suspend` with all files open and an engine of its own."""
         if not self.is_suspended:
             yield
             return
-        self.resume(self._new_engine())
+        self._files.engine = make_engine(self._options)
+        self.is_suspended = False
         try:
+            for generation in self._current.values():
+                self._files.reopen(generation)
             yield
         finally:
             self.suspend()

@@ -30,11 +30,11 @@ from lightning_ssd.optim.choice import choose_rule
 from lightning_ssd.optim.pipeline import master_dtype
 from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
 from lightning_ssd.store.handles import handles, require_handles
+from lightning_ssd.store.open_store import end_store, open_store
 from lightning_ssd.strategy.forking import Forking
 from lightning_ssd.strategy.runtime import Runtime
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing
-from lightning_ssd.strategy.store_files import end_store, open_store
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.inherited import Inherited
 from lightning_ssd.units.mapped import MappedParams
@@ -69,7 +69,14 @@ class Session:
         self.trace = Trace()
         self.engine: Engine = make_engine(settings.io)
         try:
-            self.store = open_store(settings, self.engine, self.trace)
+            self.store = open_store(
+                settings.roots,
+                settings.io,
+                self.engine,
+                keep=settings.keep_store,
+                verify=settings.verify,
+                trace=self.trace,
+            )
         except BaseException:
             self.engine.close()
             raise

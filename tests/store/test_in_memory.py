@@ -17,14 +17,18 @@ from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.store.layout import Shape, lay_out
 from lightning_ssd.store.run_directory import RunDirectory
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.trace.recorder import Trace
 
 LAYOUT = lay_out("unit", "param", [Shape("w", (3, 5)), Shape("none", (0,)), Shape("b", ())], "F32")
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[StateStore]:
-    engine = PythonEngine(IOOptions(num_threads=1))
-    store = StateStore([RunDirectory(str(tmp_path))], engine, direct=[False], verify=True)
+    options = IOOptions(num_threads=1)
+    engine = PythonEngine(options)
+    store = StateStore(
+        [RunDirectory(str(tmp_path))], engine, options=options, direct=[False], verify=True, trace=Trace()
+    )
     yield store
     store.close(remove=True)
     engine.close()

@@ -25,6 +25,7 @@ from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import CHECK_NBYTES, Shape, UnitLayout, file_order, lay_out
 from lightning_ssd.store.run_directory import RunDirectory
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.trace.recorder import Trace
 
 # Several checksum pieces, an odd tail, an empty and a scalar parameter.
 SHAPES = file_order([Shape("w", (700, 601)), Shape("none", (0, 3)), Shape("scale", ()), Shape("b", (5,))], 4)
@@ -66,8 +67,11 @@ def names(store: StateStore) -> set[str]:
 
 @pytest.fixture
 def store(tmp_store: Path) -> Iterator[StateStore]:
-    engine = PythonEngine(IOOptions(num_threads=2, block_nbytes="64KiB"))
-    store = StateStore([RunDirectory(str(tmp_store))], engine, direct=[True], verify=True)
+    options = IOOptions(engine="python", num_threads=2, block_nbytes="64KiB")
+    engine = PythonEngine(options)
+    store = StateStore(
+        [RunDirectory(str(tmp_store))], engine, options=options, direct=[True], verify=True, trace=Trace()
+    )
     yield store
     store.close(remove=True)
     engine.close()
@@ -168,8 +172,8 @@ def test_suspended_files_are_found_again_and_can_be_mapped_meanwhile(store: Stat
     assert len(names(store)) == 1  # what waited for use is gone
     with store.map(last, private=True) as memory:
         assert bytes(memory[:8]) == layout().header[:8]
-    store.resume(store.engine)
-    assert is_equal(read(store, last), values(2))
+    with store.writable():
+        assert is_equal(read(store, last), values(2))
 
 
 @pytest.mark.parametrize("piece", [0, 1])
