@@ -44,6 +44,7 @@ class StateStore:
         trace: Gets spans of reads and writes.
 
     Attributes:
+        disks: Where the files are.
         is_suspended: All files are closed; see `suspend`.
     """
 
@@ -57,8 +58,8 @@ class StateStore:
         verify: bool,
         trace: Trace,
     ) -> None:
-        self._disks = Disks(directories, direct)
-        self._files = GenerationFiles(self._disks, engine, verify=verify, trace=trace)
+        self.disks = Disks(directories, direct)
+        self._files = GenerationFiles(self.disks, engine, verify=verify, trace=trace)
         self._staging = Staging(self._files)
         self._in_memory = InMemoryKinds(self._files, self._staging)
         self._options = options
@@ -74,17 +75,12 @@ class StateStore:
     @property
     def spill_directory(self) -> str:
         """The first run directory, where files that are no generations may be created."""
-        return self._disks.all[0].path
+        return self.disks.all[0].path
 
     @property
     def scratches(self) -> list[Scratch]:
         """What creates files without a name, one per disk."""
-        return [Scratch(disk.directory.folder, disk.direct, self.engine.patience) for disk in self._disks.all]
-
-    @property
-    def disks(self) -> list[tuple[str, bool]]:
-        """Run directory of each disk, and whether files in it are opened with O_DIRECT."""
-        return [(disk.path, disk.direct) for disk in self._disks.all]
+        return [Scratch(disk.directory.folder, disk.direct, self.engine.patience) for disk in self.disks.all]
 
     # -- generations ---------------------------------------------------------------------------------------------
 
@@ -293,23 +289,6 @@ class StateStore:
         num_alike = sum(g.has_file and g.file.nbytes == found.st_size for g in list(self._current.values()))
         return not self.is_suspended and self._files.spare.recycle(file, found, most=num_alike)
 
-    def require_free(self, nbytes: int, what: str, *, num_files: int = 0) -> None:
-        """Refuse what cannot fit, before work on it starts.
-
-        Args:
-            nbytes: Bytes of all new files.
-            what: What needs them, for the message.
-            num_files: How many new files.
-
-        Raises:
-            StoreError: Names what is needed, what is free and the way out.
-        """
-        self._disks.require_free(nbytes, what, num_files=num_files)
-
-    def share_on(self, path: str) -> float:
-        """The share of the generations that lies on the file system of ``path``, which exists."""
-        return self._disks.share_on(path)
-
     @property
     def nbytes_on_disk(self) -> int:
         """Bytes of all current generations and of files waiting to be written again."""
@@ -348,7 +327,7 @@ class StateStore:
                 generation.file.close()
         self._current.clear()
         self._files.spare.close()
-        self._disks.close(remove=remove)
+        self.disks.close(remove=remove)
 
     # -- forked processes ----------------------------------------------------------------------------------------
 
@@ -369,4 +348,4 @@ class StateStore:
             if other != kind and generation.has_file:
                 generation.file.close()
         self._files.spare.close()
-        self._disks.close(remove=False)
+        self.disks.close(remove=False)

@@ -87,7 +87,7 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
         StoreError: If not one checkpoint fits.
     """
     callbacks = find_saving_callbacks(trainer)
-    stores = [path for path, _ in session.store.disks]
+    stores = [disk.path for disk in session.store.disks.all]
     shares = {folder: probe_save(folder, stores) for folder in dict.fromkeys(each.folder for each in callbacks)}
     costs = [_cost(session, callback, shares[callback.folder]) for callback in callbacks]
     disks: dict[int, list[CheckpointCost]] = {}
@@ -165,7 +165,7 @@ def _cost(session: Session, callback: SavingCallback, linked_share: float) -> Ch
 
 def _own_nbytes(session: Session, path: str) -> int:
     """Bytes that the run itself is still going to take on the disk of ``path``."""
-    return int(session.store.share_on(path) * session.sizing.disk_nbytes)
+    return int(session.store.disks.share_on(path) * session.sizing.disk_nbytes)
 
 
 def _check(costs: Sequence[CheckpointCost], free: int, own: int) -> None:

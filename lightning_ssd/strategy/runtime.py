@@ -53,6 +53,7 @@ class Runtime:
         pools: Its pools.
         grads: Takes gradients.
         updater: Runs pending updates.
+        updates: What optimizers make steps with.
         cache: Fetches and releases units.
         hooks: Of modules.
         is_updating: A backward updates units that it is done with, or has done so in the step that runs.
@@ -96,7 +97,7 @@ class Runtime:
             undo.append(self.updater.close)
             self.cache = self._make_cache(module)
             undo.append(self.cache.close)
-            self._updates = Updates(pipeline, self.cache, self.updater, self.grads)
+            self.updates = Updates(pipeline, self.cache, self.updater, self.grads)
             if plan.recomputes:
                 self._activations = self._make_activations(budget)
                 undo.append(self._activations.close)
@@ -117,10 +118,6 @@ class Runtime:
                 for call in undo:
                     ending.callback(call)
                 raise
-
-    def connect(self, adopted: OptimizerAdapter) -> None:
-        """From now on the steps of ``adopted`` run here."""
-        adopted.connect(self._updates)
 
     def drain(self) -> None:
         """Return when no update is pending.
@@ -169,13 +166,11 @@ class Runtime:
         self._headroom.end()
         self.pools.close()
 
-    def inherit(self, passed_on: list[tuple[int, int]], *, has_kept: bool) -> None:
+    def inherit(self, passed_on: list[tuple[int, int]], *, has_in_memory: bool) -> None:
         """This is a forked process; see `Session.inherit`."""
         self.grads.inherit()
         self.hooks.inherit()
-        self.pools.params.forbid(passed_on)
-        if self.pools.in_memory_params is not None and not has_kept:
-            self.pools.in_memory_params.forbid([])
+        self.pools.forbid(passed_on, has_in_memory=has_in_memory)
 
     # -- parts ---------------------------------------------------------------------------------------------------
 

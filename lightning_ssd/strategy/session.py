@@ -124,11 +124,10 @@ class Session:
         specs = partition(module, policy=self.settings.units, min_numel=self.settings.min_unit_numel)
         self.model = self._make_model([Unit(spec, self.settings.param_dtype) for spec in specs])
         num_bytes = sum(unit.layout.file_nbytes for unit in self.units)
-        self.store.require_free(num_bytes, "placing the parameters", num_files=len(self.units))
-        is_direct = any(direct for _, direct in self.store.disks)
-        adam = handles(3 * len(self.units), len(self.units), 0, direct=is_direct).num_files
+        self.store.disks.require_free(num_bytes, "placing the parameters", num_files=len(self.units))
+        adam = handles(3 * len(self.units), len(self.units), 0, direct=self.store.disks.are_direct).num_files
         what = f"{len(self.units)} units of parameters (with the state of an Adam about {adam} open files)"
-        require_handles(handles(len(self.units), 0, 0, direct=is_direct), what)
+        require_handles(handles(len(self.units), 0, 0, direct=self.store.disks.are_direct), what)
         placeholders = make_placeholders(self.units, self.store.scratches[0])
         for unit in self.units:
             self._place_unit(unit)
@@ -166,7 +165,7 @@ class Session:
         adopted = kind(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master, suffix=suffix)
         adopted.adopt()
         if self.runtime is not None:
-            self.runtime.connect(adopted)
+            adopted.connect(self.runtime.updates)
         self.optimizers.append(adopted)
         return adopted
 
@@ -211,7 +210,7 @@ class Session:
             waits_for_all_grads=waits_for_all_grads,
         )
         for adopted in self.optimizers:
-            self.runtime.connect(adopted)
+            adopted.connect(self.runtime.updates)
         self.plan = plan
 
     def _require_room(self, plan: MemoryPlan) -> None:
@@ -219,12 +218,12 @@ class Session:
         sizing = self.sizing
         num_new = sizing.num_generations - len(self.units)
         what = "the optimizer state and generations being written"
-        self.store.require_free(sizing.disk_nbytes, what, num_files=num_new + sizing.num_spare)
+        self.store.disks.require_free(sizing.disk_nbytes, what, num_files=num_new + sizing.num_spare)
         needed = handles(
             sizing.num_generations,
             0 if plan.in_memory_grads or plan.fits else len(sizing.trained()),
             sizing.num_spare,
-            direct=any(direct for _, direct in self.store.disks),
+            direct=self.store.disks.are_direct,
         )
         what = f"a run of {len(self.units)} units, which are {sizing.num_generations} files with their state,"
         require_handles(needed, what)
@@ -370,13 +369,13 @@ class Session:
 
     # -- forked processes ----------------------------------------------------------------------------------------
 
-    def inherit(self, refusals: Mapping[str, str], passed_on: list[tuple[int, int]], *, has_kept: bool) -> None:
+    def inherit(self, refusals: Mapping[str, str], passed_on: list[tuple[int, int]], *, has_in_memory: bool) -> None:
         """This is a forked process; [Note: inherited].
 
         Args:
             refusals: Why parameters cannot be read here, by unit.
             passed_on: What there is of the arena, ``(offset, nbytes)``.
-            has_kept: Whether parameters that are kept in memory are here.
+            has_in_memory: Whether parameters that are held in memory are here.
         """
         self.is_inherited = True
         self._remove_files.detach()
@@ -389,10 +388,10 @@ class Session:
         is_off_host = self.settings.is_off_host
         self.model.inherit(
             Inherited(self.store, refusals),
-            lambda unit: is_off_host or (unit.in_memory is not None and not has_kept),
+            lambda unit: is_off_host or (unit.in_memory is not None and not has_in_memory),
         )
         if self.runtime is not None:
-            self.runtime.inherit(passed_on, has_kept=has_kept)
+            self.runtime.inherit(passed_on, has_in_memory=has_in_memory)
 
     def require_own(self, what: str) -> None:
         """Refuse ``what`` in a forked process.

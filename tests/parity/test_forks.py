@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_ssd.strategy import forking
+from lightning_ssd.memory import plan_pools
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.children import DEADLINE_S, Child
 from tests.helpers.training import make_trainer, streamed
@@ -277,7 +277,7 @@ def test_a_fork_by_the_thread_that_updates_is_told(tmp_path: Path) -> None:
 def test_kept_parameters_are_not_passed_on_where_a_copy_would_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forking, "available_nbytes", lambda: 100)
+    monkeypatch.setattr(plan_pools, "available_nbytes", lambda: 100)
     answer = answers_at(tmp_path, "on_train_batch_end", lambda trainer, module: values(module.net), PLANS["kept"]())
     assert "lower host_memory" in answer
 

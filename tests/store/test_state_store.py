@@ -197,7 +197,7 @@ def test_full_disks_are_named_with_numbers_and_leave_no_file(
     with pytest.raises(
         StoreError, match=r"the plan needs 1024.00 TiB on the disk of '.*', which has .* free; free space"
     ):
-        store.require_free(1 << 50, "the plan")
+        store.disks.require_free(1 << 50, "the plan", num_files=0)
 
     def create(path: str, nbytes: int, **options: Any) -> File:
         raise IOFailure(errno.ENOSPC, path, 0, nbytes, "create")
