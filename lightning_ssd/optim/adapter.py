@@ -92,7 +92,7 @@ class OptimizerAdapter(OptimizerState):
         """Another optimizer replaces it: give it its own methods back, and its state as mapped tensors."""
         self.drain()
         self._take_edits()
-        state: dict[Tensor, Any] = {param: dict(self._view[param]) for param in self._with_state()}
+        state: dict[Tensor, Any] = {param: dict(self._view[param]) for param in self.params_with_state()}
         self._view.clear_shown()
         self.release()
         for name in ("state_dict", "load_state_dict"):

@@ -43,7 +43,7 @@ class OptimizerState(ABC):
         self._places = {param: (unit, i) for unit in units for i, param in enumerate(unit.params)}
         self._scalars: dict[nn.Parameter, dict[str, Any]] = {}
         self._initialised: dict[nn.Parameter, set[str]] = {}
-        self._view = StateView(self._with_state, self._has_state, self._state_to_show, store)
+        self._view = StateView(self, store)
 
     @abstractmethod
     def drain(self) -> None:
@@ -79,13 +79,13 @@ class OptimizerState(ABC):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def scalars(self) -> dict[str, dict[str, Any]]:
-        """What is kept beside full-shaped states, by parameter name."""
-        self._settle()
+        """State that is not of the parameter's shape, by parameter name."""
+        self._finish_edits()
         return {self._name(p): dict(s) for p, s in self._scalars.items() if s}
 
     def initialised(self) -> dict[str, set[str]]:
         """Kinds of full-shaped states that each parameter has, by parameter name."""
-        self._settle()
+        self._finish_edits()
         return {self._name(p): set(kinds) for p, kinds in self._initialised.items() if kinds}
 
     def groups_by_name(self) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ class OptimizerState(ABC):
         return list(getattr(self.optimizer, f"_optimizer_{kind}_hooks").values())
 
     def _dump(self) -> dict[str, Any]:
-        self._settle()
+        self._finish_edits()
         state: dict[int, dict[str, Any]] = {}
         maps: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         for number, param in enumerate(self.params()):
@@ -235,7 +235,7 @@ class OptimizerState(ABC):
             before = self._snapshot(unit.name, layout.kind)
         tensors: list[Tensor | None] = []
         for name, param, old in zip(unit.names, unit.params, before, strict=True):
-            # One parameter's state of this name may have another shape, and be kept beside the files.
+            # One parameter's state of this name may have another shape; then it is not in the file.
             is_full_here = kind in self._initialised.get(param, ())
             tensor = (loaded.get(param, {}).get(kind) if is_full_here else None) if param in mine else old
             if tensor is not None and tensor.dtype != wanted and tensor.dtype.itemsize > wanted.itemsize:
@@ -246,15 +246,17 @@ class OptimizerState(ABC):
             tensors.append(tensor)
         self._store.put(layout, tensors.__getitem__)
 
-    def _with_state(self) -> list[nn.Parameter]:
-        """Parameters that have any, in the order of the groups."""
+    def params_with_state(self) -> list[nn.Parameter]:
+        """See `StoredState.params_with_state`."""
         self.drain()
-        return list(filter(self._has_state, self.params()))
+        return list(filter(self.has_state, self.params()))
 
-    def _has_state(self, param: nn.Parameter) -> bool:
+    def has_state(self, param: nn.Parameter) -> bool:
+        """See `StoredState.has_state`."""
         return bool(self._scalars.get(param) or self._initialised.get(param))
 
-    def _state_to_show(self, param: nn.Parameter) -> dict[str, Any]:
+    def stored_state(self, param: nn.Parameter) -> dict[str, Any]:
+        """See `StoredState.stored_state`."""
         self.drain()
         if param not in self._places:
             return {}
@@ -263,7 +265,7 @@ class OptimizerState(ABC):
         full = {kind: self._view.map(unit.name, kind + self.suffix)[index] for kind in kinds}
         return {**self._scalars.get(param, {}), **full}
 
-    def _settle(self) -> None:
+    def _finish_edits(self) -> None:
         self.drain()
         self._take_edits()
 
@@ -288,7 +290,7 @@ class OptimizerState(ABC):
                 self._scalars[param] = {k: v for k, v in state.items() if k not in full}
                 unit, _ = self._places[param]
                 written |= {(unit.name, kind + self.suffix) for kind in full}
-            shown = {param: self._view[param] for param in self._with_state()}
+            shown = {param: self._view[param] for param in self.params_with_state()}
             units = {unit.name: unit for unit in self._units()}
             with self._store.writable():
                 for name, kind in sorted(written):

@@ -7,8 +7,8 @@ looked up before a step shows the state before that step; look it up again after
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any
+from collections.abc import Iterator, MutableMapping
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -16,26 +16,32 @@ from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.mapped import MappedParams
 
 
+class StoredState(Protocol):
+    """The state of one optimizer in the store, as `StateView` shows it."""
+
+    def params_with_state(self) -> list[nn.Parameter]:
+        """Parameters that have any, in the order of the groups."""
+        ...
+
+    def has_state(self, param: nn.Parameter) -> bool:
+        """Whether ``param`` has any."""
+        ...
+
+    def stored_state(self, param: nn.Parameter) -> dict[str, Any]:
+        """The state of ``param`` by name; full-shaped tensors through `StateView.map`."""
+        ...
+
+
 class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
     """The state of each parameter, as `torch.optim.Optimizer.state` has it.
 
     Args:
-        stored: Parameters that have state in the store, in order.
-        has_state: Whether one has.
-        load: The state of a parameter from the store, by name; full-shaped tensors through `map`.
+        stored: What is shown.
         store: Where it is.
     """
 
-    def __init__(
-        self,
-        stored: Callable[[], list[nn.Parameter]],
-        has_state: Callable[[nn.Parameter], bool],
-        load: Callable[[nn.Parameter], dict[str, Any]],
-        store: StateStore,
-    ) -> None:
+    def __init__(self, stored: StoredState, store: StateStore) -> None:
         self._stored = stored
-        self._has_state = has_state
-        self._load = load
         self._store = store
         self._shown: dict[nn.Parameter, dict[str, Any]] = {}
         self._as_shown: dict[nn.Parameter, dict[str, Any]] = {}
@@ -70,7 +76,7 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
 
     def __getitem__(self, param: nn.Parameter) -> dict[str, Any]:
         if param not in self._shown:
-            state = self._load(param)
+            state = self._stored.stored_state(param)
             self._shown[param], self._as_shown[param] = state, dict(state)
         return self._shown[param]
 
@@ -86,10 +92,10 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
     def __contains__(self, param: object) -> bool:
         if not isinstance(param, nn.Parameter):
             return False
-        return bool(self._shown[param]) if param in self._shown else self._has_state(param)
+        return bool(self._shown[param]) if param in self._shown else self._stored.has_state(param)
 
     def __iter__(self) -> Iterator[nn.Parameter]:
-        found = dict.fromkeys(param for param in self._stored() if self._shown.get(param, True))
+        found = dict.fromkeys(param for param in self._stored.params_with_state() if self._shown.get(param, True))
         return iter(found | dict.fromkeys(param for param, state in self._shown.items() if state))
 
     def __len__(self) -> int:
