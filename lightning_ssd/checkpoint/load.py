@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -171,27 +171,26 @@ class CheckpointReader:
                 mapped = self._mapped[name] = MappedFile(fd, self._where(name))
         found = {entry: mapped.tensor(entry) for entry in mapped.header.entries}
         if (extra := self.manifest.file_name(EXTRA_TENSORS)) in self.manifest.small_files:
-            found.update(self._load(extra, weights_only is not False, safe_globals=()))
+            found.update(self._load(extra, weights_only is not False))
         return found
 
-    def state(self, weights_only: bool | None = None, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:
+    def state(self, weights_only: bool | None = None) -> dict[str, Any]:
         """What `save` was given as ``state``; its tensors lie in the mapped file.
 
         Args:
             weights_only: False unpickles whatever the file names, which runs its code; only for files you trust.
-            safe_globals: Classes allowed in addition to torch's own list.
 
         Raises:
             CheckpointError: If the state holds a class that is not allowed.
             CorruptionError: If the bytes are not those that were written.
         """
-        return self._load_part("state", weights_only, safe_globals)
+        return self._load_part("state", weights_only)
 
     def optimizers(self, weights_only: bool | None = None) -> list[OptimizerRecord]:
         """The optimizer records, as `save` was given them."""
         pickled: Mapping[str, Any] = {}
         if any(map(needs_pickled, self.manifest.optimizers)):
-            pickled = self._load_part("hyper", weights_only, ())
+            pickled = self._load_part("hyper", weights_only)
         return [decode_optimizer(record, pickled) for record in self.manifest.optimizers]
 
     def seen(self) -> SeenFiles:
@@ -358,16 +357,16 @@ class CheckpointReader:
             raise CheckpointError(f"the reader of {self.directory!r} was closed")
         return self._fd
 
-    def _load_part(self, part: str, weights_only: bool | None, safe_globals: Sequence[Any]) -> dict[str, Any]:
+    def _load_part(self, part: str, weights_only: bool | None) -> dict[str, Any]:
         """One of the dictionaries that ``state.pt`` consists of."""
-        found = self._load(STATE, weights_only is not False, safe_globals).get(part)
+        found = self._load(STATE, weights_only is not False).get(part)
         if not isinstance(found, dict):
             raise CheckpointError(f"{self._where(STATE)} holds no {part!r} as `save` writes it")
         return found
 
-    def _load(self, name: str, weights_only: bool, safe_globals: Sequence[Any]) -> dict[str, Any]:
+    def _load(self, name: str, weights_only: bool) -> dict[str, Any]:
         with closing_fd(self._open_small(name)) as fd:
-            return load_pickle(f"/proc/self/fd/{fd}", self._where(name), weights_only, safe_globals)
+            return load_pickle(f"/proc/self/fd/{fd}", self._where(name), weights_only)
 
     def _where(self, name: str) -> str:
         return os.path.join(self.directory, name)

@@ -19,7 +19,7 @@ from lightning_ssd.checkpoint.dictionary import (
 )
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.checkpoint.save import write_checkpoint
+from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
 from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX
 from lightning_ssd.checkpoint.unit_file import UnitFile
 from lightning_ssd.errors import CheckpointError
@@ -73,8 +73,7 @@ class Saver:
         with_state = has_optimizers and is_linked
         records = _records(optimizers, weights.buffers) if with_state else []
         linked = self._generations(units, weights, with_state=with_state, with_masters=has_optimizers)
-        done = write_checkpoint(
-            target,
+        content = CheckpointContent(
             list(map(_unit_file, linked)),
             weights.buffers,
             small,
@@ -83,9 +82,8 @@ class Saver:
             dtypes={name: unit.layout.dtype for unit in units if unit.name in weights.units for name in unit.names},
             aliases=weights.aliases,
             names=weights.names,
-            recycle=self._store.recycle,
-            unsynced=self._unsynced,
         )
+        done = write_checkpoint(target, content, recycle=self._store.recycle, unsynced=self._unsynced)
         with suppress(OSError):  # it was removed meanwhile
             self._saved[target] = _identity(target)
         if done.moved_aside is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +87,7 @@ def consolidate(
         content = dictionary_of(reader, mapped_state_dict(reader, spill, weights_only), weights_only)
         drop_empty_loader_states(content)
         with staged_file(target) as (fd, take_name):
-            total = reader.manifest.nbytes
-            writer = StreamWriter(fd, on_flush=dropper(reader, spill, progress, total))
+            writer = _Writer(fd, ReadPages(reader, spill, progress))
             write_pickle(writer, content)
             writer.finish()
             take_name()
@@ -213,16 +212,39 @@ class Spill:
             drop_pages(self._mapped.ctypes.data, self._mapped.nbytes)
 
 
-def dropper(reader: CheckpointReader, spill: Spill, progress: Progress | None, total: int) -> Callable[[int], None]:
-    """A callback for written bytes that frees the memory of read pages and reports progress."""
+class ReadPages:
+    """The mapped pages that an export reads. Drops them as what was made of them is written.
 
-    def on_flush(nbytes: int) -> None:
-        reader.drop()
-        spill.drop()
-        if progress is not None:
-            progress(min(nbytes, total), total)
+    Args:
+        reader: The checkpoint.
+        spill: What was converted.
+        progress: Called with bytes done and bytes in all.
+    """
 
-    return on_flush
+    def __init__(self, reader: CheckpointReader, spill: Spill, progress: Progress | None) -> None:
+        self._reader = reader
+        self._spill = spill
+        self._progress = progress
+
+    def drop(self, written_nbytes: int) -> None:
+        """Free their memory, and report how many bytes are written."""
+        self._reader.drop()
+        self._spill.drop()
+        if self._progress is not None:
+            total = self._reader.manifest.nbytes
+            self._progress(min(written_nbytes, total), total)
+
+
+class _Writer(StreamWriter):
+    """Drops pages that were read together with those that were written."""
+
+    def __init__(self, fd: int, pages: ReadPages) -> None:
+        super().__init__(fd)
+        self._pages = pages
+
+    def drop(self) -> None:
+        super().drop()
+        self._pages.drop(self.nbytes)
 
 
 def _write_shard(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from tempfile import TemporaryFile
 from typing import Any
@@ -25,9 +24,9 @@ from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress, StreamWriter
 from lightning_ssd.convert.dcp import META
 from lightning_ssd.convert.export import (
     ExportReport,
+    ReadPages,
     Spill,
     drop_empty_loader_states,
-    dropper,
     mapped_state_dict,
     os_errors,
 )
@@ -75,8 +74,7 @@ def to_dcp(
             )
         for index, state in enumerate(optimizer_states(reader, weights_only)):
             content[f"optimizer_{index}"] = _by_name(state, reader, index)
-        total = reader.manifest.nbytes
-        _write(inside, content, dropper(reader, spill, progress, total))
+        _write(inside, content, ReadPages(reader, spill, progress))
         with new_file(os.path.join(folder.path, META), folder) as fd:
             writer = StreamWriter(fd)
             write_pickle(writer, meta)
@@ -105,25 +103,25 @@ def _by_name(state: dict[str, Any], reader: CheckpointReader, index: int) -> dic
     }
 
 
-def _write(folder: str, content: dict[str, Any], on_flush: Callable[[int], None]) -> None:
+def _write(folder: str, content: dict[str, Any], pages: ReadPages) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group is meant
-        save(content, storage_writer=FileSystemWriter(folder), planner=_Planner(on_flush))
+        save(content, storage_writer=FileSystemWriter(folder), planner=_Planner(pages))
 
 
 class _Planner(DefaultSavePlanner):
     """Gives back the memory of tensors that were written."""
 
-    def __init__(self, on_flush: Callable[[int], None]) -> None:
+    def __init__(self, pages: ReadPages) -> None:
         super().__init__()
-        self._on_flush = on_flush
+        self._pages = pages
         self._nbytes = 0
         self._flushed_nbytes = 0
 
     def resolve_data(self, write_item: Any) -> Any:
         """The data of one item, which is written before the next one is asked for."""
         if self._nbytes - self._flushed_nbytes >= FLUSH_NBYTES:
-            self._on_flush(self._nbytes)
+            self._pages.drop(self._nbytes)
             self._flushed_nbytes = self._nbytes
         found = super().resolve_data(write_item)
         self._nbytes += getattr(found, "nbytes", 0)

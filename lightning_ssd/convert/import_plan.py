@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -39,7 +38,6 @@ class ImportPlan:
     """
 
     def __init__(self, source: ImportSource, like: ImportSource | None, places: Mapping[str, Place]) -> None:
-        self._source = source
         self._like = like
         self.aliases = _aliases(source, like, places)
         self.buffers: dict[str, TensorRef] = {}
@@ -148,19 +146,25 @@ def _composed(wanted: Mapping[tuple[str, str], TensorRef], shapes: Mapping[str, 
         groups[kind][-1][name] = ref
         filled[kind] += nbytes
     return [
-        _compose(f"imported-{index}", kind, group, shapes)
+        _Group(group, shapes).file(f"imported-{index}", kind)
         for kind, found in groups.items()
         for index, group in enumerate(found)
     ]
 
 
-def _compose(unit: str, kind: str, group: Mapping[str, TensorRef], shapes: Mapping[str, Shape]) -> ComposedFile:
-    def tensor_of(name: str) -> Tensor:
-        return group[name].load().reshape(shapes[name])
+@dataclass(frozen=True)
+class _Group:
+    """Tensors of one new file, by name in the target, in the shapes that the target gives them."""
 
-    entries = lay_out((name, ref.dtype, shapes[name]) for name, ref in group.items())
-    return ComposedFile(unit, kind, entries, tensor_of, partial(_drop, group))
+    refs: Mapping[str, TensorRef]
+    shapes: Mapping[str, Shape]
 
+    def tensor(self, name: str) -> Tensor:
+        return self.refs[name].load().reshape(self.shapes[name])
 
-def _drop(group: Mapping[str, TensorRef], name: str) -> None:
-    group[name].drop()
+    def drop(self, name: str) -> None:
+        self.refs[name].drop()
+
+    def file(self, unit: str, kind: str) -> ComposedFile:
+        entries = lay_out((name, ref.dtype, self.shapes[name]) for name, ref in self.refs.items())
+        return ComposedFile(unit, kind, entries, self)

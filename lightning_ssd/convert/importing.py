@@ -18,7 +18,7 @@ from typing import Any
 
 from lightning_ssd.checkpoint.dictionary import STATE_DICT_EXTRA
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.save import write_checkpoint
+from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
 from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, VALUE_KINDS
 from lightning_ssd.checkpoint.unit_file import ComposedFile
 from lightning_ssd.checkpoint.writer import Progress
@@ -131,10 +131,9 @@ def import_checkpoint(
         buffers = {name: ref.load() for name, ref in plan.buffers.items()}
         for index, name, key, value in extra:
             buffers[f"{OPTIMIZER_PREFIX}{index}.{name}.{key}"] = value
-        done = write_checkpoint(
-            to, files, buffers, state, records, step=report.step, dtypes=plan.dtypes(files), aliases=plan.aliases,
-            progress=progress,
-        )  # fmt: skip
+        dtypes, aliases = plan.dtypes(files), plan.aliases
+        content = CheckpointContent(files, buffers, state, records, report.step, dtypes, aliases)
+        done = write_checkpoint(to, content, progress=progress)
     report.nbytes_linked, report.nbytes_written = done.nbytes_linked, done.nbytes_written
     return report
 
