@@ -7,6 +7,7 @@ metadata may name by one of ours that only stores its arguments, and refuses eve
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import re
@@ -196,7 +197,7 @@ class _Folder:
     def _require_bytes(self, key: str) -> None:
         """Refuse a tensor whose pieces have less room in the files than they need, or share it."""
         dtype, _, chunks = self.tensors[key]
-        places = [(self._place(key, offsets), _numel(sizes) * dtype_of(dtype).itemsize) for offsets, sizes in chunks]
+        places = [(self._place(key, offsets), math.prod(sizes) * dtype_of(dtype).itemsize) for offsets, sizes in chunks]
         there = {(path, begin) for (path, (begin, _)), nbytes in places if nbytes}
         if len(there) < sum(bool(nbytes) for _, nbytes in places) or any(p[1][1] < n for p, n in places):
             raise CheckpointError(f"{self.where}: the pieces of {key!r} do not lie one by one in its files")
@@ -253,11 +254,11 @@ class _Folder:
             len(o) == len(s) == len(shape) and all(a + b <= c for a, b, c in zip(o, s, shape, strict=True))
             for o, s in chunks
         )
-        total, covered = _numel(shape), sum(_numel(sizes) for _, sizes in chunks)
+        total, covered = math.prod(shape), sum(math.prod(sizes) for _, sizes in chunks)
         if (
             not inside
             or covered != total
-            or len({o for o, s in chunks if _numel(s)}) < sum(bool(_numel(s)) for _, s in chunks)
+            or len({o for o, s in chunks if math.prod(s)}) < sum(bool(math.prod(s)) for _, s in chunks)
         ):
             raise CheckpointError(f"{self.where}: the pieces of {key!r} do not make up its shape {list(shape)}")
         self.tensors[key] = (name_of(getattr(torch, dtype.name)), shape, chunks)
@@ -386,10 +387,3 @@ def _counts(value: object, key: str) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(map(is_count, value)) or len(value) > 64:
         raise CheckpointError(f"the metadata of {key!r} has {str(value)[:80]!r} for a shape or place")
     return value
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

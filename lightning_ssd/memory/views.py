@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import weakref
 from collections.abc import Sequence
@@ -27,9 +28,7 @@ class Views:
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         """A tensor of ``shape`` whose storage starts at byte ``offset`` of the memory and ends where it ends."""
-        numel = 1
-        for size in shape:
-            numel *= size
+        numel = math.prod(shape)
         with torch.inference_mode(False):
             if numel == 0:
                 return torch.empty(tuple(shape), dtype=dtype)

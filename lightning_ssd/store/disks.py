@@ -86,18 +86,6 @@ class Disks:
         folder = os.path.dirname(file.path)
         return next(disk for disk in self.all if disk.path == folder)
 
-    def on_device(self, device: int) -> Disk | None:
-        """The first disk on the file system with that device number, None if there is none.
-
-        Raises:
-            StoreError: A run directory was removed.
-        """
-        return next((disk for disk in self.all if disk.directory.device == device), None)
-
-    def has_open(self, folder: str) -> bool:
-        """Whether ``folder`` is the path of a run directory that is not closed."""
-        return any(disk.directory.is_open and disk.path == folder for disk in self.all)
-
     def share_on(self, path: str) -> float:
         """The share of the generations that lies on the file system of ``path``, which exists."""
         device = device_of(path)

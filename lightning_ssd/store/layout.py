@@ -6,6 +6,7 @@ is element ``i`` of each of its files, and a range of elements is one contiguous
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,10 +30,7 @@ class Shape:
     @property
     def numel(self) -> int:
         """Elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class SpareFiles:
             IOFailure: The disk failed.
             StoreError: A run directory was removed.
         """
-        disk = self._disks.on_device(found.st_dev)
+        disk = next((disk for disk in self._disks.all if disk.directory.device == found.st_dev), None)
         if disk is None or len(self._files.get(found.st_size, ())) >= most:
             return False
         if not is_own_file(found, disk.directory.folder) or _is_open(file):

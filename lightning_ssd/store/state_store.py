@@ -4,6 +4,10 @@ A new generation is written beside the current one and replaces it by `StateStor
 used again for a later generation of the same length, unless a checkpoint, a mapping or a forked process still reads it.
 
 The training thread and the update thread may both use a store; each generation is written by one of them.
+
+[Note: in memory] What the plan holds in memory has no file while it is used. An update changes the memory in place, and
+the new generation is the same memory. A file of it is written when somebody needs one: a checkpoint, a mapping, the end
+of the run. So with enough memory no step touches the disk, and all other code works on files.
 """
 
 from __future__ import annotations
@@ -25,7 +29,6 @@ from lightning_ssd.io.select import make_engine
 from lightning_ssd.store.disks import Disks
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.generation_files import GenerationFiles
-from lightning_ssd.store.in_memory import InMemoryKinds
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.run_directory import RunDirectory
 from lightning_ssd.store.staging import Source, Staging
@@ -61,7 +64,7 @@ class StateStore:
         self.disks = Disks(directories, direct)
         self._files = GenerationFiles(self.disks, engine, verify=verify, trace=trace)
         self._staging = Staging(self._files)
-        self._in_memory = InMemoryKinds(self._files, self._staging)
+        self._in_memory: dict[tuple[str, str], tuple[Tensor, ...]] = {}  # by unit and kind; one tensor per parameter
         self._options = options
         self._lock = threading.Lock()  # of `_current`
         self._current: dict[tuple[str, str], Generation] = {}  # by unit and kind
@@ -121,10 +124,9 @@ class StateStore:
             IOFailure: The disk failed.
             DeadlineError: The disk did not answer.
         """
-        in_memory = [self._in_memory.begin(layout) for layout in layouts]
-        on_disk = [layout for layout, found in zip(layouts, in_memory, strict=True) if found is None]
-        begun = iter(self._files.begin(on_disk))
-        return [next(begun) if found is None else found for found in in_memory]
+        begun = iter(self._files.begin([each for each in layouts if self.in_memory(each.unit, each.kind) is None]))
+        in_memory = ((layout, self.in_memory(layout.unit, layout.kind)) for layout in layouts)
+        return [next(begun) if found is None else Generation(layout, None, found) for layout, found in in_memory]
 
     def commit(self, *generations: Generation) -> None:
         """Make completely written generations the current ones, all or none, and retire those that they replace."""
@@ -166,29 +168,41 @@ class StateStore:
             StoreError: The disk is full. The current generation stays, as after the other errors.
             IOFailure: The disk failed.
         """
-        generation = self._in_memory.write(layout, source) or self._staging.write(layout, source)
+        tensors = self.in_memory(layout.unit, layout.kind)
+        if tensors is None:
+            generation = self._staging.write(layout, source)
+        else:
+            for index, tensor in enumerate(tensors):
+                found = source(index)
+                tensor.zero_() if found is None else tensor.copy_(found.detach().reshape(tensor.shape))
+            generation = Generation(layout, None, tensors)
         self.commit(generation)
         return generation
 
     # -- in memory: see [Note: in memory] ------------------------------------------------------------------------
 
-    def hold_in_memory(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> None:
-        """From now on keep a kind of a unit in ``tensors``, contiguous, one per parameter.
+    def hold_in_memory(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """From now on hold a kind of a unit in ``tensors``, contiguous, one per parameter; returns them.
 
         The values of the current generation are read into them; if there is none, they keep what they hold.
 
         Raises:
             IOFailure: The disk failed.
         """
-        self._in_memory.hold(layout, tensors, self._current.get((layout.unit, layout.kind)))
+        current, held = self._current.get((layout.unit, layout.kind)), tuple(tensors)
+        if current is not None:
+            self._staging.read(current, held)
+            current.in_memory = held
+        return self.replace_in_memory(layout, held)
+
+    def replace_in_memory(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """From now on hold a kind in ``tensors``, which the next `put` fills; returns them."""
+        self._in_memory[layout.unit, layout.kind] = held = tuple(tensors)
+        return held
 
     def in_memory(self, unit: str, kind: str) -> tuple[Tensor, ...] | None:
         """The tensors of a kind of a unit, one per parameter in file order; None if it is not in memory."""
-        return self._in_memory.tensors(unit, kind)
-
-    def adopt(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """From now on keep a kind that is in memory in ``tensors``; the next `put` fills them. Returns them."""
-        return self._in_memory.replace(layout, tensors)
+        return self._in_memory.get((unit, kind))
 
     def on_disk(self, generation: Generation) -> Generation:
         """``generation``, after its values in memory were written to a file if it had none.
@@ -197,12 +211,16 @@ class StateStore:
             StoreError: The disk is full.
             IOFailure: The disk failed.
         """
-        self._in_memory.write_file(generation)
+        if generation.in_memory is not None and not generation.has_file:
+            written = self._staging.write(generation.layout, generation.in_memory.__getitem__)
+            generation.file, generation.checks = written.file, written.checks
         return generation
 
     def drop_file(self, generation: Generation) -> None:
         """Retire the file of a generation in memory: somebody may have written to the memory since."""
-        self._in_memory.drop_file(generation)
+        if generation.in_memory is not None and generation.has_file:
+            self._files.retire(generation)
+            generation.detach()
 
     def flush_in_memory(self) -> None:
         """Write everything that is in memory to files, and forget the memory.
@@ -314,7 +332,7 @@ class StateStore:
         self.is_suspended = False
         try:
             for generation in self._current.values():
-                self._files.reopen(generation)
+                generation.file = self.disks.of(generation.file).open(generation.file.path)
             yield
         finally:
             self.suspend()

@@ -185,9 +185,9 @@ class Runtime:
             for layout, pool in layouts:
                 buffer, dtype = pool.lend(layout.buffer_nbytes, f"unit {unit.name!r}"), dtype_of(layout.dtype)
                 places = zip(layout.entries, layout.places, strict=True)
-                store.hold_in_memory(layout, [buffer.tensor(place, dtype, entry.shape) for entry, place in places])
-            if is_held:
-                unit.hold_in_memory(store.in_memory(unit.name, "param") or ())
+                held = store.hold_in_memory(layout, [buffer.tensor(place, dtype, e.shape) for e, place in places])
+                if layout is unit.layout:
+                    unit.hold_in_memory(held)
 
     def _hold_nothing(self) -> None:
         """Setup failed: what was moved into memory is not used."""

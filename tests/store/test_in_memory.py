@@ -95,7 +95,7 @@ def test_zeros_need_no_tensors_and_memory_can_be_replaced(store: StateStore) -> 
     store.hold_in_memory(LAYOUT, tensors(5.0))
     store.put(LAYOUT, lambda index: None)
     assert values_on_disk(store) == 0.0
-    assert store.adopt(LAYOUT, others := tensors(9.0)) == tuple(others)
+    assert store.replace_in_memory(LAYOUT, others := tensors(9.0)) == tuple(others)
     put(store, 4.0)
     assert others[2] == 4.0
     assert values_on_disk(store) == 4.0
