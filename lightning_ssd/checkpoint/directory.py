@@ -21,6 +21,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 from lightning_ssd.checkpoint.discard import NOT_EMPTY, NOT_THERE, Recycle, discard_contents, rmdir
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST
@@ -104,12 +105,9 @@ def _remove(target: str, recycle: Recycle | None) -> None:
             _discard(parent, aside, found, name, recycle)
 
 
-def sync_directory(place: str | Folder) -> None:
+def sync_directory(path: str) -> None:
     """Make the names in a directory durable."""
-    if isinstance(place, Folder):
-        place.sync()
-        return
-    with Folder.open(place) as folder:
+    with Folder.open(path) as folder:
         folder.sync()
 
 
@@ -138,7 +136,7 @@ def staging(target: str, recycle: Recycle | None = None) -> Iterator[Folder]:
     _make_folders(folder)
     with Folder.open(folder) as parent, _claimed(parent, name) as old:
         _clean_stale(parent, name)
-        with _make_staging(parent, name) as staged:
+        with make_locked(parent, partial(sibling, name, "tmp")) as staged:
             try:
                 _require_own(old, staged)
                 yield staged
@@ -151,7 +149,7 @@ def staging(target: str, recycle: Recycle | None = None) -> Iterator[Folder]:
                         rmdir(parent, own, staged)
                 raise
             # If this fails, the old one is not removed: on the disk it may still have the name.
-            sync_directory(parent)
+            parent.sync()
             if old is not None:
                 _discard(parent, aside, old, name, recycle)
 
@@ -259,7 +257,7 @@ def _replace(parent: Folder, own: str, name: str) -> str:
     parent.rename(name, old)
     parent.rename(own, name)
     # Before the next rename both must be durable: after a power cut `recover` finds the old one by ``.old-`` only.
-    sync_directory(parent)
+    parent.sync()
     aside = sibling(name, "tmp")
     parent.rename(old, aside)
     return aside
@@ -296,11 +294,6 @@ def _is_own_directory(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
     except FileNotFoundError:
         return False
-
-
-def _make_staging(parent: Folder, name: str) -> Folder:
-    """A new staging directory, open and locked."""
-    return make_locked(parent, lambda: sibling(name, "tmp"))
 
 
 def make_locked(parent: Folder, new_name: Callable[[], str]) -> Folder:
@@ -363,9 +356,9 @@ def locked(parent: Folder, name: str, *, shared: bool = False) -> Iterator[Folde
 def _discard(parent: Folder, aside: str, found: Folder, name: str, recycle: Recycle | None) -> None:
     """Remove a staging directory or a hidden checkpoint. If files of the user stay in it, it is renamed to ``name``."""
     # The process that hid it may have died before the rename was durable: a power cut would bring the old name back.
-    sync_directory(parent)
+    parent.sync()
     found.path = os.path.join(parent.path, aside)
     discard_contents(found, recycle, is_old=_OLD.search(aside) is not None)
     if not rmdir(parent, aside, found):
-        sync_directory(found)  # the manifest must be gone durably before the name comes back
+        found.sync()  # the manifest must be gone durably before the name comes back
         parent.rename(aside, f"{name}.kept-{secrets.token_hex(4)}" if parent.has(name) else name)

@@ -320,36 +320,37 @@ class CheckpointReader:
     def _open(self, record: FileRecord) -> int:
         """A unit file of the right size, open; the very one that is mapped, if it is mapped already."""
         where = f"{self.directory}: {record.kind} of {record.parameters}"
-        fd = open_inside(self._open_directory_fd(), record.path, where)
-        with ExitStack() as on_error:
-            on_error.callback(close_fd, fd)
-            found, mapped = os.fstat(fd), self._mapped.get(record.path)
-            if found.st_size != record.nbytes:
-                raise CheckpointError(f"{where}: {record.path!r} has {found.st_size} bytes, not {record.nbytes}")
-            if mapped is not None and not mapped.is_of(found):
-                raise CheckpointError(f"{where}: {record.path!r} was replaced while the checkpoint was read")
-            on_error.pop_all()
+        fd = self._open_sized(record.path, record.nbytes, where)
+        mapped = self._mapped.get(record.path)
+        if mapped is not None and not os.path.samestat(mapped.file, os.fstat(fd)):
+            close_fd(fd)
+            raise CheckpointError(f"{where}: {record.path!r} was replaced while the checkpoint was read")
         return fd
 
     def _open_small(self, name: str, *, compare: bool = True) -> int:
         """A small file of the right size, open; with ``compare``, also of the right checksum."""
         small = self.manifest.small_files[name]
-        fd = open_inside(self._open_directory_fd(), name, self.directory)
+        fd = self._open_sized(name, small.nbytes, self.directory)
         with ExitStack() as on_error:
             on_error.callback(close_fd, fd)
-            nbytes = os.fstat(fd).st_size
-            if nbytes != small.nbytes:
-                raise CheckpointError(f"{self._where(name)} has {nbytes} bytes, not {small.nbytes}")
             actual = 0
-            for offset in range(0, nbytes if compare else 0, PIECE_NBYTES):
-                piece = read_exactly(fd, min(PIECE_NBYTES, nbytes - offset), offset, self._where(name))
+            for offset in range(0, small.nbytes if compare else 0, PIECE_NBYTES):
+                piece = read_exactly(fd, min(PIECE_NBYTES, small.nbytes - offset), offset, self._where(name))
                 actual = checksum(piece, actual)
             if compare and actual != small.checksum:
                 raise CorruptionError(
-                    f"{self._where(name)} is damaged: its {nbytes} bytes have checksum {actual:08x}, "
+                    f"{self._where(name)} is damaged: its {small.nbytes} bytes have checksum {actual:08x}, "
                     f"not {small.checksum:08x}"
                 )
             on_error.pop_all()
+        return fd
+
+    def _open_sized(self, path: str, nbytes: int, where: str) -> int:
+        fd = open_inside(self._open_directory_fd(), path, where)
+        found = os.fstat(fd).st_size
+        if found != nbytes:
+            close_fd(fd)
+            raise CheckpointError(f"{where}: {path!r} has {found} bytes, not {nbytes}")
         return fd
 
     def _open_directory_fd(self) -> int:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
-from lightning_ssd.checkpoint.directory import moved_aside_name, sibling, staging, sync_directory
+from lightning_ssd.checkpoint.directory import moved_aside_name, sibling, staging
 from lightning_ssd.checkpoint.discard import Recycle
 from lightning_ssd.checkpoint.manifest import (
     BUFFERS,
@@ -383,8 +383,8 @@ def _make_durable(staged: Folder, names: Iterable[str]) -> None:
         finally:
             close_fd(fd)
     with staged.folder(UNITS) as units:
-        sync_directory(units)
-    sync_directory(staged)
+        units.sync()
+    staged.sync()
 
 
 def _versions() -> dict[str, str]:

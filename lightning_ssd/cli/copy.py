@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from lightning_ssd.checkpoint.copy import copy_checkpoint
 from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import line
+from lightning_ssd.convert.copy import copy_checkpoint
 from lightning_ssd.sizes import fmt
 
 NAME = "copy"

@@ -141,7 +141,7 @@ def to_safetensors(
             _write_text(folder, HF_INDEX, index_text(shards))
         if config_from is not None:
             _copy_configuration(os.fspath(config_from), folder)
-        sync_directory(folder)
+        folder.sync()
         publish(folder, target)
         sync_directory(os.path.dirname(target))
     return ExportReport(tuple(os.path.join(target, shard.file) for shard in shards), total, left_out)

@@ -83,7 +83,7 @@ def to_dcp(
         for name in names:
             os.chmod(name, 0o600, dir_fd=folder.fd)
         nbytes = sum(folder.stat(name).st_size for name in names)
-        sync_directory(folder)
+        folder.sync()
         publish(folder, target)
         sync_directory(os.path.dirname(target))
     return ExportReport(tuple(os.path.join(target, name) for name in names), nbytes)

@@ -20,7 +20,7 @@ from lightning_ssd.paths import home_path
 from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy.dumped import Dumped, are_unchanged
 from lightning_ssd.strategy.guards import require_set
-from lightning_ssd.strategy.handover import Handover
+from lightning_ssd.strategy.handover import Handover, take_masters
 from lightning_ssd.strategy.lightning_classes import LightningModule, StrategyBase
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.session import Session
@@ -120,7 +120,7 @@ class CheckpointMixin(StrategyBase):
         full = {n: v for n, v in checkpoint["state_dict"].items() if isinstance(v, Tensor) and v.dtype == torch.float32}
         masters = full | checkpoint.get(MASTERS, {})
         params = {name: p for unit in self.session.units for name, p in zip(unit.names, unit.params, strict=True)}
-        changed = self.session.take_masters({params[n]: value for n, value in masters.items() if n in params})
+        changed = take_masters(self.session, {params[n]: value for n, value in masters.items() if n in params})
         self._opened.require_unchanged()
         if changed:
             names = ", ".join(map(repr, changed[:4])) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")

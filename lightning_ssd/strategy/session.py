@@ -27,7 +27,6 @@ from lightning_ssd.memory.mapped_file import handle_bus_errors
 from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.choice import choose_rule
-from lightning_ssd.optim.pipeline import master_dtype
 from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
 from lightning_ssd.store.handles import handles, require_handles
 from lightning_ssd.store.open_store import end_store, open_store
@@ -37,8 +36,6 @@ from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.inherited import Inherited
-from lightning_ssd.units.mapped import MappedParams
-from lightning_ssd.units.masters import master_of
 from lightning_ssd.units.materialize import ParamMaterializer
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.partition import partition
@@ -130,18 +127,15 @@ class Session:
         require_handles(handles(len(self.units), 0, 0, direct=self.store.disks.are_direct), what)
         placeholders = make_placeholders(self.units, self.store.scratches[0])
         for unit in self.units:
-            self._place_unit(unit)
+            for param in unit.params:
+                if param.is_cuda:
+                    param.data = param.data.cpu()
+            self.store.put(unit.layout, partial(_values, unit))
             unit.placeholders = placeholders[unit.name]
             self.model.offload(unit)
 
     def _make_model(self, units: list[Unit]) -> ModelUnits:
         return ModelUnits(units, self.store, keeps_buffer=not self.settings.is_off_host)
-
-    def _place_unit(self, unit: Unit) -> None:
-        for param in unit.params:
-            if param.is_cuda:
-                param.data = param.data.cpu()
-        self.store.put(unit.layout, lambda i: unit.params[i].data)
 
     def adopted(self, optimizer: Optimizer) -> OptimizerAdapter | None:
         """What ``optimizer`` was adopted as; None if it was not."""
@@ -293,52 +287,18 @@ class Session:
         with self.store.writable():
             try:
                 for unit in mapped:
-                    self._write_back(unit)
+                    self.write_back(unit)
                 yield
             finally:
                 if self.runtime is None:
                     self.model.map_all()
 
-    def _write_back(self, unit: Unit) -> None:
+    def write_back(self, unit: Unit) -> None:
+        """Bring what the user wrote to ``unit`` outside a step into the store."""
         if self.runtime is None:
             self.model.write_back(unit)
         else:
             self.runtime.cache.write_back(unit)
-
-    def masters(self) -> dict[nn.Parameter, Tensor]:
-        """Float32 masters of 16-bit parameters, mapped; works after `stop` too."""
-        found: dict[nn.Parameter, Tensor] = {}
-        for unit in self.units:
-            generation = self.store.current(unit.name, "master")
-            if generation is not None:
-                found.update(zip(unit.params, MappedParams(self.store, generation).tensors, strict=True))
-        return found
-
-    def take_masters(self, masters: Mapping[nn.Parameter, Tensor]) -> list[str]:
-        """Stream float32 masters of 16-bit parameters into the store.
-
-        Returns:
-            Names of parameters whose values are others than their masters', and that have new ones therefore; see
-            [Note: masters and values].
-        """
-        changed: list[str] = []
-        for unit in self.units:
-            dtype = master_dtype(unit, keep_master=self.settings.keep_master)
-            if dtype != unit.layout.dtype and any(param in masters for param in unit.params):
-                self._write_back(unit)  # masters would follow what was written to it a second time
-                found = partial(self._master, unit, masters, changed)
-                self.store.put(unit.layout_of("master", dtype), found)
-        return changed
-
-    @staticmethod
-    def _master(unit: Unit, masters: Mapping[nn.Parameter, Tensor], changed: list[str], index: int) -> Tensor:
-        param = unit.params[index]
-        if param not in masters:
-            return param
-        found = master_of(param, masters[param])
-        if found is not masters[param]:
-            changed.append(unit.names[index])
-        return found
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -411,3 +371,7 @@ class Session:
     def sizing(self) -> Sizing:
         """What the units need, with the optimizers that are adopted now."""
         return Sizing(self.settings, self.units, self.optimizers)
+
+
+def _values(unit: Unit, index: int) -> Tensor:
+    return unit.params[index].data

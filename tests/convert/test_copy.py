@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ssd.checkpoint import copy as copying
 from lightning_ssd.checkpoint import progress as progress_module
-from lightning_ssd.checkpoint.copy import copy_checkpoint
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.cli.main import main
 from lightning_ssd.cli.stale_files import find_stale
+from lightning_ssd.convert import copy as copying
+from lightning_ssd.convert.copy import copy_checkpoint
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import try_lock
 from tests.checkpoint.support import Training, assert_whole

@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
-from lightning_ssd.checkpoint.directory import sync_directory
 from lightning_ssd.checkpoint.discard import UNIT_FILE
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import MANIFEST, UNITS, FileRecord
@@ -70,11 +69,14 @@ def copy_checkpoint(
                 job.copy_unit(record)
             job.copy_small_files(text)
             with made.folder(UNITS) as units:
-                sync_directory(units)
-            sync_directory(made)
-            _read_back(made, job)
+                units.sync()
+            made.sync()
+            # Compare every byte once more; the page cache was emptied, so they come from the disk.
+            with CheckpointReader(f"/proc/self/fd/{made.fd}") as copied:  # what was written, whatever has its path now
+                copied.directory = made.path
+                copied.verify(lambda done, _: job.report(read_back=done))
             _publish(parent, made, os.path.basename(to))
-            sync_directory(parent)
+            parent.sync()
     except OSError as error:
         raise CheckpointError(
             f"{to!r} could not be written: {error}; call the same again to resume the copy, or remove it with "
@@ -154,13 +156,6 @@ def _require_free(made: Folder, nbytes: int) -> None:
             f"the copy needs {fmt(nbytes)}, {made.path!r} has {fmt(there)} of it and its disk "
             f"{fmt(found.f_bavail * found.f_frsize)} free"
         )
-
-
-def _read_back(made: Folder, job: _Job) -> None:
-    """Compare every byte with the checksums once more; the page cache was emptied, so they come from the disk."""
-    with CheckpointReader(f"/proc/self/fd/{made.fd}") as copied:  # what was written, whatever has its path by now
-        copied.directory = made.path
-        copied.verify(lambda done, _: job.report(read_back=done))
 
 
 class _Job:
