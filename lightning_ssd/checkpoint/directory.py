@@ -340,7 +340,7 @@ def _clean_stale(parent: Folder, name: str) -> None:
 
 
 @contextmanager
-def locked(parent: Folder, name: str, *, shared: bool = False) -> Iterator[Folder | None]:
+def locked(parent: Folder, name: str) -> Iterator[Folder | None]:
     """Lock a directory; None if another process has its lock, or the name is gone."""
     try:
         folder = parent.folder(name)
@@ -350,7 +350,7 @@ def locked(parent: Folder, name: str, *, shared: bool = False) -> Iterator[Folde
         yield None
         return
     with folder:
-        yield folder if folder.try_lock(shared=shared) and parent.is_at(name, folder) else None
+        yield folder if folder.try_lock() and parent.is_at(name, folder) else None
 
 
 def _discard(parent: Folder, aside: str, found: Folder, name: str, recycle: Recycle | None) -> None:

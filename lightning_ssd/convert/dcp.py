@@ -62,8 +62,8 @@ def open_dcp(path: str | os.PathLike[str], *, weights_only: bool = True) -> Impo
         for key, parts in folder.paths.items():
             number = _optimizer_number(parts)
             if number is None:
-                if parts[0] == prefix or prefix is None:
-                    _add_value(source, folder, key, parts[1:] if prefix is not None else parts)
+                if key in folder.tensors and (parts[0] == prefix or prefix is None):
+                    source.add(".".join(map(str, parts[prefix is not None :])), folder.tensor_ref(key))
             elif parts[1] == "state" and len(parts) >= 4:
                 states.setdefault(number, {}).setdefault(".".join(map(str, parts[2:-1])), {})[str(parts[-1])] = key
             elif parts[1] == "param_groups":
@@ -78,12 +78,6 @@ def open_dcp(path: str | os.PathLike[str], *, weights_only: bool = True) -> Impo
 def _optimizer_number(parts: _Path) -> int | None:
     found = _OPTIMIZER.fullmatch(str(parts[0])) if len(parts) >= 2 and parts[1] in ("state", "param_groups") else None
     return None if found is None else int(found[1] or 0)
-
-
-def _add_value(source: ImportSource, folder: _Folder, key: str, parts: _Path) -> None:
-    name = ".".join(map(str, parts))
-    if key in folder.tensors:
-        source.add(name, folder.tensor_ref(key))
 
 
 def _groups(leaves: Mapping[_Path, Any]) -> list[dict[str, Any]]:

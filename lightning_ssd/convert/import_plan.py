@@ -59,7 +59,9 @@ class ImportPlan:
         linked = self._linked(wanted)
         done = {(entry.name, file.kind) for file in linked for entry in file.entries}
         rest = {key: ref for key, ref in wanted.items() if key not in done}
-        return [*linked, *_composed(rest, self._shapes())]
+        like = self._like.shapes if self._like is not None else {}
+        shapes = {name: like.get(name, next(iter(kinds.values())).shape) for name, kinds in self._params.items()}
+        return [*linked, *_composed(rest, shapes)]
 
     def dtypes(self, files: Iterable[UnitFile | ComposedFile]) -> dict[str, str]:
         """Dtypes at rest of parameters, where their origin tells them."""
@@ -80,20 +82,14 @@ class ImportPlan:
             return
         kinds = place.source.parameters.get(old) or {"param": place.source.buffers[old]}
         missing = place.source is self._like
-        if self._rests_in_16_bits(name) and "master" not in kinds and kinds["param"].dtype == "F32":
+        like = None if self._like is None else self._like.reader
+        is_16_bit = like is not None and like.manifest.dtypes.get(name) in ("BF16", "F16")
+        if is_16_bit and "master" not in kinds and kinds["param"].dtype == "F32":
             kinds = {"master" if kind == "param" else kind: ref for kind, ref in kinds.items()}
         self._params[name] = {k: ref for k, ref in kinds.items() if not missing or k in VALUE_KINDS}
         self._origins[name] = place
         if not missing:
             self.names[old] = name
-
-    def _rests_in_16_bits(self, name: str) -> bool:
-        reader = None if self._like is None else self._like.reader
-        return reader is not None and reader.manifest.dtypes.get(name) in ("BF16", "F16")
-
-    def _shapes(self) -> dict[str, Shape]:
-        like = self._like.shapes if self._like is not None else {}
-        return {name: like.get(name, next(iter(kinds.values())).shape) for name, kinds in self._params.items()}
 
     def _linked(self, wanted: Mapping[tuple[str, str], TensorRef]) -> list[UnitFile]:
         files: dict[str, dict[str, str]] = defaultdict(dict)  # path -> name inside the target -> name in the source

@@ -38,7 +38,11 @@ def optimizer_from_torch(
         CheckpointError: If it is of another form, or the names do not follow from order and shapes.
     """
     groups, state = content.get("param_groups"), content.get("state")
-    if not isinstance(groups, list) or not isinstance(state, Mapping) or not all(_is_group(g) for g in groups):
+    if (
+        not isinstance(groups, list)
+        or not isinstance(state, Mapping)
+        or not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+    ):
         raise CheckpointError(f"{where} is not what torch.optim saves")
     numbers = [number for group in groups for number in group["params"]]
     candidates = {name: shape for name, shape in shapes.items() if not name.endswith(_BUFFERS)}
@@ -171,7 +175,3 @@ def _shape_of(values: object) -> Shape | None:
 def _tensors(values: object) -> list[Tensor]:
     found = values.values() if isinstance(values, Mapping) else ()
     return [value for value in found if isinstance(value, Tensor) and value.dim()]
-
-
-def _is_group(group: object) -> bool:
-    return isinstance(group, dict) and isinstance(group.get("params"), list)

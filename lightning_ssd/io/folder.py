@@ -83,15 +83,15 @@ class Folder:
             raise OSError(errno.EPERM, "another user put a directory in its place", os.path.join(self.path, name))
         return made
 
-    def open_file(self, name: str, flags: int, mode: int = 0o600) -> int:
+    def open_file(self, name: str, flags: int) -> int:
         """Open a file; a symlink is an error, and a FIFO is not waited for."""
         if self.fd < 0:
             raise FileNotFoundError(errno.ENOENT, "its directory was closed", os.path.join(self.path, name))
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         if flags & os.O_CREAT:
-            return self._change(name, lambda: os.open(name, flags, mode, dir_fd=self.fd), "create")
+            return self._change(name, lambda: os.open(name, flags, 0o600, dir_fd=self.fd), "create")
         with self._naming(name):
-            return os.open(name, flags, mode, dir_fd=self.fd)
+            return os.open(name, flags, dir_fd=self.fd)
 
     def unlink(self, name: str) -> None:
         """Remove a file's name."""

@@ -140,7 +140,6 @@ def make_plan(
     *,
     budget_nbytes: int | None,
     demand: Demand,
-    budget_name: str = "host_memory",
 ) -> MemoryPlan:
     """Divide the budget.
 
@@ -149,7 +148,6 @@ def make_plan(
         chains: Sets of units that nested modules need at the same time.
         budget_nbytes: The budget; None for the smallest plan that streams everything.
         demand: What the plan depends on beside the units.
-        budget_name: What messages call the budget.
 
     Raises:
         MemoryPlanError: The budget is too small; names the smallest one that works, and what needs it.
@@ -163,7 +161,7 @@ def make_plan(
         return streams.plan(smallest)
     drafts = [draft for draft in (holds, streams) if draft.total <= budget_nbytes]
     if not drafts:
-        raise MemoryPlanError(_too_small(min(streams, holds, key=lambda d: d.total), budget_nbytes, budget_name))
+        raise MemoryPlanError(_too_small(min(streams, holds, key=lambda d: d.total), budget_nbytes))
     for draft in drafts:
         draft.grow(budget_nbytes)
     # Overlap first: a larger budget never ends it.
@@ -383,15 +381,15 @@ def _chain(sizes: Mapping[str, int], largest_first: Sequence[str], chain: Sequen
     return sum(members) + max(others, nested)
 
 
-def _too_small(draft: _Draft, budget: int, name: str) -> str:
+def _too_small(draft: _Draft, budget: int) -> str:
     largest = max(draft.units, key=lambda u: u.param_nbytes)
     held = draft.demand.whole_nbytes
     whole = f", state of an optimizer that cannot run on one parameter at a time {fmt(held)}" if held else ""
     update, staging = draft.update_nbytes + draft.temporary_nbytes, STAGING_NBYTES + draft.spill_nbytes
     return (
-        f"{name}={fmt(budget)} cannot work: parameters in use and one unit being read need {fmt(draft.param_nbytes)}, "
-        f"what is always in memory {fmt(draft.in_memory_nbytes)}{whole}, gradients of one unit and of tied parameters "
+        f"host_memory={fmt(budget)} cannot work: parameters in use and one unit being read need "
+        f"{fmt(draft.param_nbytes)}, what is always in memory {fmt(draft.in_memory_nbytes)}{whole}, gradients of one unit and of tied parameters "
         f"{fmt(draft.grad_nbytes)}, the update {fmt(update)}, staging {fmt(staging)}: together {fmt(draft.total)} "
-        f"({draft.total} bytes). The largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set {name} to "
-        f"at least {-(-draft.total // MiB)}MiB, or cut smaller units with units=..."
+        f"({draft.total} bytes). The largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set "
+        f"host_memory to at least {-(-draft.total // MiB)}MiB, or cut smaller units with units=..."
     )

@@ -196,7 +196,9 @@ class OptimizerAdapter(OptimizerState):
             hooks = chain(_global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values())
             for hook in hooks:
                 hook(optimizer, (closure, *args), kwargs)
-            self._clear_step()  # the one before may have failed
+            self._options.clear()  # the step before may have failed
+            if isinstance(self.rule, TorchRule):
+                self.rule.clear()
             self._take_edits()
             loss, were_used = None, self._has_used_grads
             if closure is not None:
@@ -249,8 +251,3 @@ class OptimizerAdapter(OptimizerState):
                 self.rule.idle(self._options.hand_out(group))
             self.rule.finish()
         self._options.finish()
-
-    def _clear_step(self) -> None:
-        self._options.clear()
-        if isinstance(self.rule, TorchRule):
-            self.rule.clear()

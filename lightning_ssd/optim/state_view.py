@@ -60,7 +60,11 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
 
     def changes(self) -> tuple[dict[nn.Parameter, dict[str, Any]], set[tuple[str, str]]]:
         """The state of parameters that is not what was shown, and the units and kinds of which tensors were written."""
-        changed = {p: state for p, state in self._shown.items() if not _is_same(state, self._as_shown[p])}
+        changed = {}
+        for param, state in self._shown.items():
+            shown = self._as_shown[param]
+            if state.keys() != shown.keys() or any(state[key] is not shown[key] for key in shown):
+                changed[param] = state
         return changed, {key for key, mapped in self._maps.items() if mapped.was_written()}
 
     def clear_shown(self) -> None:
@@ -103,10 +107,6 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
 
     def __reduce__(self) -> Any:
         return _plain, (dict(self),)  # `copy` and `pickle` both ask here
-
-
-def _is_same(state: dict[str, Any], shown: dict[str, Any]) -> bool:
-    return state.keys() == shown.keys() and all(state[key] is shown[key] for key in shown)
 
 
 def _plain(state: dict[nn.Parameter, dict[str, Any]]) -> dict[nn.Parameter, dict[str, Any]]:

@@ -313,16 +313,12 @@ def _remove_contents(folder: Folder) -> None:
         if name.endswith(_DATA_SUFFIXES) and stat.S_ISREG(mode):
             folder.unlink(name)
         elif _PROBE.fullmatch(name) and stat.S_ISDIR(mode):
-            _remove_probe(name, folder)
+            # In it `io.select.use_direct` tried O_DIRECT, when the run was killed.
+            with folder.folder(name) as probe, suppress(FileNotFoundError):
+                probe.unlink("probe")
+            folder.rmdir(name)
     if _LOCK in names and stat.S_ISREG(folder.stat(_LOCK).st_mode):
         folder.unlink(_LOCK)
-
-
-def _remove_probe(name: str, folder: Folder) -> None:
-    """Remove the directory in which `io.select.use_direct` tried O_DIRECT, if the run was killed meanwhile."""
-    with folder.folder(name) as probe, suppress(FileNotFoundError):
-        probe.unlink("probe")
-    folder.rmdir(name)
 
 
 def _remove_empty(root: Folder, folder: Folder) -> None:

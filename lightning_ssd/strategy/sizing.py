@@ -112,6 +112,9 @@ class Sizing:
         """
         whole = [adopted for adopted in self._optimizers if isinstance(adopted.rule, WholeRule)]
         sizes = self._unit_sizes(shared_parameters(module), whole)
+        recomputes = {"auto": None, "recompute": True, "keep": False}[self._settings.activations]
+        if not self._optimizers or not self.blocks():
+            recomputes = False
         return make_plan(
             sizes,
             chains(module, self._units),
@@ -121,7 +124,7 @@ class Sizing:
                 is_overlapped=self._settings.is_overlapped,
                 waits_for_all_grads=waits_for_all_grads,
                 window=self._settings.window_size,
-                recomputes=self._recomputes(),
+                recomputes=recomputes,
                 sums_in_place=self._settings.is_autocast,
                 whole_nbytes=sum(map(_whole_nbytes, whole)),
             ),
@@ -151,11 +154,6 @@ class Sizing:
                 )
             )
         return sizes
-
-    def _recomputes(self) -> bool | None:
-        if not self._optimizers or not self.blocks():
-            return False
-        return {"auto": None, "recompute": True, "keep": False}[self._settings.activations]
 
     def _grad_nbytes(self, unit: Unit) -> int:
         """Host memory of the gradients of ``unit``; from a device, each is copied into a buffer of its own."""
