@@ -93,27 +93,30 @@ def join_state_dict(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> N
 
 
 def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> list[dict[str, Any]]:
-    """State of each optimizer as ``torch.optim`` saves it, with mapped tensors."""
+    """State of each optimizer as ``torch.optim`` saves it, with mapped tensors; numbers run through the groups."""
+    found = []
+    for named in named_optimizer_states(reader, weights_only):
+        numbers: dict[str, int] = {}
+        groups = [
+            {**group, "params": [numbers.setdefault(name, len(numbers)) for name in group["params"]]}
+            for group in named["param_groups"]
+        ]
+        state = {numbers[name]: entry for name, entry in named["state"].items()}
+        found.append({"state": state, "param_groups": groups})
+    return found
+
+
+def named_optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> list[dict[str, Any]]:
+    """The same with names in place of numbers."""
     _, extra = split_buffers(reader, weights_only)
     records = reader.optimizers(weights_only)
-    return [_optimizer_state(reader, record, extra.get(index, {})) for index, record in enumerate(records)]
+    return [_named_state(reader, record, extra.get(index, {})) for index, record in enumerate(records)]
 
 
-def _optimizer_state(reader: CheckpointReader, record: OptimizerRecord, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """One optimizer's state; parameters are numbered through the groups in order.
-
-    Args:
-        reader: Has the states of a parameter's own shape.
-        record: The optimizer.
-        extra: Further tensors: parameter -> key -> tensor.
-    """
-    numbers: dict[str, int] = {}
-    groups: list[dict[str, Any]] = []
-    for group in record.param_groups:
-        ids = [numbers.setdefault(name, len(numbers)) for name in group["params"]]
-        groups.append({**group, "params": ids})
-    state: dict[int, dict[str, Any]] = {}
-    for name, number in numbers.items():
+def _named_state(reader: CheckpointReader, record: OptimizerRecord, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """One optimizer's state; ``extra`` are tensors of another shape than their parameter's: name -> key -> tensor."""
+    state: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for group in record.param_groups for name in group["params"]):
         entry = {key: _as_torch_keeps_it(key, value) for key, value in record.state.get(name, {}).items()}
         lacking = record.lacking.get(name, ())  # its unit's file of that kind has zeros for it
         there = reader.manifest.parameters.get(name, {})
@@ -122,8 +125,8 @@ def _optimizer_state(reader: CheckpointReader, record: OptimizerRecord, extra: M
                 entry[kind.removesuffix(suffix_of(kind))] = reader.tensor(name, kind)
         entry |= extra.get(name, {})
         if entry:
-            state[number] = entry
-    return {"state": state, "param_groups": groups}
+            state[name] = entry
+    return {"state": state, "param_groups": record.param_groups}
 
 
 def _as_torch_keeps_it(key: str, value: Any) -> Any:

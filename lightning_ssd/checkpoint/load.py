@@ -26,7 +26,7 @@ from lightning_ssd.checkpoint.manifest_json import decode_manifest
 from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
-from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.errors import CheckpointError, CorruptionError, listed
 from lightning_ssd.io.folder import Folder, close_fd
 from lightning_ssd.io.safe_open import closing_fd, open_inside
 from lightning_ssd.sizes import MiB
@@ -262,8 +262,7 @@ class CheckpointReader:
                 progress(done + offset + len(piece), self.manifest.nbytes)
 
     def _damage(self, record: FileRecord, begin: int) -> str:
-        hit = [e for e in record.entries if e.begin < begin + PIECE_NBYTES and e.end > begin]
-        names = ", ".join(repr(entry.name) for entry in hit[:4]) + (f" and {len(hit) - 4} more" if len(hit) > 4 else "")
+        names = listed(e.name for e in record.entries if e.begin < begin + PIECE_NBYTES and e.end > begin)
         return (
             f"{self._where(record.path)}: the 1 MiB at offset {record.data_begin + begin} is damaged; "
             f"it holds {record.kind} of {names}"

@@ -56,7 +56,7 @@ from lightning_ssd.checkpoint.writer import (
     write_tensors,
 )
 from lightning_ssd.codec import float32
-from lightning_ssd.errors import CheckpointError, CorruptionError, naming, with_remedy
+from lightning_ssd.errors import CheckpointError, CorruptionError, listed, naming, with_remedy
 from lightning_ssd.io.deadline import sync as sync_disk
 from lightning_ssd.io.folder import Folder, close_fd, is_own_file
 from lightning_ssd.paths import too_long
@@ -319,10 +319,10 @@ def _compare(checksums: list[int], expected: tuple[int, ...] | None, file: UnitF
     if expected is None or (index < len(expected) and expected[index] == checksums[index]):
         return
     begin = index * PIECE_NBYTES
-    names = [entry.name for entry in file.entries if entry.begin < begin + PIECE_NBYTES and entry.end > begin]
+    names = listed(entry.name for entry in file.entries if entry.begin < begin + PIECE_NBYTES and entry.end > begin)
     raise CorruptionError(
         f"{file.kind} of unit {file.unit!r} is damaged on disk: the 1 MiB at offset {offset} of {file.source!r} "
-        f"({', '.join(map(repr, names[:4]))}) has another checksum than when it was written"
+        f"({names}) has another checksum than when it was written"
     )
 
 

@@ -120,10 +120,7 @@ def to_safetensors(
     Raises:
         CheckpointError: If the checkpoint cannot be read, nothing has the prefix, or the folder cannot be written.
     """
-    target = os.path.abspath(os.fspath(out_folder))
-    check_replaceable(target)
-    if is_checkpoint(target) or (os.path.lexists(target) and not os.path.isdir(target)):
-        raise CheckpointError(f"{target!r} exists; name a folder that does not exist or is empty")
+    target = new_folder_path(out_folder)
     with CheckpointReader(directory) as reader, os_errors(target), staged_folder(target) as folder:
         reader.verify_files(kinds=VALUE_KINDS)
         view = StateDictView(reader)
@@ -176,6 +173,19 @@ def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool
             view.drop(key)
     stored |= spill.map()
     return {name: stored[view.stored_name(name)] for name in view}
+
+
+def new_folder_path(out_folder: str | os.PathLike[str]) -> str:
+    """The absolute path of a folder to be written.
+
+    Raises:
+        CheckpointError: If it exists and is not empty.
+    """
+    target = os.path.abspath(os.fspath(out_folder))
+    check_replaceable(target)
+    if is_checkpoint(target) or (os.path.lexists(target) and not os.path.isdir(target)):
+        raise CheckpointError(f"{target!r} exists; name a folder that does not exist or is empty")
+    return target
 
 
 class Spill:

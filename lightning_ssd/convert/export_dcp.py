@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lightning_ssd.checkpoint.dictionary import join_state_dict, optimizer_states
-from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
+from lightning_ssd.checkpoint.dictionary import join_state_dict, named_optimizer_states
+from lightning_ssd.checkpoint.directory import sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress, StreamWriter, new_file, write_pickle
 from lightning_ssd.convert.dcp import META
@@ -28,6 +28,7 @@ from lightning_ssd.convert.export import (
     Spill,
     drop_empty_loader_states,
     mapped_state_dict,
+    new_folder_path,
     os_errors,
 )
 from lightning_ssd.convert.export_staging import publish, staged_folder
@@ -52,10 +53,7 @@ def to_dcp(
     Raises:
         CheckpointError: If the checkpoint cannot be read, or the folder not be written.
     """
-    target = os.path.abspath(os.fspath(out_folder))
-    check_replaceable(target)
-    if is_checkpoint(target) or (os.path.lexists(target) and not os.path.isdir(target)):
-        raise CheckpointError(f"{target!r} exists; name a folder that does not exist or is empty")
+    target = new_folder_path(out_folder)
     with ExitStack() as stack:
         reader = stack.enter_context(CheckpointReader(directory))
         reader.verify_files()
@@ -63,17 +61,7 @@ def to_dcp(
         folder = stack.enter_context(staged_folder(target))
         inside = f"/proc/self/fd/{folder.fd}"  # the folder that was made, whatever has its path by now
         spill = Spill(stack.enter_context(TemporaryFile(dir=inside)).fileno())
-        meta = reader.state(weights_only)
-        drop_empty_loader_states(meta)
-        join_state_dict(meta, mapped_state_dict(reader, spill, weights_only))
-        content: dict[str, Any] = {"model": meta.pop("state_dict", {})}
-        if "optimizer_states" in meta:
-            raise CheckpointError(
-                f"{reader.directory}: a hook changed its optimizer_states when it was saved, so they are not known by "
-                "name; export it to a .ckpt instead"
-            )
-        for index, state in enumerate(optimizer_states(reader, weights_only)):
-            content[f"optimizer_{index}"] = _by_name(state, reader, index)
+        content, meta = _content(reader, spill, weights_only)
         _write(inside, content, ReadPages(reader, spill, progress))
         with new_file(os.path.join(folder.path, META), folder) as fd:
             writer = StreamWriter(fd)
@@ -89,18 +77,20 @@ def to_dcp(
     return ExportReport(tuple(os.path.join(target, name) for name in names), nbytes)
 
 
-def _by_name(state: dict[str, Any], reader: CheckpointReader, index: int) -> dict[str, Any]:
-    """Optimizer state with names in place of numbers."""
-    groups = reader.manifest.optimizers[index].param_groups
-    names = [name for group in groups for name in group["params"]]
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    name_of = dict(zip(numbers, names, strict=True))
-    return {
-        "state": {name_of[number]: values for number, values in state["state"].items()},
-        "param_groups": [
-            {**group, "params": [name_of[number] for number in group["params"]]} for group in state["param_groups"]
-        ],
-    }
+def _content(
+    reader: CheckpointReader, spill: Spill, weights_only: bool | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model and optimizers, and what else Lightning keeps."""
+    meta = reader.state(weights_only)
+    drop_empty_loader_states(meta)
+    join_state_dict(meta, mapped_state_dict(reader, spill, weights_only))
+    if "optimizer_states" in meta:
+        raise CheckpointError(
+            f"{reader.directory}: a hook changed its optimizer_states when it was saved, so they are not known by "
+            "name; export it to a .ckpt instead"
+        )
+    states = enumerate(named_optimizer_states(reader, weights_only))
+    return {"model": meta.pop("state_dict", {}), **{f"optimizer_{index}": state for index, state in states}}, meta
 
 
 def _write(folder: str, content: dict[str, Any], pages: ReadPages) -> None:

@@ -129,8 +129,7 @@ def import_checkpoint(
             _verify(found, None if records else VALUE_KINDS)
             _verify(like, VALUE_KINDS)
         buffers = {name: ref.load() for name, ref in plan.buffers.items()}
-        for index, name, key, value in extra:
-            buffers[f"{OPTIMIZER_PREFIX}{index}.{name}.{key}"] = value
+        buffers |= {f"{OPTIMIZER_PREFIX}{index}.{name}.{key}": value for index, name, key, value in extra}
         dtypes, aliases = plan.dtypes(files), plan.aliases
         content = CheckpointContent(files, buffers, state, records, report.step, dtypes, aliases)
         done = write_checkpoint(to, content, progress=progress)

@@ -21,7 +21,7 @@ from lightning_ssd.checkpoint.manifest import FileRecord, OptimizerRecord
 from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, split_buffers
 from lightning_ssd.convert.match import Shape
 from lightning_ssd.convert.param_names import optimizer_from_torch
-from lightning_ssd.errors import CheckpointError
+from lightning_ssd.errors import CheckpointError, listed
 from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
 from lightning_ssd.store.mapped_safetensors import drop_pages
 from lightning_ssd.store.safetensors_header import TensorEntry
@@ -136,7 +136,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
         lost = [name for name in reader.manifest.parameters if name not in kept]
         if lost and source.optimizers:
             raise CheckpointError(
-                f"{reader.directory}: the values of {', '.join(map(repr, lost[:4]))} were replaced when it was saved "
+                f"{reader.directory}: the values of {listed(lost)} were replaced when it was saved "
                 "(weight averaging, or a hook that changes state_dict), so its optimizer state is not that of its "
                 "weights: resume it with the Trainer that saved it, or export it and import the .ckpt"
             )

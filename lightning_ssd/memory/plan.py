@@ -388,8 +388,9 @@ def _too_small(draft: _Draft, budget: int) -> str:
     update, staging = draft.update_nbytes + draft.temporary_nbytes, STAGING_NBYTES + draft.spill_nbytes
     return (
         f"host_memory={fmt(budget)} cannot work: parameters in use and one unit being read need "
-        f"{fmt(draft.param_nbytes)}, what is always in memory {fmt(draft.in_memory_nbytes)}{whole}, gradients of one unit and of tied parameters "
-        f"{fmt(draft.grad_nbytes)}, the update {fmt(update)}, staging {fmt(staging)}: together {fmt(draft.total)} "
-        f"({draft.total} bytes). The largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set "
-        f"host_memory to at least {-(-draft.total // MiB)}MiB, or cut smaller units with units=..."
+        f"{fmt(draft.param_nbytes)}, what is always in memory {fmt(draft.in_memory_nbytes)}{whole}, gradients of one "
+        f"unit and of tied parameters {fmt(draft.grad_nbytes)}, the update {fmt(update)}, staging {fmt(staging)}: "
+        f"together {fmt(draft.total)} ({draft.total} bytes). The largest unit is {largest.name!r} with "
+        f"{fmt(largest.param_nbytes)}. Set host_memory to at least {-(-draft.total // MiB)}MiB, or cut smaller "
+        "units with units=..."
     )

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_ssd.checkpoint.dictionary import MASTERS, NAMES, open_dictionary, with_masters
 from lightning_ssd.checkpoint.directory import is_checkpoint, remove
 from lightning_ssd.convert.param_names import in_order_of
-from lightning_ssd.errors import CheckpointError, ConfigurationError
+from lightning_ssd.errors import CheckpointError, ConfigurationError, listed
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
 from lightning_ssd.store.mapped_safetensors import SeenFiles
@@ -123,10 +123,9 @@ class CheckpointMixin(StrategyBase):
         changed = take_masters(self.session, {params[n]: value for n, value in masters.items() if n in params})
         self._opened.require_unchanged()
         if changed:
-            names = ", ".join(map(repr, changed[:4])) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
             logging.getLogger(f"{self._namespace}.ssd_offload").info(
-                f"the values of {names} are not what the checkpoint's float32 masters round to: a hook, callback or "
-                "conversion has changed them; where they differ, training continues from the values"
+                f"the values of {listed(changed)} are not what the checkpoint's float32 masters round to: a hook, "
+                "callback or conversion has changed them; where they differ, training continues from the values"
             )
 
     def _by_name(self, optimizer: Optimizer, state: dict[str, Any], saved: list[list[str]]) -> dict[str, Any]:
