@@ -19,21 +19,21 @@ class Traced(pl.Callback):
     """Events of the third step: the order of use has been learned in the first."""
 
     def __init__(self) -> None:
-        self.log = Events()
+        self.events = Events()
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2:
-            self.log.__enter__()
+            self.events.__enter__()
 
     def on_train_batch_end(self, trainer: Any, module: Any, out: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2:
-            self.log.__exit__()
+            self.events.__exit__()
 
 
 def trace(tmp_path: Path, options: dict[str, Any] | None = None, **settings: Any) -> list[str]:
     traced = Traced()
     train(tmp_path, GPT, streamed(**settings), max_steps=3, callbacks=[traced], **(options or {}))
-    return [event.replace(" net.", " ") for event in traced.log.found]
+    return [event.replace(" net.", " ") for event in traced.events.found]
 
 
 def test_reads_run_one_unit_ahead(tmp_path: Path) -> None:
