@@ -119,6 +119,8 @@ class Session:
         """Cut ``module`` into units and write their values into the store; initialises what is on the meta device."""
         self.materializer.materialize(module)
         specs = partition(module, policy=self.settings.units, min_numel=self.settings.min_unit_numel)
+        if not specs:
+            raise ConfigurationError("the model has no parameters to stream")
         self.model = self._make_model([Unit(spec, self.settings.param_dtype) for spec in specs])
         num_bytes = sum(unit.layout.file_nbytes for unit in self.units)
         self.store.disks.require_free(num_bytes, "placing the parameters", num_files=len(self.units))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import nn
 
 from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
@@ -14,7 +16,6 @@ from lightning_ssd.step.recompute import keeps_activations
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.units.partition import shared_parameters
 from lightning_ssd.units.unit import Unit, chains
 
 
@@ -110,8 +111,10 @@ class Sizing:
         Raises:
             MemoryPlanError: If the budget cannot work.
         """
+        uses = Counter(param for _, param in module.named_parameters(remove_duplicate=False))
+        shared = {param for param, num_uses in uses.items() if num_uses > 1}
         whole = [adopted for adopted in self._optimizers if isinstance(adopted.rule, WholeRule)]
-        sizes = self._unit_sizes(shared_parameters(module), whole)
+        sizes = self._unit_sizes(shared, whole)
         recomputes = {"auto": None, "recompute": True, "keep": False}[self._settings.activations]
         if not self._optimizers or not self.blocks():
             recomputes = False

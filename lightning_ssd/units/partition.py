@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -78,12 +77,6 @@ def partition(root: nn.Module, *, policy: UnitPolicy = "auto", min_numel: int = 
     owner = {p: spec for spec in specs for p in spec.params}
     _attach_users(root, owner, whole)
     return specs
-
-
-def shared_parameters(root: nn.Module) -> set[nn.Parameter]:
-    """Parameters that ``root`` has under several names: tied ones, and those of a shared submodule."""
-    counts = Counter(param for _, param in root.named_parameters(remove_duplicate=False))
-    return {param for param, count in counts.items() if count > 1}
 
 
 _PENDING = UnitSpec("pending")

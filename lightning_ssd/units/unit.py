@@ -31,7 +31,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_ssd.errors import ConfigurationError, ResidencyError, SSDOffloadError
+from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.io.engine import Transfer
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.store.dtypes import dtype_of, name_of
@@ -365,6 +365,4 @@ def chains(root: nn.Module, units: Iterable[Unit]) -> list[list[str]]:
             call(child, here)
 
     call(root, [])
-    if not found:
-        raise ConfigurationError("the model has no parameters to stream")
     return found
