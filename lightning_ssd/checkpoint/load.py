@@ -118,12 +118,12 @@ class CheckpointReader:
         return self._mapped_file(record).tensor(record.renamed.get(entry.name, entry.name))
 
     def value(self, name: str) -> Tensor:
-        """A parameter in its dtype at rest: mapped if a file holds that dtype, else converted from the master."""
-        dtype = self.dtype_at_rest(name)
+        """A parameter in its own dtype: mapped if a file holds that dtype, else converted from the master."""
+        dtype = self.own_dtype(name)
         kind, exact = self._form(name, dtype)
         return self.tensor(name, kind) if exact else self.tensor(name, kind).to(dtype_of(dtype))
 
-    def dtype_at_rest(self, name: str) -> str:
+    def own_dtype(self, name: str) -> str:
         """Safetensors dtype of `value`."""
         stored = self.manifest.aliases.get(name, name)
         kind, _ = self._form(name, "")
@@ -132,7 +132,7 @@ class CheckpointReader:
     def is_in_place(self, name: str) -> bool:
         """Whether `value` needs no conversion; always true for tensors that are in no unit file."""
         stored = self.manifest.aliases.get(name, name)
-        return stored not in self.manifest.parameters or self._form(name, self.dtype_at_rest(name))[1]
+        return stored not in self.manifest.parameters or self._form(name, self.own_dtype(name))[1]
 
     def folder_of(self, record: FileRecord) -> Folder:
         """The directory of a unit file, opened without following symlinks; the reader closes it."""

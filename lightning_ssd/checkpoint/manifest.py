@@ -86,7 +86,7 @@ class Manifest:
         codec: Form of state on disk.
         world_size: Processes that wrote it.
         files: The unit files.
-        dtypes: The dtype a parameter has at rest, where it is not that of its one stored form.
+        dtypes: A parameter's own dtype, where it is not that of its one stored form.
         aliases: Further names of tied tensors, each with the name under which it is stored.
         optimizers: Records whose values are still in JSON form; ``CheckpointReader.optimizers`` decodes them.
         small_files: ``state.pt``, ``buffers.safetensors`` and, if there is one, ``extra_tensors.pt``; see `file_name`.

@@ -1,4 +1,4 @@
-"""A checkpoint as the module's state dict: every name, each tensor in its dtype at rest, mapped on demand."""
+"""A checkpoint as the module's state dict: every name, each tensor in its own dtype, mapped on demand."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class StateDictView(Mapping[str, Tensor]):
     def dtype_of(self, name: str) -> str:
         """Safetensors dtype of a tensor, known without reading it."""
         stored = self.stored_name(name)
-        return name_of(self._buffers[stored].dtype) if stored in self._buffers else self._reader.dtype_at_rest(stored)
+        return name_of(self._buffers[stored].dtype) if stored in self._buffers else self._reader.own_dtype(stored)
 
     def nbytes_of(self, name: str) -> int:
-        """Bytes of a tensor in the dtype it had at rest."""
+        """Bytes of a tensor in its own dtype."""
         return math.prod(self.shapes[name]) * ITEMSIZE[self.dtype_of(name)]
 
     def is_in_place(self, name: str) -> bool:

@@ -24,5 +24,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Copy."""
     with byte_bar("copied and compared") as progress:
         report = copy_checkpoint(arguments.checkpoint, arguments.target, progress)
-    line(f"{fmt(report.nbytes_copied)} copied, {fmt(report.nbytes_kept)} were there already, all compared")
+    line(f"{fmt(report.nbytes_copied)} copied, {fmt(report.nbytes_reused)} were there already, all compared")
     return 0

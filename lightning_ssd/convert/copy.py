@@ -35,11 +35,11 @@ class CopyReport:
 
     Attributes:
         nbytes_copied: Bytes that were copied.
-        nbytes_kept: Bytes that an earlier, interrupted copy had written and whose checksums match.
+        nbytes_reused: Bytes that an earlier, interrupted copy had written and whose checksums match.
     """
 
     nbytes_copied: int
-    nbytes_kept: int
+    nbytes_reused: int
 
 
 def copy_checkpoint(
@@ -82,7 +82,7 @@ def copy_checkpoint(
             f"{to!r} could not be written: {error}; call the same again to resume the copy, or remove it with "
             "lightning-ssd clean"
         ) from error
-    return CopyReport(job.nbytes_copied, job.nbytes_kept)
+    return CopyReport(job.nbytes_copied, job.nbytes_reused)
 
 
 def _manifest_of(reader: CheckpointReader) -> bytes:
@@ -166,13 +166,13 @@ class _Job:
         self._fd = directory_fd
         self._progress = progress
         self.nbytes_copied = 0
-        self.nbytes_kept = 0
+        self.nbytes_reused = 0
 
-    def report(self, *, copied: int = 0, kept: int = 0, read_back: int = 0) -> None:
+    def report(self, *, copied: int = 0, reused: int = 0, read_back: int = 0) -> None:
         self.nbytes_copied += copied
-        self.nbytes_kept += kept
+        self.nbytes_reused += reused
         if self._progress is not None:
-            done = self.nbytes_copied + self.nbytes_kept + read_back
+            done = self.nbytes_copied + self.nbytes_reused + read_back
             total = 2 * self._reader.manifest.nbytes
             self._progress(min(done, total), total)
 
@@ -214,7 +214,7 @@ class _Job:
         """Copy some bytes, unless they are there and known to be right."""
         is_there = expected is not None and os.fstat(target).st_size >= offset + nbytes
         if is_there and checksum(read_exactly(target, nbytes, offset, name)) == expected:
-            self.report(kept=nbytes)
+            self.report(reused=nbytes)
             return
         data = read_exactly(source, nbytes, offset, name)
         if expected is not None and checksum(data) != expected:

@@ -64,7 +64,7 @@ class ImportPlan:
         return [*linked, *_composed(rest, shapes)]
 
     def dtypes(self, files: Iterable[UnitFile | ComposedFile]) -> dict[str, str]:
-        """Dtypes at rest of parameters, where their origin tells them."""
+        """Parameters' own dtypes, where their origin tells them."""
         there = {entry.name for file in files for entry in file.entries}
         found: dict[str, str] = {}
         for name, place in self._origins.items():

@@ -94,12 +94,7 @@ def in_order_of(
     for index, (names, here) in enumerate(zip(saved, shapes, strict=True)):
         new, gone = [n for n in here if n not in number_of], [n for n in names if n not in now]
         if new or gone:
-            if not _take_places(gone, new, number_of, content["state"], here):
-                raise CheckpointError(
-                    f"{where}, group {index}: parameters {listed(new)} of the model are not in the checkpoint, and "
-                    f"{listed(gone)} of the checkpoint are not in the model or not in this optimizer; bring it to the "
-                    "model with lightning-ssd import --map (renamed) or --like ... --partial (added, left out)"
-                )
+            _take_places(gone, new, number_of, content["state"], here, f"{where}, group {index}")
             notes.append(f"group {index}: {listed(new)} took the state of {listed(gone)}, by their place")
         moved = [n for n in here if group_of.get(n, index) != index]
         if moved:
@@ -114,14 +109,18 @@ def _take_places(
     number_of: dict[str, Any],
     state: Mapping[Any, Any],
     shapes: Mapping[str, Shape],
-) -> bool:
-    """Give each new name the number of the one that is gone in its place; whether they fit."""
-    if len(new) != len(gone):
-        return False
-    if not all(_fits(state.get(number_of[old]), shapes[name]) for old, name in zip(gone, new, strict=True)):
-        return False
-    number_of.update((name, number_of[old]) for old, name in zip(gone, new, strict=True))
-    return True
+    where: str,
+) -> None:
+    """Give each new name the number of the one that is gone in its place, if they fit."""
+    pairs = list(zip(gone, new, strict=False))
+    fit = all(_fits(state.get(number_of[old]), shapes[name]) for old, name in pairs)
+    if len(new) != len(gone) or not fit:
+        raise CheckpointError(
+            f"{where}: parameters {listed(new)} of the model are not in the checkpoint, and {listed(gone)} of the "
+            "checkpoint are not in the model or not in this optimizer; bring it to the model with lightning-ssd import "
+            "--map (renamed) or --like ... --partial (added, left out)"
+        )
+    number_of.update((name, number_of[old]) for old, name in pairs)
 
 
 def _group(group: Mapping[str, Any], params: list[Any]) -> dict[str, Any]:

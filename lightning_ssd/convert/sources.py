@@ -118,8 +118,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
         view = StateDictView(reader, weights_only)
         buffers, source.extra_state = split_buffers(reader, weights_only)
         # A value that a hook replaced is in `buffers`; a parameter that it left out is stored for its optimizer only.
-        kept = {n: p for n, p in reader.manifest.parameters.items() if n in view.shapes and n not in buffers}
-        for name, places in kept.items():
+        valued = {n: p for n, p in reader.manifest.parameters.items() if n in view.shapes and n not in buffers}
+        for name, places in valued.items():
             source.parameters[name] = {
                 kind: TensorRef(
                     place[1].shape,
@@ -133,7 +133,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
         source.buffers = {name: tensor_ref(tensor) for name, tensor in buffers.items()}
         source.aliases = dict(reader.manifest.aliases)
         source.optimizers = reader.optimizers(weights_only)
-        lost = [name for name in reader.manifest.parameters if name not in kept]
+        lost = [name for name in reader.manifest.parameters if name not in valued]
         if lost and source.optimizers:
             raise CheckpointError(
                 f"{reader.directory}: the values of {listed(lost)} were replaced when it was saved "

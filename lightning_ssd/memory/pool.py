@@ -233,10 +233,10 @@ class Pool:
 
     def _no_room(self, nbytes: int, owner: str) -> str:
         held = ", ".join(f"{b.owner} {fmt(b.nbytes)}" for b in self._lent.values()) or "nothing"
-        kept = ", ".join(f"{b.owner} {fmt(b.nbytes)}" for b in self._lingering) or "nothing"
+        lingering = ", ".join(f"{b.owner} {fmt(b.nbytes)}" for b in self._lingering) or "nothing"
         return (
             f"{owner} needs {fmt(nbytes)} of the {self.name} pool ({fmt(self.nbytes)} in all); in use: {held}; "
-            f"released but still referenced by tensors kept outside: {kept}; "
+            f"released but still referenced by tensors kept outside: {lingering}; "
             "raise host_memory, cut smaller units with units=..., or do not keep views of parameters"
         )
 

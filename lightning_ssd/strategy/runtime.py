@@ -101,18 +101,7 @@ class Runtime:
             if plan.recomputes:
                 self._activations = self._make_activations(budget)
                 undo.append(self._activations.close)
-            self.hooks = ModuleHooks(
-                module,
-                model=model,
-                cache=self.cache,
-                grads=self.grads,
-                headroom=headroom,
-                device=settings.device,
-                recompute=sizing.blocks() if plan.recomputes else set(),
-                activations=self._activations,
-                is_in_memory=plan.fits and not settings.is_off_host,
-                trace=trace,
-            )
+            self.hooks = self._make_hooks(module, sizing)
         except BaseException:
             with Ending() as ending:  # what fails here does not hide the cause
                 for call in undo:
@@ -144,7 +133,7 @@ class Runtime:
             yield
 
     def abort_step(self) -> None:
-        """Drop what a step that failed held. Updates that the step before still owes are made."""
+        """Drop what a failed step held, after the pending updates of the step before."""
         with suppress(SSDOffloadError):  # reported already, or with the next use
             self.drain()
         self.hooks.abort_step()
@@ -240,6 +229,21 @@ class Runtime:
         capacity = device_capacity(nbytes, chains(module, units), settings.device_nbytes)
         is_limit = settings.device_nbytes is not None
         return make_placement(settings.device, capacity_nbytes=capacity, is_limit=is_limit)
+
+    def _make_hooks(self, module: nn.Module, sizing: Sizing) -> ModuleHooks:
+        plan, settings = self.plan, self._settings
+        return ModuleHooks(
+            module,
+            model=self._model,
+            cache=self.cache,
+            grads=self.grads,
+            headroom=self._headroom,
+            device=settings.device,
+            recompute=sizing.blocks() if plan.recomputes else set(),
+            activations=self._activations,
+            is_in_memory=plan.fits and not settings.is_off_host,
+            trace=self._trace,
+        )
 
     def _make_activations(self, budget: SharedBudget) -> ActivationStore:
         return ActivationStore(

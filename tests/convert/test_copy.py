@@ -93,8 +93,8 @@ def test_a_killed_copy_goes_on_where_it_was(checkpoint: Path, training: Training
         assert found.what == "unfinished copy"
         assert not found.is_needed
         report = copy_checkpoint(checkpoint, elsewhere / "d")
-        assert report.nbytes_copied + report.nbytes_kept == nbytes
-        kept.append(report.nbytes_kept)
+        assert report.nbytes_copied + report.nbytes_reused == nbytes
+        kept.append(report.nbytes_reused)
         assert_whole(elsewhere / "d", training, 1)
         shutil.rmtree(elsewhere / "d")
         number += 1
