@@ -27,8 +27,8 @@ from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError, listed
-from lightning_ssd.io.folder import Folder, close_fd
-from lightning_ssd.io.safe_open import closing_fd, open_inside
+from lightning_ssd.io.folder import Folder, close_fd, closing_fd
+from lightning_ssd.io.safe_open import open_folder, open_inside
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.mapped_safetensors import MappedFile, SeenFiles, read_exactly
@@ -70,7 +70,7 @@ class CheckpointReader:
         self._folders: dict[str, Folder] = {}
         recover(self.directory)
         with ExitStack() as on_error:
-            self._fd = _open_directory(self.directory)
+            self._fd = open_folder(self.directory)
             on_error.callback(self.close)
             self.manifest = self._read_manifest()
             self._check_sizes()
@@ -374,10 +374,3 @@ class CheckpointReader:
 
 def _order(entry: Any) -> tuple[int, int, str]:
     return entry.begin, entry.end, entry.name
-
-
-def _open_directory(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise CheckpointError(f"{path!r} is not a checkpoint directory: {error.strerror}") from error

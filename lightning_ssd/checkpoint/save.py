@@ -58,7 +58,7 @@ from lightning_ssd.checkpoint.writer import (
 from lightning_ssd.codec import float32
 from lightning_ssd.errors import CheckpointError, CorruptionError, listed, naming, with_remedy
 from lightning_ssd.io.deadline import sync as sync_disk
-from lightning_ssd.io.folder import Folder, close_fd, is_own_file
+from lightning_ssd.io.folder import Folder, closing_fd, is_own_file
 from lightning_ssd.paths import too_long
 from lightning_ssd.store.dtypes import TORCH_DTYPE
 from lightning_ssd.store.mapped_safetensors import read_exactly
@@ -227,19 +227,16 @@ def _sync_sources(files: Sequence[UnitFile], device: int, unsynced: set[str]) ->
     """
 
     def sync(file: UnitFile) -> None:
-        fd, path = file.open_source(), file.source
-        try:
+        with closing_fd(file.open_source()) as fd:
             found = os.fstat(fd)
             # A generation with a link is in a checkpoint and was synced then; generations are immutable.
             if found.st_nlink == 1 and found.st_dev == device:
                 try:
                     sync_disk(fd, os.fdatasync)
                 except OSError as error:
-                    unsynced.add(path)
-                    error.filename = path
+                    unsynced.add(file.source)
+                    error.filename = file.source
                     raise
-        finally:
-            close_fd(fd)
 
     # In parallel: the disk merges the flushes.
     with ThreadPoolExecutor(_NUM_SYNCS, thread_name_prefix="checkpoint-sync") as pool:
@@ -253,8 +250,7 @@ def _place(file: UnitFile, units: Folder, to: str, job: _Job) -> tuple[int, ...]
 
     A file that belongs to another user, or that others may write to, is copied: they could change it later.
     """
-    fd = file.open_source()
-    try:
+    with closing_fd(file.open_source()) as fd:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size != file.nbytes:
             raise CheckpointError(
@@ -271,8 +267,6 @@ def _place(file: UnitFile, units: Folder, to: str, job: _Job) -> tuple[int, ...]
             job.report(linked=file.nbytes)
             return file.checksums
         return _copy(fd, file, units, to, job)
-    finally:
-        close_fd(fd)
 
 
 def _link(file: UnitFile, units: Folder, to: str, found: os.stat_result) -> bool:
@@ -376,12 +370,8 @@ def _write_manifest(staged: Folder, manifest: Manifest, job: _Job) -> None:
 def _make_durable(staged: Folder, names: Iterable[str]) -> None:
     """Sync the small files and the directories, all at the end: the file system then commits them together."""
     for name in names:
-        fd = staged.open_file(name, os.O_RDONLY)
-        try:
-            with naming(os.path.join(staged.path, name)):
-                sync_disk(fd, os.fsync)
-        finally:
-            close_fd(fd)
+        with closing_fd(staged.open_file(name, os.O_RDONLY)) as fd, naming(os.path.join(staged.path, name)):
+            sync_disk(fd, os.fsync)
     with staged.folder(UNITS) as units:
         units.sync()
     staged.sync()

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_ssd.checkpoint.checksum import Bytes, checksum
 from lightning_ssd.errors import CheckpointError, naming
 from lightning_ssd.io.deadline import in_time, sync
-from lightning_ssd.io.folder import Folder, close_fd
+from lightning_ssd.io.folder import Folder, closing_fd
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import name_of
 from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry, encode_header
@@ -93,11 +93,8 @@ def new_file(path: str, folder: Folder | None = None) -> Iterator[int]:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     else:
         fd = folder.open_file(os.path.basename(path), flags)
-    try:
-        with naming(path):
-            yield fd
-    finally:
-        close_fd(fd)
+    with closing_fd(fd), naming(path):
+        yield fd
 
 
 def lay_out(items: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorEntry, ...]:

@@ -21,8 +21,7 @@ from lightning_ssd.checkpoint.manifest import MANIFEST, UNITS, FileRecord
 from lightning_ssd.checkpoint.manifest_json import decode_manifest
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
-from lightning_ssd.io.folder import Folder, close_fd
-from lightning_ssd.io.safe_open import closing_fd
+from lightning_ssd.io.folder import Folder, close_fd, closing_fd
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.mapped_safetensors import read_exactly
 
@@ -230,11 +229,9 @@ def _open_for_writing(directory_fd: int, path: str) -> int:
     """Open a file of the unfinished copy; a symlink, or a file with another link, is refused."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     folder, _, name = path.rpartition("/")
-    inner = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
-    try:
+    directory = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with closing_fd(os.open(folder or ".", directory, dir_fd=directory_fd)) as inner:
         fd = os.open(name, flags, 0o600, dir_fd=inner)
-    finally:
-        close_fd(inner)
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         close_fd(fd)

@@ -21,8 +21,8 @@ from torch import Tensor
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.convert.sources import ImportSource, TensorRef, add_state, state_kinds
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.io.folder import close_fd
-from lightning_ssd.io.safe_open import open_inside
+from lightning_ssd.io.folder import close_fd, closing_fd
+from lightning_ssd.io.safe_open import open_folder, open_inside
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of, name_of
 from lightning_ssd.store.safetensors_header import is_count
@@ -131,10 +131,7 @@ class _Folder:
     def __init__(self, where: str, weights_only: bool) -> None:
         self.where = where
         self._weights_only = weights_only
-        try:
-            self._fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"cannot open folder {where!r}: {error.strerror}") from error
+        self._fd = open_folder(where)
         try:
             self._read(self._metadata())
         except BaseException:
@@ -157,11 +154,8 @@ class _Folder:
         """Lightning's state besides tensors; nothing if it did not write the folder."""
         if not os.path.lexists(os.path.join(self.where, META)):
             return {}
-        fd = open_inside(self._fd, META, self.where)
-        try:
+        with closing_fd(open_inside(self._fd, META, self.where)) as fd:
             return load_pickle(f"/proc/self/fd/{fd}", os.path.join(self.where, META), self._weights_only)
-        finally:
-            close_fd(fd)
 
     def value(self, key: str) -> Any:
         """A tensor, or whatever else was saved."""

@@ -129,7 +129,8 @@ def to_safetensors(
             raise CheckpointError(
                 f"no tensor of {reader.directory!r} begins with {prefix_to_strip!r}; there is {next(iter(view), '')!r}"
             )
-        shards = cut_shards(view, names, parse_nbytes(max_shard))
+        sizes = {source: view.nbytes_of(source) for source in names.values()}
+        shards = cut_shards(sizes, names, parse_nbytes(max_shard))
         total = sum(shard.nbytes for shard in shards)
         done = 0
         for shard in shards:

@@ -148,13 +148,10 @@ class Folder:
     def _gives_its_owner(self) -> bool:
         """Whether the file system gives all files one owner, whoever creates them, as network disks may."""
         name = f".owner-{secrets.token_hex(8)}"
-        fd = self.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        try:
-            return os.fstat(fd).st_uid == os.fstat(self.fd).st_uid
-        finally:
-            close_fd(fd)
+        with closing_fd(self.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)) as fd:
             with suppress(FileNotFoundError):
                 self.unlink(name)
+            return os.fstat(fd).st_uid == os.fstat(self.fd).st_uid
 
     def _change(self, name: str, call: Callable[[], T], what: str) -> T:
         """Make a system call that changes a name, in time; its error shows the whole path."""
@@ -186,6 +183,15 @@ def close_fd(fd: int) -> None:
     """Close a descriptor and ignore errors, as of a disk that is gone; what must be durable was synced before."""
     with suppress(OSError):
         os.close(fd)
+
+
+@contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """Close a descriptor on leaving."""
+    try:
+        yield fd
+    finally:
+        close_fd(fd)
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool | None:

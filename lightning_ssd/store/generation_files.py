@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 from lightning_ssd.errors import IOFailure, ResidencyError, StoreError, gone
 from lightning_ssd.io.engine import Engine, Transfer
-from lightning_ssd.io.folder import close_fd
+from lightning_ssd.io.folder import closing_fd
 from lightning_ssd.io.scratch import write_all
 from lightning_ssd.kernels.api import crc32c_each, is_native
 from lightning_ssd.memory.mapped_file import map_file
@@ -118,11 +118,9 @@ class GenerationFiles:
                 fd = os.dup(generation.file.tail_fd)
             else:
                 fd = generation.file.open_again(os.O_RDWR)
-        try:
+        with closing_fd(fd):
             memory = map_file(fd, generation.file.nbytes, path, generation.layout.about, private=private)
-            self._mapped[memory] = generation
-        finally:
-            close_fd(fd)
+        self._mapped[memory] = generation
         return memory
 
     def stat(self, generation: Generation) -> os.stat_result:

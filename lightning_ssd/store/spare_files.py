@@ -11,11 +11,12 @@ import fcntl
 import os
 import threading
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial
 
 from lightning_ssd.errors import Ending, IOFailure, as_io_failure
 from lightning_ssd.io.file import File
-from lightning_ssd.io.folder import close_fd, is_own_file
+from lightning_ssd.io.folder import closing_fd, is_own_file
 from lightning_ssd.store.disks import Disk, Disks
 
 
@@ -136,12 +137,8 @@ def _unlink(file: File) -> None:
 
 def _is_open(file: File) -> bool:
     """Whether anybody, this process included, has the file open or mapped; True where the kernel cannot tell."""
-    fd = file.open_again(os.O_RDWR)
-    try:
+    with closing_fd(file.open_again(os.O_RDWR)) as fd, suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # granted only to the single opener of a file
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError:
-        return True
-    finally:
-        close_fd(fd)
-    return False
+        return False
+    return True
