@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -116,23 +118,18 @@ class OptimizerState(ABC):
 
     def _dump(self) -> dict[str, Any]:
         self._finish_edits()
-        state: dict[int, dict[str, Any]] = {}
-        maps: dict[tuple[str, str], tuple[Tensor, ...]] = {}
-        for number, param in enumerate(self.params()):
-            found = dict(self._scalars.get(param, {}))
-            unit, index = self._places[param]
-            for kind in sorted(self._initialised.get(param, ())):
-                key = (unit.name, kind)
-                if key not in maps:
-                    maps[key] = self._snapshot(unit.name, kind + self.suffix)
-                found[kind] = maps[key][index]
-            if found:
-                state[number] = found
-        groups = []
-        numbers = iter(range(sum(1 for _ in self.params())))
-        for group in self.optimizer.param_groups:
-            groups.append({**group, "params": [next(numbers) for _ in group["params"]]})
-        return {"state": state, "param_groups": groups}
+        snapshot = cache(self._snapshot)
+        states = (self._state_of(param, snapshot) for param in self.params())
+        numbers = count()
+        groups = [{**g, "params": [next(numbers) for _ in g["params"]]} for g in self.optimizer.param_groups]
+        return {"state": {n: state for n, state in enumerate(states) if state}, "param_groups": groups}
+
+    def _state_of(self, param: nn.Parameter, tensors_of: Callable[[str, str], tuple[Tensor, ...]]) -> dict[str, Any]:
+        """The state of ``param`` by name; ``tensors_of`` gives the tensors of a kind of a unit."""
+        unit, index = self._places[param]
+        kinds = sorted(self._initialised.get(param, ()))
+        full = {kind: tensors_of(unit.name, kind + self.suffix)[index] for kind in kinds}
+        return {**self._scalars.get(param, {}), **full}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`; tensors are streamed into the store unit by unit.
@@ -258,12 +255,7 @@ class OptimizerState(ABC):
     def stored_state(self, param: nn.Parameter) -> dict[str, Any]:
         """See `StoredState.stored_state`."""
         self.drain()
-        if param not in self._places:
-            return {}
-        unit, index = self._places[param]
-        kinds = sorted(self._initialised.get(param, ()))
-        full = {kind: self._view.map(unit.name, kind + self.suffix)[index] for kind in kinds}
-        return {**self._scalars.get(param, {}), **full}
+        return self._state_of(param, self._view.map) if param in self._places else {}
 
     def _finish_edits(self) -> None:
         self.drain()

@@ -53,6 +53,8 @@ def open_store(
 def end_store(store: StateStore, *, remove: bool) -> None:
     """Close the files, and remove them; a disk that hangs does not keep the process from ending."""
     try:
-        store.engine.patience.call(lambda: store.close(remove=remove), store.spill_directory, "end of the run's files")
+        store.engine.patience.call(
+            lambda: store.close(remove=remove), store.disks.all[0].path, "end of the run's files"
+        )
     except IOFailure as error:
         warnings.warn(f"{error}; what is left there can be removed with: lightning-ssd clean", stacklevel=2)

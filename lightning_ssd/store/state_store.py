@@ -76,11 +76,6 @@ class StateStore:
         return self._files.engine
 
     @property
-    def spill_directory(self) -> str:
-        """The first run directory, where files that are no generations may be created."""
-        return self.disks.all[0].path
-
-    @property
     def scratches(self) -> list[Scratch]:
         """What creates files without a name, one per disk."""
         return [Scratch(disk.directory.folder, disk.direct, self.engine.patience) for disk in self.disks.all]

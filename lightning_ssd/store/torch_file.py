@@ -52,14 +52,15 @@ def load_any(path: str | IO[bytes], where: str, weights_only: bool) -> Any:
     """As `load_pickle`, whatever the file holds; from an open file, tensors are read instead of mapped."""
     if isinstance(path, str):
         with open_regular(path, where) as file:
-            check_torch_file(file, where, is_trusted=not weights_only)
-            found = _load_checked(f"/proc/self/fd/{file.fileno()}", where, weights_only)
-            check_tensors(found, os.fstat(file.fileno()).st_size, where)
-        return found
-    check_torch_file(path, where, is_trusted=not weights_only)
-    nbytes = path.seek(0, os.SEEK_END)
-    path.seek(0)
-    found = _load_checked(path, where, weights_only)
+            return _load_open(file, f"/proc/self/fd/{file.fileno()}", where, weights_only)
+    return _load_open(path, path, where, weights_only)
+
+
+def _load_open(file: IO[bytes], source: str | IO[bytes], where: str, weights_only: bool) -> Any:
+    check_torch_file(file, where, is_trusted=not weights_only)
+    nbytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    found = _load_checked(source, where, weights_only)
     check_tensors(found, nbytes, where)
     return found
 

@@ -187,7 +187,7 @@ def spill_inputs(monkeypatch: pytest.MonkeyPatch, *, min_nbytes: int = 1, **opti
 
     def with_ours(self: ModuleHooks, module: nn.Module, *, model: ModelUnits, **kwargs: Any) -> None:
         store = model.store
-        ours = Bench(Path(store.spill_directory), store.engine, trace=kwargs["trace"], **options)
+        ours = Bench(Path(store.disks.all[0].path), store.engine, trace=kwargs["trace"], **options)
         made.append(ours)
         init(self, module, model=model, **(kwargs | {"activations": ours.store}))
 

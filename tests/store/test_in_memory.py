@@ -43,7 +43,7 @@ def put(store: StateStore, value: float) -> None:
 
 
 def num_files(store: StateStore) -> int:
-    return sum(name.endswith(".safetensors") for name in os.listdir(store.spill_directory))
+    return sum(name.endswith(".safetensors") for name in os.listdir(store.disks.all[0].path))
 
 
 def values_on_disk(store: StateStore) -> float:

@@ -62,7 +62,7 @@ def library(path: Path | str) -> list[Tensor]:
 
 
 def names(store: StateStore) -> set[str]:
-    return {name for name in os.listdir(store.spill_directory) if name.endswith(".safetensors")}
+    return {name for name in os.listdir(store.disks.all[0].path) if name.endswith(".safetensors")}
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_what_somebody_may_see_is_never_written_again(store: StateStore, tmp_sto
     put(store, 2)
     put(store, 3)
     third = put(store, 4)
-    inodes = {os.stat(os.path.join(store.spill_directory, name)).st_ino for name in names(store)}
+    inodes = {os.stat(os.path.join(store.disks.all[0].path, name)).st_ino for name in names(store)}
     assert (inode in inodes) == (seen_by == "link that went")
     if memory is not None:
         assert memory[:] == before
@@ -141,7 +141,7 @@ def test_files_of_a_removed_checkpoint_come_back_unless_somebody_reads_them(stor
     del lazy, evaluation  # the library maps a file as long as a slice of it lives
     assert store.recycle(str(paths[0]))
     assert not paths[0].exists()
-    assert inode in {os.stat(os.path.join(store.spill_directory, name)).st_ino for name in names(store)}
+    assert inode in {os.stat(os.path.join(store.disks.all[0].path, name)).st_ino for name in names(store)}
     assert store.current("layers/7 ü", "param") is not current
     odd = tmp_store / "odd"
     odd.write_bytes(b"x" * 4097)
