@@ -1,4 +1,4 @@
-"""Open files that somebody else may have put there: no symlink leads out of a directory, no FIFO is waited for."""
+"""Open files that another user may have put there: no symlink leads out of a directory, no FIFO is waited for."""
 
 from __future__ import annotations
 

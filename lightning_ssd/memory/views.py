@@ -17,8 +17,8 @@ class Views:
     """Tensors on one piece of memory, and whether any of them, or a view of one, is still alive.
 
     A tensor's storage keeps a ctypes array alive, and the array keeps ``memory`` alive. A weak reference to the array
-    dies with the last tensor on the storage. So memory is reused only when nobody has a view of it any more: the user,
-    autograd's saved tensors, or a hook.
+    dies with the last tensor on the storage. So memory is reused only when no view of it is left: of the user,
+    of autograd's saved tensors, or of a hook.
     """
 
     def __init__(self, memory: mmap.mmap) -> None:

@@ -111,7 +111,7 @@ class GenerationFiles:
         """See `StateStore.map`; the generation has a file."""
         if not private:
             generation.is_mapped = True
-            generation.checks = [None] * len(generation.checks)  # whoever maps it may write
+            generation.checks = [None] * len(generation.checks)  # the mapping may write to it
         path = generation.file.path
         with self._naming_missing(generation):
             if self.is_inherited and not generation.file.closed:  # the name may be gone, or another file's

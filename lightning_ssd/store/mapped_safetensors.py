@@ -107,7 +107,7 @@ class MappedFile:
         drop_pages(self._bytes.ctypes.data + begin, end - begin)
 
     def close(self) -> None:
-        """Let go of the mapping; it ends with the last tensor that lies in it."""
+        """Drop the mapping. It is unmapped when its last tensor is gone."""
         self._bytes = None
 
 

@@ -107,7 +107,7 @@ class RunDirectory:
         """Device number of its file system.
 
         Raises:
-            StoreError: Somebody has removed the directory.
+            StoreError: The directory was removed.
         """
         try:
             return device_of(self.path)
@@ -158,7 +158,7 @@ def is_run_directory(name: str) -> bool:
 
 
 def dead_runs(root: str) -> list[DeadRun]:
-    """Run directories under ``root`` that nobody holds locked, without those that a run kept when it ended."""
+    """Run directories under ``root`` that no process holds locked, without those that a run kept when it ended."""
     try:
         names = sorted(os.listdir(root))
     except OSError:  # none yet, or not ours to list
@@ -306,7 +306,7 @@ def _extent(folder: Folder) -> tuple[int, float]:
 
 
 def _remove_contents(folder: Folder) -> None:
-    """Remove what a run creates, the lock file last: without it nobody could recognise what is left."""
+    """Remove what a run creates, the lock file last: without it the rest could not be recognised."""
     names = folder.names()
     for name in names:
         mode = folder.stat(name).st_mode

@@ -1,7 +1,7 @@
 """Files that hold no current generation and wait to be written again.
 
 A superseded generation's file goes to the next generation of the same length: its space is reserved and its blocks are
-allocated already. A file that somebody may still see is never written again, only unlinked.
+allocated already. A file that may still be read is never written again, only unlinked.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class SpareFiles:
         if not is_own_file(found, disk.directory.folder) or _is_open(file):
             return False
         file.rename(self._disks.new_path("recycled", disk)[1], disk.directory.folder)
-        if _is_open(file):  # somebody opened it after the first look and must keep its values; now nobody else can
+        if _is_open(file):  # it was opened after the first look; without a name, it cannot be opened again
             file.unlink()
         else:
             self._add(disk.open(file.path))

@@ -6,7 +6,7 @@ used again for a later generation of the same length, unless a checkpoint, a map
 The training thread and the update thread may both use a store; each generation is written by one of them.
 
 [Note: in memory] What the plan holds in memory has no file while it is used. An update changes the memory in place, and
-the new generation is the same memory. A file of it is written when somebody needs one: a checkpoint, a mapping, the end
+the new generation is the same memory. A file of it is written when one is needed: for a checkpoint, a mapping, the end
 of the run. So with enough memory no step touches the disk, and all other code works on files.
 """
 
@@ -212,7 +212,7 @@ class StateStore:
         return generation
 
     def drop_file(self, generation: Generation) -> None:
-        """Retire the file of a generation in memory: somebody may have written to the memory since."""
+        """Retire the file of a generation in memory: the memory may have been written to since."""
         if generation.in_memory is not None and generation.has_file:
             self._files.retire(generation)
             generation.detach()
@@ -276,7 +276,7 @@ class StateStore:
         """The status of a generation's file; works after `suspend` too.
 
         Raises:
-            StoreError: The run is over and its files are gone, or somebody has removed them.
+            StoreError: The run is over and its files are gone, or they were removed.
         """
         return self._files.stat(generation)
 
@@ -290,7 +290,7 @@ class StateStore:
             folder: The directory it is in, open.
 
         Returns:
-            Whether it is gone from there. It stays if somebody has it open or mapped, in this process or another (an
+            Whether it is gone from there. It stays if it is open or mapped, in this process or another (an
             evaluation of the checkpoint, a tensor that the user kept), if it is not a plain file that this user alone
             may write, or if no generation has its length or there are enough spare files of it.
 

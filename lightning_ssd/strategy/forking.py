@@ -26,10 +26,10 @@ _IS_BROKEN = "an update had failed when this process was forked, so that its val
 
 
 class Forking:
-    """Watches for forks as long as its session lives.
+    """Handles forks of the process, as long as its session exists.
 
     Args:
-        session: What the fork finds.
+        session: What a forked process inherits.
     """
 
     def __init__(self, session: Session) -> None:
@@ -38,7 +38,7 @@ class Forking:
         self._passed_on: list[tuple[int, int]] = []
         self._refusals: dict[str, str] = {}
         self._lacks_in_memory = ""  # why in-memory parameters were not passed on
-        # Cannot be undone: afterwards it costs a look whether the session lives.
+        # Cannot be undone: without the session, each fork still costs a look at a dead reference.
         os.register_at_fork(before=self._before, after_in_parent=self._in_parent, after_in_child=self._in_child)
 
     def _before(self) -> None:

@@ -35,7 +35,7 @@ from lightning_ssd.units.unit import chains
 
 
 class Runtime:
-    """What streams a model between setup and teardown: memory, cache, updater, gradients and hooks; all of it running.
+    """What streams a model between setup and teardown: memory, cache, updater, gradients and hooks. Constructed, it runs.
 
     Args:
         module: The model.
@@ -44,8 +44,8 @@ class Runtime:
         sizing: What the units need.
         settings: Of the run.
         engine: Moves bytes between disk and memory.
-        headroom: Looks whether memory is left, until the first backward is over.
-        trace: Order of events.
+        headroom: Checks, until the first backward has ended, that enough memory is left.
+        trace: Records spans.
         waits_for_all_grads: No update runs before all gradients are there.
 
     Attributes:
@@ -56,7 +56,7 @@ class Runtime:
         updates: What optimizers make steps with.
         cache: Fetches and releases units.
         hooks: Of modules.
-        is_updating: A backward updates units that it is done with, or has done so in the step that runs.
+        is_updating: In the step that runs, a backward updates units, or has done so.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Runtime:
 
     @contextmanager
     def backward(self, optimizer: OptimizerAdapter | None) -> Iterator[None]:
-        """Around the backward of a step; not around one that the user runs, after which gradients must be there.
+        """Around the backward of a step that Lightning runs. After one that the user runs, gradients must be there.
 
         Args:
             optimizer: Updates each unit whose gradients are all there; None if gradients wait.

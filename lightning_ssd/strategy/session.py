@@ -86,7 +86,7 @@ class Session:
         self.is_inherited = False
         self._is_stopped = False
         self._updates_in_backward: OptimizerAdapter | None = None
-        # Runs when nobody holds the session any more, at the latest when the process ends.
+        # Runs when the last reference to the session is gone, at the latest when the process ends.
         self._remove_files = weakref.finalize(self, end_store, self.store, remove=not settings.keep_store)
         Forking(self)
 
@@ -324,7 +324,7 @@ class Session:
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Around the backward of a step; not around one that the user runs, after which gradients must be there."""
+        """Around the backward of a step that Lightning runs; see `Runtime.backward`."""
         self.require_own("a step cannot be made")
         with self.running.backward(self._updates_in_backward):
             yield

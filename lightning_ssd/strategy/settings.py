@@ -147,7 +147,7 @@ class Settings(Options):
             in_memory = memory_file_system(root)
             if in_memory:
                 warnings.warn(
-                    f"nvme_path={root!r} is on {in_memory}, which lives in memory: nothing is saved by streaming "
+                    f"nvme_path={root!r} is on {in_memory}, which is in memory: nothing is saved by streaming "
                     "there, and host_memory does not count it; choose a directory on a disk",
                     stacklevel=2,
                 )
