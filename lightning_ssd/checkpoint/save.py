@@ -14,7 +14,6 @@ import errno
 import os
 import re
 import stat
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -74,13 +73,11 @@ class SaveReport:
     Attributes:
         nbytes_linked: Bytes of unit files that were hard-linked.
         nbytes_written: Bytes that were written.
-        seconds: How long it took.
         moved_aside: New name of a plain file that had the checkpoint's name, or None.
     """
 
     nbytes_linked: int
     nbytes_written: int
-    seconds: float
     moved_aside: str | None
 
 
@@ -134,7 +131,6 @@ def write_checkpoint(
             of the previous one failed).
         CorruptionError: If a generation that had to be copied does not match its checksums.
     """
-    begin_s = time.monotonic()
     target = os.path.abspath(os.fspath(directory))
     _require_short(target)
     moved_aside = moved_aside_name(target)
@@ -148,7 +144,7 @@ def write_checkpoint(
             f"checkpoint {target!r} could not be saved: {with_remedy(error)}; one of that name that was there is still "
             "whole"
         ) from error
-    return SaveReport(job.nbytes_linked, job.nbytes_written, time.monotonic() - begin_s, moved_aside)
+    return SaveReport(job.nbytes_linked, job.nbytes_written, moved_aside)
 
 
 def _require_short(target: str) -> None:

@@ -35,7 +35,7 @@ from lightning_ssd.units.unit import chains
 
 
 class Runtime:
-    """What streams a model between setup and teardown: memory, cache, updater, gradients and hooks. Constructed, it runs.
+    """What streams a model between setup and teardown: memory, cache, updater, gradients and hooks, all running.
 
     Args:
         module: The model.

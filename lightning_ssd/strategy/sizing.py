@@ -32,7 +32,7 @@ class Sizing:
         self._settings = settings
         self._units = units
         self._optimizers = optimizers
-        self._is_off_host = settings.device.type != "cpu"
+        self._is_off_host = settings.is_off_host
         self._temporary_shares: dict[int, float] = {}  # by number of dimensions
 
     @property
@@ -81,7 +81,7 @@ class Sizing:
 
     def trained(self) -> list[Unit]:
         """Units that an optimizer updates."""
-        owned = {p for adopted in self._optimizers for g in adopted.optimizer.param_groups for p in g["params"]}
+        owned = {param for adopted in self._optimizers for param in adopted.params()}
         return [unit for unit in self._units if any(p in owned and p.requires_grad for p in unit.params)]
 
     def _state_kinds(self, unit: Unit) -> set[str]:
@@ -135,7 +135,7 @@ class Sizing:
 
     def _unit_sizes(self, shared: set[nn.Parameter], whole: list[OptimizerAdapter]) -> list[UnitSize]:
         trained = {unit.name for unit in self.trained()}
-        updated_whole = {p for adopted in whole for g in adopted.optimizer.param_groups for p in g["params"]}
+        updated_whole = {param for adopted in whole for param in adopted.params()}
         most_kinds = max((len(self._state_kinds(unit)) for unit in self._units), default=0)
         sizes = []
         for unit in self._units:
@@ -160,11 +160,9 @@ class Sizing:
 
     def _grad_nbytes(self, unit: Unit) -> int:
         """Host memory of the gradients of ``unit``; from a device, each is copied into a buffer of its own."""
-        return (
-            sum(map(pool_nbytes, (e.nbytes for e in unit.layout.entries)))
-            if self._is_off_host
-            else unit.layout.data_nbytes
-        )
+        if not self._is_off_host:
+            return unit.layout.data_nbytes
+        return sum(pool_nbytes(entry.nbytes) for entry in unit.layout.entries)
 
     def _shared_grad_nbytes(self, unit: Unit, shared: set[nn.Parameter]) -> int:
         """Host memory of the gradients of parameters of ``unit`` that several modules have."""
@@ -201,5 +199,4 @@ def _whole_nbytes(adopted: OptimizerAdapter) -> int:
     """Bytes of state of an optimizer that runs whole, estimated by its trial; 0 for others."""
     if not isinstance(adopted.rule, WholeRule):
         return 0
-    params = (p for group in adopted.optimizer.param_groups for p in group["params"])
-    return int(adopted.rule.state_ratio * sum(param.nbytes for param in params))
+    return int(adopted.rule.state_ratio * sum(param.nbytes for param in adopted.params()))

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_ssd.errors import ResidencyError
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.sizes import BLOCK_NBYTES, round_up
+from tests.helpers.pools import lingering, num_lent
 
 NBYTES = 16 * BLOCK_NBYTES
 
@@ -65,8 +66,8 @@ class Lending(RuleBasedStateMachine):
 
     @invariant()
     def only_kept_tensors_linger(self) -> None:
-        assert len(self.pool.lingering) == len(self.kept)
-        assert self.pool.num_lent == len(self.held)
+        assert len(lingering(self.pool)) == len(self.kept)
+        assert num_lent(self.pool) == len(self.held)
 
     def teardown(self) -> None:
         self.kept.clear()
@@ -119,7 +120,7 @@ def test_a_buffer_is_given_back_once() -> None:
     pool.lend(1, "unit 'b'")
     with pytest.raises(ResidencyError, match="given back twice"):
         pool.give_back(buffer)  # the same place has another owner now
-    assert pool.num_lent == 1
+    assert num_lent(pool) == 1
 
 
 def test_tensors_outlive_the_pool() -> None:

@@ -22,6 +22,7 @@ from lightning_ssd.units.placement import InPlace
 from lightning_ssd.units.unit import Unit
 from tests.helpers.events import Events
 from tests.helpers.faulty import FaultyEngine, When
+from tests.helpers.pools import num_lent
 
 NUMEL = 2000
 
@@ -92,7 +93,7 @@ class CacheWorld:
         self.model.map_all()
         for unit in self.units:
             unit.placeholders = ()
-        assert self.pool.num_lent == 0
+        assert num_lent(self.pool) == 0
         self.store.close(remove=True)
         self.engine.close()
         self.pool.close()
