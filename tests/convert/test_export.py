@@ -140,7 +140,7 @@ def test_transformers_loads_an_exported_folder(tmp_store: Path) -> None:
         folder = tmp_store / name
         folder.mkdir()
         wrapped = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
-        # As under bf16-true: the parameter at rest is bf16, only the float32 master is in the checkpoint.
+        # As under bf16-true: the parameter itself is bf16, only the float32 master is in the checkpoint.
         unit = write_generation(folder / "u", {n: p.float() for n, p in wrapped.items()}, unit="all", kind="master")
         every = {f"model.{n}" for n in model.state_dict()}
         aliases = {"model.lm_head.weight": "model.transformer.wte.weight"} if every - set(wrapped) else {}
