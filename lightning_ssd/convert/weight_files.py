@@ -113,8 +113,5 @@ def _open_shard(directory_fd: int, folder: str, shard: str) -> int:
 
 
 def _open_followed(path: str) -> int:
-    try:
-        with open_regular(path, path) as file:
-            return os.dup(file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"cannot open {path!r}: {error.strerror}") from error
+    with open_regular(path, path) as file:
+        return os.dup(file.fileno())
