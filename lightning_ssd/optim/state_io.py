@@ -244,16 +244,16 @@ class OptimizerState(ABC):
         self._store.put(layout, tensors.__getitem__)
 
     def params_with_state(self) -> list[nn.Parameter]:
-        """See `StoredState.params_with_state`."""
+        """Parameters that have any state, in the order of the groups."""
         self.drain()
         return list(filter(self.has_state, self.params()))
 
     def has_state(self, param: nn.Parameter) -> bool:
-        """See `StoredState.has_state`."""
+        """Whether ``param`` has any state."""
         return bool(self._scalars.get(param) or self._initialised.get(param))
 
     def stored_state(self, param: nn.Parameter) -> dict[str, Any]:
-        """See `StoredState.stored_state`."""
+        """The state of ``param`` by name; full-shaped tensors are mapped by the view."""
         self.drain()
         return self._state_of(param, self._view.map) if param in self._places else {}
 

@@ -8,28 +8,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, MutableMapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.mapped import MappedParams
 
-
-class StoredState(Protocol):
-    """The state of one optimizer in the store, as `StateView` shows it."""
-
-    def params_with_state(self) -> list[nn.Parameter]:
-        """Parameters that have any, in the order of the groups."""
-        ...
-
-    def has_state(self, param: nn.Parameter) -> bool:
-        """Whether ``param`` has any."""
-        ...
-
-    def stored_state(self, param: nn.Parameter) -> dict[str, Any]:
-        """The state of ``param`` by name; full-shaped tensors through `StateView.map`."""
-        ...
+if TYPE_CHECKING:
+    from lightning_ssd.optim.state_io import OptimizerState
 
 
 class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
@@ -40,7 +27,7 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
         store: Where it is.
     """
 
-    def __init__(self, stored: StoredState, store: StateStore) -> None:
+    def __init__(self, stored: OptimizerState, store: StateStore) -> None:
         self._stored = stored
         self._store = store
         self._shown: dict[nn.Parameter, dict[str, Any]] = {}
