@@ -164,5 +164,5 @@ def test_what_this_machine_cannot_honour(options: dict[str, Any], message: str) 
 
 
 def test_a_store_in_memory_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="nvme_path='/dev/shm/x' is on tmpfs, which lives in memory"):
+    with pytest.warns(UserWarning, match="nvme_path='/dev/shm/x' is on tmpfs, which is in memory"):
         resolve(nvme_path="/dev/shm/x")
