@@ -62,11 +62,7 @@ def open_dictionary(path: Any, weights_only: bool | None) -> tuple[dict[str, Any
     with CheckpointReader(name) as reader:  # mapped tensors outlive it
         reader.verify()
         content = dictionary_of(reader, StateDictView(reader, weights_only), weights_only)
-        records = reader.manifest.optimizers
-        content[NAMES] = [[list(group["params"]) for group in record.param_groups] for record in records]
-        names = [n for n in reader.parameter_names if "master" in reader.kinds(n)]
-        content[MASTERS] = {n: reader.tensor(n, "master") for n in names}
-        return content, reader.seen()
+        return content | own_entries(reader), reader.seen()
 
 
 def dictionary_of(reader: CheckpointReader, tensors: Mapping[str, Tensor], weights_only: bool | None) -> dict[str, Any]:
@@ -78,6 +74,13 @@ def dictionary_of(reader: CheckpointReader, tensors: Mapping[str, Tensor], weigh
         states = optimizer_states(reader, weights_only)
         content["optimizer_states"] = [whole.get(index, state) for index, state in enumerate(states)]
     return content
+
+
+def own_entries(reader: CheckpointReader) -> dict[str, Any]:
+    """What a run of ours resumes from beside Lightning's dictionary: names of parameters, and masters."""
+    names = [[list(group["params"]) for group in record.param_groups] for record in reader.manifest.optimizers]
+    masters = {n: reader.tensor(n, "master") for n in reader.parameter_names if "master" in reader.kinds(n)}
+    return {NAMES: names, MASTERS: masters}
 
 
 def join_state_dict(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -98,7 +101,8 @@ def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> lis
     for named in named_optimizer_states(reader, weights_only):
         numbers: dict[str, int] = {}
         groups = [
-            {**group, "params": [numbers.setdefault(name, len(numbers)) for name in group["params"]]}
+            {key: value for key, value in group.items() if key != "params"}  # which torch has last
+            | {"params": [numbers.setdefault(name, len(numbers)) for name in group["params"]]}
             for group in named["param_groups"]
         ]
         state = {numbers[name]: entry for name, entry in named["state"].items()}

@@ -175,8 +175,13 @@ def moved_aside_name(target: str) -> str | None:
     """New name for a plain file at ``target``, such as another strategy's ``last.ckpt``; None if there is no file."""
     if os.path.islink(target) or not os.path.lexists(target) or os.path.isdir(target):
         return None
+    return free_name(f"{target}.replaced")
+
+
+def free_name(path: str) -> str:
+    """``path``, or with a number behind it if that exists."""
     number = 0
-    while os.path.lexists(name := f"{target}.replaced" + (f"-{number}" if number else "")):
+    while os.path.lexists(name := path + (f"-{number}" if number else "")):
         number += 1
     return name
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_ssd.checkpoint.dictionary import dictionary_of
-from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
+from lightning_ssd.checkpoint.dictionary import dictionary_of, own_entries
+from lightning_ssd.checkpoint.directory import check_replaceable, free_name, is_checkpoint, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView
 from lightning_ssd.checkpoint.writer import (
     Progress,
@@ -63,6 +65,7 @@ def consolidate(
     *,
     overwrite: bool = False,
     weights_only: bool | None = None,
+    is_resumable: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write a single file that ``LightningModule.load_from_checkpoint`` and ``Trainer.fit(ckpt_path=...)`` read.
@@ -72,6 +75,7 @@ def consolidate(
         out_file: Where.
         overwrite: Replace an existing file.
         weights_only: False if the state holds classes of your own; see `CheckpointReader.state`.
+        is_resumable: With entries of our own, which other strategies pass over: a run of ours resumes to the bit.
         progress: Called with bytes done and bytes in all.
 
     Raises:
@@ -86,6 +90,8 @@ def consolidate(
         spill = Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
         content = dictionary_of(reader, mapped_state_dict(reader, spill, weights_only), weights_only)
         drop_empty_loader_states(content)
+        if is_resumable:
+            content |= own_entries(reader)
         with staged_file(target) as (fd, take_name):
             writer = _Writer(fd, ReadPages(reader, spill, progress))
             write_pickle(writer, content)
@@ -93,6 +99,31 @@ def consolidate(
             take_name()
         sync_directory(os.path.dirname(target))
     return ExportReport((target,), writer.nbytes)
+
+
+def save_file(directory: str, path: str) -> None:
+    """Write a checkpoint of a run as one file in the form of plain Lightning, from which our runs resume to the bit.
+
+    Args:
+        directory: The checkpoint.
+        path: Of the file. A file of that name is replaced, a checkpoint directory is renamed to ``NAME.replaced``.
+
+    Raises:
+        CheckpointError: If it could not be saved; what had the name is then untouched.
+        CorruptionError: A byte of the checkpoint differs from what was written to it.
+    """
+    aside = free_name(f"{path}.replaced") if is_checkpoint(path) and not os.path.islink(path) else None
+    if aside is not None:
+        os.rename(path, aside)
+    try:
+        with byte_bar(f"saving {os.path.basename(path)!r}") as bar:
+            consolidate(directory, path, overwrite=True, weights_only=False, is_resumable=True, progress=bar)
+    except BaseException:
+        if aside is not None:
+            os.rename(aside, path)
+        raise
+    if aside is not None:
+        warnings.warn(f"a checkpoint directory had the checkpoint's name and is now {aside!r}", stacklevel=2)
 
 
 def to_safetensors(

@@ -6,6 +6,7 @@ the next session begins or the process ends.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ssd.checkpoint.directory import remove, sibling
 from lightning_ssd.checkpoint.training_state import Saver
+from lightning_ssd.convert.export import save_file
 from lightning_ssd.errors import CheckpointError, ConfigurationError, Ending, ResidencyError, SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import Engine
@@ -263,7 +266,12 @@ class Session:
             self.stop()
 
     def save(self, checkpoint: Mapping[str, Any], path: str, *, is_linked: bool) -> None:
-        """Save Lightning's dictionary as a checkpoint; see `Saver.save`.
+        """Save Lightning's dictionary as a checkpoint, in the form that the settings say.
+
+        Args:
+            checkpoint: The dictionary.
+            path: Of the new file or directory; one of that name is replaced.
+            is_linked: See `Saver.save`.
 
         Raises:
             CheckpointError: A step failed midway, or the checkpoint could not be saved.
@@ -276,7 +284,17 @@ class Session:
                 "resume from the last checkpoint"
             )
         with self.written_back(), within(self.engine.patience):
-            self._saver.save(checkpoint, path, units=self.units, optimizers=self.optimizers, is_linked=is_linked)
+            save = partial(self._saver.save, units=self.units, optimizers=self.optimizers, is_linked=is_linked)
+            if self.settings.checkpoint == "links":
+                save(checkpoint, path)
+                return
+            # Links in the store cost nothing, and what is made of them is compared with its checksums.
+            links = os.path.join(self.store.spill_directory, sibling("file", "tmp"))
+            save(checkpoint, links)
+            try:
+                save_file(links, path)
+            finally:
+                remove(links)
 
     @contextmanager
     def written_back(self) -> Iterator[None]:

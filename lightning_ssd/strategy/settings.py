@@ -53,6 +53,8 @@ class Options:
         verify_reads: Compare every byte read with a checksum; ``"auto"`` does where the kernel is native.
         io: Disk transport: ``engine``, ``depth``, ``block_nbytes``, ``num_threads``, ``direct``, ``deadline_s``.
         keep_store: Leave the live store on disk when the run ends.
+        checkpoint: ``"links"``: a directory of hard links, saved at no cost; ``"file"``: one file, as plain Lightning
+            saves it, for whatever opens a ``.ckpt``; it has all bytes, so a save takes the time to write them.
 
     Raises:
         ConfigurationError: Names the first option with a value that it cannot have, and what it may be.
@@ -72,6 +74,7 @@ class Options:
     verify_reads: Union[bool, Literal["auto"]] = "auto"  # noqa: UP007
     io: IOOptions = IOOptions()  # noqa: RUF009  frozen
     keep_store: bool = False
+    checkpoint: Literal["links", "file"] = "links"
 
     def __post_init__(self) -> None:
         for name, choices in _choices().items():

@@ -77,6 +77,7 @@ class StrategyMixin(CheckpointMixin):
         verify_reads: Union[bool, Literal["auto"]] = "auto",  # noqa: UP007
         io: IOOptions = IOOptions(),  # noqa: B008  frozen
         keep_store: bool = False,
+        checkpoint: Literal["links", "file"] = "links",
     ) -> None:
         given = locals()
         self._session: Session | None = None
