@@ -289,7 +289,7 @@ class Session:
                 save(checkpoint, path)
                 return
             # Links in the store cost nothing, and what is made of them is compared with its checksums.
-            links = os.path.join(self.store.spill_directory, sibling("file", "tmp"))
+            links = os.path.join(self.store.disks.all[0].path, sibling("file", "tmp"))
             save(checkpoint, links)
             try:
                 save_file(links, path)
