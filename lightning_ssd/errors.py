@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from errno import (
     EACCES,
@@ -92,6 +92,13 @@ class IOFailure(SSDOffloadError, OSError):
 
 class DeadlineError(IOFailure):
     """A disk operation did not finish in the time allowed; it is still in flight."""
+
+
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """Names for a message: the first ones quoted, and how many more there are; ``none`` if there are none."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return (", ".join(map(repr, every[:most])) or "none") + more
 
 
 def gone(directory: str) -> StoreError:

@@ -32,6 +32,7 @@ OPTIONS = {
     "verify_reads": "auto",
     "io": IOOptions(),
     "keep_store": False,
+    "checkpoint": "links",
 }
 IO_OPTIONS = {
     "engine": "auto",

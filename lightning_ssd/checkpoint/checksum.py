@@ -1,4 +1,4 @@
-"""CRC32C of bytes, in pieces of 1 MiB: the only place of this package that knows where the function lives."""
+"""CRC32C of bytes, in pieces of 1 MiB."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 from lightning_ssd.checkpoint.discard import NOT_EMPTY, NOT_THERE, Recycle, discard_contents, rmdir
 from lightning_ssd.checkpoint.manifest import FORMAT, MANIFEST
@@ -104,12 +105,9 @@ def _remove(target: str, recycle: Recycle | None) -> None:
             _discard(parent, aside, found, name, recycle)
 
 
-def sync_directory(place: str | Folder) -> None:
+def sync_directory(path: str) -> None:
     """Make the names in a directory durable."""
-    if isinstance(place, Folder):
-        place.sync()
-        return
-    with Folder.open(place) as folder:
+    with Folder.open(path) as folder:
         folder.sync()
 
 
@@ -138,7 +136,7 @@ def staging(target: str, recycle: Recycle | None = None) -> Iterator[Folder]:
     _make_folders(folder)
     with Folder.open(folder) as parent, _claimed(parent, name) as old:
         _clean_stale(parent, name)
-        with _make_staging(parent, name) as staged:
+        with make_locked(parent, partial(sibling, name, "tmp")) as staged:
             try:
                 _require_own(old, staged)
                 yield staged
@@ -151,7 +149,7 @@ def staging(target: str, recycle: Recycle | None = None) -> Iterator[Folder]:
                         rmdir(parent, own, staged)
                 raise
             # If this fails, the old one is not removed: on the disk it may still have the name.
-            sync_directory(parent)
+            parent.sync()
             if old is not None:
                 _discard(parent, aside, old, name, recycle)
 
@@ -177,8 +175,13 @@ def moved_aside_name(target: str) -> str | None:
     """New name for a plain file at ``target``, such as another strategy's ``last.ckpt``; None if there is no file."""
     if os.path.islink(target) or not os.path.lexists(target) or os.path.isdir(target):
         return None
+    return free_name(f"{target}.replaced")
+
+
+def free_name(path: str) -> str:
+    """``path``, or with a number behind it if that exists."""
     number = 0
-    while os.path.lexists(name := f"{target}.replaced" + (f"-{number}" if number else "")):
+    while os.path.lexists(name := path + (f"-{number}" if number else "")):
         number += 1
     return name
 
@@ -259,7 +262,7 @@ def _replace(parent: Folder, own: str, name: str) -> str:
     parent.rename(name, old)
     parent.rename(own, name)
     # Before the next rename both must be durable: after a power cut `recover` finds the old one by ``.old-`` only.
-    sync_directory(parent)
+    parent.sync()
     aside = sibling(name, "tmp")
     parent.rename(old, aside)
     return aside
@@ -296,11 +299,6 @@ def _is_own_directory(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
     except FileNotFoundError:
         return False
-
-
-def _make_staging(parent: Folder, name: str) -> Folder:
-    """A new staging directory, open and locked."""
-    return make_locked(parent, lambda: sibling(name, "tmp"))
 
 
 def make_locked(parent: Folder, new_name: Callable[[], str]) -> Folder:
@@ -347,7 +345,7 @@ def _clean_stale(parent: Folder, name: str) -> None:
 
 
 @contextmanager
-def locked(parent: Folder, name: str, *, shared: bool = False) -> Iterator[Folder | None]:
+def locked(parent: Folder, name: str) -> Iterator[Folder | None]:
     """Lock a directory; None if another process has its lock, or the name is gone."""
     try:
         folder = parent.folder(name)
@@ -357,15 +355,15 @@ def locked(parent: Folder, name: str, *, shared: bool = False) -> Iterator[Folde
         yield None
         return
     with folder:
-        yield folder if folder.try_lock(shared=shared) and parent.is_at(name, folder) else None
+        yield folder if folder.try_lock() and parent.is_at(name, folder) else None
 
 
 def _discard(parent: Folder, aside: str, found: Folder, name: str, recycle: Recycle | None) -> None:
     """Remove a staging directory or a hidden checkpoint. If files of the user stay in it, it is renamed to ``name``."""
     # The process that hid it may have died before the rename was durable: a power cut would bring the old name back.
-    sync_directory(parent)
+    parent.sync()
     found.path = os.path.join(parent.path, aside)
     discard_contents(found, recycle, is_old=_OLD.search(aside) is not None)
     if not rmdir(parent, aside, found):
-        sync_directory(found)  # the manifest must be gone durably before the name comes back
+        found.sync()  # the manifest must be gone durably before the name comes back
         parent.rename(aside, f"{name}.kept-{secrets.token_hex(4)}" if parent.has(name) else name)

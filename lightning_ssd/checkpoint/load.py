@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -23,15 +22,15 @@ from lightning_ssd.checkpoint.manifest import (
     OptimizerRecord,
 )
 from lightning_ssd.checkpoint.manifest_json import decode_manifest
-from lightning_ssd.checkpoint.mapped import MappedFile, SeenFiles, read_exactly
 from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.values import decode_optimizer, needs_pickled
 from lightning_ssd.checkpoint.writer import Progress
-from lightning_ssd.errors import CheckpointError, CorruptionError
-from lightning_ssd.io.folder import Folder, close_fd
-from lightning_ssd.io.safe_open import closing_fd, open_inside
+from lightning_ssd.errors import CheckpointError, CorruptionError, listed
+from lightning_ssd.io.folder import Folder, close_fd, closing_fd
+from lightning_ssd.io.safe_open import open_folder, open_inside
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.mapped_safetensors import MappedFile, SeenFiles, read_exactly
 from lightning_ssd.store.safetensors_header import TensorEntry
 from lightning_ssd.store.torch_file import load_pickle
 
@@ -70,7 +69,7 @@ class CheckpointReader:
         self._folders: dict[str, Folder] = {}
         recover(self.directory)
         with ExitStack() as on_error:
-            self._fd = _open_directory(self.directory)
+            self._fd = open_folder(self.directory)
             on_error.callback(self.close)
             self.manifest = self._read_manifest()
             self._check_sizes()
@@ -79,9 +78,7 @@ class CheckpointReader:
     def __enter__(self) -> CheckpointReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -118,12 +115,12 @@ class CheckpointReader:
         return self._mapped_file(record).tensor(record.renamed.get(entry.name, entry.name))
 
     def value(self, name: str) -> Tensor:
-        """A parameter in its dtype at rest: mapped if a file holds that dtype, else converted from the master."""
-        dtype = self.dtype_at_rest(name)
+        """A parameter in its own dtype: mapped if a file holds that dtype, else converted from the master."""
+        dtype = self.own_dtype(name)
         kind, exact = self._form(name, dtype)
         return self.tensor(name, kind) if exact else self.tensor(name, kind).to(dtype_of(dtype))
 
-    def dtype_at_rest(self, name: str) -> str:
+    def own_dtype(self, name: str) -> str:
         """Safetensors dtype of `value`."""
         stored = self.manifest.aliases.get(name, name)
         kind, _ = self._form(name, "")
@@ -132,7 +129,7 @@ class CheckpointReader:
     def is_in_place(self, name: str) -> bool:
         """Whether `value` needs no conversion; always true for tensors that are in no unit file."""
         stored = self.manifest.aliases.get(name, name)
-        return stored not in self.manifest.parameters or self._form(name, self.dtype_at_rest(name))[1]
+        return stored not in self.manifest.parameters or self._form(name, self.own_dtype(name))[1]
 
     def folder_of(self, record: FileRecord) -> Folder:
         """The directory of a unit file, opened without following symlinks; the reader closes it."""
@@ -171,27 +168,26 @@ class CheckpointReader:
                 mapped = self._mapped[name] = MappedFile(fd, self._where(name))
         found = {entry: mapped.tensor(entry) for entry in mapped.header.entries}
         if (extra := self.manifest.file_name(EXTRA_TENSORS)) in self.manifest.small_files:
-            found.update(self._load(extra, weights_only is not False, safe_globals=()))
+            found.update(self._load(extra, weights_only is not False))
         return found
 
-    def state(self, weights_only: bool | None = None, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:
+    def state(self, weights_only: bool | None = None) -> dict[str, Any]:
         """What `save` was given as ``state``; its tensors lie in the mapped file.
 
         Args:
             weights_only: False unpickles whatever the file names, which runs its code; only for files you trust.
-            safe_globals: Classes allowed in addition to torch's own list.
 
         Raises:
             CheckpointError: If the state holds a class that is not allowed.
             CorruptionError: If the bytes are not those that were written.
         """
-        return self._load_part("state", weights_only, safe_globals)
+        return self._load_part("state", weights_only)
 
     def optimizers(self, weights_only: bool | None = None) -> list[OptimizerRecord]:
         """The optimizer records, as `save` was given them."""
         pickled: Mapping[str, Any] = {}
         if any(map(needs_pickled, self.manifest.optimizers)):
-            pickled = self._load_part("hyper", weights_only, ())
+            pickled = self._load_part("hyper", weights_only)
         return [decode_optimizer(record, pickled) for record in self.manifest.optimizers]
 
     def seen(self) -> SeenFiles:
@@ -263,8 +259,7 @@ class CheckpointReader:
                 progress(done + offset + len(piece), self.manifest.nbytes)
 
     def _damage(self, record: FileRecord, begin: int) -> str:
-        hit = [e for e in record.entries if e.begin < begin + PIECE_NBYTES and e.end > begin]
-        names = ", ".join(repr(entry.name) for entry in hit[:4]) + (f" and {len(hit) - 4} more" if len(hit) > 4 else "")
+        names = listed(e.name for e in record.entries if e.begin < begin + PIECE_NBYTES and e.end > begin)
         return (
             f"{self._where(record.path)}: the 1 MiB at offset {record.data_begin + begin} is damaged; "
             f"it holds {record.kind} of {names}"
@@ -321,36 +316,37 @@ class CheckpointReader:
     def _open(self, record: FileRecord) -> int:
         """A unit file of the right size, open; the very one that is mapped, if it is mapped already."""
         where = f"{self.directory}: {record.kind} of {record.parameters}"
-        fd = open_inside(self._open_directory_fd(), record.path, where)
-        with ExitStack() as on_error:
-            on_error.callback(close_fd, fd)
-            found, mapped = os.fstat(fd), self._mapped.get(record.path)
-            if found.st_size != record.nbytes:
-                raise CheckpointError(f"{where}: {record.path!r} has {found.st_size} bytes, not {record.nbytes}")
-            if mapped is not None and not mapped.is_of(found):
-                raise CheckpointError(f"{where}: {record.path!r} was replaced while the checkpoint was read")
-            on_error.pop_all()
+        fd = self._open_sized(record.path, record.nbytes, where)
+        mapped = self._mapped.get(record.path)
+        if mapped is not None and not os.path.samestat(mapped.file, os.fstat(fd)):
+            close_fd(fd)
+            raise CheckpointError(f"{where}: {record.path!r} was replaced while the checkpoint was read")
         return fd
 
     def _open_small(self, name: str, *, compare: bool = True) -> int:
         """A small file of the right size, open; with ``compare``, also of the right checksum."""
         small = self.manifest.small_files[name]
-        fd = open_inside(self._open_directory_fd(), name, self.directory)
+        fd = self._open_sized(name, small.nbytes, self.directory)
         with ExitStack() as on_error:
             on_error.callback(close_fd, fd)
-            nbytes = os.fstat(fd).st_size
-            if nbytes != small.nbytes:
-                raise CheckpointError(f"{self._where(name)} has {nbytes} bytes, not {small.nbytes}")
             actual = 0
-            for offset in range(0, nbytes if compare else 0, PIECE_NBYTES):
-                piece = read_exactly(fd, min(PIECE_NBYTES, nbytes - offset), offset, self._where(name))
+            for offset in range(0, small.nbytes if compare else 0, PIECE_NBYTES):
+                piece = read_exactly(fd, min(PIECE_NBYTES, small.nbytes - offset), offset, self._where(name))
                 actual = checksum(piece, actual)
             if compare and actual != small.checksum:
                 raise CorruptionError(
-                    f"{self._where(name)} is damaged: its {nbytes} bytes have checksum {actual:08x}, "
+                    f"{self._where(name)} is damaged: its {small.nbytes} bytes have checksum {actual:08x}, "
                     f"not {small.checksum:08x}"
                 )
             on_error.pop_all()
+        return fd
+
+    def _open_sized(self, path: str, nbytes: int, where: str) -> int:
+        fd = open_inside(self._open_directory_fd(), path, where)
+        found = os.fstat(fd).st_size
+        if found != nbytes:
+            close_fd(fd)
+            raise CheckpointError(f"{where}: {path!r} has {found} bytes, not {nbytes}")
         return fd
 
     def _open_directory_fd(self) -> int:
@@ -358,16 +354,16 @@ class CheckpointReader:
             raise CheckpointError(f"the reader of {self.directory!r} was closed")
         return self._fd
 
-    def _load_part(self, part: str, weights_only: bool | None, safe_globals: Sequence[Any]) -> dict[str, Any]:
+    def _load_part(self, part: str, weights_only: bool | None) -> dict[str, Any]:
         """One of the dictionaries that ``state.pt`` consists of."""
-        found = self._load(STATE, weights_only is not False, safe_globals).get(part)
+        found = self._load(STATE, weights_only is not False).get(part)
         if not isinstance(found, dict):
             raise CheckpointError(f"{self._where(STATE)} holds no {part!r} as `save` writes it")
         return found
 
-    def _load(self, name: str, weights_only: bool, safe_globals: Sequence[Any]) -> dict[str, Any]:
+    def _load(self, name: str, weights_only: bool) -> dict[str, Any]:
         with closing_fd(self._open_small(name)) as fd:
-            return load_pickle(f"/proc/self/fd/{fd}", self._where(name), weights_only, safe_globals)
+            return load_pickle(f"/proc/self/fd/{fd}", self._where(name), weights_only)
 
     def _where(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -375,10 +371,3 @@ class CheckpointReader:
 
 def _order(entry: Any) -> tuple[int, int, str]:
     return entry.begin, entry.end, entry.name
-
-
-def _open_directory(path: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise CheckpointError(f"{path!r} is not a checkpoint directory: {error.strerror}") from error

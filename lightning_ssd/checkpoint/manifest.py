@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lightning_ssd.store.safetensors_header import (
-    TensorEntry,
-)
+from lightning_ssd.errors import listed
+from lightning_ssd.store.safetensors_header import TensorEntry
 
 FORMAT = "lightning-ssd-checkpoint"
 VERSION = 2
@@ -64,10 +63,8 @@ class FileRecord:
 
     @property
     def parameters(self) -> str:
-        """Its parameters for a message; the first three of many."""
-        names = [entry.name for entry in self.entries]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return ", ".join(map(repr, names[:3])) + more if names else "no parameter"
+        """Its parameters, for a message."""
+        return listed(entry.name for entry in self.entries)
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class Manifest:
         codec: Form of state on disk.
         world_size: Processes that wrote it.
         files: The unit files.
-        dtypes: The dtype a parameter has at rest, where it is not that of its one stored form.
+        dtypes: A parameter's own dtype, where it is not that of its one stored form.
         aliases: Further names of tied tensors, each with the name under which it is stored.
         optimizers: Records whose values are still in JSON form; ``CheckpointReader.optimizers`` decodes them.
         small_files: ``state.pt``, ``buffers.safetensors`` and, if there is one, ``extra_tensors.pt``; see `file_name`.

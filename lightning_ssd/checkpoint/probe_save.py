@@ -9,11 +9,12 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from lightning_ssd.checkpoint.directory import remove
-from lightning_ssd.checkpoint.save import write_checkpoint
+from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
-from lightning_ssd.checkpoint.writer import lay_out_tensors
+from lightning_ssd.checkpoint.writer import lay_out
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.deadline import in_time
 
@@ -41,7 +42,7 @@ def probe_save(folder: str, stores: Sequence[str]) -> float:
     sources = [os.path.join(store, f"{name}.safetensors") for store in stores]
     try:
         with _without_traces(folder), _files(sources) as files:
-            done = write_checkpoint(target, files, {}, {}, [], step=0, progress=lambda done, total: None)
+            done = write_checkpoint(target, CheckpointContent(files), progress=lambda done, total: None)
             _remove(target)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
@@ -64,18 +65,29 @@ def _remove(target: str) -> None:
             time.sleep(0.01)
 
 
+class _Zero:
+    """A `TensorSource` of one element."""
+
+    entries = lay_out([("probe", "F32", (1,))])
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.zeros(1)
+
+    def drop(self, name: str) -> None:
+        """Nothing: it is small."""
+
+
 @contextmanager
 def _files(paths: Sequence[str]) -> Iterator[list[UnitFile]]:
     """Small files in place of the generations of a store."""
-    tensors = {"probe": torch.zeros(1)}
-    entries = lay_out_tensors(tensors)
+    source = _Zero()
     files: list[UnitFile] = []
     try:
         for path in paths:
-            made = ComposedFile("probe", "param", entries, tensors.__getitem__, lambda name: None)
+            made = ComposedFile("probe", "param", source.entries, source)
             sums = made.write(path, lambda nbytes: None)
             kind = f"param-{len(files)}"  # a checkpoint has each kind of a unit once
-            files.append(UnitFile("probe", kind, path, True, entries, sums, made.data_begin))
+            files.append(UnitFile("probe", kind, path, True, source.entries, sums, made.data_begin))
         yield files
     finally:
         for path in paths:

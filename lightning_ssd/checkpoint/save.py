@@ -14,12 +14,11 @@ import errno
 import os
 import re
 import stat
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
-from lightning_ssd.checkpoint.directory import moved_aside_name, sibling, staging, sync_directory
+from lightning_ssd.checkpoint.directory import moved_aside_name, sibling, staging
 from lightning_ssd.checkpoint.discard import Recycle
 from lightning_ssd.checkpoint.manifest import (
     BUFFERS,
@@ -42,7 +41,6 @@ from lightning_ssd.checkpoint.manifest import (
     SmallFile,
 )
 from lightning_ssd.checkpoint.manifest_json import decode_manifest, encode_manifest
-from lightning_ssd.checkpoint.mapped import read_exactly
 from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
@@ -56,11 +54,13 @@ from lightning_ssd.checkpoint.writer import (
     write_pickle,
     write_tensors,
 )
-from lightning_ssd.errors import CheckpointError, CorruptionError, naming, with_remedy
+from lightning_ssd.codec import float32
+from lightning_ssd.errors import CheckpointError, CorruptionError, listed, naming, with_remedy
 from lightning_ssd.io.deadline import sync as sync_disk
-from lightning_ssd.io.folder import Folder, close_fd, is_own_file
+from lightning_ssd.io.folder import Folder, closing_fd, is_own_file
 from lightning_ssd.paths import too_long
 from lightning_ssd.store.dtypes import TORCH_DTYPE
+from lightning_ssd.store.mapped_safetensors import read_exactly
 
 _NUM_SYNCS = 16
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -73,29 +73,45 @@ class SaveReport:
     Attributes:
         nbytes_linked: Bytes of unit files that were hard-linked.
         nbytes_written: Bytes that were written.
-        seconds: How long it took.
         moved_aside: New name of a plain file that had the checkpoint's name, or None.
     """
 
     nbytes_linked: int
     nbytes_written: int
-    seconds: float
     moved_aside: str | None
+
+
+@dataclass(frozen=True)
+class CheckpointContent:
+    """What a checkpoint holds.
+
+    Attributes:
+        files: Unit files: generations to link or copy, or tensors to write.
+        buffers: Tensors that are in no unit file, by state-dict name; optimizer state of a shape other than its
+            parameter's as ``optimizer.<i>.<parameter>.<key>``.
+        state: Everything else of Lightning's checkpoint dictionary.
+        optimizers: One record per optimizer, in Lightning's order.
+        step: Global step.
+        dtypes: Safetensors dtype that each parameter computes in, where both ``param`` and ``master`` exist or neither
+            has that dtype. Default: the dtype of ``master`` if there is one, else of ``param``.
+        aliases: Further names of tied tensors -> the name under which the tensor is in ``files`` or ``buffers``.
+        names: The tensors of the module's state dict; see `Manifest.names`.
+    """
+
+    files: Sequence[UnitFile | ComposedFile]
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+    optimizers: Sequence[OptimizerRecord] = ()
+    step: int = 0
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    names: Sequence[str] | None = None
 
 
 def write_checkpoint(
     directory: str | os.PathLike[str],
-    files: Sequence[UnitFile | ComposedFile],
-    buffers: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    optimizers: Sequence[OptimizerRecord],
+    content: CheckpointContent,
     *,
-    step: int,
-    codec: str = "float32",
-    world_size: int = 1,
-    dtypes: Mapping[str, str] | None = None,
-    aliases: Mapping[str, str] | None = None,
-    names: Sequence[str] | None = None,
     recycle: Recycle | None = None,
     unsynced: set[str] | None = None,
     progress: Progress | None = None,
@@ -104,18 +120,7 @@ def write_checkpoint(
 
     Args:
         directory: The target. A plain file of that name is renamed to ``NAME.replaced``, a symlink is replaced.
-        files: Unit files: generations to link or copy, or tensors to write.
-        buffers: Tensors that are in no unit file, by state-dict name; optimizer state of a shape other than its
-            parameter's as ``optimizer.<i>.<parameter>.<key>``.
-        state: Everything else of Lightning's checkpoint dictionary.
-        optimizers: One record per optimizer, in Lightning's order.
-        step: Global step.
-        codec: Form of state on disk.
-        world_size: Processes that train together.
-        dtypes: Safetensors dtype each parameter has at rest, where both ``param`` and ``master`` exist or neither has
-            that dtype. Default: the dtype of ``master`` if there is one, else of ``param``.
-        aliases: Further names of tied tensors -> the name under which the tensor is in ``files`` or ``buffers``.
-        names: The tensors of the module's state dict; see `Manifest.names`.
+        content: What it holds.
         recycle: Called with unit files of a replaced checkpoint that nothing else links; see `discard.Recycle`.
         unsynced: Paths of generations whose sync failed; this save adds to it. The caller passes the same set to each
             save; see [Note: failed sync].
@@ -126,44 +131,50 @@ def write_checkpoint(
             of the previous one failed).
         CorruptionError: If a generation that had to be copied does not match its checksums.
     """
-    begin_s = time.monotonic()
     target = os.path.abspath(os.fspath(directory))
-    reason = too_long(
-        os.path.join(os.path.dirname(target), sibling(os.path.basename(target), "tmp"))
-    )  # the longest name that it has in a while
-    if reason:
-        raise CheckpointError(
-            f"checkpoint {target!r} cannot be saved, its path is too long: {reason}; shorten its name"
-        )
+    _require_short(target)
     moved_aside = moved_aside_name(target)
-    unsynced = set() if unsynced is None else unsynced
+    total_nbytes = sum(file.nbytes for file in content.files)
     try:
         with byte_bar(f"saving {os.path.basename(target)!r}") as bar, staging(target, recycle) as staged:
-            job = _Job(progress or bar, sum(file.nbytes for file in files), unsynced)
-            records = _place_units(staged, files, job)
-            encoded, small = _write_small_files(staged, buffers, state, optimizers, job)
-            manifest = Manifest(
-                step=step,
-                created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                versions=_versions(),
-                codec=codec,
-                world_size=world_size,
-                files=records,
-                dtypes=dict(dtypes or {}),
-                aliases=dict(aliases or {}),
-                optimizers=encoded,
-                small_files=small,
-                names=None if names is None else tuple(names),
-            )
-            require_whole(manifest, buffers, target)
-            _write_manifest(staged, manifest, job)
-            _make_durable(staged, (*small, MANIFEST))
+            job = _Job(progress or bar, total_nbytes, set() if unsynced is None else unsynced)
+            _write_content(staged, content, job, target)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {target!r} could not be saved: {with_remedy(error)}; one of that name that was there is still "
             "whole"
         ) from error
-    return SaveReport(job.nbytes_linked, job.nbytes_written, time.monotonic() - begin_s, moved_aside)
+    return SaveReport(job.nbytes_linked, job.nbytes_written, moved_aside)
+
+
+def _require_short(target: str) -> None:
+    folder, name = os.path.split(target)
+    reason = too_long(os.path.join(folder, sibling(name, "tmp")))  # the longest name that it has in a while
+    if reason:
+        raise CheckpointError(
+            f"checkpoint {target!r} cannot be saved, its path is too long: {reason}; shorten its name"
+        )
+
+
+def _write_content(staged: Folder, content: CheckpointContent, job: _Job, target: str) -> None:
+    records = _place_units(staged, content.files, job)
+    optimizers, small = _write_small_files(staged, content, job)
+    manifest = Manifest(
+        step=content.step,
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=_versions(),
+        codec=float32.NAME,
+        world_size=1,
+        files=records,
+        dtypes=content.dtypes,
+        aliases=content.aliases,
+        optimizers=optimizers,
+        small_files=small,
+        names=None if content.names is None else tuple(content.names),
+    )
+    require_whole(manifest, content.buffers, target)
+    _write_manifest(staged, manifest, job)
+    _make_durable(staged, (*small, MANIFEST))
 
 
 @dataclass
@@ -212,19 +223,16 @@ def _sync_sources(files: Sequence[UnitFile], device: int, unsynced: set[str]) ->
     """
 
     def sync(file: UnitFile) -> None:
-        fd, path = file.open_source(), file.source
-        try:
+        with closing_fd(file.open_source()) as fd:
             found = os.fstat(fd)
             # A generation with a link is in a checkpoint and was synced then; generations are immutable.
             if found.st_nlink == 1 and found.st_dev == device:
                 try:
                     sync_disk(fd, os.fdatasync)
                 except OSError as error:
-                    unsynced.add(path)
-                    error.filename = path
+                    unsynced.add(file.source)
+                    error.filename = file.source
                     raise
-        finally:
-            close_fd(fd)
 
     # In parallel: the disk merges the flushes.
     with ThreadPoolExecutor(_NUM_SYNCS, thread_name_prefix="checkpoint-sync") as pool:
@@ -238,8 +246,7 @@ def _place(file: UnitFile, units: Folder, to: str, job: _Job) -> tuple[int, ...]
 
     A file that belongs to another user, or that others may write to, is copied: they could change it later.
     """
-    fd = file.open_source()
-    try:
+    with closing_fd(file.open_source()) as fd:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size != file.nbytes:
             raise CheckpointError(
@@ -256,8 +263,6 @@ def _place(file: UnitFile, units: Folder, to: str, job: _Job) -> tuple[int, ...]
             job.report(linked=file.nbytes)
             return file.checksums
         return _copy(fd, file, units, to, job)
-    finally:
-        close_fd(fd)
 
 
 def _link(file: UnitFile, units: Folder, to: str, found: os.stat_result) -> bool:
@@ -304,30 +309,26 @@ def _compare(checksums: list[int], expected: tuple[int, ...] | None, file: UnitF
     if expected is None or (index < len(expected) and expected[index] == checksums[index]):
         return
     begin = index * PIECE_NBYTES
-    names = [entry.name for entry in file.entries if entry.begin < begin + PIECE_NBYTES and entry.end > begin]
+    names = listed(entry.name for entry in file.entries if entry.begin < begin + PIECE_NBYTES and entry.end > begin)
     raise CorruptionError(
         f"{file.kind} of unit {file.unit!r} is damaged on disk: the 1 MiB at offset {offset} of {file.source!r} "
-        f"({', '.join(map(repr, names[:4]))}) has another checksum than when it was written"
+        f"({names}) has another checksum than when it was written"
     )
 
 
 def _write_small_files(
-    staged: Folder,
-    buffers: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    optimizers: Sequence[OptimizerRecord],
-    job: _Job,
+    staged: Folder, content: CheckpointContent, job: _Job
 ) -> tuple[tuple[OptimizerRecord, ...], dict[str, SmallFile]]:
     """Write buffers and state; return the encoded optimizer records and what was written."""
     pickled: dict[str, Any] = {}
-    encoded = tuple(encode_optimizer(record, index, pickled) for index, record in enumerate(optimizers))
-    extra = {name: tensor for name, tensor in buffers.items() if not _is_plain(tensor)}
+    encoded = tuple(encode_optimizer(record, index, pickled) for index, record in enumerate(content.optimizers))
+    extra = {name: tensor for name, tensor in content.buffers.items() if not _is_plain(tensor)}
     small: dict[str, SmallFile] = {}
     with _small_file(staged, BUFFERS, small, job) as writer:
-        plain = {name: tensor for name, tensor in buffers.items() if name not in extra}
+        plain = {name: tensor for name, tensor in content.buffers.items() if name not in extra}
         write_tensors(writer, lay_out_tensors(plain), plain.__getitem__)
     with _small_file(staged, STATE, small, job) as writer:
-        write_pickle(writer, {"state": dict(state), "hyper": pickled})
+        write_pickle(writer, {"state": dict(content.state), "hyper": pickled})
     if extra:
         with _small_file(staged, EXTRA_TENSORS, small, job) as writer:
             write_pickle(writer, {name: tensor.detach() for name, tensor in extra.items()})
@@ -365,15 +366,11 @@ def _write_manifest(staged: Folder, manifest: Manifest, job: _Job) -> None:
 def _make_durable(staged: Folder, names: Iterable[str]) -> None:
     """Sync the small files and the directories, all at the end: the file system then commits them together."""
     for name in names:
-        fd = staged.open_file(name, os.O_RDONLY)
-        try:
-            with naming(os.path.join(staged.path, name)):
-                sync_disk(fd, os.fsync)
-        finally:
-            close_fd(fd)
+        with closing_fd(staged.open_file(name, os.O_RDONLY)) as fd, naming(os.path.join(staged.path, name)):
+            sync_disk(fd, os.fsync)
     with staged.folder(UNITS) as units:
-        sync_directory(units)
-    sync_directory(staged)
+        units.sync()
+    staged.sync()
 
 
 def _versions() -> dict[str, str]:

@@ -1,11 +1,10 @@
-"""A checkpoint as the module's state dict: every name, each tensor in its dtype at rest, mapped on demand."""
+"""A checkpoint as the module's state dict: every name, each tensor in its own dtype, mapped on demand."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -21,16 +20,6 @@ OPTIMIZER_PREFIX = "optimizer."
 
 VALUE_KINDS = ("param", "master")
 """Kinds of unit files that hold a parameter's value."""
-
-STATE_DICT_EXTRA = "state_dict_extra"
-"""Key of the saved state under which the entries of the module's state dict lie that are no tensors."""
-
-STATE_DICT_WHOLE = "state_dict_whole"
-"""Key of the saved state under which a list holds what a hook put in the state dict's place, if that is no dictionary;
-the list is empty if the hook took it out."""
-
-STATE_DICT_METADATA = "state_dict_metadata"
-"""Key of the saved state under which versions of the module's classes lie, if one is not 1."""
 
 
 class StateDictView(Mapping[str, Tensor]):
@@ -73,10 +62,10 @@ class StateDictView(Mapping[str, Tensor]):
     def dtype_of(self, name: str) -> str:
         """Safetensors dtype of a tensor, known without reading it."""
         stored = self.stored_name(name)
-        return name_of(self._buffers[stored].dtype) if stored in self._buffers else self._reader.dtype_at_rest(stored)
+        return name_of(self._buffers[stored].dtype) if stored in self._buffers else self._reader.own_dtype(stored)
 
     def nbytes_of(self, name: str) -> int:
-        """Bytes of a tensor in the dtype it had at rest."""
+        """Bytes of a tensor in its own dtype."""
         return math.prod(self.shapes[name]) * ITEMSIZE[self.dtype_of(name)]
 
     def is_in_place(self, name: str) -> bool:
@@ -89,18 +78,6 @@ class StateDictView(Mapping[str, Tensor]):
         stored = self.stored_name(name)
         if stored not in self._buffers:
             self._reader.drop_parameter(stored)
-
-
-def join_state_dict(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Put the state dict back into a saved state: ``tensors``, and the entries that the state itself holds."""
-    extra, whole = content.pop(STATE_DICT_EXTRA, {}), content.pop(STATE_DICT_WHOLE, None)
-    metadata = content.pop(STATE_DICT_METADATA, None)
-    if whole is None:
-        content["state_dict"] = state = OrderedDict({**tensors, **extra})
-        if metadata is not None:
-            state._metadata = metadata  # type: ignore[attr-defined]  # where `Module.load_state_dict` looks for it
-    elif whole:
-        content["state_dict"] = whole[0]
 
 
 def valued(manifest: Manifest) -> dict[str, Mapping[str, tuple[FileRecord, TensorEntry]]]:

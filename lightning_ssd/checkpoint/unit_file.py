@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -65,6 +66,18 @@ class UnitFile:
         in_time(link, self.source, "link")
 
 
+class TensorSource(Protocol):
+    """Tensors by name, one in memory at a time."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Free the memory of a tensor that is not needed any more."""
+        ...
+
+
 @dataclass(frozen=True)
 class ComposedFile:
     """A unit file that is written from tensors, one in memory at a time.
@@ -73,15 +86,13 @@ class ComposedFile:
         unit: Name of the unit.
         kind: As in `UnitFile`.
         entries: Where each tensor goes.
-        tensor_of: Gives a tensor by name; called in the order of the entries.
-        drop: Called with the name of each written tensor, to free its memory.
+        source: Gives the tensors, in the order of the entries; each is dropped when it is written.
     """
 
     unit: str
     kind: str
     entries: tuple[TensorEntry, ...]
-    tensor_of: Callable[[str], Tensor]
-    drop: Callable[[str], None]
+    source: TensorSource
 
     @property
     def data_begin(self) -> int:
@@ -108,13 +119,13 @@ class ComposedFile:
             report(writer.write(header))
             for entry in self.entries:
                 self._write_tensor(entry.name, writer, pieces, report)
-                self.drop(entry.name)
+                self.source.drop(entry.name)
             writer.finish()
         return pieces.finish()
 
     # A method of its own, so that no local variable keeps a tensor alive while the next one is loaded.
     def _write_tensor(self, name: str, writer: StreamWriter, pieces: _Pieces, report: Callable[[int], None]) -> None:
-        for part in _parts(as_bytes(self.tensor_of(name)).data):
+        for part in _parts(as_bytes(self.source.tensor(name)).data):
             pieces.add(part)
             report(writer.write(part))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 from lightning_ssd.checkpoint.checksum import Bytes, checksum
 from lightning_ssd.errors import CheckpointError, naming
 from lightning_ssd.io.deadline import in_time, sync
-from lightning_ssd.io.folder import Folder, close_fd
+from lightning_ssd.io.folder import Folder, closing_fd
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import name_of
 from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry, encode_header
@@ -39,14 +40,13 @@ class StreamWriter:
         error: Why a write failed, or None.
     """
 
-    def __init__(self, fd: int, *, checksummed: bool = False, on_flush: Callable[[int], None] | None = None) -> None:
-        """Write to ``fd``, which stays the caller's; ``on_flush`` is called with ``nbytes`` every 64 MiB."""
+    def __init__(self, fd: int, *, checksummed: bool = False) -> None:
+        """Write to ``fd``, which stays the caller's."""
         self.nbytes = 0
         self.checksum = 0
         self.error: OSError | None = None
         self._fd = fd
         self._checksummed = checksummed
-        self._on_flush = on_flush
         self._flushed_nbytes = 0
 
     def write(self, data: Bytes) -> int:
@@ -66,7 +66,12 @@ class StreamWriter:
     def finish(self) -> None:
         """Sync the file and drop it from the page cache."""
         sync(self._fd, os.fsync)
-        self._drop()
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop what is synced from the page cache; called every 64 MiB."""
+        os.posix_fadvise(self._fd, self._flushed_nbytes, self.nbytes - self._flushed_nbytes, os.POSIX_FADV_DONTNEED)
+        self._flushed_nbytes = self.nbytes
 
     def _write_piece(self, piece: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
         if self._checksummed:
@@ -77,13 +82,7 @@ class StreamWriter:
             piece = piece[written:]
         if self.nbytes - self._flushed_nbytes >= FLUSH_NBYTES:
             sync(self._fd, os.fdatasync)
-            self._drop()
-
-    def _drop(self) -> None:
-        os.posix_fadvise(self._fd, self._flushed_nbytes, self.nbytes - self._flushed_nbytes, os.POSIX_FADV_DONTNEED)
-        self._flushed_nbytes = self.nbytes
-        if self._on_flush is not None:
-            self._on_flush(self.nbytes)
+            self.drop()
 
 
 @contextmanager
@@ -94,11 +93,8 @@ def new_file(path: str, folder: Folder | None = None) -> Iterator[int]:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     else:
         fd = folder.open_file(os.path.basename(path), flags)
-    try:
-        with naming(path):
-            yield fd
-    finally:
-        close_fd(fd)
+    with closing_fd(fd), naming(path):
+        yield fd
 
 
 def lay_out(items: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorEntry, ...]:
@@ -106,10 +102,7 @@ def lay_out(items: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorEn
     entries: list[TensorEntry] = []
     position = 0
     for name, dtype, shape in sorted(items, key=lambda item: -ITEMSIZE[item[1]]):
-        numel = 1
-        for size in shape:
-            numel *= size
-        end = position + numel * ITEMSIZE[dtype]
+        end = position + math.prod(shape) * ITEMSIZE[dtype]
         entries.append(TensorEntry(name, dtype, shape, position, end))
         position = end
     return tuple(entries)

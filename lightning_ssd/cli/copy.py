@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from lightning_ssd.checkpoint.copy import copy_checkpoint
 from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.cli.arguments import path
 from lightning_ssd.cli.output import line
+from lightning_ssd.convert.copy import copy_checkpoint
 from lightning_ssd.sizes import fmt
 
 NAME = "copy"
@@ -24,5 +24,5 @@ def run(arguments: argparse.Namespace) -> int:
     """Copy."""
     with byte_bar("copied and compared") as progress:
         report = copy_checkpoint(arguments.checkpoint, arguments.target, progress)
-    line(f"{fmt(report.nbytes_copied)} copied, {fmt(report.nbytes_kept)} were there already, all compared")
+    line(f"{fmt(report.nbytes_copied)} copied, {fmt(report.nbytes_reused)} were there already, all compared")
     return 0

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
-from lightning_ssd.checkpoint.directory import sync_directory
 from lightning_ssd.checkpoint.discard import UNIT_FILE, discard_contents
 from lightning_ssd.checkpoint.manifest import OWN_FILES, UNITS
 from lightning_ssd.convert.export_staging import discard_export, is_unfinished_export
@@ -78,7 +77,7 @@ def remove_stale(path: str) -> bool:
         if role[1] == "export":
             discard_export(parent, name, found)
         else:
-            sync_directory(parent)  # or a power cut would bring back the name that it had before
+            parent.sync()  # or a power cut would bring back the name that it had before
             discard_contents(found, is_old=role[1] == "old")
             parent.rmdir(name)
         return True

@@ -7,6 +7,7 @@ metadata may name by one of ours that only stores its arguments, and refuses eve
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import re
@@ -20,8 +21,8 @@ from torch import Tensor
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.convert.sources import ImportSource, TensorRef, add_state, state_kinds
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.io.folder import close_fd
-from lightning_ssd.io.safe_open import open_inside
+from lightning_ssd.io.folder import close_fd, closing_fd
+from lightning_ssd.io.safe_open import open_folder, open_inside
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import dtype_of, name_of
 from lightning_ssd.store.safetensors_header import is_count
@@ -61,8 +62,8 @@ def open_dcp(path: str | os.PathLike[str], *, weights_only: bool = True) -> Impo
         for key, parts in folder.paths.items():
             number = _optimizer_number(parts)
             if number is None:
-                if parts[0] == prefix or prefix is None:
-                    _add_value(source, folder, key, parts[1:] if prefix is not None else parts)
+                if key in folder.tensors and (parts[0] == prefix or prefix is None):
+                    source.add(".".join(map(str, parts[prefix is not None :])), folder.tensor_ref(key))
             elif parts[1] == "state" and len(parts) >= 4:
                 states.setdefault(number, {}).setdefault(".".join(map(str, parts[2:-1])), {})[str(parts[-1])] = key
             elif parts[1] == "param_groups":
@@ -77,12 +78,6 @@ def open_dcp(path: str | os.PathLike[str], *, weights_only: bool = True) -> Impo
 def _optimizer_number(parts: _Path) -> int | None:
     found = _OPTIMIZER.fullmatch(str(parts[0])) if len(parts) >= 2 and parts[1] in ("state", "param_groups") else None
     return None if found is None else int(found[1] or 0)
-
-
-def _add_value(source: ImportSource, folder: _Folder, key: str, parts: _Path) -> None:
-    name = ".".join(map(str, parts))
-    if key in folder.tensors:
-        source.add(name, folder.tensor_ref(key))
 
 
 def _groups(leaves: Mapping[_Path, Any]) -> list[dict[str, Any]]:
@@ -136,10 +131,7 @@ class _Folder:
     def __init__(self, where: str, weights_only: bool) -> None:
         self.where = where
         self._weights_only = weights_only
-        try:
-            self._fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"cannot open folder {where!r}: {error.strerror}") from error
+        self._fd = open_folder(where)
         try:
             self._read(self._metadata())
         except BaseException:
@@ -162,11 +154,8 @@ class _Folder:
         """Lightning's state besides tensors; nothing if it did not write the folder."""
         if not os.path.lexists(os.path.join(self.where, META)):
             return {}
-        fd = open_inside(self._fd, META, self.where)
-        try:
+        with closing_fd(open_inside(self._fd, META, self.where)) as fd:
             return load_pickle(f"/proc/self/fd/{fd}", os.path.join(self.where, META), self._weights_only)
-        finally:
-            close_fd(fd)
 
     def value(self, key: str) -> Any:
         """A tensor, or whatever else was saved."""
@@ -196,7 +185,7 @@ class _Folder:
     def _require_bytes(self, key: str) -> None:
         """Refuse a tensor whose pieces have less room in the files than they need, or share it."""
         dtype, _, chunks = self.tensors[key]
-        places = [(self._place(key, offsets), _numel(sizes) * dtype_of(dtype).itemsize) for offsets, sizes in chunks]
+        places = [(self._place(key, offsets), math.prod(sizes) * dtype_of(dtype).itemsize) for offsets, sizes in chunks]
         there = {(path, begin) for (path, (begin, _)), nbytes in places if nbytes}
         if len(there) < sum(bool(nbytes) for _, nbytes in places) or any(p[1][1] < n for p, n in places):
             raise CheckpointError(f"{self.where}: the pieces of {key!r} do not lie one by one in its files")
@@ -253,11 +242,11 @@ class _Folder:
             len(o) == len(s) == len(shape) and all(a + b <= c for a, b, c in zip(o, s, shape, strict=True))
             for o, s in chunks
         )
-        total, covered = _numel(shape), sum(_numel(sizes) for _, sizes in chunks)
+        total, covered = math.prod(shape), sum(math.prod(sizes) for _, sizes in chunks)
         if (
             not inside
             or covered != total
-            or len({o for o, s in chunks if _numel(s)}) < sum(bool(_numel(s)) for _, s in chunks)
+            or len({o for o, s in chunks if math.prod(s)}) < sum(bool(math.prod(s)) for _, s in chunks)
         ):
             raise CheckpointError(f"{self.where}: the pieces of {key!r} do not make up its shape {list(shape)}")
         self.tensors[key] = (name_of(getattr(torch, dtype.name)), shape, chunks)
@@ -386,10 +375,3 @@ def _counts(value: object, key: str) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(map(is_count, value)) or len(value) > 64:
         raise CheckpointError(f"the metadata of {key!r} has {str(value)[:80]!r} for a shape or place")
     return value
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

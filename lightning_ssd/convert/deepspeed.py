@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.convert.sources import ImportSource, TensorRef, state_kinds, tensor_ref
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.io.folder import Folder, close_fd
+from lightning_ssd.io.folder import Folder, closing_fd
 from lightning_ssd.io.safe_open import open_inside
 from lightning_ssd.store.torch_file import load_any
 
@@ -87,11 +87,8 @@ class _Files:
         """What a file holds, and its path."""
         path = f"{_ZERO}/{name}/{kind}.pt"
         where = os.path.join(self._folder.path, path)
-        fd = open_inside(self._folder.fd, path, self._folder.path)
-        try:
+        with closing_fd(open_inside(self._folder.fd, path, self._folder.path)) as fd:
             return load_any(f"/proc/self/fd/{fd}", where, self._weights_only), where
-        finally:
-            close_fd(fd)
 
 
 def _tensor_ref(files: _Files, name: str, kind: str) -> TensorRef:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
+from lightning_ssd.checkpoint.dictionary import dictionary_of, own_entries
+from lightning_ssd.checkpoint.directory import check_replaceable, free_name, is_checkpoint, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.checkpoint.mapped import drop_pages, map_bytes
-from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, join_state_dict, split_buffers
+from lightning_ssd.checkpoint.progress import byte_bar
+from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView
 from lightning_ssd.checkpoint.writer import (
     Progress,
     StreamWriter,
@@ -38,7 +39,7 @@ from lightning_ssd.convert.shards import HF_INDEX, Shard, cut_shards, index_text
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import parse_nbytes, round_up
-from lightning_ssd.store.layout import suffix_of
+from lightning_ssd.store.mapped_safetensors import drop_pages, map_bytes
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json", ".h5", ".msgpack", ".gguf")
 
@@ -64,6 +65,7 @@ def consolidate(
     *,
     overwrite: bool = False,
     weights_only: bool | None = None,
+    is_resumable: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write a single file that ``LightningModule.load_from_checkpoint`` and ``Trainer.fit(ckpt_path=...)`` read.
@@ -73,6 +75,7 @@ def consolidate(
         out_file: Where.
         overwrite: Replace an existing file.
         weights_only: False if the state holds classes of your own; see `CheckpointReader.state`.
+        is_resumable: With entries of our own, which other strategies pass over: a run of ours resumes to the bit.
         progress: Called with bytes done and bytes in all.
 
     Raises:
@@ -83,24 +86,44 @@ def consolidate(
         raise CheckpointError(f"{target!r} exists; choose another name, or have a file replaced with overwrite=True")
     with CheckpointReader(directory) as reader, ExitStack() as stack, os_errors(target):
         reader.verify_files()  # the export has no checksums, so damage could not be found later
-        content = dict(reader.state(weights_only))
-        drop_empty_loader_states(content)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         spill = Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
-        join_state_dict(content, mapped_state_dict(reader, spill, weights_only))
-        own = content.pop(WHOLE_STATES, {})
-        if "optimizer_states" not in content and ("lr_schedulers" in content or reader.manifest.optimizers):
-            content["optimizer_states"] = [
-                own.get(index, state) for index, state in enumerate(optimizer_states(reader, weights_only))
-            ]
+        content = dictionary_of(reader, mapped_state_dict(reader, spill, weights_only), weights_only)
+        drop_empty_loader_states(content)
+        if is_resumable:
+            content |= own_entries(reader)
         with staged_file(target) as (fd, take_name):
-            total = reader.manifest.nbytes
-            writer = StreamWriter(fd, on_flush=dropper(reader, spill, progress, total))
+            writer = _Writer(fd, ReadPages(reader, spill, progress))
             write_pickle(writer, content)
             writer.finish()
             take_name()
         sync_directory(os.path.dirname(target))
     return ExportReport((target,), writer.nbytes)
+
+
+def save_file(directory: str, path: str) -> None:
+    """Write a checkpoint of a run as one file in the form of plain Lightning, from which our runs resume to the bit.
+
+    Args:
+        directory: The checkpoint.
+        path: Of the file. A file of that name is replaced, a checkpoint directory is renamed to ``NAME.replaced``.
+
+    Raises:
+        CheckpointError: If it could not be saved; what had the name is then untouched.
+        CorruptionError: A byte of the checkpoint differs from what was written to it.
+    """
+    aside = free_name(f"{path}.replaced") if is_checkpoint(path) and not os.path.islink(path) else None
+    if aside is not None:
+        os.rename(path, aside)
+    try:
+        with byte_bar(f"saving {os.path.basename(path)!r}") as bar:
+            consolidate(directory, path, overwrite=True, weights_only=False, is_resumable=True, progress=bar)
+    except BaseException:
+        if aside is not None:
+            os.rename(aside, path)
+        raise
+    if aside is not None:
+        warnings.warn(f"a checkpoint directory had the checkpoint's name and is now {aside!r}", stacklevel=2)
 
 
 def to_safetensors(
@@ -128,10 +151,7 @@ def to_safetensors(
     Raises:
         CheckpointError: If the checkpoint cannot be read, nothing has the prefix, or the folder cannot be written.
     """
-    target = os.path.abspath(os.fspath(out_folder))
-    check_replaceable(target)
-    if is_checkpoint(target) or (os.path.lexists(target) and not os.path.isdir(target)):
-        raise CheckpointError(f"{target!r} exists; name a folder that does not exist or is empty")
+    target = new_folder_path(out_folder)
     with CheckpointReader(directory) as reader, os_errors(target), staged_folder(target) as folder:
         reader.verify_files(kinds=VALUE_KINDS)
         view = StateDictView(reader)
@@ -140,7 +160,8 @@ def to_safetensors(
             raise CheckpointError(
                 f"no tensor of {reader.directory!r} begins with {prefix_to_strip!r}; there is {next(iter(view), '')!r}"
             )
-        shards = cut_shards(view, names, parse_nbytes(max_shard))
+        sizes = {source: view.nbytes_of(source) for source in names.values()}
+        shards = cut_shards(sizes, names, parse_nbytes(max_shard))
         total = sum(shard.nbytes for shard in shards)
         done = 0
         for shard in shards:
@@ -149,46 +170,10 @@ def to_safetensors(
             _write_text(folder, HF_INDEX, index_text(shards))
         if config_from is not None:
             _copy_configuration(os.fspath(config_from), folder)
-        sync_directory(folder)
+        folder.sync()
         publish(folder, target)
         sync_directory(os.path.dirname(target))
     return ExportReport(tuple(os.path.join(target, shard.file) for shard in shards), total, left_out)
-
-
-WHOLE_STATES = "whole_optimizer_states"
-"""Key of the saved state under which lies, by number, what optimizers that are run whole gave as their state."""
-
-
-def optimizer_state(
-    record: OptimizerRecord, full: Callable[[str, str], Tensor], extra: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One optimizer's state as ``torch.optim`` saves it: parameters are numbered through the groups in order.
-
-    Args:
-        record: The optimizer.
-        full: Gives a state of a parameter's own shape, by parameter and kind; KeyError if there is none.
-        extra: Further tensors: parameter -> key -> tensor.
-    """
-    numbers: dict[str, int] = {}
-    groups: list[dict[str, Any]] = []
-    for group in record.param_groups:
-        ids = [numbers.setdefault(name, len(numbers)) for name in group["params"]]
-        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": ids})
-    state: dict[int, dict[str, Any]] = {}
-    for name, number in numbers.items():
-        entry = {key: _as_torch_keeps_it(key, value) for key, value in record.state.get(name, {}).items()}
-        lacking = record.lacking.get(name, ())  # its unit's file of that kind has zeros for it
-        for kind in record.kinds if name in record.state else ():
-            if kind in lacking:
-                continue
-            try:
-                entry[kind.removesuffix(suffix_of(kind))] = full(name, kind)
-            except KeyError:
-                continue
-        entry |= extra.get(name, {})
-        if entry:
-            state[number] = entry
-    return {"state": state, "param_groups": groups}
 
 
 def drop_empty_loader_states(content: dict[str, Any]) -> None:
@@ -203,26 +188,6 @@ def drop_empty_loader_states(content: dict[str, Any]) -> None:
         states = [state for state in loop.pop("combined_loader") if state != {}]
         if states:
             loop["combined_loader"] = states
-
-
-def _as_torch_keeps_it(key: str, value: Any) -> Any:
-    # torch.optim counts steps in a float32 tensor; a plain number is what files of old torch versions hold.
-    if key == "step" and isinstance(value, int | float):
-        return torch.tensor(float(value), dtype=torch.float32)
-    return value
-
-
-def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> list[dict[str, Any]]:
-    """State of each optimizer as ``torch.optim`` saves it, with mapped tensors."""
-    _, extra = split_buffers(reader, weights_only)
-
-    def full(name: str, kind: str) -> Tensor:
-        if kind not in reader.manifest.parameters.get(name, {}):
-            raise KeyError(name)
-        return reader.tensor(name, kind)
-
-    records = reader.optimizers(weights_only)
-    return [optimizer_state(record, full, extra.get(index, {})) for index, record in enumerate(records)]
 
 
 def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool | None) -> dict[str, Tensor]:
@@ -240,6 +205,19 @@ def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool
             view.drop(key)
     stored |= spill.map()
     return {name: stored[view.stored_name(name)] for name in view}
+
+
+def new_folder_path(out_folder: str | os.PathLike[str]) -> str:
+    """The absolute path of a folder to be written.
+
+    Raises:
+        CheckpointError: If it exists and is not empty.
+    """
+    target = os.path.abspath(os.fspath(out_folder))
+    check_replaceable(target)
+    if is_checkpoint(target) or (os.path.lexists(target) and not os.path.isdir(target)):
+        raise CheckpointError(f"{target!r} exists; name a folder that does not exist or is empty")
+    return target
 
 
 class Spill:
@@ -276,16 +254,39 @@ class Spill:
             drop_pages(self._mapped.ctypes.data, self._mapped.nbytes)
 
 
-def dropper(reader: CheckpointReader, spill: Spill, progress: Progress | None, total: int) -> Callable[[int], None]:
-    """A callback for written bytes that frees the memory of read pages and reports progress."""
+class ReadPages:
+    """The mapped pages that an export reads. Drops them as what was made of them is written.
 
-    def on_flush(nbytes: int) -> None:
-        reader.drop()
-        spill.drop()
-        if progress is not None:
-            progress(min(nbytes, total), total)
+    Args:
+        reader: The checkpoint.
+        spill: What was converted.
+        progress: Called with bytes done and bytes in all.
+    """
 
-    return on_flush
+    def __init__(self, reader: CheckpointReader, spill: Spill, progress: Progress | None) -> None:
+        self._reader = reader
+        self._spill = spill
+        self._progress = progress
+
+    def drop(self, written_nbytes: int) -> None:
+        """Free their memory, and report how many bytes are written."""
+        self._reader.drop()
+        self._spill.drop()
+        if self._progress is not None:
+            total = self._reader.manifest.nbytes
+            self._progress(min(written_nbytes, total), total)
+
+
+class _Writer(StreamWriter):
+    """Drops pages that were read together with those that were written."""
+
+    def __init__(self, fd: int, pages: ReadPages) -> None:
+        super().__init__(fd)
+        self._pages = pages
+
+    def drop(self) -> None:
+        super().drop()
+        self._pages.drop(self.nbytes)
 
 
 def _write_shard(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from tempfile import TemporaryFile
 from typing import Any
@@ -18,18 +17,18 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
+from lightning_ssd.checkpoint.dictionary import join_state_dict, named_optimizer_states
+from lightning_ssd.checkpoint.directory import sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.state_dict import join_state_dict
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress, StreamWriter, new_file, write_pickle
 from lightning_ssd.convert.dcp import META
 from lightning_ssd.convert.export import (
     ExportReport,
+    ReadPages,
     Spill,
     drop_empty_loader_states,
-    dropper,
     mapped_state_dict,
-    optimizer_states,
+    new_folder_path,
     os_errors,
 )
 from lightning_ssd.convert.export_staging import publish, staged_folder
@@ -54,10 +53,7 @@ def to_dcp(
     Raises:
         CheckpointError: If the checkpoint cannot be read, or the folder not be written.
     """
-    target = os.path.abspath(os.fspath(out_folder))
-    check_replaceable(target)
-    if is_checkpoint(target) or (os.path.lexists(target) and not os.path.isdir(target)):
-        raise CheckpointError(f"{target!r} exists; name a folder that does not exist or is empty")
+    target = new_folder_path(out_folder)
     with ExitStack() as stack:
         reader = stack.enter_context(CheckpointReader(directory))
         reader.verify_files()
@@ -65,19 +61,8 @@ def to_dcp(
         folder = stack.enter_context(staged_folder(target))
         inside = f"/proc/self/fd/{folder.fd}"  # the folder that was made, whatever has its path by now
         spill = Spill(stack.enter_context(TemporaryFile(dir=inside)).fileno())
-        meta = reader.state(weights_only)
-        drop_empty_loader_states(meta)
-        join_state_dict(meta, mapped_state_dict(reader, spill, weights_only))
-        content: dict[str, Any] = {"model": meta.pop("state_dict", {})}
-        if "optimizer_states" in meta:
-            raise CheckpointError(
-                f"{reader.directory}: a hook changed its optimizer_states when it was saved, so they are not known by "
-                "name; export it to a .ckpt instead"
-            )
-        for index, state in enumerate(optimizer_states(reader, weights_only)):
-            content[f"optimizer_{index}"] = _by_name(state, reader, index)
-        total = reader.manifest.nbytes
-        _write(inside, content, dropper(reader, spill, progress, total))
+        content, meta = _content(reader, spill, weights_only)
+        _write(inside, content, ReadPages(reader, spill, progress))
         with new_file(os.path.join(folder.path, META), folder) as fd:
             writer = StreamWriter(fd)
             write_pickle(writer, meta)
@@ -86,45 +71,47 @@ def to_dcp(
         for name in names:
             os.chmod(name, 0o600, dir_fd=folder.fd)
         nbytes = sum(folder.stat(name).st_size for name in names)
-        sync_directory(folder)
+        folder.sync()
         publish(folder, target)
         sync_directory(os.path.dirname(target))
     return ExportReport(tuple(os.path.join(target, name) for name in names), nbytes)
 
 
-def _by_name(state: dict[str, Any], reader: CheckpointReader, index: int) -> dict[str, Any]:
-    """Optimizer state with names in place of numbers."""
-    groups = reader.manifest.optimizers[index].param_groups
-    names = [name for group in groups for name in group["params"]]
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    name_of = dict(zip(numbers, names, strict=True))
-    return {
-        "state": {name_of[number]: values for number, values in state["state"].items()},
-        "param_groups": [
-            {**group, "params": [name_of[number] for number in group["params"]]} for group in state["param_groups"]
-        ],
-    }
+def _content(
+    reader: CheckpointReader, spill: Spill, weights_only: bool | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model and optimizers, and what else Lightning keeps."""
+    meta = reader.state(weights_only)
+    drop_empty_loader_states(meta)
+    join_state_dict(meta, mapped_state_dict(reader, spill, weights_only))
+    if "optimizer_states" in meta:
+        raise CheckpointError(
+            f"{reader.directory}: a hook changed its optimizer_states when it was saved, so they are not known by "
+            "name; export it to a .ckpt instead"
+        )
+    states = enumerate(named_optimizer_states(reader, weights_only))
+    return {"model": meta.pop("state_dict", {}), **{f"optimizer_{index}": state for index, state in states}}, meta
 
 
-def _write(folder: str, content: dict[str, Any], on_flush: Callable[[int], None]) -> None:
+def _write(folder: str, content: dict[str, Any], pages: ReadPages) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group is meant
-        save(content, storage_writer=FileSystemWriter(folder), planner=_Planner(on_flush))
+        save(content, storage_writer=FileSystemWriter(folder), planner=_Planner(pages))
 
 
 class _Planner(DefaultSavePlanner):
     """Gives back the memory of tensors that were written."""
 
-    def __init__(self, on_flush: Callable[[int], None]) -> None:
+    def __init__(self, pages: ReadPages) -> None:
         super().__init__()
-        self._on_flush = on_flush
+        self._pages = pages
         self._nbytes = 0
         self._flushed_nbytes = 0
 
     def resolve_data(self, write_item: Any) -> Any:
         """The data of one item, which is written before the next one is asked for."""
         if self._nbytes - self._flushed_nbytes >= FLUSH_NBYTES:
-            self._on_flush(self._nbytes)
+            self._pages.drop(self._nbytes)
             self._flushed_nbytes = self._nbytes
         found = super().resolve_data(write_item)
         self._nbytes += getattr(found, "nbytes", 0)

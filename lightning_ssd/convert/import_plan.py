@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -39,7 +38,6 @@ class ImportPlan:
     """
 
     def __init__(self, source: ImportSource, like: ImportSource | None, places: Mapping[str, Place]) -> None:
-        self._source = source
         self._like = like
         self.aliases = _aliases(source, like, places)
         self.buffers: dict[str, TensorRef] = {}
@@ -61,10 +59,12 @@ class ImportPlan:
         linked = self._linked(wanted)
         done = {(entry.name, file.kind) for file in linked for entry in file.entries}
         rest = {key: ref for key, ref in wanted.items() if key not in done}
-        return [*linked, *_composed(rest, self._shapes())]
+        like = self._like.shapes if self._like is not None else {}
+        shapes = {name: like.get(name, next(iter(kinds.values())).shape) for name, kinds in self._params.items()}
+        return [*linked, *_composed(rest, shapes)]
 
     def dtypes(self, files: Iterable[UnitFile | ComposedFile]) -> dict[str, str]:
-        """Dtypes at rest of parameters, where their origin tells them."""
+        """Parameters' own dtypes, where their origin tells them."""
         there = {entry.name for file in files for entry in file.entries}
         found: dict[str, str] = {}
         for name, place in self._origins.items():
@@ -82,20 +82,14 @@ class ImportPlan:
             return
         kinds = place.source.parameters.get(old) or {"param": place.source.buffers[old]}
         missing = place.source is self._like
-        if self._rests_in_16_bits(name) and "master" not in kinds and kinds["param"].dtype == "F32":
+        like = None if self._like is None else self._like.reader
+        is_16_bit = like is not None and like.manifest.dtypes.get(name) in ("BF16", "F16")
+        if is_16_bit and "master" not in kinds and kinds["param"].dtype == "F32":
             kinds = {"master" if kind == "param" else kind: ref for kind, ref in kinds.items()}
         self._params[name] = {k: ref for k, ref in kinds.items() if not missing or k in VALUE_KINDS}
         self._origins[name] = place
         if not missing:
             self.names[old] = name
-
-    def _rests_in_16_bits(self, name: str) -> bool:
-        reader = None if self._like is None else self._like.reader
-        return reader is not None and reader.manifest.dtypes.get(name) in ("BF16", "F16")
-
-    def _shapes(self) -> dict[str, Shape]:
-        like = self._like.shapes if self._like is not None else {}
-        return {name: like.get(name, next(iter(kinds.values())).shape) for name, kinds in self._params.items()}
 
     def _linked(self, wanted: Mapping[tuple[str, str], TensorRef]) -> list[UnitFile]:
         files: dict[str, dict[str, str]] = defaultdict(dict)  # path -> name inside the target -> name in the source
@@ -148,19 +142,25 @@ def _composed(wanted: Mapping[tuple[str, str], TensorRef], shapes: Mapping[str, 
         groups[kind][-1][name] = ref
         filled[kind] += nbytes
     return [
-        _compose(f"imported-{index}", kind, group, shapes)
+        _Group(group, shapes).file(f"imported-{index}", kind)
         for kind, found in groups.items()
         for index, group in enumerate(found)
     ]
 
 
-def _compose(unit: str, kind: str, group: Mapping[str, TensorRef], shapes: Mapping[str, Shape]) -> ComposedFile:
-    def tensor_of(name: str) -> Tensor:
-        return group[name].load().reshape(shapes[name])
+@dataclass(frozen=True)
+class _Group:
+    """Tensors of one new file, by name in the target, in the shapes that the target gives them."""
 
-    entries = lay_out((name, ref.dtype, shapes[name]) for name, ref in group.items())
-    return ComposedFile(unit, kind, entries, tensor_of, partial(_drop, group))
+    refs: Mapping[str, TensorRef]
+    shapes: Mapping[str, Shape]
 
+    def tensor(self, name: str) -> Tensor:
+        return self.refs[name].load().reshape(self.shapes[name])
 
-def _drop(group: Mapping[str, TensorRef], name: str) -> None:
-    group[name].drop()
+    def drop(self, name: str) -> None:
+        self.refs[name].drop()
+
+    def file(self, unit: str, kind: str) -> ComposedFile:
+        entries = lay_out((name, ref.dtype, self.shapes[name]) for name, ref in self.refs.items())
+        return ComposedFile(unit, kind, entries, self)

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from lightning_ssd.checkpoint.dictionary import STATE_DICT_EXTRA
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.save import write_checkpoint
-from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, STATE_DICT_EXTRA, VALUE_KINDS
+from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
+from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, VALUE_KINDS
 from lightning_ssd.checkpoint.unit_file import ComposedFile
 from lightning_ssd.checkpoint.writer import Progress
 from lightning_ssd.convert.dcp import is_dcp, open_dcp
@@ -128,12 +129,10 @@ def import_checkpoint(
             _verify(found, None if records else VALUE_KINDS)
             _verify(like, VALUE_KINDS)
         buffers = {name: ref.load() for name, ref in plan.buffers.items()}
-        for index, name, key, value in extra:
-            buffers[f"{OPTIMIZER_PREFIX}{index}.{name}.{key}"] = value
-        done = write_checkpoint(
-            to, files, buffers, state, records, step=report.step, dtypes=plan.dtypes(files), aliases=plan.aliases,
-            progress=progress,
-        )  # fmt: skip
+        buffers |= {f"{OPTIMIZER_PREFIX}{index}.{name}.{key}": value for index, name, key, value in extra}
+        dtypes, aliases = plan.dtypes(files), plan.aliases
+        content = CheckpointContent(files, buffers, state, records, report.step, dtypes, aliases)
+        done = write_checkpoint(to, content, progress=progress)
     report.nbytes_linked, report.nbytes_written = done.nbytes_linked, done.nbytes_written
     return report
 

@@ -18,7 +18,7 @@ class Match:
     Attributes:
         sources: Name wanted -> name in the source, where the shapes agree.
         missing: Names wanted that the source does not have.
-        unexpected: Names of the source that nobody wants.
+        unexpected: Names of the source that are not wanted.
         mismatched: Name wanted -> (shape wanted, shape in the source).
     """
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
-from lightning_ssd.errors import CheckpointError
+from lightning_ssd.errors import CheckpointError, listed
 
 Shape = tuple[int, ...]
 
@@ -38,7 +39,11 @@ def optimizer_from_torch(
         CheckpointError: If it is of another form, or the names do not follow from order and shapes.
     """
     groups, state = content.get("param_groups"), content.get("state")
-    if not isinstance(groups, list) or not isinstance(state, Mapping) or not all(_is_group(g) for g in groups):
+    if (
+        not isinstance(groups, list)
+        or not isinstance(state, Mapping)
+        or not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+    ):
         raise CheckpointError(f"{where} is not what torch.optim saves")
     numbers = [number for group in groups for number in group["params"]]
     candidates = {name: shape for name, shape in shapes.items() if not name.endswith(_BUFFERS)}
@@ -50,10 +55,7 @@ def optimizer_from_torch(
             "save it again with an optimizer made from named_parameters()"
         )
     name_of = dict(zip(numbers, names, strict=True))
-    by_name = [
-        {**{k: v for k, v in g.items() if k != "param_names"}, "params": [name_of[n] for n in g["params"]]}
-        for g in groups
-    ]
+    by_name = [_group(group, [name_of[number] for number in group["params"]]) for group in groups]
     return by_name, {name_of[number]: values for number, values in state.items() if number in name_of}
 
 
@@ -84,41 +86,46 @@ def in_order_of(
             "must make as many as when the checkpoint was saved, or import it with lightning-ssd import --like"
         )
     groups = content["param_groups"]
-    number_of = {
-        name: number
-        for names, group in zip(saved, groups, strict=True)
-        for name, number in zip(names, group["params"], strict=True)
-    }
+    numbers = (number for group in groups for number in group["params"])
+    number_of = dict(zip(chain.from_iterable(saved), numbers, strict=True))
     group_of = {name: index for index, names in enumerate(saved) for name in names}
-    now = {name for names in shapes for name in names}
+    now = set(chain.from_iterable(shapes))
     notes: list[str] = []
     for index, (names, here) in enumerate(zip(saved, shapes, strict=True)):
         new, gone = [n for n in here if n not in number_of], [n for n in names if n not in now]
-        fit = all(_fits(content["state"].get(number_of[old]), here[n]) for old, n in zip(gone, new, strict=False))
-        if len(new) != len(gone) or not fit:
-            raise CheckpointError(
-                f"{where}, group {index}: parameters {_some(new)} of the model are not in the checkpoint, and "
-                f"{_some(gone)} of the checkpoint are not in the model or not in this optimizer; bring it to the model "
-                "with lightning-ssd import --map (renamed) or --like ... --partial (added, left out)"
-            )
-        number_of.update((n, number_of[old]) for old, n in zip(gone, new, strict=True))
-        if new:
-            notes.append(f"group {index}: {_some(new)} took the state of {_some(gone)}, by their place")
+        if new or gone:
+            _take_places(gone, new, number_of, content["state"], here, f"{where}, group {index}")
+            notes.append(f"group {index}: {listed(new)} took the state of {listed(gone)}, by their place")
         moved = [n for n in here if group_of.get(n, index) != index]
         if moved:
-            notes.append(
-                f"group {index}: {_some(moved)} were in another group, and have the hyper-parameters of this one"
-            )
-    arranged = [
-        {**{k: v for k, v in group.items() if k != "param_names"}, "params": [number_of[name] for name in here]}
-        for group, here in zip(groups, shapes, strict=True)
-    ]
+            notes.append(f"group {index}: {listed(moved)} were in another group, and have this one's hyper-parameters")
+    arranged = [_group(group, [number_of[name] for name in here]) for group, here in zip(groups, shapes, strict=True)]
     return {**content, "param_groups": arranged}, notes
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:4])) or "none"
-    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _take_places(
+    gone: Sequence[str],
+    new: Sequence[str],
+    number_of: dict[str, Any],
+    state: Mapping[Any, Any],
+    shapes: Mapping[str, Shape],
+    where: str,
+) -> None:
+    """Give each new name the number of the one that is gone in its place, if they fit."""
+    pairs = list(zip(gone, new, strict=False))
+    fit = all(_fits(state.get(number_of[old]), shapes[name]) for old, name in pairs)
+    if len(new) != len(gone) or not fit:
+        raise CheckpointError(
+            f"{where}: parameters {listed(new)} of the model are not in the checkpoint, and {listed(gone)} of the "
+            "checkpoint are not in the model or not in this optimizer; bring it to the model with lightning-ssd import "
+            "--map (renamed) or --like ... --partial (added, left out)"
+        )
+    number_of.update((name, number_of[old]) for old, name in pairs)
+
+
+def _group(group: Mapping[str, Any], params: list[Any]) -> dict[str, Any]:
+    """``group`` with other ``params``, and without their names."""
+    return {**{key: value for key, value in group.items() if key != "param_names"}, "params": params}
 
 
 def _names(
@@ -171,7 +178,3 @@ def _shape_of(values: object) -> Shape | None:
 def _tensors(values: object) -> list[Tensor]:
     found = values.values() if isinstance(values, Mapping) else ()
     return [value for value in found if isinstance(value, Tensor) and value.dim()]
-
-
-def _is_group(group: object) -> bool:
-    return isinstance(group, dict) and isinstance(group.get("params"), list)

@@ -5,17 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 HF_INDEX = "model.safetensors.index.json"
 HF_SINGLE = "model.safetensors"
-
-
-class Sized(Protocol):
-    """A state dict that tells the size of a tensor without converting it."""
-
-    def nbytes_of(self, name: str) -> int:
-        """Bytes of the tensor in the dtype it is given in."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +28,17 @@ def strip_prefix(names: Iterable[str], prefix: str) -> tuple[dict[str, str], tup
     )
 
 
-def cut_shards(state: Sized, names: Mapping[str, str], max_nbytes: int) -> list[Shard]:
-    """Fill files in order up to ``max_nbytes``; a larger tensor is alone in its file."""
+def cut_shards(sizes: Mapping[str, int], names: Mapping[str, str], max_nbytes: int) -> list[Shard]:
+    """Fill files in order up to ``max_nbytes``; a larger tensor is alone in its file.
+
+    Args:
+        sizes: Bytes of each tensor, by its name in the state dict.
+        names: Name in the files -> name in the state dict.
+        max_nbytes: Bytes of a file.
+    """
     groups: list[tuple[dict[str, str], int]] = [({}, 0)]
     for name, source in names.items():
-        nbytes = state.nbytes_of(source)
+        nbytes = sizes[source]
         group, filled = groups[-1]
         if group and filled + nbytes > max_nbytes:
             group, filled = {}, 0

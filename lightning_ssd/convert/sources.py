@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_ssd.checkpoint.dictionary import STATE_DICT_EXTRA
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import FileRecord, OptimizerRecord
-from lightning_ssd.checkpoint.mapped import drop_pages
-from lightning_ssd.checkpoint.state_dict import STATE_DICT_EXTRA, VALUE_KINDS, StateDictView, split_buffers
+from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, split_buffers
 from lightning_ssd.convert.match import Shape
 from lightning_ssd.convert.param_names import optimizer_from_torch
-from lightning_ssd.errors import CheckpointError
+from lightning_ssd.errors import CheckpointError, listed
 from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
+from lightning_ssd.store.mapped_safetensors import drop_pages
 from lightning_ssd.store.safetensors_header import TensorEntry
 from lightning_ssd.store.torch_file import load_pickle
 
@@ -117,8 +118,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
         view = StateDictView(reader, weights_only)
         buffers, source.extra_state = split_buffers(reader, weights_only)
         # A value that a hook replaced is in `buffers`; a parameter that it left out is stored for its optimizer only.
-        kept = {n: p for n, p in reader.manifest.parameters.items() if n in view.shapes and n not in buffers}
-        for name, places in kept.items():
+        valued = {n: p for n, p in reader.manifest.parameters.items() if n in view.shapes and n not in buffers}
+        for name, places in valued.items():
             source.parameters[name] = {
                 kind: TensorRef(
                     place[1].shape,
@@ -132,10 +133,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
         source.buffers = {name: tensor_ref(tensor) for name, tensor in buffers.items()}
         source.aliases = dict(reader.manifest.aliases)
         source.optimizers = reader.optimizers(weights_only)
-        lost = [name for name in reader.manifest.parameters if name not in kept]
+        lost = [name for name in reader.manifest.parameters if name not in valued]
         if lost and source.optimizers:
             raise CheckpointError(
-                f"{reader.directory}: the values of {', '.join(map(repr, lost[:4]))} were replaced when it was saved "
+                f"{reader.directory}: the values of {listed(lost)} were replaced when it was saved "
                 "(weight averaging, or a hook that changes state_dict), so its optimizer state is not that of its "
                 "weights: resume it with the Trainer that saved it, or export it and import the .ckpt"
             )

@@ -8,13 +8,13 @@ from functools import partial
 
 from torch import Tensor
 
-from lightning_ssd.checkpoint.mapped import MappedFile
 from lightning_ssd.convert.match import Shape
 from lightning_ssd.convert.sources import ImportSource, TensorRef
 from lightning_ssd.errors import CheckpointError
-from lightning_ssd.io.folder import Folder, close_fd
-from lightning_ssd.io.safe_open import open_inside, open_regular
+from lightning_ssd.io.folder import Folder, closing_fd
+from lightning_ssd.io.safe_open import open_folder, open_inside, open_regular
 from lightning_ssd.store.dtypes import name_of
+from lightning_ssd.store.mapped_safetensors import MappedFile
 from lightning_ssd.store.safetensors_header import MAX_HEADER_NBYTES, parse_json_object
 
 _SINGLE = "model.safetensors"
@@ -49,12 +49,9 @@ class _SafetensorsFiles:
         """Open ``shards``: file name -> names it must hold at least (None: whatever it holds)."""
         self.where = folder
         self._files: dict[str, MappedFile] = {}
-        directory_fd = _open_folder(folder)
-        try:
+        with closing_fd(open_folder(folder)) as directory_fd:
             for shard, names in shards.items():
                 self._add(directory_fd, folder, shard, names, follow_last)
-        finally:
-            close_fd(directory_fd)
         self.shapes: Mapping[str, Shape] = {name: file.header.entries[name].shape for name, file in self._files.items()}
 
     def tensor(self, name: str) -> Tensor:
@@ -69,11 +66,8 @@ class _SafetensorsFiles:
 
     def _add(self, directory_fd: int, folder: str, shard: str, names: set[str] | None, follow: bool) -> None:
         where = os.path.join(folder, shard)
-        fd = _open_followed(where) if follow else _open_shard(directory_fd, folder, shard)
-        try:
+        with closing_fd(_open_followed(where) if follow else _open_shard(directory_fd, folder, shard)) as fd:
             file = MappedFile(fd, where)
-        finally:
-            close_fd(fd)
         for name in sorted(names or file.header.entries):
             if name not in file.header.entries:
                 raise CheckpointError(f"{folder}: the index puts {name!r} into {shard!r}, which does not hold it")
@@ -109,13 +103,6 @@ def _read_index(folder: str) -> dict[str, set[str] | None]:
     return dict(shards)
 
 
-def _open_folder(folder: str) -> int:
-    try:
-        return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise CheckpointError(f"cannot open folder {folder!r}: {error.strerror}") from error
-
-
 def _open_shard(directory_fd: int, folder: str, shard: str) -> int:
     """Open a shard inside its folder; the cache of Hugging Face holds symlinks to its own ``blobs``, which are fine."""
     path = os.path.join(folder, shard)
@@ -126,8 +113,5 @@ def _open_shard(directory_fd: int, folder: str, shard: str) -> int:
 
 
 def _open_followed(path: str) -> int:
-    try:
-        with open_regular(path, path) as file:
-            return os.dup(file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"cannot open {path!r}: {error.strerror}") from error
+    with open_regular(path, path) as file:
+        return os.dup(file.fileno())

@@ -3,7 +3,7 @@
 [Note: deadline] Only time in which this process runs counts. After SIGSTOP, or on a machine that was suspended, the
 disk had no time to answer: one tick of a wait counts as at most a second, however long it took.
 
-Once a wait has run out, the disk counts as hanging until that operation ends, and nobody waits for it again. So an
+Once a wait has run out, the disk counts as hanging until that operation ends, and it is not waited for again. So an
 error is raised one deadline after the disk stopped, whatever else would have waited for it, and teardown ends.
 
 An operation that hangs in the kernel cannot be cancelled, only abandoned: a thread with its system call, a transfer
@@ -47,7 +47,7 @@ class InFlight(Protocol):
 
 
 class Over(threading.Event):
-    """An `InFlight` that is over once somebody calls `set`."""
+    """An `InFlight` that is over once `set` is called."""
 
     def done(self) -> bool:
         """See `InFlight.done`."""
@@ -239,7 +239,7 @@ class _Call(Generic[T]):
         return self._result.pop()
 
     def run(self) -> None:
-        """Make the call, and drop it before `over` is set: nothing that it holds is kept by who waited."""
+        """Make the call, and drop it before `over` is set: the caller does not keep what the call holds."""
         call = self._call.pop()
         try:
             self._result.append(call())

@@ -37,7 +37,7 @@ class File:
         self.tail_fd = tail_fd
         self.is_direct = direct_fd != tail_fd
         self.writable = writable
-        self._abandoned: list[InFlight] = []  # transfers that nobody waits for any more
+        self._abandoned: list[InFlight] = []  # transfers that were given up
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], nbytes: int, *, direct: bool, folder: Folder | None = None) -> File:
@@ -168,7 +168,7 @@ class File:
             os.utime(_name(self.path, self.folder), ns=times, dir_fd=where, follow_symlinks=False)
 
     def give_up(self, transfer: InFlight) -> None:
-        """Nobody waits for ``transfer`` any more; until it is over, it may still use the descriptors."""
+        """Note that ``transfer`` is not waited for any more. Until it is over, it may still use the descriptors."""
         self._abandoned.append(transfer)
 
     @property

@@ -13,7 +13,6 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import TypeVar
 
 from lightning_ssd.errors import as_io_failure
@@ -45,9 +44,7 @@ class Folder:
     def __enter__(self) -> Folder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -83,15 +80,15 @@ class Folder:
             raise OSError(errno.EPERM, "another user put a directory in its place", os.path.join(self.path, name))
         return made
 
-    def open_file(self, name: str, flags: int, mode: int = 0o600) -> int:
+    def open_file(self, name: str, flags: int) -> int:
         """Open a file; a symlink is an error, and a FIFO is not waited for."""
         if self.fd < 0:
             raise FileNotFoundError(errno.ENOENT, "its directory was closed", os.path.join(self.path, name))
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         if flags & os.O_CREAT:
-            return self._change(name, lambda: os.open(name, flags, mode, dir_fd=self.fd), "create")
+            return self._change(name, lambda: os.open(name, flags, 0o600, dir_fd=self.fd), "create")
         with self._naming(name):
-            return os.open(name, flags, mode, dir_fd=self.fd)
+            return os.open(name, flags, dir_fd=self.fd)
 
     def unlink(self, name: str) -> None:
         """Remove a file's name."""
@@ -148,13 +145,10 @@ class Folder:
     def _gives_its_owner(self) -> bool:
         """Whether the file system gives all files one owner, whoever creates them, as network disks may."""
         name = f".owner-{secrets.token_hex(8)}"
-        fd = self.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        try:
-            return os.fstat(fd).st_uid == os.fstat(self.fd).st_uid
-        finally:
-            close_fd(fd)
+        with closing_fd(self.open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)) as fd:
             with suppress(FileNotFoundError):
                 self.unlink(name)
+            return os.fstat(fd).st_uid == os.fstat(self.fd).st_uid
 
     def _change(self, name: str, call: Callable[[], T], what: str) -> T:
         """Make a system call that changes a name, in time; its error shows the whole path."""
@@ -186,6 +180,15 @@ def close_fd(fd: int) -> None:
     """Close a descriptor and ignore errors, as of a disk that is gone; what must be durable was synced before."""
     with suppress(OSError):
         os.close(fd)
+
+
+@contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """Close a descriptor on leaving."""
+    try:
+        yield fd
+    finally:
+        close_fd(fd)
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool | None:

@@ -64,7 +64,7 @@ class NativeEngine:
 
     def stats(self) -> IOStats:
         """See `Engine.stats`."""
-        self._let_go()
+        self._drop_finished()
         return IOStats(*self._native.stats())
 
     def close(self) -> None:
@@ -74,21 +74,21 @@ class NativeEngine:
             leave_behind(self)  # with the memory that its transfers use
             return
         self._native.close()  # sync: waits for the disk, which has answered
-        self._let_go()
+        self._drop_finished()
 
     def _start(
         self, file: File, offset: int, address: int, nbytes: int, keep: object, *, is_write: bool
     ) -> NativeTransfer:
         check_request(file, offset, address, nbytes, is_write=is_write)
         check_process(self._pid)
-        self._let_go()
+        self._drop_finished()
         native = self._native.start(is_write, file.direct_fd, file.tail_fd, offset, address, nbytes)
         transfer = NativeTransfer(native, file, offset, nbytes, keep, self.patience, is_write=is_write)
         with self._lock:
             self._in_flight.append(transfer)
         return transfer
 
-    def _let_go(self) -> None:
+    def _drop_finished(self) -> None:
         """Drop transfers that are over.
 
         Not done by the native thread that completes them: to drop a Python object it would have to wait for the
@@ -139,7 +139,7 @@ class NativeTransfer:
             raise IOFailure(code, self.path, offset, nbytes, self._what)
 
     def is_over_in_time(self, deadline_s: float | None = None) -> bool:
-        """Wait for it; False if time ran out, and then nobody waits for it again."""
+        """Wait for it; False if time ran out, and then it is given up."""
         if self._patience.wait(self._native, deadline_s):  # sync: waits for the disk
             return True
         self._file.give_up(self._native)

@@ -1,4 +1,4 @@
-"""Open files that somebody else may have put there: no symlink leads out of a directory, no FIFO is waited for."""
+"""Open files that another user may have put there: no symlink leads out of a directory, no FIFO is waited for."""
 
 from __future__ import annotations
 
@@ -13,15 +13,6 @@ from lightning_ssd.errors import CheckpointError, remedy
 from lightning_ssd.io.folder import close_fd
 
 _MAX_PATH_PARTS = 8
-
-
-@contextmanager
-def closing_fd(fd: int) -> Iterator[int]:
-    """Close a descriptor on leaving."""
-    try:
-        yield fd
-    finally:
-        close_fd(fd)
 
 
 def check_relative_path(path: str, where: str) -> tuple[str, ...]:
@@ -64,6 +55,18 @@ def open_inside(directory_fd: int, path: str, where: str) -> int:
         close_fd(opened)
         raise CheckpointError(f"{where}: {path!r} is not a regular file")
     return opened
+
+
+def open_folder(path: str) -> int:
+    """Open a directory by the path that the user gave, which may lead through symlinks.
+
+    Raises:
+        CheckpointError: If it cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"cannot open the directory {path!r}: {error.strerror}") from error
 
 
 @contextmanager

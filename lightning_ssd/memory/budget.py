@@ -20,8 +20,8 @@ class SharedBudget:
             lie in memory of their own.
 
     Attributes:
-        held_gradients_nbytes: What waiting gradients take, as far as nobody else holds them.
-        held_saved_inputs_nbytes: What saved inputs take, as far as nobody else holds them.
+        held_gradients_nbytes: What waiting gradients take that nothing else holds.
+        held_saved_inputs_nbytes: What saved inputs take that nothing else holds.
     """
 
     def __init__(self, *, gradients_nbytes: int = 0, saved_inputs_nbytes: int | None = 0, lends: bool = True) -> None:

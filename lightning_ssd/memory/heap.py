@@ -62,18 +62,18 @@ class HeapWatch:
     def __init__(self, *, slack_nbytes: int = 16 * MiB) -> None:
         self._slack_nbytes = slack_nbytes
         self._step_nbytes = slack_nbytes // 4
-        self._let_go_nbytes = 0  # since memory was measured last
+        self._unmeasured_nbytes = 0  # since memory was measured last
         self._freed_nbytes = 0  # since the last trim
         self._left_nbytes = anonymous_nbytes()  # by the last trim
         self._working_nbytes = 0
 
-    def let_go(self, nbytes: int) -> None:
+    def note_freed(self, nbytes: int) -> None:
         """Note that a tensor of ``nbytes`` was freed. Every few MiB the memory of the process is measured."""
-        self._let_go_nbytes += nbytes
-        if self._let_go_nbytes < self._step_nbytes:
+        self._unmeasured_nbytes += nbytes
+        if self._unmeasured_nbytes < self._step_nbytes:
             return
-        self._freed_nbytes += self._let_go_nbytes
-        self._let_go_nbytes = 0
+        self._freed_nbytes += self._unmeasured_nbytes
+        self._unmeasured_nbytes = 0
         grown = anonymous_nbytes() - self._left_nbytes
         self._working_nbytes = max(self._working_nbytes, grown - self._freed_nbytes)
         if grown - self._working_nbytes > self._slack_nbytes:

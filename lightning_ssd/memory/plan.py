@@ -33,7 +33,7 @@ class UnitSize:
 
     Attributes:
         name: Its name.
-        param_nbytes: Buffer for its parameters.
+        param_nbytes: Buffer for its parameters, a multiple of 4096.
         grad_nbytes: Gradients of its trainable parameters.
         numel: Elements whose state an update moves; 0 if frozen.
         param_width: Bytes per element of its parameters.
@@ -54,11 +54,6 @@ class UnitSize:
     shared_grad_nbytes: int = 0
     temporary_nbytes: int = 0
     is_persistent: bool = False
-
-    @property
-    def in_memory_param_nbytes(self) -> int:
-        """What its parameters take if they are held in memory."""
-        return round_up(self.param_nbytes)
 
 
 @dataclass(frozen=True)
@@ -91,6 +86,7 @@ class MemoryPlan:
     """How much memory each part of the run gets.
 
     Attributes:
+        host_nbytes: The sum of all parts.
         param_nbytes: Pool for parameters that stream.
         update_nbytes: Pool for updates.
         temporary_nbytes: What an optimizer class allocates in an update.
@@ -98,13 +94,14 @@ class MemoryPlan:
         shared_grad_nbytes: The part of them that autograd holds of parameters that several modules have.
         staging_nbytes: Pool for streaming tensors into files.
         in_memory_nbytes: Parameters and states that are held in memory.
+        in_memory_param_nbytes: The part of it for parameters.
         activation_nbytes: Inputs of blocks that are saved in memory; more of them are spilled.
         spill_nbytes: Pool for inputs on their way to the disk and back; 0 if nothing is recomputed.
         whole_nbytes: See `Demand`.
         chunk_numel: Elements of a chunk.
         depth: Chunks in memory at a time.
         keep_cache: Released parameters stay cached while there is room, and as many units are prefetched as fit.
-        keep_grads: Gradients that wait for all others are in memory; otherwise they are mapped files.
+        in_memory_grads: Gradients that wait for all others are in memory; otherwise they are mapped files.
         queue_nbytes: The part of the gradients that may wait for their update while backward goes on.
         in_memory_params: Units whose parameters are held in memory.
         in_memory_states: Units whose states are.
@@ -113,6 +110,7 @@ class MemoryPlan:
         smallest_nbytes: The smallest budget that works.
     """
 
+    host_nbytes: int
     param_nbytes: int
     update_nbytes: int
     temporary_nbytes: int
@@ -120,26 +118,20 @@ class MemoryPlan:
     shared_grad_nbytes: int
     staging_nbytes: int
     in_memory_nbytes: int
+    in_memory_param_nbytes: int
     activation_nbytes: int
     spill_nbytes: int
     chunk_numel: int
     depth: int
     keep_cache: bool
-    keep_grads: bool
+    in_memory_grads: bool
     queue_nbytes: int
     in_memory_params: frozenset[str]
     in_memory_states: frozenset[str]
     fits: bool
     recomputes: bool
     smallest_nbytes: int
-    whole_nbytes: int = 0
-
-    @property
-    def host_nbytes(self) -> int:
-        """The sum of all parts."""
-        pools = self.param_nbytes + self.update_nbytes + self.staging_nbytes + self.spill_nbytes
-        pools += self.temporary_nbytes + self.whole_nbytes
-        return pools + self.grad_nbytes + self.in_memory_nbytes + self.activation_nbytes
+    whole_nbytes: int
 
 
 def make_plan(
@@ -148,7 +140,6 @@ def make_plan(
     *,
     budget_nbytes: int | None,
     demand: Demand,
-    budget_name: str = "host_memory",
 ) -> MemoryPlan:
     """Divide the budget.
 
@@ -157,7 +148,6 @@ def make_plan(
         chains: Sets of units that nested modules need at the same time.
         budget_nbytes: The budget; None for the smallest plan that streams everything.
         demand: What the plan depends on beside the units.
-        budget_name: What messages call the budget.
 
     Raises:
         MemoryPlanError: The budget is too small; names the smallest one that works, and what needs it.
@@ -171,7 +161,7 @@ def make_plan(
         return streams.plan(smallest)
     drafts = [draft for draft in (holds, streams) if draft.total <= budget_nbytes]
     if not drafts:
-        raise MemoryPlanError(_too_small(min(streams, holds, key=lambda d: d.total), budget_nbytes, budget_name))
+        raise MemoryPlanError(_too_small(min(streams, holds, key=lambda d: d.total), budget_nbytes))
     for draft in drafts:
         draft.grow(budget_nbytes)
     # Overlap first: a larger budget never ends it.
@@ -198,7 +188,7 @@ class _Draft:
         self.spill_nbytes = 0 if demand.recomputes is False else SPILL_NBYTES
         self.activation_nbytes = 0
         self.num_queued = 0  # of the largest gradients
-        self.keep_grads = False
+        self.in_memory_grads = False
         self.keep_cache = False
         self.in_memory_params = {unit.name for unit in units if unit.is_persistent}
         self.in_memory_states: set[str] = set()
@@ -258,7 +248,7 @@ class _Draft:
         Where the first one is a view, as a Linear's is unless autocast has made a copy, the sum is a third tensor.
         """
         summed = max((u.shared_grad_nbytes for u in self.units), default=0) * (1 if self.demand.sums_in_place else 2)
-        if self.keep_grads:
+        if self.in_memory_grads:
             return self._all_grads + summed
         now = max(self._largest_grad, summed) + self.queue_nbytes
         return min(now + self.shared_grad_nbytes, self._all_grads + summed)
@@ -266,8 +256,13 @@ class _Draft:
     @property
     def in_memory_nbytes(self) -> int:
         """Parameters and states that are held in memory."""
-        params = sum(self._by_name[name].in_memory_param_nbytes for name in self.in_memory_params)
-        return params + sum(self._by_name[name].in_memory_state_nbytes for name in self.in_memory_states)
+        states = sum(self._by_name[name].in_memory_state_nbytes for name in self.in_memory_states)
+        return self.in_memory_param_nbytes + states
+
+    @property
+    def in_memory_param_nbytes(self) -> int:
+        """Parameters that are held in memory."""
+        return sum(self._by_name[name].param_nbytes for name in self.in_memory_params)
 
     @property
     def total(self) -> int:
@@ -311,7 +306,7 @@ class _Draft:
             share = self.total + (budget - self.total) // 8
             self._queue(share)
         if trained and demand.waits_for_all_grads and self._all_grads - self.grad_nbytes <= (budget - self.total) // 2:
-            self._try(budget, keep_grads=True)
+            self._try(budget, in_memory_grads=True)
         # The largest first: the reserve for units in use shrinks with the largest unit that streams.
         self._hold(budget, sorted(self.units, key=lambda u: -u.param_nbytes), self.in_memory_params)
         # The first in forward order: their gradients come last, when no backward is left to overlap their update with.
@@ -351,6 +346,7 @@ class _Draft:
     def plan(self, smallest_nbytes: int) -> MemoryPlan:
         """The plan with the choices made so far."""
         return MemoryPlan(
+            host_nbytes=self.total,
             param_nbytes=self.param_nbytes,
             update_nbytes=self.update_nbytes,
             temporary_nbytes=self.temporary_nbytes,
@@ -358,12 +354,13 @@ class _Draft:
             shared_grad_nbytes=self.shared_grad_nbytes,
             staging_nbytes=STAGING_NBYTES,
             in_memory_nbytes=self.in_memory_nbytes,
+            in_memory_param_nbytes=self.in_memory_param_nbytes,
             activation_nbytes=self.activation_nbytes,
             spill_nbytes=self.spill_nbytes,
             chunk_numel=self.chunk_numel,
             depth=max(self._num_chunks, 1),
             keep_cache=self.keep_cache,
-            keep_grads=self.keep_grads,
+            in_memory_grads=self.in_memory_grads,
             queue_nbytes=self.queue_nbytes,
             in_memory_params=frozenset(self.in_memory_params),
             in_memory_states=frozenset(self.in_memory_states),
@@ -384,15 +381,16 @@ def _chain(sizes: Mapping[str, int], largest_first: Sequence[str], chain: Sequen
     return sum(members) + max(others, nested)
 
 
-def _too_small(draft: _Draft, budget: int, name: str) -> str:
+def _too_small(draft: _Draft, budget: int) -> str:
     largest = max(draft.units, key=lambda u: u.param_nbytes)
     held = draft.demand.whole_nbytes
     whole = f", state of an optimizer that cannot run on one parameter at a time {fmt(held)}" if held else ""
     update, staging = draft.update_nbytes + draft.temporary_nbytes, STAGING_NBYTES + draft.spill_nbytes
     return (
-        f"{name}={fmt(budget)} cannot work: parameters in use and one unit being read need {fmt(draft.param_nbytes)}, "
-        f"what is always in memory {fmt(draft.in_memory_nbytes)}{whole}, gradients of one unit and of tied parameters "
-        f"{fmt(draft.grad_nbytes)}, the update {fmt(update)}, staging {fmt(staging)}: together {fmt(draft.total)} "
-        f"({draft.total} bytes). The largest unit is {largest.name!r} with {fmt(largest.param_nbytes)}. Set {name} to "
-        f"at least {-(-draft.total // MiB)}MiB, or cut smaller units with units=..."
+        f"host_memory={fmt(budget)} cannot work: parameters in use and one unit being read need "
+        f"{fmt(draft.param_nbytes)}, what is always in memory {fmt(draft.in_memory_nbytes)}{whole}, gradients of one "
+        f"unit and of tied parameters {fmt(draft.grad_nbytes)}, the update {fmt(update)}, staging {fmt(staging)}: "
+        f"together {fmt(draft.total)} ({draft.total} bytes). The largest unit is {largest.name!r} with "
+        f"{fmt(largest.param_nbytes)}. Set host_memory to at least {-(-draft.total // MiB)}MiB, or cut smaller "
+        "units with units=..."
     )

@@ -175,17 +175,6 @@ class Pool:
         """In a forked process: an access to anything in the whole arena but what was passed on ends the process."""
         forked.forbid(self._memory, passed_on)
 
-    @property
-    def num_lent(self) -> int:
-        """Number of buffers that have an owner now."""
-        return len(self._lent)
-
-    @property
-    def lingering(self) -> list[str]:
-        """Owners of buffers that were given back but are still in use."""
-        self._collect()
-        return [buffer.owner for buffer in self._lingering]
-
     def close(self) -> None:
         """Give the memory back to the system, at once except for buffers in use. No transfer on it may be in flight.
 
@@ -233,10 +222,10 @@ class Pool:
 
     def _no_room(self, nbytes: int, owner: str) -> str:
         held = ", ".join(f"{b.owner} {fmt(b.nbytes)}" for b in self._lent.values()) or "nothing"
-        kept = ", ".join(f"{b.owner} {fmt(b.nbytes)}" for b in self._lingering) or "nothing"
+        lingering = ", ".join(f"{b.owner} {fmt(b.nbytes)}" for b in self._lingering) or "nothing"
         return (
-            f"{owner} needs {fmt(nbytes)} of {self.name} memory ({fmt(self.nbytes)} in all); in use: {held}; "
-            f"released but still referenced by tensors kept outside: {kept}; "
+            f"{owner} needs {fmt(nbytes)} of the {self.name} pool ({fmt(self.nbytes)} in all); in use: {held}; "
+            f"released but still referenced by tensors kept outside: {lingering}; "
             "raise host_memory, cut smaller units with units=..., or do not keep views of parameters"
         )
 

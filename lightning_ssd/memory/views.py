@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import weakref
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ class Views:
     """Tensors on one piece of memory, and whether any of them, or a view of one, is still alive.
 
     A tensor's storage keeps a ctypes array alive, and the array keeps ``memory`` alive. A weak reference to the array
-    dies with the last tensor on the storage. So memory is reused only when nobody has a view of it any more: the user,
-    autograd's saved tensors, or a hook.
+    dies with the last tensor on the storage. So memory is reused only when no view of it is left: of the user,
+    of autograd's saved tensors, or of a hook.
     """
 
     def __init__(self, memory: mmap.mmap) -> None:
@@ -27,9 +28,7 @@ class Views:
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         """A tensor of ``shape`` whose storage starts at byte ``offset`` of the memory and ends where it ends."""
-        numel = 1
-        for size in shape:
-            numel *= size
+        numel = math.prod(shape)
         with torch.inference_mode(False):
             if numel == 0:
                 return torch.empty(tuple(shape), dtype=dtype)

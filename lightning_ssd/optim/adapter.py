@@ -48,7 +48,7 @@ class OptimizerAdapter(OptimizerState):
         self._options = SharedOptions(optimizer)
         self._updates: Updates | None = None  # while steps can be made
         self._is_half_made = False  # the run ended within a step
-        self._has_used_grads = False  # updates took gradients that would still be there in plain torch
+        self._has_used_grads = False  # updates consumed gradients that plain torch would still have
         for group in optimizer.param_groups:
             self._require_known(group["params"])
 
@@ -92,7 +92,7 @@ class OptimizerAdapter(OptimizerState):
         """Another optimizer replaces it: give it its own methods back, and its state as mapped tensors."""
         self.drain()
         self._take_edits()
-        state: dict[Tensor, Any] = {param: dict(self._view[param]) for param in self._with_state()}
+        state: dict[Tensor, Any] = {param: dict(self._view[param]) for param in self.params_with_state()}
         self._view.clear_shown()
         self.release()
         for name in ("state_dict", "load_state_dict"):
@@ -132,12 +132,12 @@ class OptimizerAdapter(OptimizerState):
         Args:
             unit: What to update.
             grads: Complete gradients by parameter index; they must not change before the update has run.
-            is_last: Nobody else holds the gradients: their memory counts against the budget.
+            is_last: Nothing else holds the gradients: their memory counts against the budget.
             land: Returns when the gradients are on the host; None if they are. The thread that updates calls it.
 
         Raises:
             NonFiniteGradientError: A gradient holds NaN or Inf; nothing of the unit has changed. For gradients that are
-                still on their way, whoever next waits for an update gets the error.
+                still on their way, the next wait for an update raises the error.
         """
         updates = self._require_updates()
         unit.wait_for_update()  # of another optimizer, or of the step before
@@ -196,7 +196,9 @@ class OptimizerAdapter(OptimizerState):
             hooks = chain(_global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values())
             for hook in hooks:
                 hook(optimizer, (closure, *args), kwargs)
-            self._clear_step()  # the one before may have failed
+            self._options.clear()  # the step before may have failed
+            if isinstance(self.rule, TorchRule):
+                self.rule.clear()
             self._take_edits()
             loss, were_used = None, self._has_used_grads
             if closure is not None:
@@ -240,7 +242,7 @@ class OptimizerAdapter(OptimizerState):
             )
 
     def _finish_step(self) -> None:
-        self._require_updates().cache.end_step()  # whoever reads a parameter from now on gets its new value
+        self._require_updates().cache.end_step()  # from now on an access to a parameter waits for its new value
         for unit, grads in params_with_grad(self._units()):
             self.update(unit, grads)
         if isinstance(self.rule, TorchRule):
@@ -249,8 +251,3 @@ class OptimizerAdapter(OptimizerState):
                 self.rule.idle(self._options.hand_out(group))
             self.rule.finish()
         self._options.finish()
-
-    def _clear_step(self) -> None:
-        self._options.clear()
-        if isinstance(self.rule, TorchRule):
-            self.rule.clear()

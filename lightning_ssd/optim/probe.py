@@ -235,12 +235,13 @@ class _ByParts:
         self._small.closure(number)()
         groups = {p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         try:
-            for param, states, scalars in zip(self._small.params, self._states, self._scalars, strict=True):
-                assert param.grad is not None
+            params = self._small.params
+            grads = [param.grad for param in params if param.grad is not None]
+            for param, grad, states, scalars in zip(params, grads, self._states, self._scalars, strict=True):
                 options = self._options.hand_out(groups[param])
                 known = dict(states)
                 with torch.no_grad():
-                    self._rule.update(param.detach(), param.grad, states, scalars, options, is_first=not states)
+                    self._rule.update(param.detach(), grad, states, scalars, options, is_first=not states)
                 states.update({kind: state.clone() for kind, state in states.items() if kind not in known})
             self._options.finish()
             self._rule.finish()

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ class OptimizerState(ABC):
         self._places = {param: (unit, i) for unit in units for i, param in enumerate(unit.params)}
         self._scalars: dict[nn.Parameter, dict[str, Any]] = {}
         self._initialised: dict[nn.Parameter, set[str]] = {}
-        self._view = StateView(self._with_state, self._has_state, self._state_to_show, store)
+        self._view = StateView(self, store)
 
     @abstractmethod
     def drain(self) -> None:
@@ -79,13 +81,13 @@ class OptimizerState(ABC):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def scalars(self) -> dict[str, dict[str, Any]]:
-        """What is kept beside full-shaped states, by parameter name."""
-        self._settle()
+        """State that is not of the parameter's shape, by parameter name."""
+        self._finish_edits()
         return {self._name(p): dict(s) for p, s in self._scalars.items() if s}
 
     def initialised(self) -> dict[str, set[str]]:
         """Kinds of full-shaped states that each parameter has, by parameter name."""
-        self._settle()
+        self._finish_edits()
         return {self._name(p): set(kinds) for p, kinds in self._initialised.items() if kinds}
 
     def groups_by_name(self) -> list[dict[str, Any]]:
@@ -115,24 +117,19 @@ class OptimizerState(ABC):
         return list(getattr(self.optimizer, f"_optimizer_{kind}_hooks").values())
 
     def _dump(self) -> dict[str, Any]:
-        self._settle()
-        state: dict[int, dict[str, Any]] = {}
-        maps: dict[tuple[str, str], tuple[Tensor, ...]] = {}
-        for number, param in enumerate(self.params()):
-            found = dict(self._scalars.get(param, {}))
-            unit, index = self._places[param]
-            for kind in sorted(self._initialised.get(param, ())):
-                key = (unit.name, kind)
-                if key not in maps:
-                    maps[key] = self._snapshot(unit.name, kind + self.suffix)
-                found[kind] = maps[key][index]
-            if found:
-                state[number] = found
-        groups = []
-        numbers = iter(range(sum(1 for _ in self.params())))
-        for group in self.optimizer.param_groups:
-            groups.append({**group, "params": [next(numbers) for _ in group["params"]]})
-        return {"state": state, "param_groups": groups}
+        self._finish_edits()
+        snapshot = cache(self._snapshot)
+        states = (self._state_of(param, snapshot) for param in self.params())
+        numbers = count()
+        groups = [{**g, "params": [next(numbers) for _ in g["params"]]} for g in self.optimizer.param_groups]
+        return {"state": {n: state for n, state in enumerate(states) if state}, "param_groups": groups}
+
+    def _state_of(self, param: nn.Parameter, tensors_of: Callable[[str, str], tuple[Tensor, ...]]) -> dict[str, Any]:
+        """The state of ``param`` by name; ``tensors_of`` gives the tensors of a kind of a unit."""
+        unit, index = self._places[param]
+        kinds = sorted(self._initialised.get(param, ()))
+        full = {kind: tensors_of(unit.name, kind + self.suffix)[index] for kind in kinds}
+        return {**self._scalars.get(param, {}), **full}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`; tensors are streamed into the store unit by unit.
@@ -235,7 +232,7 @@ class OptimizerState(ABC):
             before = self._snapshot(unit.name, layout.kind)
         tensors: list[Tensor | None] = []
         for name, param, old in zip(unit.names, unit.params, before, strict=True):
-            # One parameter's state of this name may have another shape, and be kept beside the files.
+            # One parameter's state of this name may have another shape; then it is not in the file.
             is_full_here = kind in self._initialised.get(param, ())
             tensor = (loaded.get(param, {}).get(kind) if is_full_here else None) if param in mine else old
             if tensor is not None and tensor.dtype != wanted and tensor.dtype.itemsize > wanted.itemsize:
@@ -246,24 +243,21 @@ class OptimizerState(ABC):
             tensors.append(tensor)
         self._store.put(layout, tensors.__getitem__)
 
-    def _with_state(self) -> list[nn.Parameter]:
-        """Parameters that have any, in the order of the groups."""
+    def params_with_state(self) -> list[nn.Parameter]:
+        """Parameters that have any state, in the order of the groups."""
         self.drain()
-        return list(filter(self._has_state, self.params()))
+        return list(filter(self.has_state, self.params()))
 
-    def _has_state(self, param: nn.Parameter) -> bool:
+    def has_state(self, param: nn.Parameter) -> bool:
+        """Whether ``param`` has any state."""
         return bool(self._scalars.get(param) or self._initialised.get(param))
 
-    def _state_to_show(self, param: nn.Parameter) -> dict[str, Any]:
+    def stored_state(self, param: nn.Parameter) -> dict[str, Any]:
+        """The state of ``param`` by name; full-shaped tensors are mapped by the view."""
         self.drain()
-        if param not in self._places:
-            return {}
-        unit, index = self._places[param]
-        kinds = sorted(self._initialised.get(param, ()))
-        full = {kind: self._view.map(unit.name, kind + self.suffix)[index] for kind in kinds}
-        return {**self._scalars.get(param, {}), **full}
+        return self._state_of(param, self._view.map) if param in self._places else {}
 
-    def _settle(self) -> None:
+    def _finish_edits(self) -> None:
         self.drain()
         self._take_edits()
 
@@ -288,7 +282,7 @@ class OptimizerState(ABC):
                 self._scalars[param] = {k: v for k, v in state.items() if k not in full}
                 unit, _ = self._places[param]
                 written |= {(unit.name, kind + self.suffix) for kind in full}
-            shown = {param: self._view[param] for param in self._with_state()}
+            shown = {param: self._view[param] for param in self.params_with_state()}
             units = {unit.name: unit for unit in self._units()}
             with self._store.writable():
                 for name, kind in sorted(written):

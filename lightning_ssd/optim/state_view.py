@@ -7,35 +7,28 @@ looked up before a step shows the state before that step; look it up again after
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any
+from collections.abc import Iterator, MutableMapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.mapped import MappedParams
 
+if TYPE_CHECKING:
+    from lightning_ssd.optim.state_io import OptimizerState
+
 
 class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
     """The state of each parameter, as `torch.optim.Optimizer.state` has it.
 
     Args:
-        stored: Parameters that have state in the store, in order.
-        has_state: Whether one has.
-        load: The state of a parameter from the store, by name; full-shaped tensors through `map`.
+        stored: What is shown.
         store: Where it is.
     """
 
-    def __init__(
-        self,
-        stored: Callable[[], list[nn.Parameter]],
-        has_state: Callable[[nn.Parameter], bool],
-        load: Callable[[nn.Parameter], dict[str, Any]],
-        store: StateStore,
-    ) -> None:
+    def __init__(self, stored: OptimizerState, store: StateStore) -> None:
         self._stored = stored
-        self._has_state = has_state
-        self._load = load
         self._store = store
         self._shown: dict[nn.Parameter, dict[str, Any]] = {}
         self._as_shown: dict[nn.Parameter, dict[str, Any]] = {}
@@ -54,7 +47,11 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
 
     def changes(self) -> tuple[dict[nn.Parameter, dict[str, Any]], set[tuple[str, str]]]:
         """The state of parameters that is not what was shown, and the units and kinds of which tensors were written."""
-        changed = {p: state for p, state in self._shown.items() if not _is_same(state, self._as_shown[p])}
+        changed = {}
+        for param, state in self._shown.items():
+            shown = self._as_shown[param]
+            if state.keys() != shown.keys() or any(state[key] is not shown[key] for key in shown):
+                changed[param] = state
         return changed, {key for key, mapped in self._maps.items() if mapped.was_written()}
 
     def clear_shown(self) -> None:
@@ -70,7 +67,7 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
 
     def __getitem__(self, param: nn.Parameter) -> dict[str, Any]:
         if param not in self._shown:
-            state = self._load(param)
+            state = self._stored.stored_state(param)
             self._shown[param], self._as_shown[param] = state, dict(state)
         return self._shown[param]
 
@@ -86,10 +83,10 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
     def __contains__(self, param: object) -> bool:
         if not isinstance(param, nn.Parameter):
             return False
-        return bool(self._shown[param]) if param in self._shown else self._has_state(param)
+        return bool(self._shown[param]) if param in self._shown else self._stored.has_state(param)
 
     def __iter__(self) -> Iterator[nn.Parameter]:
-        found = dict.fromkeys(param for param in self._stored() if self._shown.get(param, True))
+        found = dict.fromkeys(param for param in self._stored.params_with_state() if self._shown.get(param, True))
         return iter(found | dict.fromkeys(param for param, state in self._shown.items() if state))
 
     def __len__(self) -> int:
@@ -97,10 +94,6 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
 
     def __reduce__(self) -> Any:
         return _plain, (dict(self),)  # `copy` and `pickle` both ask here
-
-
-def _is_same(state: dict[str, Any], shown: dict[str, Any]) -> bool:
-    return state.keys() == shown.keys() and all(state[key] is shown[key] for key in shown)
 
 
 def _plain(state: dict[nn.Parameter, dict[str, Any]]) -> dict[nn.Parameter, dict[str, Any]]:

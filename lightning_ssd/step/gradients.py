@@ -154,7 +154,7 @@ class GradientStore:
         elif not is_needed and self._is_complete(unit, len(arrived)):
             complete = self._take(unit)
         if self._heap is not None:
-            self._heap.let_go(grad.nbytes)
+            self._heap.note_freed(grad.nbytes)
         return complete
 
     def end_backward(self) -> Iterator[CompleteGrads]:

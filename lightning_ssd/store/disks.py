@@ -63,10 +63,15 @@ class Disks:
     Args:
         directories: One run directory per disk.
         direct: Whether to open files with O_DIRECT, one flag per directory.
+
+    Attributes:
+        all: The disks, in that order.
+        are_direct: Whether files on any of them are opened with O_DIRECT.
     """
 
     def __init__(self, directories: Sequence[RunDirectory], direct: Sequence[bool]) -> None:
         self.all = [Disk(*pair) for pair in zip(directories, direct, strict=True)]
+        self.are_direct = any(direct)
         self._numbers = itertools.count()
 
     def new_path(self, name: str, disk: Disk | None = None) -> tuple[Disk, str]:
@@ -81,25 +86,22 @@ class Disks:
         folder = os.path.dirname(file.path)
         return next(disk for disk in self.all if disk.path == folder)
 
-    def on_device(self, device: int) -> Disk | None:
-        """The first disk on the file system with that device number, None if there is none.
-
-        Raises:
-            StoreError: A run directory was removed.
-        """
-        return next((disk for disk in self.all if disk.directory.device == device), None)
-
-    def has_open(self, folder: str) -> bool:
-        """Whether ``folder`` is the path of a run directory that is not closed."""
-        return any(disk.directory.is_open and disk.path == folder for disk in self.all)
-
     def share_on(self, path: str) -> float:
         """The share of the generations that lies on the file system of ``path``, which exists."""
         device = device_of(path)
         return sum(disk.directory.device == device for disk in self.all) / len(self.all)
 
     def require_free(self, nbytes: int, what: str, *, num_files: int) -> None:
-        """See `StateStore.require_free`."""
+        """Refuse what cannot fit, before work on it starts.
+
+        Args:
+            nbytes: Bytes of all new files.
+            what: What needs them, for the message.
+            num_files: How many new files.
+
+        Raises:
+            StoreError: Names what is needed, what is free and the way out.
+        """
         by_device: dict[int, list[str]] = defaultdict(list)
         for disk in self.all:
             by_device[disk.directory.device].append(disk.path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_ssd.errors import CorruptionError, StoreError
+from lightning_ssd.errors import CorruptionError, StoreError, listed
 from lightning_ssd.io.engine import Transfer
 from lightning_ssd.io.file import File
 from lightning_ssd.kernels.api import crc32c_each
@@ -118,10 +118,9 @@ class CheckedRead:
 
     def _message(self, offset: int) -> str:
         layout = self._generation.layout
-        names = [e.name for e in layout.entries if e.begin < offset + CHECK_NBYTES and e.end > offset]
+        names = listed(e.name for e in layout.entries if e.begin < offset + CHECK_NBYTES and e.end > offset)
         return (
             f"unit {layout.unit!r}, kind {layout.kind!r}: the {CHECK_NBYTES} bytes at offset {offset} of the data in "
-            f"{self._generation.file.path!r} are not the bytes that were written (parameters {', '.join(names[:4])}"
-            f"{', ...' if len(names) > 4 else ''}); the disk or its controller corrupts data: "
-            "stop using it and resume from the last checkpoint"
+            f"{self._generation.file.path!r} are not the bytes that were written (parameters {names}); the disk or "
+            "its controller corrupts data: stop using it and resume from the last checkpoint"
         )

@@ -11,12 +11,11 @@ from contextlib import ExitStack, contextmanager
 
 from lightning_ssd.errors import IOFailure, ResidencyError, StoreError, gone
 from lightning_ssd.io.engine import Engine, Transfer
-from lightning_ssd.io.file import File
-from lightning_ssd.io.folder import close_fd
+from lightning_ssd.io.folder import closing_fd
 from lightning_ssd.io.scratch import write_all
 from lightning_ssd.kernels.api import crc32c_each, is_native
 from lightning_ssd.memory.mapped_file import map_file
-from lightning_ssd.store.disks import Disk, Disks
+from lightning_ssd.store.disks import Disks
 from lightning_ssd.store.generation import CheckedRead, Generation
 from lightning_ssd.store.layout import CHECK_NBYTES, UnitLayout
 from lightning_ssd.store.spare_files import SpareFiles
@@ -33,7 +32,7 @@ class GenerationFiles:
         trace: Gets spans of reads and writes.
 
     Attributes:
-        engine: Moves the bytes; another one after `StateStore.resume`.
+        engine: Moves the bytes; another one inside `StateStore.writable`.
         verify: As given.
         spare: Files to be written again.
         is_inherited: This is a forked process: it reads and writes nothing, and maps only what its parent let it see.
@@ -69,7 +68,8 @@ class GenerationFiles:
             with ExitStack() as undo:
                 begun = []
                 for layout, (disk, path) in zip(layouts, places, strict=True):
-                    begun.append(Generation(layout, self._new_file(layout.file_nbytes, disk, path)))
+                    file = self.spare.take(layout.file_nbytes, disk, path) or disk.create(path, layout.file_nbytes)
+                    begun.append(Generation(layout, file))
                     undo.callback(self.retire, begun[-1])
                     write_all(begun[-1].file, layout.header)
                 undo.pop_all()
@@ -111,29 +111,22 @@ class GenerationFiles:
         """See `StateStore.map`; the generation has a file."""
         if not private:
             generation.is_mapped = True
-            generation.checks = [None] * len(generation.checks)  # whoever maps it may write
+            generation.checks = [None] * len(generation.checks)  # the mapping may write to it
         path = generation.file.path
         with self._naming_missing(generation):
-            fd = self._open_to_map(generation.file)
-        try:
+            if self.is_inherited and not generation.file.closed:  # the name may be gone, or another file's
+                fd = os.dup(generation.file.tail_fd)
+            else:
+                fd = generation.file.open_again(os.O_RDWR)
+        with closing_fd(fd):
             memory = map_file(fd, generation.file.nbytes, path, generation.layout.about, private=private)
-            self._mapped[memory] = generation
-        finally:
-            close_fd(fd)
+        self._mapped[memory] = generation
         return memory
 
     def stat(self, generation: Generation) -> os.stat_result:
         """See `StateStore.stat`."""
         with self._naming_missing(generation):
             return generation.file.stat()
-
-    def reopen(self, generation: Generation) -> None:
-        """Open a closed file again.
-
-        Raises:
-            IOFailure: It cannot be opened.
-        """
-        generation.file = self._disks.of(generation.file).open(generation.file.path)
 
     def require_own(self, layout: UnitLayout) -> None:
         """Refuse to read or write in a forked process.
@@ -152,14 +145,6 @@ class GenerationFiles:
         for generation in (*generations, *self._mapped.values()):
             generation.is_inherited = True
 
-    def _new_file(self, nbytes: int, disk: Disk, path: str) -> File:
-        return self.spare.take(nbytes, disk, path) or disk.create(path, nbytes)
-
-    def _open_to_map(self, file: File) -> int:
-        if self.is_inherited and not file.closed:  # the name may be gone, or another file's
-            return os.dup(file.tail_fd)
-        return file.open_again(os.O_RDWR)
-
     @contextmanager
     def _naming_missing(self, generation: Generation) -> Iterator[None]:
         """Turn the error for a file that is not there into one that says why: its directory or its run is gone."""
@@ -174,7 +159,7 @@ class GenerationFiles:
 
     def _missing(self, generation: Generation) -> StoreError:
         folder = os.path.dirname(generation.file.path)
-        if self._disks.has_open(folder):
+        if any(disk.directory.is_open and disk.path == folder for disk in self._disks.all):
             return gone(folder)
         return StoreError(
             f"the {generation.layout.kind} of unit {generation.layout.unit!r} is gone: its run is over and another "

@@ -6,9 +6,11 @@ is element ``i`` of each of its files, and a range of elements is one contiguous
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from lightning_ssd.errors import listed
 from lightning_ssd.sizes import BLOCK_NBYTES, round_up
 from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry, encode_header
 
@@ -29,10 +31,7 @@ class Shape:
     @property
     def numel(self) -> int:
         """Elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,7 @@ class UnitLayout:
             for e in self.entries
             if e.begin <= offset + BLOCK_NBYTES - self.data_begin and e.end > offset - self.data_begin
         ]
-        names = ", ".join(map(repr, found[:2])) + (", ..." if len(found) > 2 else "")
-        return f"{self.kind} of unit {self.unit!r}, parameter {names}"
+        return f"{self.kind} of unit {self.unit!r}, parameter {listed(found, 2)}"
 
     def segments(self, begin: int, end: int) -> Iterator[Segment]:
         """The parts of parameters in elements ``[begin, end)`` of the unit; empty parameters have none."""

@@ -107,7 +107,7 @@ class RunDirectory:
         """Device number of its file system.
 
         Raises:
-            StoreError: Somebody has removed the directory.
+            StoreError: The directory was removed.
         """
         try:
             return device_of(self.path)
@@ -158,7 +158,7 @@ def is_run_directory(name: str) -> bool:
 
 
 def dead_runs(root: str) -> list[DeadRun]:
-    """Run directories under ``root`` that nobody holds locked, without those that a run kept when it ended."""
+    """Run directories under ``root`` that no process holds locked, without those that a run kept when it ended."""
     try:
         names = sorted(os.listdir(root))
     except OSError:  # none yet, or not ours to list
@@ -306,23 +306,19 @@ def _extent(folder: Folder) -> tuple[int, float]:
 
 
 def _remove_contents(folder: Folder) -> None:
-    """Remove what a run creates, the lock file last: without it nobody could recognise what is left."""
+    """Remove what a run creates, the lock file last: without it the rest could not be recognised."""
     names = folder.names()
     for name in names:
         mode = folder.stat(name).st_mode
         if name.endswith(_DATA_SUFFIXES) and stat.S_ISREG(mode):
             folder.unlink(name)
         elif _PROBE.fullmatch(name) and stat.S_ISDIR(mode):
-            _remove_probe(name, folder)
+            # In it `io.select.use_direct` tried O_DIRECT, when the run was killed.
+            with folder.folder(name) as probe, suppress(FileNotFoundError):
+                probe.unlink("probe")
+            folder.rmdir(name)
     if _LOCK in names and stat.S_ISREG(folder.stat(_LOCK).st_mode):
         folder.unlink(_LOCK)
-
-
-def _remove_probe(name: str, folder: Folder) -> None:
-    """Remove the directory in which `io.select.use_direct` tried O_DIRECT, if the run was killed meanwhile."""
-    with folder.folder(name) as probe, suppress(FileNotFoundError):
-        probe.unlink("probe")
-    folder.rmdir(name)
 
 
 def _remove_empty(root: Folder, folder: Folder) -> None:

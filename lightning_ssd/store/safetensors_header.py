@@ -23,25 +23,10 @@ PREFIX_NBYTES = 8
 """Bytes of the header length at the begin of a file."""
 
 ITEMSIZE: Mapping[str, int] = MappingProxyType(
-    {
-        "BOOL": 1,
-        "U8": 1,
-        "I8": 1,
-        "F8_E4M3": 1,
-        "F8_E5M2": 1,
-        "F8_E8M0": 1,
-        "U16": 2,
-        "I16": 2,
-        "F16": 2,
-        "BF16": 2,
-        "U32": 4,
-        "I32": 4,
-        "F32": 4,
-        "U64": 8,
-        "I64": 8,
-        "F64": 8,
-        "C64": 8,
-    }
+    dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
+    | dict.fromkeys(("U16", "I16", "F16", "BF16"), 2)
+    | dict.fromkeys(("U32", "I32", "F32"), 4)
+    | dict.fromkeys(("U64", "I64", "F64", "C64"), 8)
 )
 """Bytes per element of each safetensors dtype that we read; dtypes of less than a byte are not supported."""
 
@@ -158,8 +143,13 @@ def decode_header(first_bytes: bytes, file_nbytes: int, where: str = "safetensor
     data_begin = decode_data_begin(first_bytes, file_nbytes, where)
     if len(first_bytes) < data_begin:
         raise CheckpointError(f"{where}: the header ends at byte {data_begin}, only {len(first_bytes)} were read")
-    content = _parse(first_bytes[PREFIX_NBYTES:data_begin], where)
-    metadata = _check_metadata(content.pop(_METADATA, {}), where)
+    text = first_bytes[PREFIX_NBYTES:data_begin]
+    if not text.startswith(b"{"):
+        raise CheckpointError(f"{where}: the header does not start with '{{'; not a safetensors file")
+    content = parse_json_object(text, where)
+    metadata = content.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{where}: {_METADATA} must map text to text")
     entries = sorted(
         (_decode_entry(name, value, where) for name, value in content.items()), key=lambda e: (e.begin, e.end)
     )
@@ -170,7 +160,7 @@ def decode_header(first_bytes: bytes, file_nbytes: int, where: str = "safetensor
             f"{where}: header of {data_begin} bytes and {len(entries)} tensors of {data_nbytes} bytes{last} make "
             f"{data_begin + data_nbytes} bytes, the file has {file_nbytes}"
         )
-    return Header(MappingProxyType({entry.name: entry for entry in entries}), metadata, data_begin)
+    return Header(MappingProxyType({entry.name: entry for entry in entries}), MappingProxyType(metadata), data_begin)
 
 
 def check_entry(entry: TensorEntry, where: str) -> None:
@@ -257,18 +247,6 @@ def _is_unicode(content: object) -> bool:
     except (UnicodeEncodeError, RecursionError):
         return False
     return True
-
-
-def _parse(text: bytes, where: str) -> dict[str, object]:
-    if not text.startswith(b"{"):
-        raise CheckpointError(f"{where}: the header does not start with '{{'; not a safetensors file")
-    return parse_json_object(text, where)
-
-
-def _check_metadata(value: object, where: str) -> Mapping[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise CheckpointError(f"{where}: {_METADATA} must map text to text")
-    return MappingProxyType(value)
 
 
 def _decode_entry(name: str, value: object, where: str) -> TensorEntry:

@@ -1,7 +1,7 @@
 """Files that hold no current generation and wait to be written again.
 
 A superseded generation's file goes to the next generation of the same length: its space is reserved and its blocks are
-allocated already. A file that somebody may still see is never written again, only unlinked.
+allocated already. A file that may still be read is never written again, only unlinked.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import fcntl
 import os
 import threading
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial
 
 from lightning_ssd.errors import Ending, IOFailure, as_io_failure
 from lightning_ssd.io.file import File
-from lightning_ssd.io.folder import close_fd, is_own_file
+from lightning_ssd.io.folder import closing_fd, is_own_file
 from lightning_ssd.store.disks import Disk, Disks
 
 
@@ -92,13 +93,13 @@ class SpareFiles:
             IOFailure: The disk failed.
             StoreError: A run directory was removed.
         """
-        disk = self._disks.on_device(found.st_dev)
+        disk = next((disk for disk in self._disks.all if disk.directory.device == found.st_dev), None)
         if disk is None or len(self._files.get(found.st_size, ())) >= most:
             return False
         if not is_own_file(found, disk.directory.folder) or _is_open(file):
             return False
         file.rename(self._disks.new_path("recycled", disk)[1], disk.directory.folder)
-        if _is_open(file):  # somebody opened it after the first look and must keep its values; now nobody else can
+        if _is_open(file):  # it was opened after the first look; without a name, it cannot be opened again
             file.unlink()
         else:
             self._add(disk.open(file.path))
@@ -136,12 +137,8 @@ def _unlink(file: File) -> None:
 
 def _is_open(file: File) -> bool:
     """Whether anybody, this process included, has the file open or mapped; True where the kernel cannot tell."""
-    fd = file.open_again(os.O_RDWR)
-    try:
+    with closing_fd(file.open_again(os.O_RDWR)) as fd, suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # granted only to the single opener of a file
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError:
-        return True
-    finally:
-        close_fd(fd)
-    return False
+        return False
+    return True

@@ -4,6 +4,10 @@ A new generation is written beside the current one and replaces it by `StateStor
 used again for a later generation of the same length, unless a checkpoint, a mapping or a forked process still reads it.
 
 The training thread and the update thread may both use a store; each generation is written by one of them.
+
+[Note: in memory] What the plan holds in memory has no file while it is used. An update changes the memory in place, and
+the new generation is the same memory. A file of it is written when one is needed: for a checkpoint, a mapping, the end
+of the run. So with enough memory no step touches the disk, and all other code works on files.
 """
 
 from __future__ import annotations
@@ -11,20 +15,20 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from lightning_ssd.errors import Ending, StoreError
-from lightning_ssd.io.engine import Engine, Transfer
+from lightning_ssd.io.engine import Engine, IOOptions, Transfer
 from lightning_ssd.io.file import File
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.scratch import Scratch
+from lightning_ssd.io.select import make_engine
 from lightning_ssd.store.disks import Disks
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.generation_files import GenerationFiles
-from lightning_ssd.store.in_memory import InMemoryKinds
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.run_directory import RunDirectory
 from lightning_ssd.store.staging import Source, Staging
@@ -37,14 +41,13 @@ class StateStore:
     Args:
         directories: One run directory per disk, used in turn.
         engine: Moves the bytes.
+        options: Of the engine that `writable` makes after `suspend`.
         direct: Whether to open files with O_DIRECT, one flag per directory.
         verify: Compare every read with the checksums of what was written.
         trace: Gets spans of reads and writes.
-        new_engine: Makes the engine of `writable` after `suspend`; by default ``engine`` is used.
 
     Attributes:
-        unsynced: Paths of files whose fdatasync failed once. Checkpoints do not link them.
-        saved: Path of each checkpoint that was saved -> device and inode of its directory.
+        disks: Where the files are.
         is_suspended: All files are closed; see `suspend`.
     """
 
@@ -53,20 +56,18 @@ class StateStore:
         directories: list[RunDirectory],
         engine: Engine,
         *,
+        options: IOOptions,
         direct: list[bool],
         verify: bool,
-        trace: Trace | None = None,
-        new_engine: Callable[[], Engine] | None = None,
+        trace: Trace,
     ) -> None:
-        self._disks = Disks(directories, direct)
-        self._files = GenerationFiles(self._disks, engine, verify=verify, trace=trace or Trace())
+        self.disks = Disks(directories, direct)
+        self._files = GenerationFiles(self.disks, engine, verify=verify, trace=trace)
         self._staging = Staging(self._files)
-        self._in_memory = InMemoryKinds(self._files, self._staging)
-        self._new_engine = new_engine or (lambda: engine)
+        self._in_memory: dict[tuple[str, str], tuple[Tensor, ...]] = {}  # by unit and kind; one tensor per parameter
+        self._options = options
         self._lock = threading.Lock()  # of `_current`
         self._current: dict[tuple[str, str], Generation] = {}  # by unit and kind
-        self.unsynced: set[str] = set()
-        self.saved: dict[str, tuple[int, int]] = {}
         self.is_suspended = False
 
     @property
@@ -75,19 +76,9 @@ class StateStore:
         return self._files.engine
 
     @property
-    def spill_directory(self) -> str:
-        """The first run directory, where files that are no generations may be created."""
-        return self._disks.all[0].path
-
-    @property
     def scratches(self) -> list[Scratch]:
         """What creates files without a name, one per disk."""
-        return [Scratch(disk.directory.folder, disk.direct, self.engine.patience) for disk in self._disks.all]
-
-    @property
-    def disks(self) -> list[tuple[str, bool]]:
-        """Run directory of each disk, and whether files in it are opened with O_DIRECT."""
-        return [(disk.path, disk.direct) for disk in self._disks.all]
+        return [Scratch(disk.directory.folder, disk.direct, self.engine.patience) for disk in self.disks.all]
 
     # -- generations ---------------------------------------------------------------------------------------------
 
@@ -128,10 +119,9 @@ class StateStore:
             IOFailure: The disk failed.
             DeadlineError: The disk did not answer.
         """
-        in_memory = [self._in_memory.begin(layout) for layout in layouts]
-        on_disk = [layout for layout, found in zip(layouts, in_memory, strict=True) if found is None]
-        begun = iter(self._files.begin(on_disk))
-        return [next(begun) if found is None else found for found in in_memory]
+        begun = iter(self._files.begin([each for each in layouts if self.in_memory(each.unit, each.kind) is None]))
+        in_memory = ((layout, self.in_memory(layout.unit, layout.kind)) for layout in layouts)
+        return [next(begun) if found is None else Generation(layout, None, found) for layout, found in in_memory]
 
     def commit(self, *generations: Generation) -> None:
         """Make completely written generations the current ones, all or none, and retire those that they replace."""
@@ -173,29 +163,41 @@ class StateStore:
             StoreError: The disk is full. The current generation stays, as after the other errors.
             IOFailure: The disk failed.
         """
-        generation = self._in_memory.write(layout, source) or self._staging.write(layout, source)
+        tensors = self.in_memory(layout.unit, layout.kind)
+        if tensors is None:
+            generation = self._staging.write(layout, source)
+        else:
+            for index, tensor in enumerate(tensors):
+                found = source(index)
+                tensor.zero_() if found is None else tensor.copy_(found.detach().reshape(tensor.shape))
+            generation = Generation(layout, None, tensors)
         self.commit(generation)
         return generation
 
     # -- in memory: see [Note: in memory] ------------------------------------------------------------------------
 
-    def hold_in_memory(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> None:
-        """From now on keep a kind of a unit in ``tensors``, contiguous, one per parameter.
+    def hold_in_memory(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """From now on hold a kind of a unit in ``tensors``, contiguous, one per parameter; returns them.
 
         The values of the current generation are read into them; if there is none, they keep what they hold.
 
         Raises:
             IOFailure: The disk failed.
         """
-        self._in_memory.hold(layout, tensors, self._current.get((layout.unit, layout.kind)))
+        current, held = self._current.get((layout.unit, layout.kind)), tuple(tensors)
+        if current is not None:
+            self._staging.read(current, held)
+            current.in_memory = held
+        return self.replace_in_memory(layout, held)
+
+    def replace_in_memory(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """From now on hold a kind in ``tensors``, which the next `put` fills; returns them."""
+        self._in_memory[layout.unit, layout.kind] = held = tuple(tensors)
+        return held
 
     def in_memory(self, unit: str, kind: str) -> tuple[Tensor, ...] | None:
         """The tensors of a kind of a unit, one per parameter in file order; None if it is not in memory."""
-        return self._in_memory.tensors(unit, kind)
-
-    def adopt(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """From now on keep a kind that is in memory in ``tensors``; the next `put` fills them. Returns them."""
-        return self._in_memory.replace(layout, tensors)
+        return self._in_memory.get((unit, kind))
 
     def on_disk(self, generation: Generation) -> Generation:
         """``generation``, after its values in memory were written to a file if it had none.
@@ -204,12 +206,16 @@ class StateStore:
             StoreError: The disk is full.
             IOFailure: The disk failed.
         """
-        self._in_memory.write_file(generation)
+        if generation.in_memory is not None and not generation.has_file:
+            written = self._staging.write(generation.layout, generation.in_memory.__getitem__)
+            generation.file, generation.checks = written.file, written.checks
         return generation
 
     def drop_file(self, generation: Generation) -> None:
-        """Retire the file of a generation in memory: somebody may have written to the memory since."""
-        self._in_memory.drop_file(generation)
+        """Retire the file of a generation in memory: the memory may have been written to since."""
+        if generation.in_memory is not None and generation.has_file:
+            self._files.retire(generation)
+            generation.detach()
 
     def flush_in_memory(self) -> None:
         """Write everything that is in memory to files, and forget the memory.
@@ -270,7 +276,7 @@ class StateStore:
         """The status of a generation's file; works after `suspend` too.
 
         Raises:
-            StoreError: The run is over and its files are gone, or somebody has removed them.
+            StoreError: The run is over and its files are gone, or they were removed.
         """
         return self._files.stat(generation)
 
@@ -284,7 +290,7 @@ class StateStore:
             folder: The directory it is in, open.
 
         Returns:
-            Whether it is gone from there. It stays if somebody has it open or mapped, in this process or another (an
+            Whether it is gone from there. It stays if it is open or mapped, in this process or another (an
             evaluation of the checkpoint, a tensor that the user kept), if it is not a plain file that this user alone
             may write, or if no generation has its length or there are enough spare files of it.
 
@@ -295,23 +301,6 @@ class StateStore:
         found = file.stat()
         num_alike = sum(g.has_file and g.file.nbytes == found.st_size for g in list(self._current.values()))
         return not self.is_suspended and self._files.spare.recycle(file, found, most=num_alike)
-
-    def require_free(self, nbytes: int, what: str, *, num_files: int = 0) -> None:
-        """Refuse what cannot fit, before work on it starts.
-
-        Args:
-            nbytes: Bytes of all new files.
-            what: What needs them, for the message.
-            num_files: How many new files.
-
-        Raises:
-            StoreError: Names what is needed, what is free and the way out.
-        """
-        self._disks.require_free(nbytes, what, num_files=num_files)
-
-    def share_on(self, path: str) -> float:
-        """The share of the generations that lies on the file system of ``path``, which exists."""
-        return self._disks.share_on(path)
 
     @property
     def nbytes_on_disk(self) -> int:
@@ -328,21 +317,17 @@ class StateStore:
             ending.callback(self._files.spare.remove)
             self.is_suspended = True
 
-    def resume(self, engine: Engine) -> None:
-        """Open the files again after `suspend`; from now on ``engine`` moves the bytes."""
-        self._files.engine = engine
-        self.is_suspended = False
-        for generation in self._current.values():
-            self._files.reopen(generation)
-
     @contextmanager
     def writable(self) -> Iterator[None]:
         """Inside, generations can be written: after `suspend` with all files open and an engine of its own."""
         if not self.is_suspended:
             yield
             return
-        self.resume(self._new_engine())
+        self._files.engine = make_engine(self._options)
+        self.is_suspended = False
         try:
+            for generation in self._current.values():
+                generation.file = self.disks.of(generation.file).open(generation.file.path)
             yield
         finally:
             self.suspend()
@@ -355,7 +340,7 @@ class StateStore:
                 generation.file.close()
         self._current.clear()
         self._files.spare.close()
-        self._disks.close(remove=remove)
+        self.disks.close(remove=remove)
 
     # -- forked processes ----------------------------------------------------------------------------------------
 
@@ -376,4 +361,4 @@ class StateStore:
             if other != kind and generation.has_file:
                 generation.file.close()
         self._files.spare.close()
-        self._disks.close(remove=False)
+        self.disks.close(remove=False)

@@ -13,7 +13,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -36,37 +36,38 @@ _REBUILD_ANY = "torch._tensor _rebuild_from_type_v2"
 _BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error, OverflowError, EOFError)
 
 
-def load_pickle(path: str, where: str, weights_only: bool, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:
+def load_pickle(path: str, where: str, weights_only: bool) -> dict[str, Any]:
     """Load a torch file that holds a dictionary; its tensors lie in the mapped file.
 
     Raises:
         CheckpointError: If it is no such file, or names a class that is not allowed.
     """
-    loaded = load_any(path, where, weights_only, safe_globals)
+    loaded = load_any(path, where, weights_only)
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{where} holds a {type(loaded).__name__}, not a dictionary")
     return loaded
 
 
-def load_any(path: str | IO[bytes], where: str, weights_only: bool, safe_globals: Sequence[Any] = ()) -> Any:
+def load_any(path: str | IO[bytes], where: str, weights_only: bool) -> Any:
     """As `load_pickle`, whatever the file holds; from an open file, tensors are read instead of mapped."""
     if isinstance(path, str):
         with open_regular(path, where) as file:
-            check_torch_file(file, where, is_trusted=not weights_only)
-            found = _load_checked(f"/proc/self/fd/{file.fileno()}", where, weights_only, safe_globals)
-            check_tensors(found, os.fstat(file.fileno()).st_size, where)
-        return found
-    check_torch_file(path, where, is_trusted=not weights_only)
-    nbytes = path.seek(0, os.SEEK_END)
-    path.seek(0)
-    found = _load_checked(path, where, weights_only, safe_globals)
+            return _load_open(file, f"/proc/self/fd/{file.fileno()}", where, weights_only)
+    return _load_open(path, path, where, weights_only)
+
+
+def _load_open(file: IO[bytes], source: str | IO[bytes], where: str, weights_only: bool) -> Any:
+    check_torch_file(file, where, is_trusted=not weights_only)
+    nbytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    found = _load_checked(source, where, weights_only)
     check_tensors(found, nbytes, where)
     return found
 
 
-def _load_checked(path: str | IO[bytes], where: str, weights_only: bool, safe_globals: Sequence[Any]) -> Any:
+def _load_checked(path: str | IO[bytes], where: str, weights_only: bool) -> Any:
     try:
-        with torch.inference_mode(False), torch.serialization.safe_globals(list(safe_globals)):
+        with torch.inference_mode(False):
             return torch.load(path, map_location="cpu", mmap=isinstance(path, str), weights_only=weights_only)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)|class (\S+)", str(error))

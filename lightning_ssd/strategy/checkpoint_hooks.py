@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.mapped import SeenFiles
+from lightning_ssd.checkpoint.dictionary import MASTERS, NAMES, open_dictionary, with_masters
+from lightning_ssd.checkpoint.directory import is_checkpoint, remove
 from lightning_ssd.convert.param_names import in_order_of
-from lightning_ssd.errors import CheckpointError, ConfigurationError
+from lightning_ssd.errors import CheckpointError, ConfigurationError, listed
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
+from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy.dumped import Dumped, are_unchanged
 from lightning_ssd.strategy.guards import require_set
-from lightning_ssd.strategy.handover import Handover
+from lightning_ssd.strategy.handover import Handover, take_masters
 from lightning_ssd.strategy.lightning_classes import LightningModule, StrategyBase
 from lightning_ssd.strategy.resume import Resume
-from lightning_ssd.strategy.saving import MASTERS, NAMES, load, remove, state_dict, to_checkpoint, with_masters
 from lightning_ssd.strategy.session import Session
 
 
@@ -52,15 +52,22 @@ class CheckpointMixin(StrategyBase):
         return False
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state dict, with the parameters themselves in it: none is read."""
-        return state_dict(self._pl_module)
+        """The module's state dict with the parameters themselves in it, so that none is read.
+
+        If the module overrides ``state_dict`` without ``keep_vars``, parameters are mapped.
+        """
+        try:
+            return self._pl_module.state_dict(keep_vars=True)
+        except TypeError:
+            return self._pl_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state, with tensors mapped from the store."""
         inner = getattr(optimizer, "_optimizer", optimizer)
         state = cast(dict[str, Any], inner.state_dict())
         # A hook on ``state_dict`` may have changed it: then the store does not have these values.
-        if not any(adopted.optimizer is inner and adopted.is_hooked for adopted in self.session.optimizers):
+        adopted = self.session.adopted(inner)
+        if adopted is None or not adopted.is_hooked:
             self._dumped[inner] = Dumped(state)
         return state
 
@@ -69,17 +76,17 @@ class CheckpointMixin(StrategyBase):
         if storage_options is not None:
             raise ConfigurationError("storage_options are not used by strategy='ssd_offload'; leave them out")
         if self._handover.is_pending and "optimizer_states" in checkpoint:
-            with self.session.settled():
+            with self.session.written_back():
                 self._handover.move_into(self.session, self.optimizers)
         whole = {**checkpoint, **self._resume.state(self._pl_module.trainer)}
         dumped, self._dumped = [self._dumped.get(optimizer) for optimizer in self.optimizers], {}
-        streams = are_unchanged(dumped, checkpoint.get("optimizer_states"))
-        to_checkpoint(self.session, whole, home_path(filepath, "checkpoint"), streams=streams)
+        is_linked = are_unchanged(dumped, checkpoint.get("optimizer_states"))
+        self.session.save(whole, home_path(filepath, "checkpoint"), is_linked=is_linked)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors are mapped, not read."""
         trainer = self._pl_module.trainer
-        checkpoint, self._opened = load(home_path(checkpoint_path, "ckpt_path"), weights_only)
+        checkpoint, self._opened = open_dictionary(home_path(checkpoint_path, "ckpt_path"), weights_only)
         # A checkpoint that is loaded after `Session.place` is one that a Tuner saved.
         self._resume.take(checkpoint, is_resumed=trainer.state.fn == "fit" and not self.session.units)
         return checkpoint
@@ -113,18 +120,17 @@ class CheckpointMixin(StrategyBase):
         full = {n: v for n, v in checkpoint["state_dict"].items() if isinstance(v, Tensor) and v.dtype == torch.float32}
         masters = full | checkpoint.get(MASTERS, {})
         params = {name: p for unit in self.session.units for name, p in zip(unit.names, unit.params, strict=True)}
-        changed = self.session.take_masters({params[n]: value for n, value in masters.items() if n in params})
+        changed = take_masters(self.session, {params[n]: value for n, value in masters.items() if n in params})
         self._opened.require_unchanged()
         if changed:
-            names = ", ".join(map(repr, changed[:4])) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
             logging.getLogger(f"{self._namespace}.ssd_offload").info(
-                f"the values of {names} are not what the checkpoint's float32 masters round to: a hook, callback or "
-                "conversion has changed them; where they differ, training continues from the values"
+                f"the values of {listed(changed)} are not what the checkpoint's float32 masters round to: a hook, "
+                "callback or conversion has changed them; where they differ, training continues from the values"
             )
 
     def _by_name(self, optimizer: Optimizer, state: dict[str, Any], saved: list[list[str]]) -> dict[str, Any]:
         """``state`` in the order of the optimizer's groups now; unchanged if there are no names to match by."""
-        adopted = next((each for each in self.session.optimizers if each.optimizer is optimizer), None)
+        adopted = self.session.adopted(optimizer)
         # If a hook of the user has changed the groups, the state is matched by position, as in torch.
         sizes = [len(group["params"]) for group in state.get("param_groups", ())]  # some classes save no groups
         is_as_saved = [len(names) for names in saved] == sizes

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 
 class Dumped:
@@ -13,17 +14,16 @@ class Dumped:
 
     def __init__(self, state: dict[str, Any]) -> None:
         self._state = state
-        self._seen = list(_items(state))  # keeps the values alive, so that none of their ids is used again
+        self._values, self._form = tree_flatten(state)  # the values stay alive, so that nothing else has their ids
+        self._versions = list(map(_version, self._values))
 
     def is_still(self, state: object) -> bool:
         """Whether ``state`` is the dict that was given, with the same unmodified values in it."""
         if state is not self._state:
             return False
-        now = list(_items(self._state))
-        return len(now) == len(self._seen) and all(
-            place == old_place and value is old_value and version == old_version
-            for (place, value, version), (old_place, old_value, old_version) in zip(now, self._seen, strict=True)
-        )
+        values, form = tree_flatten(state)
+        is_same = form == self._form and all(now is then for now, then in zip(values, self._values, strict=True))
+        return is_same and list(map(_version, values)) == self._versions
 
 
 def are_unchanged(dumped: Sequence[Dumped | None], states: object) -> bool:
@@ -35,19 +35,6 @@ def are_unchanged(dumped: Sequence[Dumped | None], states: object) -> bool:
         and len(states) == len(dumped)
         and all(each is not None and each.is_still(state) for each, state in zip(dumped, states, strict=True))
     )
-
-
-def _items(state: dict[str, Any]) -> Iterator[tuple[object, object, int]]:
-    """Each value of an optimizer's state dict: its path, the value, and its version counter."""
-    for part, content in state.items():
-        if part not in ("state", "param_groups"):
-            yield part, content, 0
-            continue
-        entries = content.items() if isinstance(content, dict) else enumerate(content)
-        for number, entry in entries:
-            for key, value in entry.items():
-                is_list = isinstance(value, list)
-                yield (part, number, key, tuple(value) if is_list else ()), value, _version(value)
 
 
 def _version(value: object) -> int:

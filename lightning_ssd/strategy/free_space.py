@@ -87,8 +87,11 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
         StoreError: If not one checkpoint fits.
     """
     callbacks = find_saving_callbacks(trainer)
-    stores = [path for path, _ in session.store.disks]
+    stores = [disk.path for disk in session.store.disks.all]
     shares = {folder: probe_save(folder, stores) for folder in dict.fromkeys(each.folder for each in callbacks)}
+    is_linked = session.settings.checkpoint == "links"
+    if not is_linked:
+        shares = dict.fromkeys(shares, 0.0)
     costs = [_cost(session, callback, shares[callback.folder]) for callback in callbacks]
     disks: dict[int, list[CheckpointCost]] = {}
     for cost in costs:
@@ -97,7 +100,7 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
         path = _existing(on_disk[0].callback.folder)
         _check(on_disk, free_nbytes(path), _own_nbytes(session, path))
     for folder, share in shares.items():
-        if share == 0:
+        if share == 0 and is_linked:
             _warn_of_copies(folder, stores, max(c.each_nbytes for c in costs if c.callback.folder == folder))
     return [_line(session, cost) for cost in costs]
 
@@ -165,7 +168,7 @@ def _cost(session: Session, callback: SavingCallback, linked_share: float) -> Ch
 
 def _own_nbytes(session: Session, path: str) -> int:
     """Bytes that the run itself is still going to take on the disk of ``path``."""
-    return int(session.store.share_on(path) * session.sizing.disk_nbytes)
+    return int(session.store.disks.share_on(path) * session.sizing.disk_nbytes)
 
 
 def _check(costs: Sequence[CheckpointCost], free: int, own: int) -> None:
@@ -215,6 +218,8 @@ def _line(session: Session, cost: CheckpointCost) -> str:
     callback = cost.callback
     path = _existing(callback.folder)
     how = {1.0: "links", 0.0: "copies"}.get(cost.linked_share, "links and copies")
+    if session.settings.checkpoint == "file":
+        how = "one file"
     left = free_nbytes(path) - _own_nbytes(session, path)
     fitting = f", room for {cost.num_fitting(left)}" if callback.num_kept != 0 else ""
     return f"  checkpoints: {_kept([callback])} in {callback.folder}, {fmt(cost.each_nbytes)} of {how} each{fitting}"

@@ -19,7 +19,7 @@ def require_set(value: T | None, what: str) -> T:
     """``value``, which the Trainer sets before it calls anything that needs it.
 
     Raises:
-        ConfigurationError: If somebody else calls before that.
+        ConfigurationError: It is not set yet.
     """
     if value is None:
         raise ConfigurationError(f"strategy='ssd_offload' has no {what} yet: the Trainer has not started")

@@ -6,12 +6,17 @@ that fits has optimizers. The last one with optimizers stays open until their st
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ssd.optim.pipeline import master_dtype
 from lightning_ssd.strategy.session import Session
+from lightning_ssd.units.mapped import MappedParams
+from lightning_ssd.units.masters import master_of
+from lightning_ssd.units.unit import Unit
 
 
 class Handover:
@@ -33,7 +38,7 @@ class Handover:
         if last.optimizers:
             self._close_fitted()
             self._fitted = last
-            self._masters = last.masters()
+            self._masters = masters_of(last)
 
     def before_placing(self) -> None:
         """The parameters' values are about to be written to the new session's store."""
@@ -49,7 +54,7 @@ class Handover:
         """
         for optimizer in optimizers:
             session.adopt(optimizer)
-        session.take_masters(self._masters)
+        take_masters(session, self._masters)
         self._masters = {}
         self._close_fitted()
 
@@ -62,3 +67,39 @@ class Handover:
         if self._fitted is not None:
             self._fitted.close()
             self._fitted = None
+
+
+def masters_of(session: Session) -> dict[nn.Parameter, Tensor]:
+    """Float32 masters of 16-bit parameters, mapped; also after `Session.stop`."""
+    found: dict[nn.Parameter, Tensor] = {}
+    for unit in session.units:
+        generation = session.store.current(unit.name, "master")
+        if generation is not None:
+            found.update(zip(unit.params, MappedParams(session.store, generation).tensors, strict=True))
+    return found
+
+
+def take_masters(session: Session, masters: Mapping[nn.Parameter, Tensor]) -> list[str]:
+    """Stream float32 masters of 16-bit parameters into the store of ``session``.
+
+    Returns:
+        Names of parameters whose values are not their masters', rounded, and that get new masters therefore; see
+        [Note: masters and values].
+    """
+    changed: list[str] = []
+    for unit in session.units:
+        dtype = master_dtype(unit, keep_master=session.settings.keep_master)
+        if dtype != unit.layout.dtype and any(param in masters for param in unit.params):
+            session.write_back(unit)  # masters would follow what was written to it a second time
+            session.store.put(unit.layout_of("master", dtype), partial(_master, unit, masters, changed))
+    return changed
+
+
+def _master(unit: Unit, masters: Mapping[nn.Parameter, Tensor], changed: list[str], index: int) -> Tensor:
+    param = unit.params[index]
+    if param not in masters:
+        return param
+    found = master_of(param, masters[param])
+    if found is not masters[param]:
+        changed.append(unit.names[index])
+    return found

@@ -125,26 +125,14 @@ class PrecisionMixin(PrecisionBase):
         if self.inner is not None:
             self.inner.teardown()
 
-    # The rest is the stock plugin's.
-    connect = _stock("connect")
-    tensor_init_context = _stock("tensor_init_context")
-    module_init_context = _stock("module_init_context")
-    forward_context = _stock("forward_context")
-    train_step_context = _stock("train_step_context")
-    val_step_context = _stock("val_step_context")
-    test_step_context = _stock("test_step_context")
-    predict_step_context = _stock("predict_step_context")
-    convert_input = _stock("convert_input")
-    convert_output = _stock("convert_output")
-    pre_backward = _stock("pre_backward")
-    backward = _stock("backward")
-    post_backward = _stock("post_backward")
-    clip_gradients = _stock("clip_gradients")
-    main_params = _stock("main_params")
-    state_dict = _stock("state_dict")
-    load_state_dict = _stock("load_state_dict")
-    on_save_checkpoint = _stock("on_save_checkpoint")
-    on_load_checkpoint = _stock("on_load_checkpoint")
+
+for _name in (
+    "connect", "tensor_init_context", "module_init_context", "forward_context", "train_step_context",
+    "val_step_context", "test_step_context", "predict_step_context", "convert_input", "convert_output", "pre_backward",
+    "backward", "post_backward", "clip_gradients", "main_params", "state_dict", "load_state_dict",
+    "on_save_checkpoint", "on_load_checkpoint",
+):  # fmt: skip
+    setattr(PrecisionMixin, _name, _stock(_name))
 
 
 def unscale_on_host(scaler: Any, optimizer: Any) -> None:

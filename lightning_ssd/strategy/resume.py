@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,7 @@ class Resume:
         return [newest[id(loader)] for loader in in_use if id(loader) in newest]
 
 
+@dataclass
 class _Restart:
     """A checkpoint's entry, from which a run resumes.
 
@@ -125,12 +127,11 @@ class _Restart:
         in_epoch: Lightning continues with the next batch, without the hooks at the beginning of an epoch.
     """
 
-    def __init__(self, generators: States, epoch_is_over: bool, loaders: list[dict[str, Any]]) -> None:
-        self.generators = generators
-        self.epoch_is_over = epoch_is_over
-        self.loaders = loaders
-        self.has_started = False
-        self.in_epoch = False
+    generators: States
+    epoch_is_over: bool
+    loaders: list[dict[str, Any]]
+    has_started: bool = False
+    in_epoch: bool = False
 
 
 class _Place:
@@ -188,7 +189,7 @@ def _resumable(cls: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
     # Not a mixin: an object's class can be changed only to one with the same memory layout.
     members = {
         "__module__": cls.__module__,
-        "__iter__": lambda self: _Batches(self._ssd_offload_place, lambda: cls.__iter__(self)),
+        "__iter__": lambda self: _Batches(self._ssd_offload_place, self, cls),
         "_ssd_offload_class": cls,
         # Lightning resumes in mid-epoch only if a loader has these; the state is in `Resume`.
         "state_dict": lambda self: {},
@@ -200,9 +201,10 @@ def _resumable(cls: type[DataLoader[Any]]) -> type[DataLoader[Any]]:
 class _Batches:
     """One epoch's iterator. The inner iterator is made at once, or after a restart with the first batch."""
 
-    def __init__(self, place: _Place, make: Any) -> None:
+    def __init__(self, place: _Place, loader: DataLoader[Any], cls: type[DataLoader[Any]]) -> None:
         self._place = place
-        self._make = make
+        self._loader = loader
+        self._class = cls
         self._ahead: list[Any] = []  # drawn but not used before the checkpoint
         self._inner: Any = None
         if place.restart is None:
@@ -224,7 +226,7 @@ class _Batches:
 
     def _begin(self) -> None:
         self._place.begin_epoch()
-        self._inner = self._make()
+        self._inner = self._class.__iter__(self._loader)
 
     def _resume(self, restart: _Restart) -> None:
         place = self._place

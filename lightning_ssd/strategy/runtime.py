@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from torch import nn
@@ -15,10 +15,8 @@ from lightning_ssd.memory.budget import SharedBudget
 from lightning_ssd.memory.device_plan import device_capacity, tensors_nbytes
 from lightning_ssd.memory.headroom import Headroom
 from lightning_ssd.memory.heap import HeapWatch
-from lightning_ssd.memory.pinned import Pinned
 from lightning_ssd.memory.plan import MemoryPlan
-from lightning_ssd.memory.pool import Pool, map_anonymous, pool_nbytes
-from lightning_ssd.memory.views import address_of
+from lightning_ssd.memory.plan_pools import PlanPools
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.pipeline import UpdatePipeline
 from lightning_ssd.optim.update import Updates
@@ -28,71 +26,16 @@ from lightning_ssd.step.gradients import GradientStore
 from lightning_ssd.step.module_hooks import ModuleHooks
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.strategy.sizing import Sizing, chains
+from lightning_ssd.strategy.sizing import Sizing
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.placement import Placement, make_placement
-from lightning_ssd.units.unit import Unit
-
-
-class Memory:
-    """The pools of one plan: one arena, and memory of their own for parameters that the plan holds in memory.
-
-    Args:
-        plan: How much of what.
-        units: All units.
-        engine: Registers the arena, where the system lets it.
-        settings: Of the run.
-
-    Attributes:
-        arena: Anonymous memory from which pools are cut.
-        params: For parameters that stream.
-        updates: For the chunks of updates.
-        states: For optimizer states that the plan holds in memory, and on a device for parameters too.
-        spill: For saved inputs on their way to the disk.
-        grads: For gradients that come off a device; None on the CPU.
-        in_memory_params: For parameters that the plan holds in memory; None on a device. No engine pins it, so that
-            forked processes have it.
-    """
-
-    def __init__(self, plan: MemoryPlan, units: Sequence[Unit], engine: Engine, settings: Settings) -> None:
-        nbytes = sum(pool_nbytes(u.layout.buffer_nbytes) for u in units if u.name in plan.in_memory_params)
-        own_nbytes = 0 if settings.is_off_host else nbytes
-        self.in_memory_params = Pool(own_nbytes, "kept parameter") if own_nbytes else None
-        sizes = {
-            "parameter": plan.param_nbytes,
-            "update": plan.update_nbytes,
-            "kept": plan.in_memory_nbytes - own_nbytes,
-            "activation": plan.spill_nbytes,
-        }
-        if settings.is_off_host:
-            sizes["gradient"] = plan.grad_nbytes
-        self.arena = map_anonymous(sum(map(pool_nbytes, sizes.values())))
-        # Where it is refused (a limit on locked memory), transfers cost more CPU time and work the same.
-        engine.register_memory(address_of(self.arena), len(self.arena))
-        is_pinned = settings.is_off_host
-        self._pinned = Pinned(address_of(self.arena), len(self.arena), settings.device) if is_pinned else None
-        begin, pools = 0, []
-        for name, size in sizes.items():
-            pools.append(Pool(size, name, arena=self.arena, begin=begin))
-            begin += pool_nbytes(size)
-        self.params, self.updates, self.states, self.spill = pools[:4]
-        self.grads = pools[4] if settings.is_off_host else None
-        self._pools = [*pools, *([self.in_memory_params] if self.in_memory_params is not None else [])]
-
-    def close(self) -> None:
-        """Give it back; the engine, which knew the arena, is closed."""
-        with Ending() as ending:
-            for pool in self._pools:
-                ending.callback(pool.close)
-            if self._pinned is not None:
-                ending.callback(self._pinned.close)
-        del self.arena  # this object may be held longer
+from lightning_ssd.units.unit import chains
 
 
 class Runtime:
-    """What streams a model between setup and teardown: memory, cache, updater, gradients and hooks; all of it running.
+    """What streams a model between setup and teardown: memory, cache, updater, gradients and hooks, all running.
 
     Args:
         module: The model.
@@ -101,18 +44,19 @@ class Runtime:
         sizing: What the units need.
         settings: Of the run.
         engine: Moves bytes between disk and memory.
-        headroom: Looks whether memory is left, until the first backward is over.
-        trace: Order of events.
+        headroom: Checks, until the first backward has ended, that enough memory is left.
+        trace: Records spans.
         waits_for_all_grads: No update runs before all gradients are there.
 
     Attributes:
         plan: The memory.
-        memory: Its pools.
+        pools: Its pools.
         grads: Takes gradients.
         updater: Runs pending updates.
+        updates: What optimizers make steps with.
         cache: Fetches and releases units.
         hooks: Of modules.
-        is_updating: A backward updates units that it is done with, or has done so in the step that runs.
+        is_updating: In the step that runs, a backward updates units, or has done so.
     """
 
     def __init__(
@@ -136,10 +80,10 @@ class Runtime:
         self._trace = trace
         self._activations: ActivationStore | None = None
         self._headroom = headroom
-        self.memory = Memory(plan, model.units, engine, settings)
+        self.pools = PlanPools(plan, engine, settings.device)
         undo: list[Callable[[], object]] = [self._hold_nothing]
         try:
-            headroom.watch(self.memory.arena)
+            headroom.watch(self.pools.arena)
             self._hold_in_memory(sizing)
             self.grads = self._make_grads(waits_for_all_grads)
             undo.append(self.grads.close)
@@ -153,31 +97,16 @@ class Runtime:
             undo.append(self.updater.close)
             self.cache = self._make_cache(module)
             undo.append(self.cache.close)
-            self._updates = Updates(pipeline, self.cache, self.updater, self.grads)
+            self.updates = Updates(pipeline, self.cache, self.updater, self.grads)
             if plan.recomputes:
                 self._activations = self._make_activations(budget)
                 undo.append(self._activations.close)
-            self.hooks = ModuleHooks(
-                module,
-                model=model,
-                cache=self.cache,
-                grads=self.grads,
-                headroom=headroom,
-                device=settings.device,
-                recompute=sizing.blocks() if plan.recomputes else set(),
-                activations=self._activations,
-                is_in_memory=plan.fits and not settings.is_off_host,
-                trace=trace,
-            )
+            self.hooks = self._make_hooks(module, sizing)
         except BaseException:
             with Ending() as ending:  # what fails here does not hide the cause
                 for call in undo:
                     ending.callback(call)
                 raise
-
-    def connect(self, adopted: OptimizerAdapter) -> None:
-        """From now on the steps of ``adopted`` run here."""
-        adopted.connect(self._updates)
 
     def drain(self) -> None:
         """Return when no update is pending.
@@ -193,7 +122,7 @@ class Runtime:
 
     @contextmanager
     def backward(self, optimizer: OptimizerAdapter | None) -> Iterator[None]:
-        """Around the backward of a step; not around one that the user runs, after which gradients must be there.
+        """Around the backward of a step that Lightning runs. After one that the user runs, gradients must be there.
 
         Args:
             optimizer: Updates each unit whose gradients are all there; None if gradients wait.
@@ -204,13 +133,13 @@ class Runtime:
             yield
 
     def abort_step(self) -> None:
-        """Drop what a step that failed held. Updates that the step before still owes are made."""
+        """Drop what a failed step held, after the pending updates of the step before."""
         with suppress(SSDOffloadError):  # reported already, or with the next use
             self.drain()
         self.hooks.abort_step()
 
     def close(self) -> None:
-        """Run what is pending; end hooks and threads. The memory stays until `Memory.close`."""
+        """Run what is pending; end hooks and threads. The memory stays until `free`."""
         with Ending() as ending:
             if self._activations is not None:
                 ending.callback(self._activations.close)
@@ -224,32 +153,30 @@ class Runtime:
     def free(self) -> None:
         """Give the memory back; the engine is closed."""
         self._headroom.end()
-        self.memory.close()
+        self.pools.close()
 
-    def inherit(self, passed_on: list[tuple[int, int]], *, has_kept: bool) -> None:
+    def inherit(self, passed_on: list[tuple[int, int]], *, has_in_memory: bool) -> None:
         """This is a forked process; see `Session.inherit`."""
         self.grads.inherit()
         self.hooks.inherit()
-        self.memory.params.forbid(passed_on)
-        if self.memory.in_memory_params is not None and not has_kept:
-            self.memory.in_memory_params.forbid([])
+        self.pools.forbid(passed_on, has_in_memory=has_in_memory)
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _hold_in_memory(self, sizing: Sizing) -> None:
         """Move what the plan holds in memory there."""
-        store, states = self._model.store, self.memory.states
+        store, states = self._model.store, self.pools.states
         for unit in self._model.units:
             is_held = unit.name in self.plan.in_memory_params
-            layouts = [(unit.layout, self.memory.in_memory_params or states)] if is_held else []
+            layouts = [(unit.layout, self.pools.in_memory_params or states)] if is_held else []
             if unit.name in self.plan.in_memory_states:
                 layouts += [(layout, states) for layout in sizing.state_layouts(unit)]
             for layout, pool in layouts:
                 buffer, dtype = pool.lend(layout.buffer_nbytes, f"unit {unit.name!r}"), dtype_of(layout.dtype)
                 places = zip(layout.entries, layout.places, strict=True)
-                store.hold_in_memory(layout, [buffer.tensor(place, dtype, entry.shape) for entry, place in places])
-            if is_held:
-                unit.hold_in_memory(store.in_memory(unit.name, "param") or ())
+                held = store.hold_in_memory(layout, [buffer.tensor(place, dtype, e.shape) for e, place in places])
+                if layout is unit.layout:
+                    unit.hold_in_memory(held)
 
     def _hold_nothing(self) -> None:
         """Setup failed: what was moved into memory is not used."""
@@ -260,11 +187,11 @@ class Runtime:
     def _make_grads(self, waits_for_all_grads: bool) -> GradientStore:
         plan, settings, units = self.plan, self._settings, self._model.units
         offloader = None
-        if self.memory.grads is not None:
+        if self.pools.grads is not None:
             largest_nbytes = max(unit.layout.data_nbytes for unit in units)
-            offloader = GradOffloader(self.memory.grads, most_nbytes=largest_nbytes)
+            offloader = GradOffloader(self.pools.grads, most_nbytes=largest_nbytes)
         return GradientStore(
-            None if plan.keep_grads or plan.fits else self._model.store.scratches[0],
+            None if plan.in_memory_grads or plan.fits else self._model.store.scratches[0],
             off_device=settings.is_off_host,
             offloader=offloader,
             heap=None if plan.fits or settings.is_off_host else HeapWatch(),
@@ -275,7 +202,7 @@ class Runtime:
     def _make_pipeline(self) -> UpdatePipeline:
         return UpdatePipeline(
             self._model.store,
-            self.memory.updates,
+            self.pools.updates,
             chunk_numel=self.plan.chunk_numel,
             depth=self.plan.depth,
             keep_master=self._settings.keep_master,
@@ -286,7 +213,7 @@ class Runtime:
         plan, window = self.plan, self._settings.window_size
         return ParamCache(
             self._model,
-            pool=self.memory.params,
+            pool=self.pools.params,
             placement=self._make_placement(module),
             keep_cache=plan.keep_cache,
             max_ahead=(None if plan.keep_cache else 1) if window is None else window - 1,
@@ -303,11 +230,26 @@ class Runtime:
         is_limit = settings.device_nbytes is not None
         return make_placement(settings.device, capacity_nbytes=capacity, is_limit=is_limit)
 
+    def _make_hooks(self, module: nn.Module, sizing: Sizing) -> ModuleHooks:
+        plan, settings = self.plan, self._settings
+        return ModuleHooks(
+            module,
+            model=self._model,
+            cache=self.cache,
+            grads=self.grads,
+            headroom=self._headroom,
+            device=settings.device,
+            recompute=sizing.blocks() if plan.recomputes else set(),
+            activations=self._activations,
+            is_in_memory=plan.fits and not settings.is_off_host,
+            trace=self._trace,
+        )
+
     def _make_activations(self, budget: SharedBudget) -> ActivationStore:
         return ActivationStore(
             self._engine,
             SpillFiles(self._model.store.scratches, "activations"),
-            self.memory.spill,
+            self.pools.spill,
             device=self._settings.device,
             budget=budget,
             piece_nbytes=self.plan.spill_nbytes // 4,  # one being filled, and others on their way

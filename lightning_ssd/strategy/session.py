@@ -1,23 +1,28 @@
-"""The parts, put together for one model: store, plan, pools, streamer, sink, pipeline, adopted optimizers.
+"""One model in a store, from the Trainer's setup until the next session has taken over.
 
-A session begins when the Trainer sets the strategy up. At teardown it goes to rest: no hooks, threads or pools, but the
-files stay, so that a checkpoint can still be saved; they go when the next session begins or the process ends.
+At teardown hooks, threads and pools end. The files stay, so that a checkpoint can still be saved; they are removed when
+the next session begins or the process ends.
 """
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import count
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.errors import ConfigurationError, Ending, ResidencyError, SSDOffloadError
+from lightning_ssd.checkpoint.directory import remove, sibling
+from lightning_ssd.checkpoint.training_state import Saver
+from lightning_ssd.convert.export import save_file
+from lightning_ssd.errors import CheckpointError, ConfigurationError, Ending, ResidencyError, SSDOffloadError
 from lightning_ssd.io.deadline import within
-from lightning_ssd.io.engine import Engine, IOStats
+from lightning_ssd.io.engine import Engine
 from lightning_ssd.io.select import make_engine
 from lightning_ssd.memory.headroom import Headroom
 from lightning_ssd.memory.heap import bound_heap, trim_heap, unbound_heap
@@ -25,18 +30,15 @@ from lightning_ssd.memory.mapped_file import handle_bus_errors
 from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.choice import choose_rule
-from lightning_ssd.optim.pipeline import master_dtype
 from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
 from lightning_ssd.store.handles import handles, require_handles
+from lightning_ssd.store.open_store import end_store, open_store
 from lightning_ssd.strategy.forking import Forking
 from lightning_ssd.strategy.runtime import Runtime
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing
-from lightning_ssd.strategy.store_files import end_store, open_store
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.inherited import Inherited
-from lightning_ssd.units.mapped import MappedParams
-from lightning_ssd.units.masters import master_of
 from lightning_ssd.units.materialize import ParamMaterializer
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.partition import partition
@@ -45,17 +47,17 @@ from lightning_ssd.units.unit import Unit
 
 
 class Session:
-    """One model in a store: units, files, adopted optimizers; between `start` and `rest` a runtime streams it.
+    """One model in a store: units, files, adopted optimizers; between `start` and `stop` a runtime streams it.
 
     Attributes:
         settings: What the user set.
-        trace: Order of events.
+        trace: Records events and spans.
         engine: Moves bytes between disk and memory.
         store: The files.
         materializer: Makes parameters on mapped files while a model is created.
         model: The model's units; none before `place`.
         optimizers: The adopted optimizers, in Lightning's order.
-        runtime: What streams the model; None before `start`, and from `rest` on.
+        runtime: What streams the model; None before `start`, and from `stop` on.
         plan: The memory of the runtime, also after its end; None before `start`.
         is_inherited: This is a forked process, and all of it is the parent's.
     """
@@ -67,19 +69,27 @@ class Session:
         self.trace = Trace()
         self.engine: Engine = make_engine(settings.io)
         try:
-            self.store = open_store(settings, self.engine, self.trace)
+            self.store = open_store(
+                settings.roots,
+                settings.io,
+                self.engine,
+                keep=settings.keep_store,
+                verify=settings.verify,
+                trace=self.trace,
+            )
         except BaseException:
             self.engine.close()
             raise
         self.materializer = ParamMaterializer(self.store.scratches[0])
+        self._saver = Saver(self.store)
         self.model = self._make_model([])
         self.optimizers: list[OptimizerAdapter] = []
         self.runtime: Runtime | None = None
         self.plan: MemoryPlan | None = None
         self.is_inherited = False
-        self._is_at_rest = False
-        self._streaming_for: OptimizerAdapter | None = None
-        # Runs when nobody holds the session any more, at the latest when the process ends.
+        self._is_stopped = False
+        self._updates_in_backward: OptimizerAdapter | None = None
+        # Runs when the last reference to the session is gone, at the latest when the process ends.
         self._remove_files = weakref.finalize(self, end_store, self.store, remove=not settings.keep_store)
         Forking(self)
 
@@ -90,7 +100,7 @@ class Session:
 
     @property
     def is_started(self) -> bool:
-        """Whether steps could run, now or before `rest`."""
+        """Whether `start` has succeeded, also after `stop`."""
         return self.plan is not None
 
     @property
@@ -112,33 +122,35 @@ class Session:
         """Cut ``module`` into units and write their values into the store; initialises what is on the meta device."""
         self.materializer.materialize(module)
         specs = partition(module, policy=self.settings.units, min_numel=self.settings.min_unit_numel)
+        if not specs:
+            raise ConfigurationError("the model has no parameters to stream")
         self.model = self._make_model([Unit(spec, self.settings.param_dtype) for spec in specs])
         num_bytes = sum(unit.layout.file_nbytes for unit in self.units)
-        self.store.require_free(num_bytes, "placing the parameters", num_files=len(self.units))
-        is_direct = any(direct for _, direct in self.store.disks)
-        adam = handles(3 * len(self.units), len(self.units), 0, direct=is_direct).num_files
+        self.store.disks.require_free(num_bytes, "placing the parameters", num_files=len(self.units))
+        adam = handles(3 * len(self.units), len(self.units), 0, direct=self.store.disks.are_direct).num_files
         what = f"{len(self.units)} units of parameters (with the state of an Adam about {adam} open files)"
-        require_handles(handles(len(self.units), 0, 0, direct=is_direct), what)
+        require_handles(handles(len(self.units), 0, 0, direct=self.store.disks.are_direct), what)
         placeholders = make_placeholders(self.units, self.store.scratches[0])
         for unit in self.units:
-            self._place_unit(unit)
+            for param in unit.params:
+                if param.is_cuda:
+                    param.data = param.data.cpu()
+            self.store.put(unit.layout, partial(_values, unit))
             unit.placeholders = placeholders[unit.name]
             self.model.offload(unit)
 
     def _make_model(self, units: list[Unit]) -> ModelUnits:
         return ModelUnits(units, self.store, keeps_buffer=not self.settings.is_off_host)
 
-    def _place_unit(self, unit: Unit) -> None:
-        for param in unit.params:
-            if param.is_cuda:
-                param.data = param.data.cpu()
-        self.store.put(unit.layout, lambda i: unit.params[i].data)
+    def adopted(self, optimizer: Optimizer) -> OptimizerAdapter | None:
+        """What ``optimizer`` was adopted as; None if it was not."""
+        return next((each for each in self.optimizers if each.optimizer is optimizer), None)
 
     def adopt(self, optimizer: Optimizer) -> OptimizerAdapter:
-        """Take over an optimizer; if the session is running its steps work at once."""
-        for adopted in self.optimizers:
-            if adopted.optimizer is optimizer:
-                return adopted
+        """Take over an optimizer, unless that was done before; if a runtime streams, its steps work at once."""
+        known = self.adopted(optimizer)
+        if known is not None:
+            return known
         rule = choose_rule(optimizer, self.settings.update, keep_master=self.settings.keep_master)
         if isinstance(rule, WholeRule) and self.is_started:
             raise ConfigurationError(
@@ -152,7 +164,7 @@ class Session:
         adopted = kind(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master, suffix=suffix)
         adopted.adopt()
         if self.runtime is not None:
-            self.runtime.connect(adopted)
+            adopted.connect(self.runtime.updates)
         self.optimizers.append(adopted)
         return adopted
 
@@ -197,7 +209,7 @@ class Session:
             waits_for_all_grads=waits_for_all_grads,
         )
         for adopted in self.optimizers:
-            self.runtime.connect(adopted)
+            adopted.connect(self.runtime.updates)
         self.plan = plan
 
     def _require_room(self, plan: MemoryPlan) -> None:
@@ -205,12 +217,12 @@ class Session:
         sizing = self.sizing
         num_new = sizing.num_generations - len(self.units)
         what = "the optimizer state and generations being written"
-        self.store.require_free(sizing.disk_nbytes, what, num_files=num_new + sizing.num_spare)
+        self.store.disks.require_free(sizing.disk_nbytes, what, num_files=num_new + sizing.num_spare)
         needed = handles(
             sizing.num_generations,
-            0 if plan.keep_grads or plan.fits else len(sizing.trained()),
+            0 if plan.in_memory_grads or plan.fits else len(sizing.trained()),
             sizing.num_spare,
-            direct=any(direct for _, direct in self.store.disks),
+            direct=self.store.disks.are_direct,
         )
         what = f"a run of {len(self.units)} units, which are {sizing.num_generations} files with their state,"
         require_handles(needed, what)
@@ -224,16 +236,11 @@ class Session:
         if self.runtime is not None:
             self.runtime.drain()
 
-    def abort_step(self) -> None:
-        """See `Runtime.abort_step`."""
-        if self.runtime is not None:
-            self.runtime.abort_step()
-
-    def rest(self) -> None:
+    def stop(self) -> None:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
         if self.is_inherited:
             return
-        self._is_at_rest = True
+        self._is_stopped = True
         runtime, self.runtime = self.runtime, None
         # In reverse order, each whatever became of the one before.
         with within(self.engine.patience), Ending() as stack:
@@ -254,13 +261,44 @@ class Session:
             return
         with ExitStack() as stack:
             stack.callback(self._remove_files)
-            if self._is_at_rest:  # what failed then was told then
+            if self._is_stopped:  # what failed then was reported then
                 stack.enter_context(suppress(SSDOffloadError))
-            self.rest()
+            self.stop()
+
+    def save(self, checkpoint: Mapping[str, Any], path: str, *, is_linked: bool) -> None:
+        """Save Lightning's dictionary as a checkpoint, in the form that the settings say.
+
+        Args:
+            checkpoint: The dictionary.
+            path: Of the new file or directory; one of that name is replaced.
+            is_linked: See `Saver.save`.
+
+        Raises:
+            CheckpointError: A step failed midway, or the checkpoint could not be saved.
+            ResidencyError: This is a forked process.
+        """
+        self.require_own("a checkpoint cannot be saved")
+        if any(adopted.is_mid_step for adopted in self.optimizers):
+            raise CheckpointError(
+                "the optimizer step that failed had already updated a part of the model, so the model is not saved; "
+                "resume from the last checkpoint"
+            )
+        with self.written_back(), within(self.engine.patience):
+            save = partial(self._saver.save, units=self.units, optimizers=self.optimizers, is_linked=is_linked)
+            if self.settings.checkpoint == "links":
+                save(checkpoint, path)
+                return
+            # Links in the store cost nothing, and what is made of them is compared with its checksums.
+            links = os.path.join(self.store.disks.all[0].path, sibling("file", "tmp"))
+            save(checkpoint, links)
+            try:
+                save_file(links, path)
+            finally:
+                remove(links)
 
     @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Inside, the files hold every value, also those that the user changed at rest; works after `rest` too."""
+    def written_back(self) -> Iterator[None]:
+        """Inside, the store has every value, also those that the user wrote outside a step; works after `stop` too."""
         self.require_own("the model cannot be written to its files")
         if self.runtime is not None:
             self.drain()
@@ -269,80 +307,55 @@ class Session:
         with self.store.writable():
             try:
                 for unit in mapped:
-                    self._write_back(unit)
+                    self.write_back(unit)
                 yield
             finally:
                 if self.runtime is None:
                     self.model.map_all()
 
-    def _write_back(self, unit: Unit) -> None:
+    def write_back(self, unit: Unit) -> None:
+        """Bring what the user wrote to ``unit`` outside a step into the store."""
         if self.runtime is None:
             self.model.write_back(unit)
         else:
             self.runtime.cache.write_back(unit)
 
-    def masters(self) -> dict[nn.Parameter, Tensor]:
-        """Float32 masters of 16-bit parameters, mapped; works after `rest` too."""
-        found: dict[nn.Parameter, Tensor] = {}
-        for unit in self.units:
-            generation = self.store.current(unit.name, "master")
-            if generation is not None:
-                found.update(zip(unit.params, MappedParams(self.store, generation).tensors, strict=True))
-        return found
-
-    def take_masters(self, masters: Mapping[nn.Parameter, Tensor]) -> list[str]:
-        """Stream float32 masters of 16-bit parameters into the store.
-
-        Returns:
-            Names of parameters whose values are others than their masters', and that have new ones therefore; see
-            [Note: masters and values].
-        """
-        changed: list[str] = []
-        for unit in self.units:
-            dtype = master_dtype(unit, keep_master=self.settings.keep_master)
-            if dtype != unit.layout.dtype and any(param in masters for param in unit.params):
-                self._write_back(unit)  # masters would follow what was written to it a second time
-                found = partial(self._master, unit, masters, changed)
-                self.store.put(unit.layout_of("master", dtype), found)
-        return changed
-
-    @staticmethod
-    def _master(unit: Unit, masters: Mapping[nn.Parameter, Tensor], changed: list[str], index: int) -> Tensor:
-        param = unit.params[index]
-        if param not in masters:
-            return param
-        found = master_of(param, masters[param])
-        if found is not masters[param]:
-            changed.append(unit.names[index])
-        return found
-
     # -- the step ------------------------------------------------------------------------------------------------
 
-    def stream_updates_for(self, optimizer: Optimizer | None) -> None:
-        """In `backward`, from now on, ``optimizer`` updates units once their gradients are there; None: no more."""
-        self._streaming_for = next((a for a in self.optimizers if a.optimizer is optimizer), None)
-        self.running.begin_step()
+    @contextmanager
+    def step_of(self, updates_in_backward: Optimizer | None) -> Iterator[None]:
+        """Around the step of an optimizer, which runs forward and `backward` as its closure.
 
-    def runs_whole(self, optimizer: Optimizer) -> bool:
-        """Whether ``optimizer`` is run on all its parameters at once, after all gradients are there."""
-        return any(isinstance(a, WholeOptimizer) and a.optimizer is optimizer for a in self.optimizers)
+        Args:
+            updates_in_backward: The optimizer, if backward may update each unit as soon as its gradients are complete;
+                None if gradients wait for the end of backward.
+        """
+        if updates_in_backward is not None:
+            self._updates_in_backward = self.adopted(updates_in_backward)
+            self.running.begin_step()
+        try:
+            yield
+        finally:
+            self._updates_in_backward = None
+            self.running.begin_step()
+            self.running.hooks.end_step()
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Around the backward of a step; not around one that the user runs, after which gradients must be there."""
+        """Around the backward of a step that Lightning runs; see `Runtime.backward`."""
         self.require_own("a step cannot be made")
-        with self.running.backward(self._streaming_for):
+        with self.running.backward(self._updates_in_backward):
             yield
 
     # -- forked processes ----------------------------------------------------------------------------------------
 
-    def inherit(self, refusals: Mapping[str, str], passed_on: list[tuple[int, int]], *, has_kept: bool) -> None:
+    def inherit(self, refusals: Mapping[str, str], passed_on: list[tuple[int, int]], *, has_in_memory: bool) -> None:
         """This is a forked process; [Note: inherited].
 
         Args:
             refusals: Why parameters cannot be read here, by unit.
             passed_on: What there is of the arena, ``(offset, nbytes)``.
-            has_kept: Whether parameters that are kept in memory are here.
+            has_in_memory: Whether parameters that are held in memory are here.
         """
         self.is_inherited = True
         self._remove_files.detach()
@@ -355,10 +368,10 @@ class Session:
         is_off_host = self.settings.is_off_host
         self.model.inherit(
             Inherited(self.store, refusals),
-            lambda unit: is_off_host or (unit.in_memory is not None and not has_kept),
+            lambda unit: is_off_host or (unit.in_memory is not None and not has_in_memory),
         )
         if self.runtime is not None:
-            self.runtime.inherit(passed_on, has_kept=has_kept)
+            self.runtime.inherit(passed_on, has_in_memory=has_in_memory)
 
     def require_own(self, what: str) -> None:
         """Refuse ``what`` in a forked process.
@@ -379,6 +392,6 @@ class Session:
         """What the units need, with the optimizers that are adopted now."""
         return Sizing(self.settings, self.units, self.optimizers)
 
-    def stats(self) -> IOStats:
-        """What was read and written so far."""
-        return self.engine.stats()
+
+def _values(unit: Unit, index: int) -> Tensor:
+    return unit.params[index].data

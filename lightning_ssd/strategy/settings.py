@@ -53,6 +53,8 @@ class Options:
         verify_reads: Compare every byte read with a checksum; ``"auto"`` does where the kernel is native.
         io: Disk transport: ``engine``, ``depth``, ``block_nbytes``, ``num_threads``, ``direct``, ``deadline_s``.
         keep_store: Leave the live store on disk when the run ends.
+        checkpoint: ``"links"``: a directory of hard links, saved at no cost; ``"file"``: one file, as plain Lightning
+            saves it, for whatever opens a ``.ckpt``; it has all bytes, so a save takes the time to write them.
 
     Raises:
         ConfigurationError: Names the first option with a value that it cannot have, and what it may be.
@@ -72,6 +74,7 @@ class Options:
     verify_reads: Union[bool, Literal["auto"]] = "auto"  # noqa: UP007
     io: IOOptions = IOOptions()  # noqa: RUF009  frozen
     keep_store: bool = False
+    checkpoint: Literal["links", "file"] = "links"
 
     def __post_init__(self) -> None:
         for name, choices in _choices().items():
@@ -147,7 +150,7 @@ class Settings(Options):
             in_memory = memory_file_system(root)
             if in_memory:
                 warnings.warn(
-                    f"nvme_path={root!r} is on {in_memory}, which lives in memory: nothing is saved by streaming "
+                    f"nvme_path={root!r} is on {in_memory}, which is in memory: nothing is saved by streaming "
                     "there, and host_memory does not count it; choose a directory on a disk",
                     stacklevel=2,
                 )

@@ -6,7 +6,6 @@ from collections import Counter
 
 from torch import nn
 
-from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import pool_nbytes
 from lightning_ssd.optim.adapter import OptimizerAdapter
@@ -17,7 +16,7 @@ from lightning_ssd.step.recompute import keeps_activations
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.units.unit import Unit
+from lightning_ssd.units.unit import Unit, chains
 
 
 class Sizing:
@@ -33,7 +32,7 @@ class Sizing:
         self._settings = settings
         self._units = units
         self._optimizers = optimizers
-        self._is_off_host = settings.device.type != "cpu"
+        self._is_off_host = settings.is_off_host
         self._temporary_shares: dict[int, float] = {}  # by number of dimensions
 
     @property
@@ -82,7 +81,7 @@ class Sizing:
 
     def trained(self) -> list[Unit]:
         """Units that an optimizer updates."""
-        owned = {p for adopted in self._optimizers for g in adopted.optimizer.param_groups for p in g["params"]}
+        owned = {param for adopted in self._optimizers for param in adopted.params()}
         return [unit for unit in self._units if any(p in owned and p.requires_grad for p in unit.params)]
 
     def _state_kinds(self, unit: Unit) -> set[str]:
@@ -112,8 +111,13 @@ class Sizing:
         Raises:
             MemoryPlanError: If the budget cannot work.
         """
+        uses = Counter(param for _, param in module.named_parameters(remove_duplicate=False))
+        shared = {param for param, num_uses in uses.items() if num_uses > 1}
         whole = [adopted for adopted in self._optimizers if isinstance(adopted.rule, WholeRule)]
-        sizes = self._unit_sizes(shared_parameters(module), whole)
+        sizes = self._unit_sizes(shared, whole)
+        recomputes = {"auto": None, "recompute": True, "keep": False}[self._settings.activations]
+        if not self._optimizers or not self.blocks():
+            recomputes = False
         return make_plan(
             sizes,
             chains(module, self._units),
@@ -123,7 +127,7 @@ class Sizing:
                 is_overlapped=self._settings.is_overlapped,
                 waits_for_all_grads=waits_for_all_grads,
                 window=self._settings.window_size,
-                recomputes=self._recomputes(),
+                recomputes=recomputes,
                 sums_in_place=self._settings.is_autocast,
                 whole_nbytes=sum(map(_whole_nbytes, whole)),
             ),
@@ -131,7 +135,7 @@ class Sizing:
 
     def _unit_sizes(self, shared: set[nn.Parameter], whole: list[OptimizerAdapter]) -> list[UnitSize]:
         trained = {unit.name for unit in self.trained()}
-        updated_whole = {p for adopted in whole for g in adopted.optimizer.param_groups for p in g["params"]}
+        updated_whole = {param for adopted in whole for param in adopted.params()}
         most_kinds = max((len(self._state_kinds(unit)) for unit in self._units), default=0)
         sizes = []
         for unit in self._units:
@@ -154,18 +158,11 @@ class Sizing:
             )
         return sizes
 
-    def _recomputes(self) -> bool | None:
-        if not self._optimizers or not self.blocks():
-            return False
-        return {"auto": None, "recompute": True, "keep": False}[self._settings.activations]
-
     def _grad_nbytes(self, unit: Unit) -> int:
         """Host memory of the gradients of ``unit``; from a device, each is copied into a buffer of its own."""
-        return (
-            sum(map(pool_nbytes, (e.nbytes for e in unit.layout.entries)))
-            if self._is_off_host
-            else unit.layout.data_nbytes
-        )
+        if not self._is_off_host:
+            return unit.layout.data_nbytes
+        return sum(pool_nbytes(entry.nbytes) for entry in unit.layout.entries)
 
     def _shared_grad_nbytes(self, unit: Unit, shared: set[nn.Parameter]) -> int:
         """Host memory of the gradients of parameters of ``unit`` that several modules have."""
@@ -198,36 +195,8 @@ class Sizing:
         return self._temporary_shares[num_dims]
 
 
-def shared_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters that ``module`` has under several names: tied ones, and those of a shared submodule."""
-    counts = Counter(param for _, param in module.named_parameters(remove_duplicate=False))
-    return {param for param, count in counts.items() if count > 1}
-
-
 def _whole_nbytes(adopted: OptimizerAdapter) -> int:
     """Bytes of state of an optimizer that runs whole, estimated by its trial; 0 for others."""
     if not isinstance(adopted.rule, WholeRule):
         return 0
-    params = (p for group in adopted.optimizer.param_groups for p in group["params"])
-    return int(adopted.rule.state_ratio * sum(param.nbytes for param in params))
-
-
-def chains(module: nn.Module, units: list[Unit]) -> list[list[str]]:
-    """Names of units that nested modules need at the same time, one list per chain of nested modules."""
-    users: dict[nn.Module, list[Unit]] = {}
-    for unit in units:
-        for user in unit.modules:
-            users.setdefault(user, []).append(unit)
-    found: list[list[str]] = []
-
-    def call(inner: nn.Module, held: list[str]) -> None:
-        here = held + [unit.name for unit in users.get(inner, []) if unit.name not in held]
-        if len(here) > len(held):
-            found.append(here)
-        for child in inner.children():
-            call(child, here)
-
-    call(module, [])
-    if not found:
-        raise ConfigurationError("the model has no parameters to stream")
-    return found
+    return int(adopted.rule.state_ratio * sum(param.nbytes for param in adopted.params()))

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.checkpoint.mapped import SeenFiles
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import IOOptions, IOStats
+from lightning_ssd.optim.whole import WholeOptimizer
+from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy import guards
 from lightning_ssd.strategy.checkpoint_hooks import CheckpointMixin
 from lightning_ssd.strategy.free_space import prepare_checkpoints
@@ -76,6 +77,7 @@ class StrategyMixin(CheckpointMixin):
         verify_reads: Union[bool, Literal["auto"]] = "auto",  # noqa: UP007
         io: IOOptions = IOOptions(),  # noqa: B008  frozen
         keep_store: bool = False,
+        checkpoint: Literal["links", "file"] = "links",
     ) -> None:
         given = locals()
         self._session: Session | None = None
@@ -146,7 +148,7 @@ class StrategyMixin(CheckpointMixin):
 
     def stats(self) -> IOStats:
         """Bytes and seconds of disk reads and writes since the Trainer started."""
-        return self.session.stats()
+        return self.session.engine.stats()
 
     def setup_environment(self) -> None:
         """Check the options and the Trainer's arguments, and make the run directory."""
@@ -201,7 +203,7 @@ class StrategyMixin(CheckpointMixin):
             self._handover.move_into(self.session, ())
         self.setup_precision_plugin()
         waits_for_all_grads = trainer.accumulate_grad_batches > 1 or not all(
-            map(self._may_stream_updates, self.optimizers)
+            map(self._may_update_in_backward, self.optimizers)
         )
         with within(self.session.engine.patience):
             checkpoints = prepare_checkpoints(self.session, trainer) if trainer.state.fn == "fit" else []
@@ -256,14 +258,8 @@ class StrategyMixin(CheckpointMixin):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """Run the step. If no code may read gradients, units are updated during its backward."""
-        session = self.session
-        if self._may_stream_updates(optimizer):
-            session.stream_updates_for(optimizer)
-        try:
+        with self.session.step_of(optimizer if self._may_update_in_backward(optimizer) else None):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
-        finally:
-            session.stream_updates_for(None)
-            session.running.hooks.end_step()
 
     @contextmanager
     def _stepping(self, kind: str, *, ends: bool = False) -> Iterator[None]:
@@ -273,13 +269,13 @@ class StrategyMixin(CheckpointMixin):
         if ends:
             hooks.end_step()
 
-    def _may_stream_updates(self, optimizer: Optimizer) -> bool:
+    def _may_update_in_backward(self, optimizer: Optimizer) -> bool:
         module = self._pl_module
         return (
             self.session.settings.is_overlapped
             and module.automatic_optimization
             and len(self.optimizers) == 1
-            and not self.session.runs_whole(optimizer)
+            and not isinstance(self.session.adopted(optimizer), WholeOptimizer)
             and self.precision_plugin.scaler is None
             and find_grad_consumer(module.trainer, module) is None
         )
@@ -306,9 +302,10 @@ class StrategyMixin(CheckpointMixin):
 
     def on_exception(self, exception: BaseException) -> None:
         """Release what the failed step held."""
-        if self._session is not None:
+        runtime = None if self._session is None else self._session.runtime
+        if runtime is not None:
             try:
-                self._session.abort_step()
+                runtime.abort_step()
             except SSDOffloadError as error:  # raised from here it would hide the exception, which is the cause
                 warnings.warn(f"after the error of this run, ending its step failed as well: {error}", stacklevel=2)
 
@@ -334,7 +331,7 @@ class StrategyMixin(CheckpointMixin):
         is_failing = sys.exc_info()[1] is not None
         try:
             if session.is_started:
-                session.rest()
+                session.stop()
             else:
                 session.close()  # setup failed: nothing can be saved from it
         except Exception as error:

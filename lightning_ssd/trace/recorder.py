@@ -1,7 +1,7 @@
-"""What happened in which order and how long it took: events and spans, recorded between `Trace.start` and `Trace.stop`.
+"""What took how long: spans, recorded between `Trace.start` and `Trace.stop`.
 
-All times are seconds of `time.perf_counter`. Recorded or not, each span is a label in a running
-`torch.profiler`, and each event a message of the logger ``lightning_ssd.units`` at level DEBUG.
+All times are seconds of `time.perf_counter`. Recorded or not, each span is a label in a running `torch.profiler`. What
+happens to a unit is logged by ``lightning_ssd.units`` at level DEBUG.
 """
 
 from __future__ import annotations
@@ -31,15 +31,6 @@ class Lane(Enum):
     COMPUTE = "compute"  # forward, recompute, backward
     UPDATE = "update"  # the optimizer's step
     WAIT = "wait"  # a thread waits; the span's name says what for
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened at one time: its name, the unit that it happened to, and when."""
-
-    name: str
-    what: str
-    at_s: float
 
 
 @dataclass(frozen=True)
@@ -135,7 +126,7 @@ _NO_LABEL = nullcontext()
 
 
 class Trace:
-    """Records events and spans between `start` and `stop`; costs a few attribute tests while off.
+    """Records spans between `start` and `stop`; costs a few attribute tests while off.
 
     Safe to use from many threads.
     """
@@ -148,34 +139,27 @@ class Trace:
         self._begin_s = 0.0
         self._end_s = 0.0
         self._thread = ""
-        self._events: list[Event] = []
         self._records: list[_Record] = []
         self._lock = threading.Lock()
 
     def start(self) -> None:
         """Drop what was recorded, and record from now on."""
         with self._lock:
-            self._events = []
             self._records = []
             self._thread = _this_thread()
             self._begin_s = time.perf_counter()
             self.is_on = True
 
-    def stop(self) -> list[Event]:
-        """Stop recording; return the events, in order. `collect` returns the spans."""
+    def stop(self) -> None:
+        """Stop recording; `collect` returns the spans."""
         with self._lock:
             if self.is_on:
                 self._end_s = time.perf_counter()
             self.is_on = False
-            return list(self._events)
 
     def mark(self, name: str, what: str) -> None:
-        """Record, and log, that ``name`` happened to ``what`` now."""
-        if _LOGGER.isEnabledFor(logging.DEBUG):
-            _LOGGER.debug("%s %s", name, what)
-        if self.is_on:
-            with self._lock:
-                self._events.append(Event(name, what, time.perf_counter()))
+        """Log that ``name`` happened to ``what`` now."""
+        _LOGGER.debug("%s %s", name, what)
 
     def span(self, lane: Lane, name: str, what: str, nbytes: int = 0) -> OpenSpan:
         """Record that this thread does ``name`` to ``what`` from now on; label it in a running profile of torch.

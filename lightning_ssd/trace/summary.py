@@ -46,7 +46,7 @@ class Summary:
 
     Attributes:
         wall_s: Seconds from start to stop.
-        num_steps: Optimizer steps in it; 0 if nobody counted.
+        num_steps: Optimizer steps in it; 0 if they were not counted.
         lanes: By lane, the waiting threads included.
         waits_s: What the threads that train waited for: seconds by reason, the longest first.
         disk_busy_s: Seconds in which the disk read or wrote.
@@ -138,7 +138,7 @@ def _innermost(spans: list[Span]) -> list[tuple[Span, float, float]]:
 
 def _waits(waits: list[Span], recording: Recording) -> dict[str, float]:
     # Autograd runs backward on CUDA in a thread of its own, so more than one may train. Threads that only update wait
-    # as well, but nobody waits with them.
+    # as well, but training does not wait for that.
     trains = {span.thread for span in recording.spans if span.lane is Lane.COMPUTE and not span.is_transfer}
     by_reason: dict[str, Intervals] = defaultdict(list)
     for span in waits:

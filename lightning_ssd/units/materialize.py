@@ -1,8 +1,8 @@
 """Parameters that are being created: each is a mapping of a file of its own, so that no model is ever in memory.
 
-While a nursery is armed, every parameter that a module registers is moved into it, whoever creates and fills it:
-``configure_model``, `trainer.init_module()`, Hugging Face's ``from_pretrained``. Files are unlinked at once; they go
-when the values have moved into the store.
+While a `ParamMaterializer` is armed, every parameter that a module registers is moved to such a file, whatever code
+creates and fills it: ``configure_model``, `trainer.init_module()`, Hugging Face's ``from_pretrained``. Files are
+unlinked at once; their space is free when the values are in the store.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class ParamMaterializer:
         """A tensor of the parameter's form in a file of its own, not initialised."""
         dtype = dtype or param.dtype
         nbytes = max(param.numel() * dtype.itemsize, 1)
-        file = self._scratch.make(f"nursery-{next(self._numbers):08d}.safetensors", nbytes)
+        file = self._scratch.make(f"created-{next(self._numbers):08d}.safetensors", nbytes)
         try:
             memory = map_file(file.tail_fd, file.nbytes, file.path, lambda offset: "a parameter that is being created")
         finally:

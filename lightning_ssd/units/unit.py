@@ -347,3 +347,22 @@ def params_with_grad(units: Iterable[Unit]) -> Iterable[tuple[Unit, dict[int, Te
         grads = {i: p.grad for i, p in enumerate(unit.params) if p.grad is not None}
         if grads:
             yield unit, grads
+
+
+def chains(root: nn.Module, units: Iterable[Unit]) -> list[list[str]]:
+    """Names of units that nested modules need at the same time, one list per chain of nested modules."""
+    users: dict[nn.Module, list[Unit]] = {}
+    for unit in units:
+        for user in unit.modules:
+            users.setdefault(user, []).append(unit)
+    found: list[list[str]] = []
+
+    def call(module: nn.Module, held: list[str]) -> None:
+        here = held + [unit.name for unit in users.get(module, []) if unit.name not in held]
+        if len(here) > len(held):
+            found.append(here)
+        for child in module.children():
+            call(child, here)
+
+    call(root, [])
+    return found

@@ -201,7 +201,7 @@ class UserWrites:
         self._note_ties(unit, moved)
         before = self._store.newest(unit.name, "param")
         if unit.in_memory is not None and self._keeps_buffer:
-            unit.in_memory = self._store.adopt(unit.layout, _memory_of(unit.params, unit.in_memory))
+            unit.in_memory = self._store.replace_in_memory(unit.layout, _memory_of(unit.params, unit.in_memory))
         generation = self._store.put(unit.layout, lambda i: unit.params[i].data)
         generation.lineage = before.lineage  # no update
         if unit.device_copy is None or self._is_in_place(unit):

@@ -22,6 +22,7 @@ from tests.faults.support import finish_backward, streamed
 from tests.helpers.activations import Bench, Spilling
 from tests.helpers.faulty import Fault, FaultyEngine, When
 from tests.helpers.models import GPT
+from tests.helpers.pools import num_lent
 from tests.helpers.training import Module, Tokens, assert_equal, make_trainer, train
 
 NBYTES = 4 * 16 * 32 * 4  # input of a block of GPT
@@ -218,7 +219,7 @@ def test_a_step_that_fails_returns_everything(
     assert caught
     finish_backward()
     gc.collect()
-    assert made[0].pool.num_lent == 0
+    assert num_lent(made[0].pool) == 0
     assert made[0].disk_nbytes == 0  # closed with the session
 
 

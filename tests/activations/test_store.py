@@ -31,6 +31,7 @@ from tests.helpers.activations import (
     load_in_reverse,
     values,
 )
+from tests.helpers.events import Events
 from tests.helpers.faulty import Fault, When
 
 # -- where values wait ---------------------------------------------------------------------------------------------
@@ -57,9 +58,9 @@ def test_what_fits_is_not_written(tmp_store: Path) -> None:
 
 def test_the_oldest_is_written_first(tmp_store: Path) -> None:
     with bench(tmp_store, budget=2 * NBYTES) as b:
-        b.trace.start()
-        frames = keep(b, *range(4))
-        assert [e.what for e in b.trace.stop() if e.name == "spill"] == ["unit 0", "unit 1"]
+        with Events() as events:
+            frames = keep(b, *range(4))
+        assert [event for event in events.found if event.startswith("spill ")] == ["spill unit 0", "spill unit 1"]
         assert [f.inputs[0].has_values for f in frames] == [False, False, True, True]
 
 
@@ -236,9 +237,9 @@ def test_the_next_frame_is_read_before_it_is_needed(tmp_store: Path, budget: int
     with bench(tmp_store, budget=budget, num_buffers=12) as b:
         frames = keep(b, *range(8))
         b.wait_for_writes()
-        b.trace.start()
-        load_in_reverse(frames, *range(8))
-        events = [f"{e.name} {e.what}" for e in b.trace.stop()]
+        with Events() as log:
+            load_in_reverse(frames, *range(8))
+        events = log.found
         for seed in range(4):
             # With room for it, already when the one before is still to be loaded.
             before = seed + 1 if budget else seed

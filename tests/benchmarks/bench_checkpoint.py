@@ -27,7 +27,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 import lightning_ssd
-from lightning_ssd.checkpoint.copy import copy_checkpoint
+from lightning_ssd.convert.copy import copy_checkpoint
 from lightning_ssd.sizes import MiB, fmt
 from tests.benchmarks.gpt import SIZES, Module, batches, numel
 from tests.benchmarks.support import emit, facts, median, plan_of, run_json, say

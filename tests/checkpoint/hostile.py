@@ -92,9 +92,9 @@ def read_unit_file(path: Path) -> None:
 
 def resume(path: Path) -> None:
     """As `Trainer.fit(ckpt_path=...)` does."""
-    from lightning_ssd.strategy.saving import load
+    from lightning_ssd.checkpoint.dictionary import open_dictionary
 
-    load(path, None)
+    open_dictionary(path, None)
 
 
 def command_line(path: Path) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.checkpoint.mapped import read_header
-from lightning_ssd.checkpoint.save import SaveReport, write_checkpoint
+from lightning_ssd.checkpoint.save import CheckpointContent, SaveReport, write_checkpoint
 from lightning_ssd.checkpoint.unit_file import UnitFile
 from lightning_ssd.checkpoint.writer import StreamWriter, lay_out_tensors, new_file, write_tensors
+from lightning_ssd.store.mapped_safetensors import read_header
 
 
 def write_generation(
@@ -79,9 +79,10 @@ class Training:
             "optimizer.0.a.weight.row": torch.full((700,), float(self.step)),
         }
         state = {"loops": {"epoch": self.step}, "tensor": torch.ones(3) * self.step}
-        defaults: dict[str, Any] = {"aliases": {"head.weight": "a.weight"}, "dtypes": {"b.bias": "BF16"}}
-        options = defaults | options
-        return write_checkpoint(target, self.files, buffers, state, [self.record()], step=self.step, **options)
+        aliases = options.pop("aliases", {"head.weight": "a.weight"})
+        dtypes = options.pop("dtypes", {"b.bias": "BF16"})
+        content = CheckpointContent(self.files, buffers, state, [self.record()], self.step, dtypes, aliases)
+        return write_checkpoint(target, content, **options)
 
 
 def assert_whole(target: Path, training: Training, step: int) -> None:

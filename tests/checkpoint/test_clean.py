@@ -193,14 +193,13 @@ import importlib, sys
 checkpoint, target, module, name, options = sys.argv[1:]
 module = importlib.import_module(module)
 # What makes an export durable comes before it takes its name.
-def halt(path):
+def halt(*arguments):
     print(flush=True)
     sys.stdin.read()
-for place in (module, importlib.import_module("lightning_ssd.checkpoint.writer").StreamWriter):
-    if hasattr(place, "sync_directory"):
-        place.sync_directory = halt
-    elif name == "consolidate":
-        place.finish = halt
+if name == "consolidate":
+    importlib.import_module("lightning_ssd.checkpoint.writer").StreamWriter.finish = halt
+else:
+    module.publish = halt
 getattr(module, name)(checkpoint, target, **eval(options))
 """
 

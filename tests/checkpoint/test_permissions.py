@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ssd.checkpoint.copy import copy_checkpoint
+from lightning_ssd.convert.copy import copy_checkpoint
 from lightning_ssd.convert.export import consolidate, to_safetensors
 from lightning_ssd.convert.export_dcp import to_dcp
 from lightning_ssd.convert.importing import import_checkpoint

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ssd.checkpoint import directory, save, writer
-from lightning_ssd.checkpoint.directory import is_checkpoint, remove, sync_directory
+from lightning_ssd.checkpoint.directory import is_checkpoint, remove
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io import folder
@@ -231,13 +231,14 @@ def test_a_sync_that_fails_then_cut(run: Run, monkeypatch: pytest.MonkeyPatch, c
         run.save("last.ckpt")
         begin = len(run.recorder.ops)
 
-        def fail(place: str | Folder) -> None:
-            if (place.path if isinstance(place, Folder) else place) == str(run.root):
+        def fail(folder: Folder) -> None:
+            if folder.path == str(run.root):
                 raise OSError(errno.EIO, "Input/output error")
-            sync_directory(place)
+            sync(folder)
 
+        sync = Folder.sync
         with monkeypatch.context() as patch:
-            patch.setattr(directory, "sync_directory", fail)
+            patch.setattr(Folder, "sync", fail)
             with pytest.raises(CheckpointError, match="could not be saved"):
                 run.save("last.ckpt")
         run.save("last.ckpt")
@@ -269,9 +270,14 @@ def test_what_is_left_can_be_saved_over(run: Run, disk: Path) -> None:
 
 def test_the_simulation_finds_a_missing_sync(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """With any one kind of sync taken out, some power cut does harm: the tests above would notice."""
-    for module, name in ((save, "sync_directory"), (directory, "sync_directory"), (save, "_sync_sources")):
+    sync, root = Folder.sync, str(run.root)
+    for owner, name, replacement in (
+        (Folder, "sync", lambda folder: None if folder.path == root else sync(folder)),
+        (Folder, "sync", lambda folder: sync(folder) if folder.path == root else None),
+        (save, "_sync_sources", lambda *args: None),
+    ):
         with monkeypatch.context() as patch, run.recorder.recording():
-            patch.setattr(module, name, lambda *args: None)
+            patch.setattr(owner, name, replacement)
             begin = len(run.recorder.ops)
             run.save("last.ckpt")
             run.save("last.ckpt")

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from lightning_ssd.checkpoint import directory
 from lightning_ssd.checkpoint.directory import is_checkpoint, remove
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.save import write_checkpoint
+from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import Folder
 from tests.checkpoint.support import Training, assert_whole
@@ -70,7 +70,7 @@ def test_tensors_no_safetensors_file_can_hold(training: Training, tmp_store: Pat
     }
     record = training.record()
     record.param_groups[0]["schedule"] = torch.Size([2, 3])  # JSON cannot say it
-    write_checkpoint(tmp_store / "c", training.files, rest, {}, [record], step=1)
+    write_checkpoint(tmp_store / "c", CheckpointContent(training.files, rest, {}, [record], step=1))
     with CheckpointReader(tmp_store / "c") as reader:
         found = reader.buffers()
         assert torch.equal(found["freqs"], rest["freqs"])
@@ -80,7 +80,9 @@ def test_tensors_no_safetensors_file_can_hold(training: Training, tmp_store: Pat
 
 
 def test_state_with_a_class_of_the_user_says_the_way_out(training: Training, tmp_store: Path) -> None:
-    write_checkpoint(tmp_store / "c", training.files, {}, {"hyper_parameters": {"path": Path("x")}}, [], step=1)
+    write_checkpoint(
+        tmp_store / "c", CheckpointContent(training.files, {}, {"hyper_parameters": {"path": Path("x")}}, [], step=1)
+    )
     with CheckpointReader(tmp_store / "c") as reader:
         with pytest.raises(CheckpointError, match=r"Path.*weights_only=False"):
             reader.state()
@@ -89,7 +91,9 @@ def test_state_with_a_class_of_the_user_says_the_way_out(training: Training, tmp
 
 def test_state_that_cannot_be_pickled_is_a_sentence(training: Training, tmp_store: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be pickled.*lambda"):
-        write_checkpoint(tmp_store / "c", training.files, {}, {"hyper_parameters": {"f": lambda: 0}}, [], step=1)
+        write_checkpoint(
+            tmp_store / "c", CheckpointContent(training.files, {}, {"hyper_parameters": {"f": lambda: 0}}, [], step=1)
+        )
     assert os.listdir(tmp_store) == ["live"]
 
 

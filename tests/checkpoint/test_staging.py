@@ -68,11 +68,15 @@ def test_a_composed_file_asks_for_one_tensor_at_a_time(tmp_path: Path) -> None:
     tensors = {"b": torch.arange(5, dtype=torch.int16), "a": torch.rand(PIECE_NBYTES // 4 + 3)}
     events: list[str] = []
 
-    def tensor_of(name: str) -> torch.Tensor:
-        events.append(name)
-        return tensors[name]
+    class Source:
+        def tensor(self, name: str) -> torch.Tensor:
+            events.append(name)
+            return tensors[name]
 
-    file = ComposedFile("u", "param", lay_out_tensors(tensors), tensor_of, lambda name: events.append(f"drop {name}"))
+        def drop(self, name: str) -> None:
+            events.append(f"drop {name}")
+
+    file = ComposedFile("u", "param", lay_out_tensors(tensors), Source())
     written: list[int] = []
     sums = file.write(str(tmp_path / "f"), written.append)
     assert events == ["a", "drop a", "b", "drop b"]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ssd.checkpoint import copy as copying
 from lightning_ssd.checkpoint.directory import make_locked
 from lightning_ssd.cli.main import main
+from lightning_ssd.convert import copy as copying
 from lightning_ssd.errors import TraceError
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import parse_nbytes

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.checkpoint.save import write_checkpoint
+from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
 from lightning_ssd.convert.export import consolidate, to_safetensors
 from lightning_ssd.errors import CheckpointError
 from tests.checkpoint.support import Training, write_generation
@@ -81,7 +81,10 @@ def checkpoint_of(model: Model, trainer: pl.Trainer, folder: Path) -> Path:
     content["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{}]  # of a loader the strategy made resumable
     del content["state_dict"], content["optimizer_states"]
     write_checkpoint(
-        folder / "c", files, rest, content, [record], step=trainer.global_step, aliases={"last.weight": "first.weight"}
+        folder / "c",
+        CheckpointContent(
+            files, rest, content, [record], step=trainer.global_step, aliases={"last.weight": "first.weight"}
+        ),
     )
     return folder / "c"
 
@@ -137,13 +140,14 @@ def test_transformers_loads_an_exported_folder(tmp_store: Path) -> None:
         folder = tmp_store / name
         folder.mkdir()
         wrapped = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
-        # As under bf16-true: the parameter at rest is bf16, only the float32 master is in the checkpoint.
+        # As under bf16-true: the parameter itself is bf16, only the float32 master is in the checkpoint.
         unit = write_generation(folder / "u", {n: p.float() for n, p in wrapped.items()}, unit="all", kind="master")
         every = {f"model.{n}" for n in model.state_dict()}
         aliases = {"model.lm_head.weight": "model.transformer.wte.weight"} if every - set(wrapped) else {}
         dtypes = {n: "BF16" for n in wrapped} if dtype == torch.bfloat16 else {}
         write_checkpoint(
-            folder / "c", [unit], {"weight": torch.ones(3)}, {}, [], step=1, aliases=aliases, dtypes=dtypes
+            folder / "c",
+            CheckpointContent([unit], {"weight": torch.ones(3)}, {}, [], step=1, aliases=aliases, dtypes=dtypes),
         )
         model.config.save_pretrained(folder / "config")
         (folder / "config" / "model.safetensors").write_text("not this one")
@@ -211,7 +215,7 @@ def test_no_memory_in_proportion_to_the_model(tmp_store: Path) -> None:
     unit = write_generation(path, tensors, unit="u", kind="master")
     del tensors
     dtypes = {f"w{i}": "BF16" for i in range(4)}  # half of it has to be converted
-    write_checkpoint(tmp_store / "c", [unit], {}, {}, [], step=1, dtypes=dtypes)
+    write_checkpoint(tmp_store / "c", CheckpointContent([unit], {}, {}, [], step=1, dtypes=dtypes))
     with AnonymousMemory() as memory:
         consolidate(tmp_store / "c", tmp_store / "out.ckpt")
         to_safetensors(tmp_store / "c", tmp_store / "hf")

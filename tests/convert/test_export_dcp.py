@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.save import write_checkpoint
+from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
 from lightning_ssd.cli.main import main
 from lightning_ssd.convert.export_dcp import to_dcp
 from lightning_ssd.convert.importing import import_checkpoint
@@ -65,7 +65,9 @@ def test_no_memory_in_proportion_to_the_model(tmp_store: Path) -> None:
     tensors = {f"w{i}": torch.full((nbytes // 32,), float(i)) for i in range(8)}
     unit = write_generation(tmp_store / "big", tensors, unit="u", kind="master")
     del tensors
-    write_checkpoint(tmp_store / "c", [unit], {}, {}, [], step=1, dtypes={f"w{i}": "BF16" for i in range(4)})
+    write_checkpoint(
+        tmp_store / "c", CheckpointContent([unit], {}, {}, [], step=1, dtypes={f"w{i}": "BF16" for i in range(4)})
+    )
     with AnonymousMemory() as memory:
         to_dcp(tmp_store / "c", tmp_store / "dcp")
     assert memory.growth_nbytes < 48 << 20

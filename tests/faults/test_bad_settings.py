@@ -139,7 +139,7 @@ def test_memory_as_a_disk_is_allowed_and_warned_of(tmp_path: Path) -> None:
     try:
         module, trainer = Module(small_gpt()), make_trainer(tmp_path, streamed(nvme_path=str(path)), max_steps=1)
         loader = torch.utils.data.DataLoader(Tokens(8), batch_size=4)
-        with pytest.warns(UserWarning, match=rf"nvme_path='{path}' is on tmpfs, which lives in memory"):
+        with pytest.warns(UserWarning, match=rf"nvme_path='{path}' is on tmpfs, which is in memory"):
             trainer.fit(module, loader)
         trainer.strategy.session.close()  # type: ignore[attr-defined]
     finally:

@@ -110,7 +110,7 @@ def test_delays_and_reordering_change_nothing(
 def test_a_flipped_bit_is_never_trained_on(tmp_path: Path, inject: Inject, kind: str) -> None:
     inject([When(Fault(flip_bit=12345), f"*net.blocks.1.{kind}.*", is_write=False, nth=2)])
     expected = (
-        rf"unit 'net\.blocks\.1', kind '{kind}': .*\(parameters net\.blocks\.1\..*resume from the last checkpoint"
+        rf"unit 'net\.blocks\.1', kind '{kind}': .*\(parameters 'net\.blocks\.1\..*resume from the last checkpoint"
     )
     with pytest.raises(CorruptionError, match=expected):
         run(tmp_path, verify_reads=True)

@@ -21,9 +21,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ssd.errors import MemoryPlanError
+from lightning_ssd.memory import plan_pools
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.sizes import KiB
-from lightning_ssd.strategy import runtime as runtime_module
 from lightning_ssd.strategy import session as session_module
 from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision, SSDOffloadStrategy
 from tests.fuzz.model import TIME, VOCAB
@@ -173,7 +173,7 @@ def _sessions_closed(*, poison: bool) -> Iterator[None]:
     pool = functools.partial(Pool, poison=poison)
     with (
         mock.patch.object(session_module.Session, "__init__", recording),
-        mock.patch.object(runtime_module, "Pool", pool),
+        mock.patch.object(plan_pools, "Pool", pool),
     ):
         try:
             yield

@@ -27,6 +27,7 @@ from lightning_ssd.step.module_hooks import ModuleHooks
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.model_units import ModelUnits
 from tests.helpers.faulty import FaultyEngine, When
+from tests.helpers.pools import num_lent
 
 BUFFER_NBYTES = 8 * KiB
 NUMEL = 20_000  # 80 KB: ten pieces, the last not full
@@ -102,7 +103,7 @@ class Bench:
             self.store._io.drop_abandoned()
             time.sleep(0.01)
         self.store.enforce_budget()
-        assert self.pool.num_lent == 0
+        assert num_lent(self.pool) == 0
         assert self.in_use_nbytes == 0
         assert self.held_nbytes == 0
 
@@ -187,7 +188,7 @@ def spill_inputs(monkeypatch: pytest.MonkeyPatch, *, min_nbytes: int = 1, **opti
 
     def with_ours(self: ModuleHooks, module: nn.Module, *, model: ModelUnits, **kwargs: Any) -> None:
         store = model.store
-        ours = Bench(Path(store.spill_directory), store.engine, trace=kwargs["trace"], **options)
+        ours = Bench(Path(store.disks.all[0].path), store.engine, trace=kwargs["trace"], **options)
         made.append(ours)
         init(self, module, model=model, **(kwargs | {"activations": ours.store}))
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_ssd.memory import plan_pools
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.step.grad_offload import GradOffloader
 from lightning_ssd.strategy import runtime as runtime_module
@@ -198,7 +199,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> list[CopyToD
         return routes[-1]
 
     monkeypatch.setattr(runtime_module, "make_placement", make_placement)
-    monkeypatch.setattr(runtime_module, "Pinned", _NotPinned)
+    monkeypatch.setattr(plan_pools, "Pinned", _NotPinned)
     monkeypatch.setattr(runtime_module, "GradOffloader", functools.partial(GradOffloader, copies=LateCopies(rng)))
     monkeypatch.setattr(Settings, "is_off_host", property(lambda settings: True))
     return routes

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from lightning_ssd.memory import plan_pools
 from lightning_ssd.memory.pool import Pool
-from lightning_ssd.strategy import runtime as runtime_module
 from lightning_ssd.strategy.session import Session
 
 
 @pytest.fixture(autouse=True)
 def _poisoned_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer is filled with NaN bytes when it is returned, so that a late use shows in the numbers."""
-    monkeypatch.setattr(runtime_module, "Pool", functools.partial(Pool, poison=True))
+    monkeypatch.setattr(plan_pools, "Pool", functools.partial(Pool, poison=True))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Small models whose parameters, buffers and ties are of every kind the streamer meets."""
+"""Small models whose parameters, buffers and ties are of every kind that the strategy meets."""
 
 from __future__ import annotations
 

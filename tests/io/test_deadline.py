@@ -18,6 +18,7 @@ from lightning_ssd.io.file import File
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.memory.pool import Pool
 from tests.helpers.faulty import Fault, FaultyEngine, When
+from tests.helpers.pools import lingering
 
 
 class Clock:
@@ -103,7 +104,7 @@ def test_what_hangs_keeps_its_memory_and_its_descriptors_and_the_engine_closes(t
     with pytest.raises(DeadlineError, match=r"read of 4096 bytes at offset 0 of .*/file' failed: .*timed out"):
         read.wait()
     pool.give_back(buffer)
-    assert pool.lingering == ["a unit"]  # nobody else gets what the disk may still write to
+    assert lingering(pool) == ["a unit"]  # nobody else gets what the disk may still write to
     assert file.hangs
     descriptor = file.tail_fd
     file.close()
@@ -111,7 +112,7 @@ def test_what_hangs_keeps_its_memory_and_its_descriptors_and_the_engine_closes(t
     with pytest.raises(IOFailure, match="Bad file"):
         read.wait()
     del read
-    assert pool.lingering == []
+    assert lingering(pool) == []
     assert not file.hangs
     os.close(descriptor)
 

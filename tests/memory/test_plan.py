@@ -113,7 +113,7 @@ def test_reserves_hold_what_runs_in_them(model: dict[str, object], extra: int) -
         assert made.param_nbytes >= in_use + arriving
     assert made.grad_nbytes >= max(unit.grad_nbytes for unit in units)
     assert made.grad_nbytes >= min(made.queue_nbytes, sum(unit.grad_nbytes for unit in units))
-    params = sum(u.in_memory_param_nbytes for u in units if u.name in made.in_memory_params)
+    params = sum(u.param_nbytes for u in units if u.name in made.in_memory_params)
     states = sum(u.in_memory_state_nbytes for u in units if u.name in made.in_memory_states)
     assert made.in_memory_nbytes == params + states
     for unit in units:
@@ -191,7 +191,7 @@ def test_a_budget_that_works_is_not_refused(model: dict[str, object], distance: 
     demand: Demand = model["demand"]  # type: ignore[assignment]
     streaming = plan(model, None)
     lavish = plan(model, 1 << 50)
-    everything = sum(u.in_memory_param_nbytes + u.in_memory_state_nbytes for u in units)
+    everything = sum(u.param_nbytes + u.in_memory_state_nbytes for u in units)
     everything += streaming.grad_nbytes + streaming.staging_nbytes + streaming.temporary_nbytes
     everything += streaming.spill_nbytes if demand.recomputes else 0
     if lavish.update_nbytes == 0:

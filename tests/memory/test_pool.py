@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_ssd.errors import ResidencyError
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.sizes import BLOCK_NBYTES, round_up
+from tests.helpers.pools import lingering, num_lent
 
 NBYTES = 16 * BLOCK_NBYTES
 
@@ -65,8 +66,8 @@ class Lending(RuleBasedStateMachine):
 
     @invariant()
     def only_kept_tensors_linger(self) -> None:
-        assert len(self.pool.lingering) == len(self.kept)
-        assert self.pool.num_lent == len(self.held)
+        assert len(lingering(self.pool)) == len(self.kept)
+        assert num_lent(self.pool) == len(self.held)
 
     def teardown(self) -> None:
         self.kept.clear()
@@ -85,7 +86,7 @@ def test_no_room_names_who_holds_and_who_keeps() -> None:
     first, second = pool.lend(BLOCK_NBYTES, "unit 'a'"), pool.lend(2 * BLOCK_NBYTES, "unit 'b'")
     view = second.tensor(0, torch.float32, (3,))
     pool.give_back(second)
-    with pytest.raises(ResidencyError, match=r"unit 'c' needs 12.00 KiB of parameter memory \(16.00 KiB in all\)") as e:
+    with pytest.raises(ResidencyError, match=r"'c' needs 12.00 KiB of the parameter pool \(16.00 KiB in all\)") as e:
         pool.lend(3 * BLOCK_NBYTES, "unit 'c'")
     for part in ("in use: unit 'a' 4.00 KiB", "kept outside: unit 'b' 8.00 KiB", "raise host_memory"):
         assert part in str(e.value)
@@ -119,7 +120,7 @@ def test_a_buffer_is_given_back_once() -> None:
     pool.lend(1, "unit 'b'")
     with pytest.raises(ResidencyError, match="given back twice"):
         pool.give_back(buffer)  # the same place has another owner now
-    assert pool.num_lent == 1
+    assert num_lent(pool) == 1
 
 
 def test_tensors_outlive_the_pool() -> None:

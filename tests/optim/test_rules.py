@@ -54,6 +54,10 @@ class ByRule:
         self.scalars: list[dict[str, Any]] = [{} for _ in self.params]
         kinds = rule.kinds(self.options) if rule.is_elementwise else ()
         self.states = [{kind: torch.zeros_like(p) for kind in kinds} for p in self.params]
+        # Up to torch 2.8 Adagrad made its state when it was made; a run takes that over too.
+        for param, states, scalars in zip(group["params"], self.states, self.scalars, strict=True):
+            for key, value in optimizer.state[param].items() if not rule.is_elementwise else ():
+                (states if value.shape == param.shape else scalars)[key] = value.clone()
 
     def step(self, number: int) -> None:
         for param, states, scalars in zip(self.params, self.states, self.scalars, strict=True):
@@ -65,7 +69,7 @@ class ByRule:
                     flat = param.view(-1)[piece], grad.view(-1)[piece]
                     self.rule.update(*flat, mine, scalars, self.options, is_first=number == 0)
             else:
-                self.rule.update(param, grad, states, scalars, self.options, is_first=number == 0)
+                self.rule.update(param, grad, states, scalars, self.options, is_first=not states and number == 0)
 
     def state(self, index: int) -> dict[str, Any]:
         return {**self.scalars[index], **self.states[index]}

@@ -43,7 +43,7 @@ def random_choices(rng: random.Random, draft: Any) -> dict[str, Any]:
     return {
         "num_queued": rng.choice([0, 1, 1, 2, 9]),
         "keep_cache": rng.random() < 0.5,
-        "keep_grads": rng.random() < 0.5,
+        "in_memory_grads": rng.random() < 0.5,
         "in_memory_params": {name for name in names if rng.random() < some},
         "in_memory_states": {name for name in names if rng.random() < some},
     }

@@ -18,6 +18,7 @@ from torch import nn
 from lightning_ssd.step.gradients import GradientStore
 from lightning_ssd.strategy import runtime
 from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision
+from lightning_ssd.strategy.handover import masters_of
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
 from tests.helpers.training import Images, Tokens, adamw, assert_equal, streamed, train
 
@@ -146,7 +147,7 @@ def test_a_master_is_rounded_to_its_parameter_in_every_step(tmp_path: Path) -> N
     """bf16-true with float32 masters: what compute reads is the master, rounded to nearest even."""
     ours = train(tmp_path, frozen_gpt, streamed(update="native"), max_steps=5, precision="bf16-true")
     torch_rule = train(tmp_path, frozen_gpt, streamed(update="torch"), max_steps=5, precision="bf16-true")
-    masters = ours.trainer.strategy.session.masters()
+    masters = masters_of(ours.trainer.strategy.session)
     trained = {name: p for name, p in ours.module.named_parameters() if p in masters}
     assert trained
     for name, param in trained.items():

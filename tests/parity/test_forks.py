@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_ssd.strategy import forking
+from lightning_ssd.memory import plan_pools
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.children import DEADLINE_S, Child
 from tests.helpers.training import make_trainer, streamed
@@ -28,7 +28,7 @@ Values = list[list[float]]
 PLANS: dict[str, Callable[[], SSDOffloadStrategy]] = {
     "streamed": streamed,
     "cached": lambda: streamed(host_memory="11MiB"),
-    "kept": lambda: SSDOffloadStrategy(min_unit_numel=0, update="torch"),
+    "in memory": lambda: SSDOffloadStrategy(min_unit_numel=0, update="torch"),
 }
 
 
@@ -106,7 +106,7 @@ class At(Callback):
 # -- workers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", ["streamed", "kept"])
+@pytest.mark.parametrize("plan", ["streamed", "in memory"])
 def test_workers_that_look_at_the_model_see_the_weights_of_the_fork(tmp_path: Path, plan: str) -> None:
     """New ones in each epoch, some that persist, and those of validation beside them."""
 
@@ -131,7 +131,7 @@ def test_workers_that_look_at_the_model_see_the_weights_of_the_fork(tmp_path: Pa
 @pytest.mark.parametrize(
     ("plan", "where"),
     [
-        *((plan, where) for plan in ("streamed", "kept") for where in ("woken", "in a step", "before the step")),
+        *((plan, where) for plan in ("streamed", "in memory") for where in ("loaded", "in a step", "before the step")),
         *((plan, "between") for plan in PLANS),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_child_sees_the_fork_however_far_the_parent_goes_on(tmp_path: Path, pl
         return [before, values(module.net)]
 
     def fork(module: Model) -> None:
-        if where == "woken":
+        if where == "loaded":
             with torch.no_grad():
                 module.net[1][0].weight.add_(0.5)  # before the fork: it is the child's too
         child = Child(lambda: write_and_look(module))
@@ -190,7 +190,7 @@ def test_a_child_runs_the_modules_and_has_gradients_of_its_own(tmp_path: Path) -
     assert ours == plain
 
 
-@pytest.mark.parametrize("plan", ["streamed", "kept"])
+@pytest.mark.parametrize("plan", ["streamed", "in memory"])
 def test_after_the_run_neither_sees_what_the_other_writes(tmp_path: Path, plan: str) -> None:
     model = fit(tmp_path, PLANS[plan]())
     weight = model.net[0][0].weight
@@ -241,7 +241,7 @@ def test_what_belongs_to_the_run_is_refused(tmp_path: Path, work: Callable[[Any,
     assert what in answer
 
 
-@pytest.mark.parametrize("plan", ["streamed", "kept"])
+@pytest.mark.parametrize("plan", ["streamed", "in memory"])
 def test_a_fork_inside_a_backward_that_updates_is_told(tmp_path: Path, plan: str) -> None:
     found: list[Child] = []
 
@@ -274,11 +274,16 @@ def test_a_fork_by_the_thread_that_updates_is_told(tmp_path: Path) -> None:
     assert found[0].answer().startswith("ResidencyError")
 
 
-def test_kept_parameters_are_not_passed_on_where_a_copy_would_not_fit(
+def test_parameters_in_memory_are_not_passed_on_where_a_copy_would_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forking, "available_nbytes", lambda: 100)
-    answer = answers_at(tmp_path, "on_train_batch_end", lambda trainer, module: values(module.net), PLANS["kept"]())
+    def look(trainer: Any, module: Model) -> Any:
+        return values(module.net)
+
+    monkeypatch.setattr(plan_pools, "available_nbytes", lambda: 100)
+    answer = answers_at(
+        tmp_path, "on_train_batch_end", lambda trainer, module: values(module.net), PLANS["in memory"]()
+    )
     assert "lower host_memory" in answer
 
 
@@ -289,13 +294,13 @@ def test_gradients_that_wait_in_files_are_refused(tmp_path: Path) -> None:
         grad = module.net[0][0].weight.grad
         assert grad is not None
         assert grad.shape == (D, D)
-        if hasattr(trainer.strategy, "session") and trainer.strategy.session.plan.keep_grads is False:
+        if hasattr(trainer.strategy, "session") and trainer.strategy.session.plan.in_memory_grads is False:
             with pytest.raises(RuntimeError):  # neither may autograd add to it
                 module.net(torch.ones(1, D)).sum().backward()
         return [grad.sum().item()]
 
     assert "waits in a file" in answers_at(tmp_path, "on_before_optimizer_step", look)
-    assert isinstance(answers_at(tmp_path, "on_before_optimizer_step", look, PLANS["kept"]()), list)
+    assert isinstance(answers_at(tmp_path, "on_before_optimizer_step", look, PLANS["in memory"]()), list)
 
 
 # -- what it leaves alone ------------------------------------------------------------------------------------------
@@ -345,7 +350,7 @@ def test_a_child_has_no_copy_of_the_memory_of_the_plan(tmp_path: Path) -> None:
         found.append((Child(anonymous_nbytes), anonymous_nbytes()))
 
     model = Large()
-    fit(tmp_path, PLANS["kept"](), At("on_train_batch_end", fork), model=model)
+    fit(tmp_path, PLANS["in memory"](), At("on_train_batch_end", fork), model=model)
     child, parent_nbytes = found[0]
     states_nbytes = 2 * 4 * 2 * 40_000 * D
     assert child.answer() < parent_nbytes - states_nbytes * 0.9

@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from lightning_ssd.trace.recorder import Event
 from tests.faults.support import streamed
+from tests.helpers.events import Events
 from tests.helpers.models import GPT
 from tests.helpers.training import train
 
@@ -18,22 +18,22 @@ from tests.helpers.training import train
 class Traced(pl.Callback):
     """Events of the third step: the order of use has been learned in the first."""
 
-    events: list[str]
+    def __init__(self) -> None:
+        self.events = Events()
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2:
-            trainer.strategy.session.trace.start()
+            self.events.__enter__()
 
     def on_train_batch_end(self, trainer: Any, module: Any, out: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 2:
-            found: list[Event] = trainer.strategy.session.trace.stop()
-            self.events = [f"{event.name} {event.what.removeprefix('net.')}" for event in found]
+            self.events.__exit__()
 
 
 def trace(tmp_path: Path, options: dict[str, Any] | None = None, **settings: Any) -> list[str]:
     traced = Traced()
     train(tmp_path, GPT, streamed(**settings), max_steps=3, callbacks=[traced], **(options or {}))
-    return traced.events
+    return [event.replace(" net.", " ") for event in traced.events.found]
 
 
 def test_reads_run_one_unit_ahead(tmp_path: Path) -> None:

@@ -17,14 +17,18 @@ from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.store.layout import Shape, lay_out
 from lightning_ssd.store.run_directory import RunDirectory
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.trace.recorder import Trace
 
 LAYOUT = lay_out("unit", "param", [Shape("w", (3, 5)), Shape("none", (0,)), Shape("b", ())], "F32")
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[StateStore]:
-    engine = PythonEngine(IOOptions(num_threads=1))
-    store = StateStore([RunDirectory(str(tmp_path))], engine, direct=[False], verify=True)
+    options = IOOptions(num_threads=1)
+    engine = PythonEngine(options)
+    store = StateStore(
+        [RunDirectory(str(tmp_path))], engine, options=options, direct=[False], verify=True, trace=Trace()
+    )
     yield store
     store.close(remove=True)
     engine.close()
@@ -39,7 +43,7 @@ def put(store: StateStore, value: float) -> None:
 
 
 def num_files(store: StateStore) -> int:
-    return sum(name.endswith(".safetensors") for name in os.listdir(store.spill_directory))
+    return sum(name.endswith(".safetensors") for name in os.listdir(store.disks.all[0].path))
 
 
 def values_on_disk(store: StateStore) -> float:
@@ -91,7 +95,7 @@ def test_zeros_need_no_tensors_and_memory_can_be_replaced(store: StateStore) -> 
     store.hold_in_memory(LAYOUT, tensors(5.0))
     store.put(LAYOUT, lambda index: None)
     assert values_on_disk(store) == 0.0
-    assert store.adopt(LAYOUT, others := tensors(9.0)) == tuple(others)
+    assert store.replace_in_memory(LAYOUT, others := tensors(9.0)) == tuple(others)
     put(store, 4.0)
     assert others[2] == 4.0
     assert values_on_disk(store) == 4.0

@@ -25,6 +25,7 @@ from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import CHECK_NBYTES, Shape, UnitLayout, file_order, lay_out
 from lightning_ssd.store.run_directory import RunDirectory
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.trace.recorder import Trace
 
 # Several checksum pieces, an odd tail, an empty and a scalar parameter.
 SHAPES = file_order([Shape("w", (700, 601)), Shape("none", (0, 3)), Shape("scale", ()), Shape("b", (5,))], 4)
@@ -61,13 +62,16 @@ def library(path: Path | str) -> list[Tensor]:
 
 
 def names(store: StateStore) -> set[str]:
-    return {name for name in os.listdir(store.spill_directory) if name.endswith(".safetensors")}
+    return {name for name in os.listdir(store.disks.all[0].path) if name.endswith(".safetensors")}
 
 
 @pytest.fixture
 def store(tmp_store: Path) -> Iterator[StateStore]:
-    engine = PythonEngine(IOOptions(num_threads=2, block_nbytes="64KiB"))
-    store = StateStore([RunDirectory(str(tmp_store))], engine, direct=[True], verify=True)
+    options = IOOptions(engine="python", num_threads=2, block_nbytes="64KiB")
+    engine = PythonEngine(options)
+    store = StateStore(
+        [RunDirectory(str(tmp_store))], engine, options=options, direct=[True], verify=True, trace=Trace()
+    )
     yield store
     store.close(remove=True)
     engine.close()
@@ -108,7 +112,7 @@ def test_what_somebody_may_see_is_never_written_again(store: StateStore, tmp_sto
     put(store, 2)
     put(store, 3)
     third = put(store, 4)
-    inodes = {os.stat(os.path.join(store.spill_directory, name)).st_ino for name in names(store)}
+    inodes = {os.stat(os.path.join(store.disks.all[0].path, name)).st_ino for name in names(store)}
     assert (inode in inodes) == (seen_by == "link that went")
     if memory is not None:
         assert memory[:] == before
@@ -137,7 +141,7 @@ def test_files_of_a_removed_checkpoint_come_back_unless_somebody_reads_them(stor
     del lazy, evaluation  # the library maps a file as long as a slice of it lives
     assert store.recycle(str(paths[0]))
     assert not paths[0].exists()
-    assert inode in {os.stat(os.path.join(store.spill_directory, name)).st_ino for name in names(store)}
+    assert inode in {os.stat(os.path.join(store.disks.all[0].path, name)).st_ino for name in names(store)}
     assert store.current("layers/7 ü", "param") is not current
     odd = tmp_store / "odd"
     odd.write_bytes(b"x" * 4097)
@@ -168,8 +172,8 @@ def test_suspended_files_are_found_again_and_can_be_mapped_meanwhile(store: Stat
     assert len(names(store)) == 1  # what waited for use is gone
     with store.map(last, private=True) as memory:
         assert bytes(memory[:8]) == layout().header[:8]
-    store.resume(store.engine)
-    assert is_equal(read(store, last), values(2))
+    with store.writable():
+        assert is_equal(read(store, last), values(2))
 
 
 @pytest.mark.parametrize("piece", [0, 1])
@@ -193,7 +197,7 @@ def test_full_disks_are_named_with_numbers_and_leave_no_file(
     with pytest.raises(
         StoreError, match=r"the plan needs 1024.00 TiB on the disk of '.*', which has .* free; free space"
     ):
-        store.require_free(1 << 50, "the plan")
+        store.disks.require_free(1 << 50, "the plan", num_files=0)
 
     def create(path: str, nbytes: int, **options: Any) -> File:
         raise IOFailure(errno.ENOSPC, path, 0, nbytes, "create")

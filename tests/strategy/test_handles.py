@@ -73,10 +73,10 @@ def test_the_first_error_of_an_end_is_the_one_that_is_raised() -> None:
 def test_a_failing_teardown_does_not_take_the_place_of_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rest, ended = Session.rest, []
+    stop, ended = Session.stop, []
 
     def failing(session: Session) -> None:
-        rest(session)
+        stop(session)
         ended.append(True)
         raise StoreError("the end failed")
 
@@ -84,7 +84,7 @@ def test_a_failing_teardown_does_not_take_the_place_of_the_error(
         raise ZeroDivisionError("the cause")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "rest", failing)
+        patch.setattr(Session, "stop", failing)
         patch.setattr(Module, "training_step", broken)
         with pytest.raises(ZeroDivisionError, match="the cause"):
             train(tmp_path, small_gpt, streamed(), max_steps=1)

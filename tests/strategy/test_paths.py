@@ -149,7 +149,7 @@ def test_a_mount_of_an_odd_name_is_seen(mounted: Path) -> None:
 class _RemovesTheRun(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
-            shutil.rmtree(trainer.strategy.session.store.spill_directory)
+            shutil.rmtree(trainer.strategy.session.store.disks.all[0].path)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
+from lightning_ssd.strategy.handover import masters_of
 from tests.conftest import REPOSITORY
 from tests.helpers.models import GPT
 from tests.helpers.resuming import END, SCENARIOS, STOP, make_net, make_strategy, run
@@ -176,7 +177,7 @@ def test_a_checkpoint_resumes_in_another_precision(tmp_path: Path, saved: str, r
     class Looks(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
             session = trainer.strategy.session
-            masters = session.masters()
+            masters = masters_of(session)
             with CheckpointReader(tmp_path / "saved.ckpt") as reader:
                 for name, param in module.named_parameters():
                     kind = "master" if saved == "bf16-true" else "param"

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_ssd import SSDOffloadPrecision
 from lightning_ssd.convert.export import consolidate
 from lightning_ssd.convert.importing import import_checkpoint
+from lightning_ssd.strategy.handover import masters_of
 from tests.helpers.training import make_trainer, streamed
 
 DATA = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).repeat(2, 1)
@@ -137,8 +138,8 @@ class Does(pl.Callback):
         self.masters: dict[str, Tensor] = {}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        with trainer.strategy.session.settled():
-            masters = trainer.strategy.session.masters()
+        with trainer.strategy.session.written_back():
+            masters = masters_of(trainer.strategy.session)
             for name, param in module.named_parameters():
                 self.values[name] = param.detach().clone()
                 if param in masters:

@@ -40,6 +40,7 @@ VALID: dict[str, list[Any]] = {
     "verify_reads": ["auto", True, False],
     "io": [IOOptions(), IOOptions(depth=3)],
     "keep_store": [True, False],
+    "checkpoint": ["links", "file"],
 }
 _SIZE = "write bytes as an int, or e.g. '16GiB' or '500MB'; or"
 INVALID: dict[str, list[tuple[Any, str]]] = {
@@ -71,6 +72,7 @@ INVALID: dict[str, list[tuple[Any, str]]] = {
     ],
     "io": [({"depth": 3}, "io={'depth': 3} is unknown; it may be a lightning_ssd.IOOptions(...)")],
     "keep_store": [(value, f"keep_store={value!r} is unknown; it may be True, False") for value in ("no", 0)],
+    "checkpoint": [("directory", "checkpoint='directory' is unknown; it may be 'links', 'file'")],
 }
 NAMES = [field.name for field in fields(Options)]
 PRECISION = SimpleNamespace(param_dtype=None, keeps_master=False, precision="32-true")
@@ -164,5 +166,5 @@ def test_what_this_machine_cannot_honour(options: dict[str, Any], message: str) 
 
 
 def test_a_store_in_memory_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="nvme_path='/dev/shm/x' is on tmpfs, which lives in memory"):
+    with pytest.warns(UserWarning, match="nvme_path='/dev/shm/x' is on tmpfs, which is in memory"):
         resolve(nvme_path="/dev/shm/x")

@@ -180,7 +180,7 @@ class Schedules(Base):
 
 
 class Touches(pl.Callback):
-    """Changes parameters at rest, in every way there is."""
+    """Changes parameters outside a step, in every way there is."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Base, *args: Any) -> None:
         net, step = module.net, trainer.global_step
@@ -315,8 +315,8 @@ CASES: dict[str, Case] = {
     # Not validated: in eval on a CPU torch's fast path ignores autocast, and hooks, such as ours, switch that path off.
     "encoder, bf16-mixed": Case(lambda: Base(Encoder()), trainer={"precision": "bf16-mixed"}),
     "user hooks": Case(lambda: Base(Hooked())),
-    "touches at rest": Case(Base, lambda: [Touches()]),
-    "touches at rest, cached": Case(Base, lambda: [Touches()], strategy={"host_memory": "64MiB"}),
+    "touches outside a step": Case(Base, lambda: [Touches()]),
+    "touches outside a step, cached": Case(Base, lambda: [Touches()], strategy={"host_memory": "64MiB"}),
     "reads in validation": Case(Base, lambda: [ReadsInValidation()], validate=True),
     "changes groups": Case(Base, lambda: [ChangesGroups()]),
     "swa": Case(

@@ -20,7 +20,9 @@ from lightning_ssd.units.partition import UnitSpec
 from lightning_ssd.units.placeholder import make_placeholders
 from lightning_ssd.units.placement import InPlace
 from lightning_ssd.units.unit import Unit
+from tests.helpers.events import Events
 from tests.helpers.faulty import FaultyEngine, When
+from tests.helpers.pools import num_lent
 
 NUMEL = 2000
 
@@ -53,8 +55,11 @@ class CacheWorld:
         max_ahead: int | None = 1,
         prefetch_batch: int = 1,
     ) -> None:
-        self.engine = FaultyEngine(PythonEngine(IOOptions(num_threads=2)), faults)
-        self.store = StateStore([RunDirectory(str(folder))], self.engine, direct=[False], verify=False)
+        options, directory, self.trace = IOOptions(num_threads=2), RunDirectory(str(folder)), Trace()
+        self.engine = FaultyEngine(PythonEngine(options), faults)
+        self.store = StateStore(
+            [directory], self.engine, options=options, direct=[False], verify=False, trace=self.trace
+        )
         params = [nn.Parameter(torch.full((NUMEL,), float(i))) for i in range(num_units)]
         self.units = [
             Unit(UnitSpec(str(i), [f"{i}.weight"], [param], persistent=i in persistent))
@@ -66,7 +71,6 @@ class CacheWorld:
         self.model = ModelUnits(self.units, self.store, keeps_buffer=True)
         nbytes = pool_nbytes(self.units[0].layout.buffer_nbytes)
         self.pool = Pool(num_buffers * nbytes, "parameter", poison=True)
-        self.trace = Trace()
         for i, unit in enumerate(self.units):
             unit.placeholders = placeholders[unit.name]
             self.model.offload(unit)
@@ -89,7 +93,7 @@ class CacheWorld:
         self.model.map_all()
         for unit in self.units:
             unit.placeholders = ()
-        assert self.pool.num_lent == 0
+        assert num_lent(self.pool) == 0
         self.store.close(remove=True)
         self.engine.close()
         self.pool.close()
@@ -112,12 +116,12 @@ class CacheWorld:
 
     def step(self, *numbers: int) -> tuple[list[float], list[str]]:
         """One step of the kind ``train``; what each unit held, and the events: ``fetch 0``, ``prefetch 1``, ..."""
-        self.trace.start()
-        self.cache.order.begin("train")
-        with self.model.step.running():
-            found = self.use(*numbers)
-        self.cache.end_step()
-        return found, [f"{event.name} {event.what}" for event in self.trace.stop()]
+        with Events() as events:
+            self.cache.order.begin("train")
+            with self.model.step.running():
+                found = self.use(*numbers)
+            self.cache.end_step()
+        return found, events.found
 
     def update(self, number: int, value: float) -> None:
         """An update of a unit is made: a new generation, through the host copy if there is one."""

@@ -18,6 +18,7 @@ from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Shape, lay_out
 from lightning_ssd.units.device import CopyToDevice, DeviceCopy
 from tests.helpers.fake_device import LateCopies, SimulatedDevice
+from tests.helpers.pools import lingering, num_lent
 
 LAYOUT = lay_out("unit", "param", [Shape("a", (40, 30)), Shape("b", (30,)), Shape("c", ())], "F32")
 GENERATION = cast(Generation, object())
@@ -98,8 +99,8 @@ def test_compute_reads_what_was_sent(seed: int, keep_view: bool, capacity: int) 
     run_units(run, keep_view=keep_view)
     assert run.wrong == 0
     assert run.most_nbytes <= capacity * NBYTES
-    assert run.pool.num_lent == 0
-    assert run.pool.lingering == []
+    assert num_lent(run.pool) == 0
+    assert lingering(run.pool) == []
     assert run.placement._nbytes == 0
 
 

@@ -1,4 +1,4 @@
-"""Parameters at rest: metadata leaves them there, the first use of values makes them plain, and both are right."""
+"""Offloaded parameters: metadata leaves them so, the first use of values makes them plain, and both are right."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.helpers.plans import choose_plan
 from tests.helpers.training import Module, Tokens, make_trainer, train
 
 
-class Resting:
-    """A session whose parameters are at rest: set up, not in a step."""
+class Offloaded:
+    """A session whose parameters are offloaded: set up, not in a step."""
 
     def __init__(self, tmp_path: Path, **settings: Any) -> None:
         torch.manual_seed(3)
@@ -48,14 +48,14 @@ class Resting:
     def weight(self) -> nn.Parameter:
         return self.net[0].weight
 
-    def is_at_rest(self, param: Tensor) -> bool:
+    def is_offloaded(self, param: Tensor) -> bool:
         return type(param) is not nn.Parameter
 
 
 @pytest.fixture
-def resting(tmp_path: Path) -> Iterator[Resting]:
-    made = Resting(tmp_path)
-    assert all(made.is_at_rest(param) for param in made.net.parameters())
+def offloaded(tmp_path: Path) -> Iterator[Offloaded]:
+    made = Offloaded(tmp_path)
+    assert all(made.is_offloaded(param) for param in made.net.parameters())
     yield made
     made.strategy.teardown()
     vars(made).clear()  # pytest holds what a fixture gave
@@ -86,11 +86,11 @@ METADATA: dict[str, Callable[[nn.Parameter], Any]] = {
 }
 
 
-def test_metadata_is_right_and_wakes_nobody(resting: Resting) -> None:
-    plain = nn.Parameter(resting.values["0.weight"].clone())
+def test_metadata_is_right_and_loads_nothing(offloaded: Offloaded) -> None:
+    plain = nn.Parameter(offloaded.values["0.weight"].clone())
     for name, ask in METADATA.items():
-        found = ask(resting.weight)
-        assert resting.is_at_rest(resting.weight), name
+        found = ask(offloaded.weight)
+        assert offloaded.is_offloaded(offloaded.weight), name
         assert found == ask(plain), name
 
 
@@ -132,54 +132,54 @@ VALUES: dict[str, Callable[[nn.Parameter], Any]] = {
 }
 
 
-def test_values_are_right_and_the_parameter_is_plain_from_then_on(resting: Resting) -> None:
-    plain = nn.Parameter(resting.values["0.weight"].clone())
+def test_values_are_right_and_the_parameter_is_plain_from_then_on(offloaded: Offloaded) -> None:
+    plain = nn.Parameter(offloaded.values["0.weight"].clone())
     for name, use in VALUES.items():
-        assert resting.is_at_rest(resting.weight), name
-        found, expected = use(resting.weight), use(plain)
-        assert type(resting.weight) is nn.Parameter, name
-        assert type(resting.net[0].bias) is nn.Parameter, name  # the unit wakes as one
-        assert resting.is_at_rest(resting.net[1].weight), name
+        assert offloaded.is_offloaded(offloaded.weight), name
+        found, expected = use(offloaded.weight), use(plain)
+        assert type(offloaded.weight) is nn.Parameter, name
+        assert type(offloaded.net[0].bias) is nn.Parameter, name  # the unit is loaded as one
+        assert offloaded.is_offloaded(offloaded.net[1].weight), name
         if isinstance(expected, Tensor):
             assert type(found) is type(expected), name
             assert torch.equal(found, expected), name
             assert found.requires_grad == expected.requires_grad, name
         else:
             assert found == expected, name
-        with resting.session.settled():
-            pass  # at rest again
+        with offloaded.session.written_back():
+            pass  # offloaded again
 
 
-def test_what_bypasses_dispatch_sees_nan_or_the_values_if_gathered(resting: Resting) -> None:
-    """`torch.vmap` takes tensors apart in C++; nothing can wake them there, so nothing plausible may be in them."""
-    assert torch.vmap(lambda row: row * 2)(resting.weight).isnan().all()
-    with gathered(resting.net):
-        assert torch.equal(torch.vmap(lambda row: row * 2)(resting.weight), 2 * resting.values["0.weight"])
+def test_what_bypasses_dispatch_sees_nan_or_the_values_if_gathered(offloaded: Offloaded) -> None:
+    """`torch.vmap` takes tensors apart in C++; nothing can load them there, so nothing plausible may be in them."""
+    assert torch.vmap(lambda row: row * 2)(offloaded.weight).isnan().all()
+    with gathered(offloaded.net):
+        assert torch.equal(torch.vmap(lambda row: row * 2)(offloaded.weight), 2 * offloaded.values["0.weight"])
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies_of_modules_are_plain_and_independent(
-    resting: Resting, copier: Callable[[nn.Module], nn.Module]
+    offloaded: Offloaded, copier: Callable[[nn.Module], nn.Module]
 ) -> None:
-    copied = copier(resting.net)
+    copied = copier(offloaded.net)
     with torch.no_grad():
         for param in copied.parameters():
             assert type(param) is nn.Parameter
             param.add_(1)
-    for name, value in resting.net.state_dict().items():
-        assert torch.equal(value, resting.values[name])
+    for name, value in offloaded.net.state_dict().items():
+        assert torch.equal(value, offloaded.values[name])
     assert torch.equal(copied(torch.ones(1, 4)), copied.cpu()(torch.ones(1, 4)))
 
 
 # -------------------------------------------------------------------------------------------------------------- writes
 
 
-def stored(resting: Resting, name: str) -> Tensor:
+def stored(offloaded: Offloaded, name: str) -> Tensor:
     """What the store holds, read with the format's own library."""
-    (unit,) = [unit for unit in resting.session.units if f"net.{name}" in unit.names]
-    generation = resting.session.store.current(unit.name, "param")
+    (unit,) = [unit for unit in offloaded.session.units if f"net.{name}" in unit.names]
+    generation = offloaded.session.store.current(unit.name, "param")
     assert generation is not None
-    with safe_open(resting.session.store.on_disk(generation).file.path, "pt") as file:
+    with safe_open(offloaded.session.store.on_disk(generation).file.path, "pt") as file:
         return file.get_tensor(f"net.{name}")
 
 
@@ -213,37 +213,37 @@ WRITES = [in_place, by_data, assigned, by_numpy, copied]
 def test_what_is_written_at_rest_is_used_and_reaches_no_checkpoint(
     tmp_path: Path, write: Callable[[nn.Parameter], None], linked: bool, host_memory: str
 ) -> None:
-    resting = Resting(tmp_path, host_memory=host_memory)
+    offloaded = Offloaded(tmp_path, host_memory=host_memory)
     name, x = "2.weight", torch.eye(3)  # frozen: no update will write it
-    layer = resting.net[2]
+    layer = offloaded.net[2]
 
     def forward() -> Tensor:
-        with torch.no_grad(), resting.strategy._stepping("eval", ends=True):
+        with torch.no_grad(), offloaded.strategy._stepping("eval", ends=True):
             return layer(x) - layer(torch.zeros(3, 3))
 
-    before = resting.values[name]
+    before = offloaded.values[name]
     torch.testing.assert_close(forward(), before.t())
     if linked:
-        resting.trainer.save_checkpoint(tmp_path / "checkpoint")
+        offloaded.trainer.save_checkpoint(tmp_path / "checkpoint")
     write(layer.weight)
     torch.testing.assert_close(forward(), 3 * before.t())
     assert torch.equal(layer.weight, 3 * before)
-    with resting.session.settled():
-        assert torch.equal(stored(resting, name), 3 * before)
+    with offloaded.session.written_back():
+        assert torch.equal(stored(offloaded, name), 3 * before)
     torch.testing.assert_close(forward(), 3 * before.t())
     if linked:
-        content = resting.strategy.load_checkpoint(tmp_path / "checkpoint")
+        content = offloaded.strategy.load_checkpoint(tmp_path / "checkpoint")
         assert torch.equal(content["state_dict"][f"net.{name}"], before)
-    resting.strategy.teardown()
+    offloaded.strategy.teardown()
     assert torch.equal(layer.weight, 3 * before)
 
 
-def test_looking_writes_nothing(resting: Resting) -> None:
-    store, units = resting.session.store, resting.session.units
+def test_looking_writes_nothing(offloaded: Offloaded) -> None:
+    store, units = offloaded.session.store, offloaded.session.units
     generations = [store.current(unit.name, "param") for unit in units]
-    [param.sum().item() for param in resting.net.parameters()]
-    with resting.session.settled():
-        assert all(resting.is_at_rest(param) for param in resting.net.parameters())
+    [param.sum().item() for param in offloaded.net.parameters()]
+    with offloaded.session.written_back():
+        assert all(offloaded.is_offloaded(param) for param in offloaded.net.parameters())
     assert all(store.current(unit.name, "param") is g for unit, g in zip(units, generations, strict=True))
 
 

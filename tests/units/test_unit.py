@@ -17,6 +17,7 @@ from lightning_ssd.units.mapped import MappedParams
 from lightning_ssd.units.partition import UnitSpec
 from lightning_ssd.units.placement import InPlace
 from lightning_ssd.units.unit import Unit
+from tests.helpers.pools import num_lent
 
 
 class Lazy(nn.Parameter):
@@ -105,7 +106,7 @@ def test_from_disk_to_the_device_and_back() -> None:
     unit.hide(world.placement, Lazy)
     unit.give_back(world.pool)
     assert unit.is_on_disk
-    assert world.pool.num_lent == 0
+    assert num_lent(world.pool) == 0
 
 
 def test_values_that_are_not_there_yet_are_not_shown() -> None:
@@ -180,7 +181,7 @@ def test_a_buffer_that_an_update_has_is_not_given_back() -> None:
         world.unit.give_back(world.pool)
     world.unit.num_pins = 0
     world.unit.give_back(world.pool)
-    assert world.pool.num_lent == 0
+    assert num_lent(world.pool) == 0
 
 
 def test_a_read_that_cannot_be_started_leaves_no_copy() -> None:

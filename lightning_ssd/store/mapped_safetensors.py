@@ -96,10 +96,6 @@ class MappedFile:
             raise CheckpointError(f"{self.where} holds no parameter {name!r}")
         return _view(self._bytes, self.header.data_begin, entry)
 
-    def is_of(self, file: os.stat_result) -> bool:
-        """Whether this very file is what is mapped, not one that has its name now."""
-        return os.path.samestat(self.file, file)
-
     def drop(self, name: str | None = None) -> None:
         """Free the memory of mapped pages of one tensor or all; values written through a tensor are lost."""
         if self._bytes is None:
@@ -111,7 +107,7 @@ class MappedFile:
         drop_pages(self._bytes.ctypes.data + begin, end - begin)
 
     def close(self) -> None:
-        """Let go of the mapping; it ends with the last tensor that lies in it."""
+        """Drop the mapping. It is unmapped when its last tensor is gone."""
         self._bytes = None
 
 

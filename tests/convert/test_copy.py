@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ssd.checkpoint import copy as copying
 from lightning_ssd.checkpoint import progress as progress_module
-from lightning_ssd.checkpoint.copy import copy_checkpoint
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.cli.main import main
 from lightning_ssd.cli.stale_files import find_stale
+from lightning_ssd.convert import copy as copying
+from lightning_ssd.convert.copy import copy_checkpoint
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import try_lock
 from tests.checkpoint.support import Training, assert_whole
@@ -93,8 +93,8 @@ def test_a_killed_copy_goes_on_where_it_was(checkpoint: Path, training: Training
         assert found.what == "unfinished copy"
         assert not found.is_needed
         report = copy_checkpoint(checkpoint, elsewhere / "d")
-        assert report.nbytes_copied + report.nbytes_kept == nbytes
-        kept.append(report.nbytes_kept)
+        assert report.nbytes_copied + report.nbytes_reused == nbytes
+        kept.append(report.nbytes_reused)
         assert_whole(elsewhere / "d", training, 1)
         shutil.rmtree(elsewhere / "d")
         number += 1

@@ -15,17 +15,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
-from lightning_ssd.checkpoint.directory import sync_directory
 from lightning_ssd.checkpoint.discard import UNIT_FILE
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import MANIFEST, UNITS, FileRecord
 from lightning_ssd.checkpoint.manifest_json import decode_manifest
-from lightning_ssd.checkpoint.mapped import read_exactly
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress
 from lightning_ssd.errors import CheckpointError, CorruptionError
-from lightning_ssd.io.folder import Folder, close_fd
-from lightning_ssd.io.safe_open import closing_fd
+from lightning_ssd.io.folder import Folder, close_fd, closing_fd
 from lightning_ssd.sizes import fmt
+from lightning_ssd.store.mapped_safetensors import read_exactly
 
 _WAIT_S = 1.0
 
@@ -36,11 +34,11 @@ class CopyReport:
 
     Attributes:
         nbytes_copied: Bytes that were copied.
-        nbytes_kept: Bytes that an earlier, interrupted copy had written and whose checksums match.
+        nbytes_reused: Bytes that an earlier, interrupted copy had written and whose checksums match.
     """
 
     nbytes_copied: int
-    nbytes_kept: int
+    nbytes_reused: int
 
 
 def copy_checkpoint(
@@ -70,17 +68,20 @@ def copy_checkpoint(
                 job.copy_unit(record)
             job.copy_small_files(text)
             with made.folder(UNITS) as units:
-                sync_directory(units)
-            sync_directory(made)
-            _read_back(made, job)
+                units.sync()
+            made.sync()
+            # Compare every byte once more; the page cache was emptied, so they come from the disk.
+            with CheckpointReader(f"/proc/self/fd/{made.fd}") as copied:  # what was written, whatever has its path now
+                copied.directory = made.path
+                copied.verify(lambda done, _: job.report(read_back=done))
             _publish(parent, made, os.path.basename(to))
-            sync_directory(parent)
+            parent.sync()
     except OSError as error:
         raise CheckpointError(
             f"{to!r} could not be written: {error}; call the same again to resume the copy, or remove it with "
             "lightning-ssd clean"
         ) from error
-    return CopyReport(job.nbytes_copied, job.nbytes_kept)
+    return CopyReport(job.nbytes_copied, job.nbytes_reused)
 
 
 def _manifest_of(reader: CheckpointReader) -> bytes:
@@ -156,13 +157,6 @@ def _require_free(made: Folder, nbytes: int) -> None:
         )
 
 
-def _read_back(made: Folder, job: _Job) -> None:
-    """Compare every byte with the checksums once more; the page cache was emptied, so they come from the disk."""
-    with CheckpointReader(f"/proc/self/fd/{made.fd}") as copied:  # what was written, whatever has its path by now
-        copied.directory = made.path
-        copied.verify(lambda done, _: job.report(read_back=done))
-
-
 class _Job:
     """One copy on its way."""
 
@@ -171,13 +165,13 @@ class _Job:
         self._fd = directory_fd
         self._progress = progress
         self.nbytes_copied = 0
-        self.nbytes_kept = 0
+        self.nbytes_reused = 0
 
-    def report(self, *, copied: int = 0, kept: int = 0, read_back: int = 0) -> None:
+    def report(self, *, copied: int = 0, reused: int = 0, read_back: int = 0) -> None:
         self.nbytes_copied += copied
-        self.nbytes_kept += kept
+        self.nbytes_reused += reused
         if self._progress is not None:
-            done = self.nbytes_copied + self.nbytes_kept + read_back
+            done = self.nbytes_copied + self.nbytes_reused + read_back
             total = 2 * self._reader.manifest.nbytes
             self._progress(min(done, total), total)
 
@@ -219,7 +213,7 @@ class _Job:
         """Copy some bytes, unless they are there and known to be right."""
         is_there = expected is not None and os.fstat(target).st_size >= offset + nbytes
         if is_there and checksum(read_exactly(target, nbytes, offset, name)) == expected:
-            self.report(kept=nbytes)
+            self.report(reused=nbytes)
             return
         data = read_exactly(source, nbytes, offset, name)
         if expected is not None and checksum(data) != expected:
@@ -235,11 +229,9 @@ def _open_for_writing(directory_fd: int, path: str) -> int:
     """Open a file of the unfinished copy; a symlink, or a file with another link, is refused."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     folder, _, name = path.rpartition("/")
-    inner = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
-    try:
+    directory = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with closing_fd(os.open(folder or ".", directory, dir_fd=directory_fd)) as inner:
         fd = os.open(name, flags, 0o600, dir_fd=inner)
-    finally:
-        close_fd(inner)
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         close_fd(fd)
