@@ -123,19 +123,27 @@ class Patience:
 
     def run(self, call: Callable[[], T], path: str, what: str) -> T:
         """As `call`, but raises what ``call`` raises."""
+        return self.start(call, path, what).result()
+
+    def start(self, call: Callable[[], T], path: str, what: str) -> Started[T]:
+        """As `run`, without waiting: what the caller does meanwhile does not need it.
+
+        Raises:
+            DeadlineError: The disk hangs already.
+        """
         self.require_answering(path, what)
         try:
             caller = self._idle_caller()
         except RuntimeError:  # the interpreter ends and starts no more threads
-            return call()
-        running = caller.start(call)
-        if not self.wait(running.over):
-            raise DeadlineError(errno.ETIMEDOUT, path, 0, 0, what)
+            caller = None
+        return Started(self, caller, call, path, what)
+
+    def give_back(self, caller: _Caller) -> None:
+        """The call of ``caller`` is over."""
         if self._is_closed:
             caller.end()
         else:
             self._idle.append(caller)
-        return running.result()
 
     def close(self) -> None:
         """End the threads that wait for calls; from now on each call has a thread of its own."""
@@ -222,29 +230,73 @@ def leave_behind(thing: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
+class Started(Generic[T]):
+    """A system call that was started by `Patience.start`.
+
+    Args:
+        patience: Waits for it.
+        caller: Makes it; None makes it now.
+        call: See `Patience.run`.
+        path: See `Patience.run`.
+        what: See `Patience.run`.
+    """
+
+    def __init__(self, patience: Patience, caller: _Caller | None, call: Callable[[], T], path: str, what: str) -> None:
+        self._patience = patience
+        self._caller = caller
+        self._path = path
+        self._what = what
+        self._call: _Call[T] = _Call(call)
+        if caller is None:
+            self._call.run()
+        else:
+            caller.start(self._call)
+
+    def done(self) -> bool:
+        """See `InFlight.done`."""
+        return self._call.over.done()
+
+    def wait_for(self, seconds: float) -> bool:
+        """See `InFlight.wait_for`."""
+        return self._call.over.wait_for(seconds)
+
+    def result(self) -> T:
+        """What it returned, once it has; see `end`."""
+        self.end()
+        return self._call.result.pop()
+
+    def end(self) -> None:
+        """Return when it is over. What it raised is raised by the first call only.
+
+        Raises:
+            DeadlineError: Time ran out.
+        """
+        if not self._patience.wait(self):
+            raise DeadlineError(errno.ETIMEDOUT, self._path, 0, 0, self._what)
+        caller, self._caller = self._caller, None
+        if caller is not None:
+            self._patience.give_back(caller)
+        error, self._call.error = self._call.error, None
+        if error is not None:
+            raise error
+
+
 class _Call(Generic[T]):
     """A call that a `_Caller` makes."""
 
     def __init__(self, call: Callable[[], T]) -> None:
         self.over = Over()
+        self.result: list[T] = []
+        self.error: BaseException | None = None
         self._call = [call]
-        self._result: list[T] = []
-        self._error: BaseException | None = None
-
-    def result(self) -> T:
-        """What it returned, or its error raised; once."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        return self._result.pop()
 
     def run(self) -> None:
         """Make the call, and drop it before `over` is set: the caller does not keep what the call holds."""
         call = self._call.pop()
         try:
-            self._result.append(call())
+            self.result.append(call())
         except BaseException as error:
-            self._error = error
+            self.error = error
         finally:
             del call
             self.over.set()
@@ -259,11 +311,9 @@ class _Caller:
         self._thread = threading.Thread(target=_make_calls, args=(self._calls,), name="lightning-ssd-call", daemon=True)
         self._thread.start()
 
-    def start(self, call: Callable[[], T]) -> _Call[T]:
+    def start(self, call: _Call[Any]) -> None:
         """Start a call; the one before is over."""
-        started = _Call(call)
-        self._calls.put(started)
-        return started
+        self._calls.put(call)
 
     def end(self) -> None:
         """End the thread, which makes no call now, and wait until it is gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_ssd.errors import CorruptionError, StoreError, listed
+from lightning_ssd.io.deadline import Started
 from lightning_ssd.io.engine import Transfer
 from lightning_ssd.io.file import File
 from lightning_ssd.kernels.api import crc32c_each
@@ -28,6 +29,8 @@ class Generation:
         lineage: One object for all generations between two updates, which differ by writes of the user only.
         is_inherited: A forked process may read the file, so it is never written again.
         fingerprint: Checksums of the tensors as the user wrote them; None if an update wrote them.
+        naming: Gives the file its name and header while its data section is being written; None once that is over.
+        is_misnamed: That failed, and the file is not used again.
     """
 
     def __init__(self, layout: UnitLayout, file: File | None, in_memory: tuple[Tensor, ...] | None = None) -> None:
@@ -40,6 +43,8 @@ class Generation:
         self.lineage = object()
         self.is_inherited = False
         self.fingerprint: tuple[int, ...] | None = None
+        self.naming: Started[None] | None = None
+        self.is_misnamed = False
 
     @property
     def file(self) -> File:
@@ -60,6 +65,24 @@ class Generation:
     def has_file(self) -> bool:
         """Whether the values are in a file."""
         return self._file is not None
+
+    def end_naming(self) -> None:
+        """Return when the file has its name and header.
+
+        Raises:
+            IOFailure: The disk failed.
+            DeadlineError: The disk did not answer.
+        """
+        naming, self.naming = self.naming, None
+        if naming is None:
+            return
+        try:
+            naming.end()
+        except BaseException:
+            self.is_misnamed = True
+            if not naming.done():
+                self.file.give_up(naming)  # it may still write a header
+            raise
 
     def detach(self) -> None:
         """Forget the file; the values are in memory."""

@@ -6,16 +6,17 @@ import errno
 import mmap
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
-from lightning_ssd.errors import IOFailure, ResidencyError, StoreError, gone
+from lightning_ssd.errors import IOFailure, ResidencyError, SSDOffloadError, StoreError, as_io_failure, gone
 from lightning_ssd.io.engine import Engine, Transfer
 from lightning_ssd.io.folder import closing_fd
 from lightning_ssd.io.scratch import write_all
 from lightning_ssd.kernels.api import crc32c_each, is_native
 from lightning_ssd.memory.mapped_file import map_file
-from lightning_ssd.store.disks import Disks
+from lightning_ssd.store.disks import Disk, Disks
 from lightning_ssd.store.generation import CheckedRead, Generation
 from lightning_ssd.store.layout import CHECK_NBYTES, UnitLayout
 from lightning_ssd.store.spare_files import SpareFiles
@@ -63,20 +64,23 @@ class GenerationFiles:
         for layout in layouts:
             self.require_own(layout)
         places = [self._disks.new_path(f"{layout.unit[-80:]}.{layout.kind[:80]}") for layout in layouts]
-
-        def begin() -> list[Generation]:
-            with ExitStack() as undo:
-                begun = []
-                for layout, (disk, path) in zip(layouts, places, strict=True):
-                    file = self.spare.take(layout.file_nbytes, disk, path) or disk.create(path, layout.file_nbytes)
-                    begun.append(Generation(layout, file))
-                    undo.callback(self.retire, begun[-1])
-                    write_all(begun[-1].file, layout.header)
-                undo.pop_all()
-            return begun
-
-        # One call for all: each call within the deadline waits for another thread.
-        return self.engine.patience.call(begin, places[0][1], "making a file")
+        patience, path = self.engine.patience, places[0][1]
+        with ExitStack() as undo:
+            begun = []
+            for layout, (disk, _) in zip(layouts, places, strict=True):
+                begun.append(Generation(layout, self.spare.take(layout.file_nbytes, disk)))
+                undo.callback(self.retire, begun[-1])
+            made = dict(zip(begun, places, strict=True))
+            reused = {generation: path for generation, (_, path) in made.items() if generation.has_file}
+            # One call for all: each call within the deadline waits for another thread.
+            if len(reused) < len(begun):
+                patience.call(partial(_create, made), path, "making a file")
+            if reused:
+                naming = patience.start(partial(_name, reused), path, "naming a file")
+                for generation in reused:
+                    generation.naming = naming
+            undo.pop_all()
+        return begun
 
     def retire(self, generation: Generation) -> None:
         """Reuse or unlink the file of a generation that is not needed any more; does nothing if it has none.
@@ -85,8 +89,10 @@ class GenerationFiles:
             IOFailure: The disk failed.
         """
         if generation.has_file and not self.is_inherited:
+            with suppress(SSDOffloadError):  # what it fails with does not matter any more
+                generation.end_naming()
             # A private mapping, too, shows what is written to its file later.
-            is_seen = generation.is_inherited or generation in self._mapped.values()
+            is_seen = generation.is_inherited or generation.is_misnamed or generation in self._mapped.values()
             self.spare.retire(generation.file, is_seen=is_seen)
 
     def read(self, generation: Generation, offset: int, address: int, nbytes: int, keep: object) -> Transfer:
@@ -165,3 +171,19 @@ class GenerationFiles:
             f"the {generation.layout.kind} of unit {generation.layout.unit!r} is gone: its run is over and another "
             "one has begun"
         )
+
+
+def _create(places: Mapping[Generation, tuple[Disk, str]]) -> None:
+    """Make the files of those generations that have none, with their headers."""
+    for generation, (disk, path) in places.items():
+        if not generation.has_file:
+            generation.file = disk.create(path, generation.layout.file_nbytes)
+            write_all(generation.file, generation.layout.header)
+
+
+def _name(paths: Mapping[Generation, str]) -> None:
+    """Give files that are used again their new names and headers."""
+    for generation, path in paths.items():
+        with as_io_failure(path, what="naming a file"):
+            generation.file.rename(path)
+            write_all(generation.file, generation.layout.header)

@@ -38,24 +38,12 @@ class SpareFiles:
         with self._lock:
             return sum(nbytes * len(files) for nbytes, files in self._files.items())
 
-    def take(self, nbytes: int, disk: Disk, path: str) -> File | None:
-        """A spare file of exactly ``nbytes`` on ``disk``, renamed to ``path``; None if there is none.
-
-        Raises:
-            IOFailure: It cannot be renamed.
-        """
+    def take(self, nbytes: int, disk: Disk) -> File | None:
+        """A spare file of exactly ``nbytes`` on ``disk``, with its name and header of before; None if there is none."""
         with self._lock:
             files = self._files.get(nbytes, [])
             found = next((i for i, file in enumerate(files) if self._disks.of(file) is disk), None)
-            if found is None:
-                return None
-            file = files.pop(found)
-        try:
-            file.rename(path)
-        except BaseException:
-            file.close()
-            raise
-        return file
+            return None if found is None else files.pop(found)
 
     def retire(self, file: File, *, is_seen: bool) -> None:
         """Take the file of a generation that is not needed any more, or only unlink it.

@@ -43,6 +43,7 @@ class Staging:
             (generation,) = self._files.begin([layout])
             try:
                 self._write_chunks(generation, source)
+                generation.end_naming()
             except BaseException:
                 self._files.retire(generation)
                 raise

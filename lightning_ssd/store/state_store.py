@@ -124,7 +124,14 @@ class StateStore:
         return [next(begun) if found is None else Generation(layout, None, found) for layout, found in in_memory]
 
     def commit(self, *generations: Generation) -> None:
-        """Make completely written generations the current ones, all or none, and retire those that they replace."""
+        """Make completely written generations the current ones, all or none, and retire those that they replace.
+
+        Raises:
+            IOFailure: A file could not be named; none is the current one.
+            DeadlineError: The disk did not answer.
+        """
+        for generation in generations:
+            generation.end_naming()
         with self._lock:
             previous = [self._current.get((g.layout.unit, g.layout.kind)) for g in generations]
             self._current.update({(g.layout.unit, g.layout.kind): g for g in generations})

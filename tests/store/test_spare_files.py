@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ssd.errors import IOFailure, StoreError
+from lightning_ssd.errors import StoreError
 from lightning_ssd.io.deadline import Over
 from lightning_ssd.io.file import File
 from lightning_ssd.sizes import KiB
@@ -50,13 +50,10 @@ def test_a_retired_file_is_taken_by_length_and_disk_and_once(disks: Disks, spare
     file = new(disks, disk=first)
     spare.retire(file, is_seen=False)
     assert spare.nbytes == 4 * KiB
-    path = disks.new_path("taken", first)[1]
-    assert spare.take(8 * KiB, first, path) is None
-    assert spare.take(4 * KiB, other, path) is None
-    assert spare.take(4 * KiB, first, path) is file
-    assert file.path == path
-    assert os.listdir(first.path).count(os.path.basename(path)) == 1
-    assert spare.take(4 * KiB, first, path) is None
+    assert spare.take(8 * KiB, first) is None
+    assert spare.take(4 * KiB, other) is None
+    assert spare.take(4 * KiB, first) is file
+    assert spare.take(4 * KiB, first) is None
     file.close()
 
 
@@ -104,7 +101,7 @@ def test_a_file_from_outside_is_taken_up_to_the_number_that_is_useful(
     assert recycle(paths[1], most=2)
     assert not recycle(paths[2], most=2)
     assert [path.exists() for path in paths] == [False, False, True]
-    taken = spare.take(4096, disks.all[0], disks.new_path("taken", disks.all[0])[1])
+    taken = spare.take(4096, disks.all[0])
     assert taken is not None
     assert os.pread(taken.tail_fd, 1, 0) == b"x"
     taken.close()
@@ -121,16 +118,6 @@ def test_close_keeps_files_and_remove_does_not(disks: Disks, spare: SpareFiles) 
     os.unlink(other.path)  # the user removed it: no error
     spare.remove()
     assert other.closed
-    assert spare.nbytes == 0
-
-
-def test_a_file_that_cannot_be_renamed_is_closed(disks: Disks, spare: SpareFiles) -> None:
-    file = new(disks, disk=disks.all[0])
-    spare.retire(file, is_seen=False)
-    os.unlink(file.path)
-    with pytest.raises(IOFailure, match="rename"):
-        spare.take(file.nbytes, disks.all[0], disks.new_path("taken", disks.all[0])[1])
-    assert file.closed
     assert spare.nbytes == 0
 
 

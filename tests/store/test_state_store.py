@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_ssd.errors import CorruptionError, IOFailure, StoreError
+from lightning_ssd.errors import CorruptionError, DeadlineError, IOFailure, StoreError
+from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.io.file import File
 from lightning_ssd.io.python_engine import PythonEngine
@@ -216,3 +218,55 @@ def test_full_disks_are_named_with_numbers_and_leave_no_file(
             put(store, 1)
     assert store.current("layers/7 ü", "param") is None
     assert is_equal(read(store, put(store, 1)), values(1))
+
+
+def test_a_file_that_is_used_again_is_named_while_it_is_written(
+    store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, 1)
+    put(store, 2)  # the first file is spare now
+    may_rename, rename = threading.Event(), File.rename
+
+    def late(file: File, *args: Any) -> None:
+        assert may_rename.wait(10)
+        rename(file, *args)
+
+    monkeypatch.setattr(File, "rename", late)
+    (generation,) = store.begin([layout()])  # returns although the name is not there yet
+    pool = Pool(layout().buffer_nbytes, "test")
+    buffer = pool.lend(layout().buffer_nbytes, "test")
+    for entry, value in zip(layout().entries, values(3), strict=True):
+        buffer.tensor(entry.begin, torch.float32, entry.shape).copy_(value)
+    store.write(generation, 0, buffer.address, layout().data_nbytes).wait()
+    may_rename.set()
+    store.commit(generation)
+    assert is_equal(library(generation.file.path), values(3))
+    assert is_equal(read(store, store.newest("layers/7 ü", "param")), values(3))
+
+
+def test_a_file_that_cannot_be_named_is_not_current_and_not_used_again(store: StateStore) -> None:
+    put(store, 1)
+    second = put(store, 2)
+    spare = next(path for path in Path(store.disks.all[0].path).glob("*.safetensors") if path != Path(second.file.path))
+    spare.unlink()  # the user removed it
+    with pytest.raises(IOFailure, match="errno 2"):
+        put(store, 3)
+    assert store.newest("layers/7 ü", "param") is second
+    put(store, 4)  # with a new file
+    assert is_equal(read(store, store.newest("layers/7 ü", "param")), values(4))
+
+
+def test_a_file_whose_naming_hangs_is_given_up_until_that_is_over(tmp_path: Path) -> None:
+    file, patience, over = File.create(tmp_path / "file", 4096, direct=False), Patience(0.1), threading.Event()
+    generation = Generation(layout(), file)
+    generation.naming = naming = patience.start(lambda: over.wait(10) and None, file.path, "naming a file")
+    with pytest.raises(DeadlineError, match="errno 110"):
+        generation.end_naming()
+    assert file.hangs  # it may still write a header: the file is not used again
+    assert generation.is_misnamed
+    over.set()
+    assert naming.wait_for(10)
+    naming.end()
+    assert not file.hangs
+    file.close()
+    patience.close()
