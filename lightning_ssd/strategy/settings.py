@@ -57,8 +57,8 @@ class Options:
         io: Disk transport: ``engine``, ``depth``, ``block_nbytes``, ``num_threads``, ``direct``, ``deadline_s``.
         keep_store: Leave the live store on disk when the run ends.
         checkpoint: ``"file"``: one file, as plain Lightning saves it, for whatever opens a ``.ckpt``; it has all bytes,
-            so a save takes the time to write them. ``"links"``: a directory of hard links, saved at no cost. ``"auto"``:
-            a file while parameters and optimizer state are below 1 GiB.
+            so a save takes the time to write them. ``"links"``: a directory of hard links, saved at no cost.
+            ``"auto"``: a file while parameters and optimizer state are below 1 GiB.
 
     Raises:
         ConfigurationError: Names the first option with a value that it cannot have, and what it may be.
