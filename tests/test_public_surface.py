@@ -32,7 +32,7 @@ OPTIONS = {
     "verify_reads": "auto",
     "io": IOOptions(),
     "keep_store": False,
-    "checkpoint": "links",
+    "checkpoint": "auto",
 }
 IO_OPTIONS = {
     "engine": "auto",

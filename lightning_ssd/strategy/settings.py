@@ -21,8 +21,11 @@ from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.limits import AUTO_SHARE, available_nbytes
 from lightning_ssd.paths import local_path, memory_file_system, require_no_url, too_long
-from lightning_ssd.sizes import parse_nbytes
+from lightning_ssd.sizes import GiB, parse_nbytes
 from lightning_ssd.store.run_directory import INNER_NBYTES
+
+AUTO_FILE_NBYTES = GiB
+"""Bytes of parameters and optimizer state from which ``checkpoint="auto"`` saves links."""
 
 PATH_VARIABLE = "LIGHTNING_SSD_PATH"
 
@@ -53,8 +56,9 @@ class Options:
         verify_reads: Compare every byte read with a checksum; ``"auto"`` does where the kernel is native.
         io: Disk transport: ``engine``, ``depth``, ``block_nbytes``, ``num_threads``, ``direct``, ``deadline_s``.
         keep_store: Leave the live store on disk when the run ends.
-        checkpoint: ``"links"``: a directory of hard links, saved at no cost; ``"file"``: one file, as plain Lightning
-            saves it, for whatever opens a ``.ckpt``; it has all bytes, so a save takes the time to write them.
+        checkpoint: ``"file"``: one file, as plain Lightning saves it, for whatever opens a ``.ckpt``; it has all bytes,
+            so a save takes the time to write them. ``"links"``: a directory of hard links, saved at no cost.
+            ``"auto"``: a file while parameters and optimizer state are below 1 GiB.
 
     Raises:
         ConfigurationError: Names the first option with a value that it cannot have, and what it may be.
@@ -74,7 +78,7 @@ class Options:
     verify_reads: Union[bool, Literal["auto"]] = "auto"  # noqa: UP007
     io: IOOptions = IOOptions()  # noqa: RUF009  frozen
     keep_store: bool = False
-    checkpoint: Literal["links", "file"] = "links"
+    checkpoint: Literal["auto", "file", "links"] = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _choices().items():

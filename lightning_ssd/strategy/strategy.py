@@ -77,7 +77,7 @@ class StrategyMixin(CheckpointMixin):
         verify_reads: Union[bool, Literal["auto"]] = "auto",  # noqa: UP007
         io: IOOptions = IOOptions(),  # noqa: B008  frozen
         keep_store: bool = False,
-        checkpoint: Literal["links", "file"] = "links",
+        checkpoint: Literal["auto", "file", "links"] = "auto",
     ) -> None:
         given = locals()
         self._session: Session | None = None

@@ -110,7 +110,9 @@ def measure(args: argparse.Namespace) -> Line:
     num_steps = 1 + args.plain_steps + args.saves + 1 + args.plain_steps + 1
     first = 1 + args.plain_steps
     folder = args.directory / f"bench-checkpoint-{os.getpid()}"
-    strategy = lightning_ssd.SSDOffloadStrategy(nvme_path=str(args.directory), host_memory=args.host_memory)
+    strategy = lightning_ssd.SSDOffloadStrategy(
+        nvme_path=str(args.directory), host_memory=args.host_memory, checkpoint="links"
+    )
     saver = Saver(folder, first, first + args.saves - 1)
     pl.seed_everything(0, verbose=False)
     trainer = make_trainer(args.directory, strategy, precision=args.precision, max_steps=num_steps, callbacks=[saver])

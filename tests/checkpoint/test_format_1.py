@@ -58,7 +58,7 @@ class Small(pl.LightningModule):
 def run(directory: Path, *, steps: int, ckpt_path: Path | None = None) -> tuple[pl.Trainer, Small]:
     batches = [torch.arange(8.0).view(2, 4) / 4 - step / 2 for step in range(END)]
     module = Small()
-    strategy = SSDOffloadStrategy(nvme_path=directory, host_memory="64MiB", min_unit_numel=0)
+    strategy = SSDOffloadStrategy(nvme_path=directory, host_memory="64MiB", min_unit_numel=0, checkpoint="links")
     trainer = make_trainer(directory, strategy, max_steps=steps, precision="bf16-true", enable_checkpointing=False)
     trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path)
     return trainer, module

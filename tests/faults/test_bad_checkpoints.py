@@ -22,7 +22,7 @@ from tests.helpers.training import train
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint after two steps; copied, never changed."""
     root = tmp_path_factory.mktemp("saved")
-    result = train(root, small_gpt, streamed(), max_steps=2)
+    result = train(root, small_gpt, streamed(checkpoint="links"), max_steps=2)
     result.trainer.save_checkpoint(root / "checkpoint")
     result.trainer.strategy.session.close()  # type: ignore[attr-defined]
     return root / "checkpoint"

@@ -9,6 +9,7 @@ import pytest
 
 from lightning_ssd.memory import plan_pools
 from lightning_ssd.memory.pool import Pool
+from lightning_ssd.strategy import session
 from lightning_ssd.strategy.session import Session
 
 
@@ -16,6 +17,12 @@ from lightning_ssd.strategy.session import Session
 def _poisoned_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer is filled with NaN bytes when it is returned, so that a late use shows in the numbers."""
     monkeypatch.setattr(plan_pools, "Pool", functools.partial(Pool, poison=True))
+
+
+@pytest.fixture(autouse=True)
+def _small_states_are_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``checkpoint="auto"`` saves links however small a state is: what most tests of checkpoints are about."""
+    monkeypatch.setattr(session, "AUTO_FILE_NBYTES", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -30,5 +37,5 @@ def _sessions_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(Session, "__init__", recording)
     yield
-    for session in made:
-        session.close()
+    for each in made:
+        each.close()

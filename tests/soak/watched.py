@@ -241,7 +241,7 @@ def train(folder: Path, scenario: str, hooks: Hooks) -> None:
     log_fd = os.open(folder / "losses", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with hooks.phase("start" if newest is None else "resume"):
         pl.seed_everything(1 if newest is None else 99, verbose=False)
-        settings = {"host_memory": "min", "min_unit_numel": 0} | STRATEGY.get(scenario, {})
+        settings = {"host_memory": "min", "min_unit_numel": 0, "checkpoint": "links"} | STRATEGY.get(scenario, {})
         strategy = WatchedStrategy(nvme_path=str(folder / "store"), **settings)
         strategy.hooks = hooks
         module = Watched(hooks, log_fd)

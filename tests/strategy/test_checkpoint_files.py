@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.strategy import session as session_module
 from lightning_ssd.strategy.session import Session
 from tests.helpers.models import GPT
 from tests.helpers.training import Result, assert_equal, streamed, train
@@ -162,6 +163,16 @@ def test_bytes_that_changed_on_disk_are_not_saved(tmp_path: Path, monkeypatch: p
     with pytest.raises(CorruptionError, match=r"net\.blocks\.0\.exp_avg"):
         train(tmp_path, GPT, streamed(checkpoint="file"), max_steps=1, callbacks=[Saves()])
     assert not (tmp_path / "it.ckpt").exists()
+
+
+@pytest.mark.parametrize(("limit_nbytes", "is_file"), [(1_000_000, True), (100_000, False)])
+def test_a_small_state_is_a_file_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_nbytes: int, is_file: bool
+) -> None:
+    monkeypatch.setattr(session_module, "AUTO_FILE_NBYTES", limit_nbytes)
+    assert saved_at(tmp_path, 1, streamed())[0].is_file() == is_file
+    assert saved_at(tmp_path / "links", 1, streamed(checkpoint="links"))[0].is_dir()
+    assert saved_at(tmp_path / "file", 1, streamed(checkpoint="file"))[0].is_file()
 
 
 def test_it_is_what_the_start_up_lines_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,7 +29,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, steps: int, ckpt_path: Path | None = None) -> Result:
     net = lambda: GPT(layers=1)  # noqa: E731
     path = None if ckpt_path is None else str(ckpt_path)
-    return train(folder, net, streamed(), max_steps=steps, precision="bf16-true", ckpt_path=path)
+    return train(folder, net, streamed(checkpoint="links"), max_steps=steps, precision="bf16-true", ckpt_path=path)
 
 
 def exchange(good: Path, other: Path) -> None:

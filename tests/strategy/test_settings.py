@@ -40,7 +40,7 @@ VALID: dict[str, list[Any]] = {
     "verify_reads": ["auto", True, False],
     "io": [IOOptions(), IOOptions(depth=3)],
     "keep_store": [True, False],
-    "checkpoint": ["links", "file"],
+    "checkpoint": ["auto", "file", "links"],
 }
 _SIZE = "write bytes as an int, or e.g. '16GiB' or '500MB'; or"
 INVALID: dict[str, list[tuple[Any, str]]] = {
@@ -72,7 +72,7 @@ INVALID: dict[str, list[tuple[Any, str]]] = {
     ],
     "io": [({"depth": 3}, "io={'depth': 3} is unknown; it may be a lightning_ssd.IOOptions(...)")],
     "keep_store": [(value, f"keep_store={value!r} is unknown; it may be True, False") for value in ("no", 0)],
-    "checkpoint": [("directory", "checkpoint='directory' is unknown; it may be 'links', 'file'")],
+    "checkpoint": [("directory", "checkpoint='directory' is unknown; it may be 'auto', 'file', 'links'")],
 }
 NAMES = [field.name for field in fields(Options)]
 PRECISION = SimpleNamespace(param_dtype=None, keeps_master=False, precision="32-true")

@@ -1,3 +1,3 @@
 """Fixtures of tests that train."""
 
-from tests.helpers.fixtures import _poisoned_pools, _sessions_end  # noqa: F401
+from tests.helpers.fixtures import _poisoned_pools, _sessions_end, _small_states_are_links  # noqa: F401
