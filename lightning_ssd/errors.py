@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from errno import (
-    EACCES,
-    EDQUOT,
-    EIO,
-    EMFILE,
-    ENAMETOOLONG,
-    ENFILE,
-    ENOENT,
-    ENOMEM,
-    ENOSPC,
-    EPERM,
-    EROFS,
-    ETIMEDOUT,
-)
 
 
 class SSDOffloadError(RuntimeError):
@@ -111,18 +98,19 @@ def gone(directory: str) -> StoreError:
 
 _NO_ACCESS = "give this user the right to it, or choose another place"
 _REMEDIES = {
-    EIO: "the disk or its controller fails: see the kernel's log, and resume from the last checkpoint on another disk",
-    ETIMEDOUT: "the disk hangs: see the kernel's log; if it is only slow, raise io.deadline_s",
-    ENOSPC: "free space there or choose another place",
-    EDQUOT: "free space of this user there or choose another place",
-    EMFILE: "raise the limit of open files (ulimit -n)",
-    ENFILE: "the system has no more open files: end what holds them, or raise fs.file-max",
-    ENOMEM: "free memory, or raise the limit of mappings (sysctl vm.max_map_count)",
-    ENOENT: "somebody removed or moved it: leave a run's files alone, and resume from the last checkpoint",
-    EACCES: _NO_ACCESS,
-    EPERM: _NO_ACCESS,
-    EROFS: "the file system is read-only, also if it has made itself so after an error: see the kernel's log",
-    ENAMETOOLONG: "choose a shorter path",
+    errno.EIO: "the disk or its controller fails: see the kernel's log, and resume from the last checkpoint on another "
+    "disk",
+    errno.ETIMEDOUT: "the disk hangs: see the kernel's log; if it is only slow, raise io.deadline_s",
+    errno.ENOSPC: "free space there or choose another place",
+    errno.EDQUOT: "free space of this user there or choose another place",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "the system has no more open files: end what holds them, or raise fs.file-max",
+    errno.ENOMEM: "free memory, or raise the limit of mappings (sysctl vm.max_map_count)",
+    errno.ENOENT: "somebody removed or moved it: leave a run's files alone, and resume from the last checkpoint",
+    errno.EACCES: _NO_ACCESS,
+    errno.EPERM: _NO_ACCESS,
+    errno.EROFS: "the file system is read-only, also if it has made itself so after an error: see the kernel's log",
+    errno.ENAMETOOLONG: "choose a shorter path",
 }
 
 
@@ -189,6 +177,6 @@ def as_io_failure(path: str, offset: int = 0, nbytes: int = 0, what: str = "tran
     except SSDOffloadError:
         raise
     except OSError as error:
-        if error.errno == ENOENT and not os.path.isdir(os.path.dirname(path)):
+        if error.errno == errno.ENOENT and not os.path.isdir(os.path.dirname(path)):
             raise gone(os.path.dirname(path)) from error
-        raise IOFailure(error.errno or EIO, path, offset, nbytes, what) from error
+        raise IOFailure(error.errno or errno.EIO, path, offset, nbytes, what) from error

@@ -62,13 +62,13 @@ def copy_checkpoint(
         with CheckpointReader(source) as reader, ExitStack() as stack:
             text = _manifest_of(reader)
             parent, made = stack.enter_context(_unfinished(to, checksum(text)))
-            job = _Job(reader, made.fd, progress)
+            job = _Job(reader, made, progress)
             _require_free(made, reader.manifest.nbytes)
-            for record in reader.manifest.files:
-                job.copy_unit(record)
-            job.copy_small_files(text)
             with made.folder(UNITS) as units:
+                for record in reader.manifest.files:
+                    job.copy_unit(record, units)
                 units.sync()
+            job.copy_small_files(text)
             made.sync()
             # Compare every byte once more; the page cache was emptied, so they come from the disk.
             with CheckpointReader(f"/proc/self/fd/{made.fd}") as copied:  # what was written, whatever has its path now
@@ -160,9 +160,9 @@ def _require_free(made: Folder, nbytes: int) -> None:
 class _Job:
     """One copy on its way."""
 
-    def __init__(self, reader: CheckpointReader, directory_fd: int, progress: Progress | None) -> None:
+    def __init__(self, reader: CheckpointReader, made: Folder, progress: Progress | None) -> None:
         self._reader = reader
-        self._fd = directory_fd
+        self._made = made
         self._progress = progress
         self.nbytes_copied = 0
         self.nbytes_reused = 0
@@ -175,7 +175,7 @@ class _Job:
             total = 2 * self._reader.manifest.nbytes
             self._progress(min(done, total), total)
 
-    def copy_unit(self, record: FileRecord) -> None:
+    def copy_unit(self, record: FileRecord, units: Folder) -> None:
         """Copy a unit file, piece by piece."""
         folder, _, name = record.path.partition("/")
         if folder != UNITS or not UNIT_FILE.fullmatch(name):
@@ -183,7 +183,7 @@ class _Job:
         sums = record.checksums
         with ExitStack() as stack:
             source = stack.enter_context(closing_fd(self._reader.open_file(record.path)))
-            target = stack.enter_context(closing_fd(_open_for_writing(self._fd, record.path)))
+            target = stack.enter_context(closing_fd(_open_for_writing(units, name)))
             self._piece(source, target, 0, record.data_begin, None, record.path)
             for index, offset in enumerate(range(record.data_begin, record.nbytes, PIECE_NBYTES)):
                 nbytes = min(PIECE_NBYTES, record.nbytes - offset)
@@ -198,13 +198,13 @@ class _Job:
         for name, small in self._reader.manifest.small_files.items():
             with (
                 closing_fd(self._reader.open_file(name)) as source,
-                closing_fd(_open_for_writing(self._fd, name)) as target,
+                closing_fd(_open_for_writing(self._made, name)) as target,
             ):
                 for offset in range(0, small.nbytes, PIECE_NBYTES):
                     self._piece(source, target, offset, min(PIECE_NBYTES, small.nbytes - offset), None, name)
                 os.ftruncate(target, small.nbytes)
                 _flush(source, target)
-        with closing_fd(_open_for_writing(self._fd, MANIFEST)) as target:
+        with closing_fd(_open_for_writing(self._made, MANIFEST)) as target:
             _write(target, manifest, 0)
             os.ftruncate(target, len(manifest))
             os.fsync(target)
@@ -225,17 +225,13 @@ class _Job:
         self.report(copied=nbytes)
 
 
-def _open_for_writing(directory_fd: int, path: str) -> int:
+def _open_for_writing(folder: Folder, name: str) -> int:
     """Open a file of the unfinished copy; a symlink, or a file with another link, is refused."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    folder, _, name = path.rpartition("/")
-    directory = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    with closing_fd(os.open(folder or ".", directory, dir_fd=directory_fd)) as inner:
-        fd = os.open(name, flags, 0o600, dir_fd=inner)
+    fd = folder.open_file(name, os.O_RDWR | os.O_CREAT)
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
         close_fd(fd)
-        raise CheckpointError(f"{path!r} of the unfinished copy is no plain file of its own")
+        raise CheckpointError(f"{name!r} of the unfinished copy is no plain file of its own")
     return fd
 
 

@@ -81,7 +81,7 @@ class Runtime:
         self._activations: ActivationStore | None = None
         self._headroom = headroom
         self.pools = PlanPools(plan, engine, settings.device)
-        undo: list[Callable[[], object]] = [self._hold_nothing]
+        undo: list[Callable[[], object]] = [self._give_back]
         try:
             headroom.watch(self.pools.arena)
             self._hold_in_memory(sizing)
@@ -108,14 +108,6 @@ class Runtime:
                     ending.callback(call)
                 raise
 
-    def drain(self) -> None:
-        """Return when no update is pending.
-
-        Raises:
-            SSDOffloadError: One of them failed.
-        """
-        self.updater.drain()
-
     def begin_step(self) -> None:
         """The optimizer's step begins, whose backward may update units."""
         self.is_updating = False
@@ -127,7 +119,7 @@ class Runtime:
         Args:
             optimizer: Updates each unit whose gradients are all there; None if gradients wait.
         """
-        self.drain()  # autograd may add to gradients that an update still reads
+        self.updater.drain()  # autograd may add to gradients that an update still reads
         self.is_updating = self.is_updating or optimizer is not None
         with self.hooks.backward(optimizer):
             yield
@@ -135,7 +127,7 @@ class Runtime:
     def abort_step(self) -> None:
         """Drop what a failed step held, after the pending updates of the step before."""
         with suppress(SSDOffloadError):  # reported already, or with the next use
-            self.drain()
+            self.updater.drain()
         self.hooks.abort_step()
 
     def close(self) -> None:
@@ -178,8 +170,8 @@ class Runtime:
                 if layout is unit.layout:
                     unit.hold_in_memory(held)
 
-    def _hold_nothing(self) -> None:
-        """Setup failed: what was moved into memory is not used."""
+    def _give_back(self) -> None:
+        """Setup failed: forget what was moved into memory, and free it."""
         self._model.release_memory()
         self._engine.close()
         self.free()

@@ -51,7 +51,7 @@ class Session:
 
     Attributes:
         settings: What the user set.
-        trace: Records events and spans.
+        trace: Records spans, and logs what happens to units.
         engine: Moves bytes between disk and memory.
         store: The files.
         materializer: Makes parameters on mapped files while a model is created.
@@ -125,8 +125,8 @@ class Session:
         if not specs:
             raise ConfigurationError("the model has no parameters to stream")
         self.model = self._make_model([Unit(spec, self.settings.param_dtype) for spec in specs])
-        num_bytes = sum(unit.layout.file_nbytes for unit in self.units)
-        self.store.disks.require_free(num_bytes, "placing the parameters", num_files=len(self.units))
+        nbytes = sum(unit.layout.file_nbytes for unit in self.units)
+        self.store.disks.require_free(nbytes, "placing the parameters", num_files=len(self.units))
         adam = handles(3 * len(self.units), len(self.units), 0, direct=self.store.disks.are_direct).num_files
         what = f"{len(self.units)} units of parameters (with the state of an Adam about {adam} open files)"
         require_handles(handles(len(self.units), 0, 0, direct=self.store.disks.are_direct), what)
@@ -177,12 +177,12 @@ class Session:
                 adopted.dismiss(self.optimizers)
         self.optimizers = [self.adopt(optimizer) for optimizer in optimizers]
 
-    def start(self, module: nn.Module, *, waits_for_all_grads: bool = False) -> None:
-        """Decide and take the memory, hook the modules.
+    def start(self, module: nn.Module, *, waits_for_all_grads: bool) -> None:
+        """Plan the memory and take it, and set the hooks of the modules.
 
         Args:
             module: The model.
-            waits_for_all_grads: Gradients will wait for all others before the step.
+            waits_for_all_grads: No unit is updated before all gradients of a step are there.
 
         Raises:
             MemoryPlanError: If the budget cannot work.
@@ -196,7 +196,7 @@ class Session:
         headroom = Headroom(plan, sum(len(unit.params) for unit in self.units))
         if plan.fits:
             unbound_heap()
-        self._require_room(plan)
+        self._require_room(plan, sizing)
         self.runtime = Runtime(
             module,
             self.model,
@@ -212,9 +212,8 @@ class Session:
             adopted.connect(self.runtime.updates)
         self.plan = plan
 
-    def _require_room(self, plan: MemoryPlan) -> None:
+    def _require_room(self, plan: MemoryPlan, sizing: Sizing) -> None:
         """Refuse a run for which the disks, or the limits of this process, are too small."""
-        sizing = self.sizing
         num_new = sizing.num_generations - len(self.units)
         what = "the optimizer state and generations being written"
         self.store.disks.require_free(sizing.disk_nbytes, what, num_files=num_new + sizing.num_spare)
@@ -234,7 +233,7 @@ class Session:
             SSDOffloadError: One of them failed.
         """
         if self.runtime is not None:
-            self.runtime.drain()
+            self.runtime.updater.drain()
 
     def stop(self) -> None:
         """End hooks, threads and pools; parameters stay as mappings of their files. A second call does nothing."""
