@@ -89,7 +89,7 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
     callbacks = find_saving_callbacks(trainer)
     stores = [disk.path for disk in session.store.disks.all]
     shares = {folder: probe_save(folder, stores) for folder in dict.fromkeys(each.folder for each in callbacks)}
-    is_linked = not session.saves_files
+    is_linked = not session.sizing.saves_files
     if not is_linked:
         shares = dict.fromkeys(shares, 0.0)
     costs = [_cost(session, callback, shares[callback.folder]) for callback in callbacks]
@@ -218,7 +218,7 @@ def _line(session: Session, cost: CheckpointCost) -> str:
     callback = cost.callback
     path = _existing(callback.folder)
     how = {1.0: "links", 0.0: "copies"}.get(cost.linked_share, "links and copies")
-    if session.saves_files:
+    if session.sizing.saves_files:
         how = "one file"
     left = free_nbytes(path) - _own_nbytes(session, path)
     fitting = f", room for {cost.num_fitting(left)}" if callback.num_kept != 0 else ""

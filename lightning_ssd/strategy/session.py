@@ -35,7 +35,7 @@ from lightning_ssd.store.handles import handles, require_handles
 from lightning_ssd.store.open_store import end_store, open_store
 from lightning_ssd.strategy.forking import Forking
 from lightning_ssd.strategy.runtime import Runtime
-from lightning_ssd.strategy.settings import AUTO_FILE_NBYTES, Settings
+from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.inherited import Inherited
@@ -284,7 +284,7 @@ class Session:
             )
         with self.written_back(), within(self.engine.patience):
             save = partial(self._saver.save, units=self.units, optimizers=self.optimizers, is_linked=is_linked)
-            if not self.saves_files:
+            if not self.sizing.saves_files:
                 save(checkpoint, path)
                 return
             # Links in the store cost nothing, and what is made of them is compared with its checksums.
@@ -385,14 +385,6 @@ class Session:
             )
 
     # -- numbers -------------------------------------------------------------------------------------------------
-
-    @property
-    def saves_files(self) -> bool:
-        """Whether a checkpoint is one file; else a directory of links."""
-        form = self.settings.checkpoint
-        if form == "auto":
-            return self.sizing.checkpoint_nbytes(with_state=True)[0] < AUTO_FILE_NBYTES
-        return form == "file"
 
     @property
     def sizing(self) -> Sizing:

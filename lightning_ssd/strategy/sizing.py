@@ -15,7 +15,7 @@ from lightning_ssd.optim.whole import WholeRule
 from lightning_ssd.step.recompute import keeps_activations
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
-from lightning_ssd.strategy.settings import Settings
+from lightning_ssd.strategy.settings import AUTO_FILE_NBYTES, Settings
 from lightning_ssd.units.unit import Unit, chains
 
 
@@ -61,6 +61,12 @@ class Sizing:
             whole += nbytes
             changing += nbytes if unit.name in trained else 0
         return whole, changing
+
+    @property
+    def saves_files(self) -> bool:
+        """Whether a checkpoint is one file; else a directory of links."""
+        form = self._settings.checkpoint
+        return form == "file" or (form == "auto" and self.checkpoint_nbytes(with_state=True)[0] < AUTO_FILE_NBYTES)
 
     @property
     def num_generations(self) -> int:

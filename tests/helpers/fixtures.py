@@ -9,7 +9,7 @@ import pytest
 
 from lightning_ssd.memory import plan_pools
 from lightning_ssd.memory.pool import Pool
-from lightning_ssd.strategy import session
+from lightning_ssd.strategy import sizing
 from lightning_ssd.strategy.session import Session
 
 
@@ -22,7 +22,7 @@ def _poisoned_pools(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _small_states_are_links(monkeypatch: pytest.MonkeyPatch) -> None:
     """``checkpoint="auto"`` saves links however small a state is: what most tests of checkpoints are about."""
-    monkeypatch.setattr(session, "AUTO_FILE_NBYTES", 0)
+    monkeypatch.setattr(sizing, "AUTO_FILE_NBYTES", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.errors import CheckpointError, CorruptionError
-from lightning_ssd.strategy import session as session_module
+from lightning_ssd.strategy import sizing
 from lightning_ssd.strategy.session import Session
 from tests.helpers.models import GPT
 from tests.helpers.training import Result, assert_equal, streamed, train
@@ -169,7 +169,7 @@ def test_bytes_that_changed_on_disk_are_not_saved(tmp_path: Path, monkeypatch: p
 def test_a_small_state_is_a_file_unless_the_user_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_nbytes: int, is_file: bool
 ) -> None:
-    monkeypatch.setattr(session_module, "AUTO_FILE_NBYTES", limit_nbytes)
+    monkeypatch.setattr(sizing, "AUTO_FILE_NBYTES", limit_nbytes)
     assert saved_at(tmp_path, 1, streamed())[0].is_file() == is_file
     assert saved_at(tmp_path / "links", 1, streamed(checkpoint="links"))[0].is_dir()
     assert saved_at(tmp_path / "file", 1, streamed(checkpoint="file"))[0].is_file()
