@@ -68,6 +68,11 @@ class CheckpointReader:
         self._mapped: dict[str, MappedFile] = {}
         self._folders: dict[str, Folder] = {}
         recover(self.directory)
+        if os.path.isfile(self.directory):
+            raise CheckpointError(
+                f"{self.directory!r} is one file, not a directory of links: open it with torch.load, copy it as any "
+                "file, or make a directory of it with `lightning-ssd import FILE DIRECTORY`"
+            )
         with ExitStack() as on_error:
             self._fd = open_folder(self.directory)
             on_error.callback(self.close)

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.cli.main import main
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.strategy import sizing
 from lightning_ssd.strategy.session import Session
@@ -173,6 +174,16 @@ def test_a_small_state_is_a_file_unless_the_user_says_otherwise(
     assert saved_at(tmp_path, 1, streamed())[0].is_file() == is_file
     assert saved_at(tmp_path / "links", 1, streamed(checkpoint="links"))[0].is_dir()
     assert saved_at(tmp_path / "file", 1, streamed(checkpoint="file"))[0].is_file()
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "export", "copy"])
+def test_the_command_line_says_what_to_do_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    path, _ = saved_at(tmp_path, 1, streamed(checkpoint="file"))
+    arguments = [str(path)] + ([str(tmp_path / "out")] if command in ("export", "copy") else [])
+    assert main([command, *arguments]) != 0
+    assert "is one file, not a directory of links: open it with torch.load" in capsys.readouterr().err
 
 
 def test_it_is_what_the_start_up_lines_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
