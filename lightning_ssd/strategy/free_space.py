@@ -157,7 +157,7 @@ def _num_there(callback: Any, trainer: Any) -> int:
     paths = {path for path in best if path and os.path.abspath(path) != spared}
     if _num_last(callback):
         paths.add(getattr(callback, "last_model_path", ""))
-    return sum(bool(path) and is_checkpoint(path) for path in paths)
+    return sum(bool(path) and (is_checkpoint(path) or os.path.isfile(path)) for path in paths)
 
 
 def _cost(session: Session, callback: SavingCallback, linked_share: float) -> CheckpointCost:
