@@ -127,6 +127,21 @@ class File:
             )
         self.path, self.folder = new_path, folder
 
+    def take_name(self, old_path: str) -> None:
+        """Give the file, which is at ``old_path`` in its folder still, the name that ``path`` says already.
+
+        Raises:
+            IOFailure: It cannot be moved; ``path`` is ``old_path`` again.
+        """
+        path = self.path
+        try:
+            with as_io_failure(old_path, 0, self.nbytes, "rename"):
+                where = None if self.folder is None else self.folder.fd
+                os.rename(_name(old_path, self.folder), _name(path, self.folder), src_dir_fd=where, dst_dir_fd=where)
+        except BaseException:
+            self.path = old_path
+            raise
+
     def unlink(self) -> None:
         """Remove its name; the file exists as long as it is open or mapped.
 

@@ -71,10 +71,12 @@ class GenerationFiles:
                 begun.append(Generation(layout, self.spare.take(layout.file_nbytes, disk)))
                 undo.callback(self.retire, begun[-1])
             made = dict(zip(begun, places, strict=True))
-            reused = {generation: path for generation, (_, path) in made.items() if generation.has_file}
+            reused = {generation: generation.file.path for generation in begun if generation.has_file}
             # One call for all: each call within the deadline waits for another thread.
             if len(reused) < len(begun):
                 patience.call(partial(_create, made), path, "making a file")
+            for generation in reused:  # messages about its bytes say the new name
+                generation.file.path = made[generation][1]
             if reused:
                 naming = patience.start(partial(_name, reused), path, "naming a file")
                 for generation in reused:
@@ -181,9 +183,9 @@ def _create(places: Mapping[Generation, tuple[Disk, str]]) -> None:
             write_all(generation.file, generation.layout.header)
 
 
-def _name(paths: Mapping[Generation, str]) -> None:
+def _name(old_paths: Mapping[Generation, str]) -> None:
     """Give files that are used again their new names and headers."""
-    for generation, path in paths.items():
-        with as_io_failure(path, what="naming a file"):
-            generation.file.rename(path)
+    for generation, old_path in old_paths.items():
+        with as_io_failure(generation.file.path, what="naming a file"):
+            generation.file.take_name(old_path)
             write_all(generation.file, generation.layout.header)

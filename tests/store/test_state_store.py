@@ -225,13 +225,13 @@ def test_a_file_that_is_used_again_is_named_while_it_is_written(
 ) -> None:
     put(store, 1)
     put(store, 2)  # the first file is spare now
-    may_rename, rename = threading.Event(), File.rename
+    may_rename, take_name = threading.Event(), File.take_name
 
-    def late(file: File, *args: Any) -> None:
+    def late(file: File, old_path: str) -> None:
         assert may_rename.wait(10)
-        rename(file, *args)
+        take_name(file, old_path)
 
-    monkeypatch.setattr(File, "rename", late)
+    monkeypatch.setattr(File, "take_name", late)
     (generation,) = store.begin([layout()])  # returns although the name is not there yet
     pool = Pool(layout().buffer_nbytes, "test")
     buffer = pool.lend(layout().buffer_nbytes, "test")
