@@ -29,7 +29,7 @@ class Generation:
         lineage: One object for all generations between two updates, which differ by writes of the user only.
         is_inherited: A forked process may read the file, so it is never written again.
         fingerprint: Checksums of the tensors as the user wrote them; None if an update wrote them.
-        naming: Gives the file its name and header while its data section is being written; None once that is over.
+        naming: Gives the file its name and header until its data section is first written; None once that is over.
         is_misnamed: That failed, and the file is not used again.
     """
 

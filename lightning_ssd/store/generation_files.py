@@ -106,6 +106,8 @@ class GenerationFiles:
 
     def write(self, generation: Generation, offset: int, address: int, nbytes: int, keep: object) -> Transfer:
         """See `StateStore.write`."""
+        # Not beside the renaming: it locks the file, so if one of the two hung, the other would, and the process.
+        generation.end_naming()
         if self._computes_checks:
             checks = crc32c_each(address, nbytes, CHECK_NBYTES)
             first = offset // CHECK_NBYTES

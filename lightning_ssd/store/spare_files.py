@@ -48,19 +48,22 @@ class SpareFiles:
     def retire(self, file: File, *, is_seen: bool) -> None:
         """Take the file of a generation that is not needed any more, or only unlink it.
 
-        It is unlinked if it ``is_seen`` (a mapping or another process may read it), if a checkpoint links it, or if a
-        transfer on it hangs, which could still write to it.
+        It is unlinked if it ``is_seen`` (a mapping or another process may read it), or if a checkpoint links it. If an
+        operation on it hangs, it is left alone: that could still write to it, and may keep a lock that unlinking needs.
 
         Raises:
             IOFailure: The disk failed.
         """
+        if file.hangs:
+            file.close()
+            return
         try:
             with as_io_failure(file.path, what="stat"):
                 num_links = os.fstat(file.tail_fd).st_nlink
         except IOFailure:
             file.close()
             raise
-        if file.hangs or num_links > 1 or is_seen:
+        if num_links > 1 or is_seen:
             _unlink(file)
             file.close()
         else:

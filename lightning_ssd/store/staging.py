@@ -42,8 +42,8 @@ class Staging:
         with self._lock:
             (generation,) = self._files.begin([layout])
             try:
-                self._write_chunks(generation, source)
                 generation.end_naming()
+                self._write_chunks(generation, source)
             except BaseException:
                 self._files.retire(generation)
                 raise

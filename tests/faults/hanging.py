@@ -15,7 +15,7 @@ from tests.helpers.training import train
 
 def main(folder: str, engine: str, trainer: str) -> None:
     """Four steps, the third saved, all below ``folder``; the disk is given a second."""
-    strategy = streamed(verify_reads=True, io=IOOptions(engine=engine, deadline_s=1.0))  # type: ignore[arg-type]
+    strategy = streamed(verify_reads=True, io=IOOptions(engine=engine, deadline_s=1.0), checkpoint="links")  # type: ignore[arg-type]
     saver = ModelCheckpoint(Path(folder) / "saved", filename="{step}", every_n_train_steps=3, save_top_k=-1)
     try:
         train(

@@ -58,7 +58,7 @@ def test_a_retired_file_is_taken_by_length_and_disk_and_once(disks: Disks, spare
 
 
 @pytest.mark.parametrize("seen_by", ["mapping", "checkpoint", "transfer that hangs"])
-def test_a_file_that_somebody_may_see_is_only_unlinked(
+def test_a_file_that_somebody_may_see_is_not_used_again(
     disks: Disks, spare: SpareFiles, tmp_path: Path, seen_by: str
 ) -> None:
     file = new(disks)
@@ -70,7 +70,7 @@ def test_a_file_that_somebody_may_see_is_only_unlinked(
         file.give_up(over)
     fd = file.tail_fd
     spare.retire(file, is_seen=seen_by == "mapping")
-    assert names(disk) == []
+    assert len(names(disk)) == (seen_by == "transfer that hangs")  # unlinking it could hang too
     assert spare.nbytes == 0
     assert file.closed
     if seen_by == "transfer that hangs":

@@ -220,11 +220,11 @@ def test_full_disks_are_named_with_numbers_and_leave_no_file(
     assert is_equal(read(store, put(store, 1)), values(1))
 
 
-def test_a_file_that_is_used_again_is_named_while_it_is_written(
+def test_a_file_that_is_used_again_is_named_before_it_is_written_while_others_are_read(
     store: StateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, 1)
-    put(store, 2)  # the first file is spare now
+    second = put(store, 2)  # the first file is spare now
     may_rename, take_name = threading.Event(), File.take_name
 
     def late(file: File, old_path: str) -> None:
@@ -233,12 +233,16 @@ def test_a_file_that_is_used_again_is_named_while_it_is_written(
 
     monkeypatch.setattr(File, "take_name", late)
     (generation,) = store.begin([layout()])  # returns although the name is not there yet
+    assert is_equal(read(store, second), values(2))
+    assert not os.path.exists(generation.file.path)
     pool = Pool(layout().buffer_nbytes, "test")
     buffer = pool.lend(layout().buffer_nbytes, "test")
     for entry, value in zip(layout().entries, values(3), strict=True):
         buffer.tensor(entry.begin, torch.float32, entry.shape).copy_(value)
-    store.write(generation, 0, buffer.address, layout().data_nbytes).wait()
     may_rename.set()
+    transfer = store.write(generation, 0, buffer.address, layout().data_nbytes)
+    assert os.path.exists(generation.file.path)
+    transfer.wait()
     store.commit(generation)
     assert is_equal(library(generation.file.path), values(3))
     assert is_equal(read(store, store.newest("layers/7 ü", "param")), values(3))
