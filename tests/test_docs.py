@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ssd.checkpoint import save
+from lightning_ssd.convert import importing
+from lightning_ssd.optim import pipeline
+from lightning_ssd.optim.rules import NATIVE_RULES
+from lightning_ssd.strategy import session
 from lightning_ssd.strategy.settings import Options, argument_docs
 
 # Used by name, not by argument: sessions end with the test, and small models train on one thread.
@@ -19,10 +24,14 @@ from tests.helpers.fixtures import _sessions_end  # noqa: F401
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lightning_ssd"
 DOCS = ROOT / "docs"
-ARCHITECTURE = (DOCS / "design" / "architecture.md").read_text()
+DESIGN = {page.name: page.read_text() for page in sorted((DOCS / "design").glob("*.md"))}
+
+# What the page about extending replaces, to extend the package from outside.
+CHANGED = [(session, "make_engine"), (pipeline, "float32"), (save, "float32"), (importing, "open_source")]
 
 BLOCK = re.compile(r"^```python run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 REFERENCE = re.compile(r"`([\w./]+\.(?:py|cpp|hpp|pyi))(?:::([\w.]+))?`")
+NOTE = re.compile(r"^ *\[Note: ([^\]]+)\] \S", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)")
 
 
@@ -43,22 +52,31 @@ def has_name(tree: ast.AST, name: str) -> bool:
     return False
 
 
-def test_snippets_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order and in one namespace, as somebody would who reads the guide from the top."""
+@pytest.mark.parametrize("page", ["guide.md", "design/extending.md"])
+def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order and in one namespace, as somebody would who reads the page from the top."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LIGHTNING_SSD_PATH", raising=False)
-    guide = DOCS / "guide.md"
-    blocks = list(runnable_blocks(guide.read_text()))
+    for changed, name in CHANGED:
+        monkeypatch.setattr(changed, name, getattr(changed, name))  # restored afterwards
+    registry = dict(NATIVE_RULES)
+    blocks = list(runnable_blocks((DOCS / page).read_text()))
     assert len(blocks) > 5
-    namespace: dict[str, object] = {"__name__": "guide"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning has advice on every small run
-        for line, code in blocks:
-            exec(compile("\n" * (line - 1) + code, str(guide), "exec"), namespace)
+    namespace: dict[str, object] = {"__name__": page}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning has advice on every small run
+            for line, code in blocks:
+                exec(compile("\n" * (line - 1) + code, str(DOCS / page), "exec"), namespace)
+    finally:
+        NATIVE_RULES.clear()
+        NATIVE_RULES.update(registry)
 
 
-@pytest.mark.parametrize(("file", "name"), sorted(set(REFERENCE.findall(ARCHITECTURE))))
-def test_names_in_the_architecture_exist(file: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "name"), sorted({found for text in DESIGN.values() for found in REFERENCE.findall(text)})
+)
+def test_names_in_the_design_exist(file: str, name: str) -> None:
     """A bare file name, such as `plan.py` in a row about its package, may lie in any folder."""
     path = next((p for p in (PACKAGE / file, ROOT / file) if p.is_file()), None)
     if path is None and "/" not in file:
@@ -67,12 +85,12 @@ def test_names_in_the_architecture_exist(file: str, name: str) -> None:
     assert not name or has_name(ast.parse(path.read_text()), name), f"{file} has no {name}"
 
 
-def test_notes_that_the_architecture_cites_are_written() -> None:
-    written = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    cited = set(re.findall(r"\[Note: [^\]]+\]", ARCHITECTURE))
-    assert cited
-    for note in cited:
-        assert note in written, f"{note} is nowhere in the package"
+def test_notes_that_the_design_cites_are_written() -> None:
+    """A note is a paragraph that begins with its name; where it is cited, the name stands inside a sentence."""
+    written = {note for path in PACKAGE.rglob("*.py") for note in NOTE.findall(path.read_text())}
+    cited = {note for text in DESIGN.values() for note in re.findall(r"\[Note: ([^\].]+)\]", text)}
+    assert len(cited) > 20
+    assert cited <= written, f"nowhere in the package: {cited - written}"
 
 
 @pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"], ids=lambda p: p.name)
