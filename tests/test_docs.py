@@ -31,6 +31,8 @@ CHANGED = [(session, "make_engine"), (pipeline, "float32"), (save, "float32"), (
 
 BLOCK = re.compile(r"^```python run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 REFERENCE = re.compile(r"`([\w./]+\.(?:py|cpp|hpp|pyi))(?:::([\w.]+))?`")
+CALLS = re.compile(r"^```calls\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CALL = re.compile(r"^( *)([\w.]+) +([\w/]+\.py)(?=\s|$)", re.MULTILINE)
 NOTE = re.compile(r"^ *\[Note: ([^\]]+)\] \S", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)")
 
@@ -85,10 +87,44 @@ def test_names_in_the_design_exist(file: str, name: str) -> None:
     assert not name or has_name(ast.parse(path.read_text()), name), f"{file} has no {name}"
 
 
+def calls_of(text: str) -> Iterator[tuple[str, str, str]]:
+    """Caller, its file, and what it calls, from the blocks of calls; the caller of a first line is empty."""
+    for block in CALLS.findall(text):
+        above: list[tuple[int, str, str]] = []
+        for indent, name, file in CALL.findall(block):
+            while above and above[-1][0] >= len(indent):
+                above.pop()
+            yield (*(above[-1][1:] if above else ("", "")), name)
+            above.append((len(indent), name, file))
+
+
+def source_of(file: str, name: str) -> str:
+    """Source of a function or class, which may be ``Class.method``."""
+    text = (PACKAGE / file).read_text()
+    node: ast.AST = ast.parse(text)
+    for part in name.split("."):
+        node = next(n for n in ast.iter_child_nodes(node) if getattr(n, "name", None) == part)
+    return ast.get_source_segment(text, node) or ""
+
+
+def test_calls_in_the_architecture_are_made() -> None:
+    """Each indented line is named in the source of the one that calls it, and every line's name exists in its file."""
+    page = DESIGN["architecture.md"]
+    calls = list(calls_of(page))
+    assert len(calls) > 50
+    for block in CALLS.findall(page):
+        assert len(CALL.findall(block)) == block.count("\n"), block
+        for _, name, file in CALL.findall(block):
+            assert has_name(ast.parse((PACKAGE / file).read_text()), name), f"{file} has no {name}"
+    for caller, file, callee in calls:
+        called = callee.rpartition(".")[2]
+        assert not caller or re.search(rf"\b{called}\b", source_of(file, caller)), f"{caller} does not call {callee}"
+
+
 def test_notes_that_the_design_cites_are_written() -> None:
     """A note is a paragraph that begins with its name; where it is cited, the name stands inside a sentence."""
     written = {note for path in PACKAGE.rglob("*.py") for note in NOTE.findall(path.read_text())}
-    cited = {note for text in DESIGN.values() for note in re.findall(r"\[Note: ([^\].]+)\]", text)}
+    cited = {" ".join(note.split()) for text in DESIGN.values() for note in re.findall(r"\[Note: ([^\].]+)\]", text)}
     assert len(cited) > 20
     assert cited <= written, f"nowhere in the package: {cited - written}"
 
