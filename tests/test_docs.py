@@ -17,30 +17,23 @@ from lightning_ssd.optim import pipeline
 from lightning_ssd.optim.rules import NATIVE_RULES
 from lightning_ssd.strategy import session
 from lightning_ssd.strategy.settings import Options, argument_docs
+from tests.helpers.docs import DOCS, runnable_blocks
 
 # Used by name, not by argument: sessions end with the test, and small models train on one thread.
 from tests.helpers.fixtures import _sessions_end  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lightning_ssd"
-DOCS = ROOT / "docs"
 DESIGN = {page.name: page.read_text() for page in sorted((DOCS / "design").glob("*.md"))}
 
 # What the page about extending replaces, to extend the package from outside.
 CHANGED = [(session, "make_engine"), (pipeline, "float32"), (save, "float32"), (importing, "open_source")]
 
-BLOCK = re.compile(r"^```python run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 REFERENCE = re.compile(r"`([\w./]+\.(?:py|cpp|hpp|pyi))(?:::([\w.]+))?`")
 CALLS = re.compile(r"^```calls\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CALL = re.compile(r"^( *)([\w.]+) +([\w/]+\.py)(?=\s|$)", re.MULTILINE)
 NOTE = re.compile(r"^ *\[Note: ([^\]]+)\] \S", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)")
-
-
-def runnable_blocks(text: str) -> Iterator[tuple[int, str]]:
-    """Line on which each block begins, counted from 1, and its code."""
-    for found in BLOCK.finditer(text):
-        yield text.count("\n", 0, found.start(1)) + 1, found[1]
 
 
 def has_name(tree: ast.AST, name: str) -> bool:
@@ -62,7 +55,7 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for changed, name in CHANGED:
         monkeypatch.setattr(changed, name, getattr(changed, name))  # restored afterwards
     registry = dict(NATIVE_RULES)
-    blocks = list(runnable_blocks((DOCS / page).read_text()))
+    blocks = list(runnable_blocks(page))
     assert len(blocks) > 5
     namespace: dict[str, object] = {"__name__": page}
     try:
