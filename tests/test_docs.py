@@ -11,25 +11,29 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ssd.checkpoint import save
+from lightning_ssd.convert import importing
+from lightning_ssd.optim import pipeline
+from lightning_ssd.optim.rules import NATIVE_RULES
+from lightning_ssd.strategy import session
 from lightning_ssd.strategy.settings import Options, argument_docs
+from tests.helpers.docs import DOCS, runnable_blocks
 
 # Used by name, not by argument: sessions end with the test, and small models train on one thread.
 from tests.helpers.fixtures import _sessions_end  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lightning_ssd"
-DOCS = ROOT / "docs"
-ARCHITECTURE = (DOCS / "design" / "architecture.md").read_text()
+DESIGN = {page.name: page.read_text() for page in sorted((DOCS / "design").glob("*.md"))}
 
-BLOCK = re.compile(r"^```python run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# What the page about extending replaces, to extend the package from outside.
+CHANGED = [(session, "make_engine"), (pipeline, "float32"), (save, "float32"), (importing, "open_source")]
+
 REFERENCE = re.compile(r"`([\w./]+\.(?:py|cpp|hpp|pyi))(?:::([\w.]+))?`")
+CALLS = re.compile(r"^```calls\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CALL = re.compile(r"^( *)([\w.]+) +([\w/]+\.py)(?=\s|$)", re.MULTILINE)
+NOTE = re.compile(r"^ *\[Note: ([^\]]+)\] \S", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)")
-
-
-def runnable_blocks(text: str) -> Iterator[tuple[int, str]]:
-    """Line on which each block begins, counted from 1, and its code."""
-    for found in BLOCK.finditer(text):
-        yield text.count("\n", 0, found.start(1)) + 1, found[1]
 
 
 def has_name(tree: ast.AST, name: str) -> bool:
@@ -43,22 +47,31 @@ def has_name(tree: ast.AST, name: str) -> bool:
     return False
 
 
-def test_snippets_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order and in one namespace, as somebody would who reads the guide from the top."""
+@pytest.mark.parametrize("page", ["guide.md", "design/extending.md"])
+def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order and in one namespace, as somebody would who reads the page from the top."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LIGHTNING_SSD_PATH", raising=False)
-    guide = DOCS / "guide.md"
-    blocks = list(runnable_blocks(guide.read_text()))
+    for changed, name in CHANGED:
+        monkeypatch.setattr(changed, name, getattr(changed, name))  # restored afterwards
+    registry = dict(NATIVE_RULES)
+    blocks = list(runnable_blocks(page))
     assert len(blocks) > 5
-    namespace: dict[str, object] = {"__name__": "guide"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning has advice on every small run
-        for line, code in blocks:
-            exec(compile("\n" * (line - 1) + code, str(guide), "exec"), namespace)
+    namespace: dict[str, object] = {"__name__": page}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning has advice on every small run
+            for line, code in blocks:
+                exec(compile("\n" * (line - 1) + code, str(DOCS / page), "exec"), namespace)
+    finally:
+        NATIVE_RULES.clear()
+        NATIVE_RULES.update(registry)
 
 
-@pytest.mark.parametrize(("file", "name"), sorted(set(REFERENCE.findall(ARCHITECTURE))))
-def test_names_in_the_architecture_exist(file: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "name"), sorted({found for text in DESIGN.values() for found in REFERENCE.findall(text)})
+)
+def test_names_in_the_design_exist(file: str, name: str) -> None:
     """A bare file name, such as `plan.py` in a row about its package, may lie in any folder."""
     path = next((p for p in (PACKAGE / file, ROOT / file) if p.is_file()), None)
     if path is None and "/" not in file:
@@ -67,15 +80,49 @@ def test_names_in_the_architecture_exist(file: str, name: str) -> None:
     assert not name or has_name(ast.parse(path.read_text()), name), f"{file} has no {name}"
 
 
-def test_notes_that_the_architecture_cites_are_written() -> None:
-    written = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    cited = set(re.findall(r"\[Note: [^\]]+\]", ARCHITECTURE))
-    assert cited
-    for note in cited:
-        assert note in written, f"{note} is nowhere in the package"
+def calls_of(text: str) -> Iterator[tuple[str, str, str]]:
+    """Caller, its file, and what it calls, from the blocks of calls; the caller of a first line is empty."""
+    for block in CALLS.findall(text):
+        above: list[tuple[int, str, str]] = []
+        for indent, name, file in CALL.findall(block):
+            while above and above[-1][0] >= len(indent):
+                above.pop()
+            yield (*(above[-1][1:] if above else ("", "")), name)
+            above.append((len(indent), name, file))
 
 
-@pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"], ids=lambda p: p.name)
+def source_of(file: str, name: str) -> str:
+    """Source of a function or class, which may be ``Class.method``."""
+    text = (PACKAGE / file).read_text()
+    node: ast.AST = ast.parse(text)
+    for part in name.split("."):
+        node = next(n for n in ast.iter_child_nodes(node) if getattr(n, "name", None) == part)
+    return ast.get_source_segment(text, node) or ""
+
+
+def test_calls_in_the_architecture_are_made() -> None:
+    """Each indented line is named in the source of the one that calls it, and every line's name exists in its file."""
+    page = DESIGN["architecture.md"]
+    calls = list(calls_of(page))
+    assert len(calls) > 50
+    for block in CALLS.findall(page):
+        assert len(CALL.findall(block)) == block.count("\n"), block
+        for _, name, file in CALL.findall(block):
+            assert has_name(ast.parse((PACKAGE / file).read_text()), name), f"{file} has no {name}"
+    for caller, file, callee in calls:
+        called = callee.rpartition(".")[2]
+        assert not caller or re.search(rf"\b{called}\b", source_of(file, caller)), f"{caller} does not call {callee}"
+
+
+def test_notes_that_the_design_cites_are_written() -> None:
+    """A note is a paragraph that begins with its name; where it is cited, the name stands inside a sentence."""
+    written = {note for path in PACKAGE.rglob("*.py") for note in NOTE.findall(path.read_text())}
+    cited = {" ".join(note.split()) for text in DESIGN.values() for note in re.findall(r"\[Note: ([^\].]+)\]", text)}
+    assert len(cited) > 20
+    assert cited <= written, f"nowhere in the package: {cited - written}"
+
+
+@pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"

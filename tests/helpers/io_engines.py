@@ -15,6 +15,7 @@ from lightning_ssd.io.native_engines import make_posix_engine, make_uring_engine
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.io.select import make_engine, native_is_built
 from lightning_ssd.sizes import round_up
+from tests.helpers.docs import engine_of_the_docs
 from tests.helpers.faulty import Fault, FaultyEngine, Operation
 
 MakeEngine = Callable[[IOOptions], Engine]
@@ -34,6 +35,7 @@ ENGINES: dict[str, MakeEngine] = {
     "posix": lambda options: make_posix_engine(options, reason="a test"),
     "uring": lambda options: make_uring_engine(options, reason="a test"),
     "faulty": _delayed,
+    "docs": lambda options: engine_of_the_docs()(options),  # the example of docs/design/extending.md
 }
 
 
