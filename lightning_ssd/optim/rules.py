@@ -25,9 +25,11 @@ class Rule:
 
     Attributes:
         is_elementwise: It may be applied to any piece of a parameter by itself.
+        has_kernel: It is a kernel of `kernels.api`; else it is torch's operations.
     """
 
     is_elementwise: ClassVar[bool]
+    has_kernel: ClassVar[bool] = False
 
     def kinds(self, options: Options) -> tuple[str, ...]:
         """Names of the states of the parameter's shape, as ``torch.optim`` names them."""
@@ -71,6 +73,7 @@ class AdamRule(Rule):
     """
 
     is_elementwise = True
+    has_kernel = True
 
     def __init__(self, *, decoupled: bool) -> None:
         self._decoupled = decoupled
@@ -117,6 +120,7 @@ class SGDRule(Rule):
     """`torch.optim.SGD` by the fused kernel."""
 
     is_elementwise = True
+    has_kernel = True
 
     def kinds(self, options: Options) -> tuple[str, ...]:
         """See `Rule.kinds`."""

@@ -64,9 +64,11 @@ def _update_line(adopted: OptimizerAdapter, plan: MemoryPlan) -> str:
             f"  update: {name} runs its own step on all its parameters at once, which stay in memory with "
             f"{fmt(plan.whole_nbytes)} of state: {adopted.rule.why}"
         )
-    if adopted.rule.is_elementwise:
+    if adopted.rule.has_kernel:
         equal = "bit-equal" if kernels.is_bit_equal_to_torch() else "within 1 ulp an operation of"
         return f"  update: {name} by {kernels.describe()}, {equal} torch's for-loop {name} on this machine"
+    if adopted.rule.is_elementwise:
+        return f"  update: {name} by {type(adopted.rule).__name__}, piece by piece"
     return f"  update: {name} runs its own class, one parameter at a time (bit-equal to plain torch)"
 
 
