@@ -71,7 +71,7 @@ def _is_replaced_step(optimizer: Optimizer) -> bool:
 def _why_not_native(optimizer: Optimizer, *, keep_master: bool) -> str:
     if type(optimizer) not in NATIVE_RULES:
         *names, last = (cls.__name__ for cls in NATIVE_RULES)
-        return f"only torch.optim.{', '.join(names)} and {last} have native kernels"
+        return f"only {', '.join(names)} and {last} have native kernels"
     if _is_replaced_step(optimizer):
         return "its step was replaced on the object"
     for group in optimizer.param_groups:

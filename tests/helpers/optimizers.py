@@ -1,4 +1,4 @@
-"""Optimizer classes such as users write."""
+"""Optimizer classes such as users write, and settings of those that rules are tested with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+OPTIONS: dict[type[Optimizer], list[dict[str, Any]]] = {
+    Adam: [{}, {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1}, {"maximize": True}],
+    AdamW: [{}, {"lr": 0.1, "weight_decay": 0.3}, {"maximize": True, "betas": (0.0, 0.99)}],
+    SGD: [
+        {"lr": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True},
+    ],
+    torch.optim.Adagrad: [{}],
+    torch.optim.RMSprop: [{"momentum": 0.5, "centered": True}],
+    torch.optim.Adafactor: [{}],
+}
+"""Arguments of optimizer classes, apart from the parameters; those with a rule have one for every branch of it."""
 
 
 class PerParameter(Optimizer):

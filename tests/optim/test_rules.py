@@ -1,6 +1,6 @@
 """Each rule by itself: the numbers of the torch class, parameter by parameter, over several steps.
 
-A rule that is added to `NATIVE_RULES` is tested here without a further line, but for the options in `OPTIONS`.
+A rule that is added to `NATIVE_RULES` is tested here without a further line, but for its settings in `OPTIONS`.
 """
 
 from __future__ import annotations
@@ -10,25 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.optim.rules import NATIVE_RULES, Rule, TorchRule
 from lightning_ssd.optim.whole import WholeRule
+from tests.helpers.optimizers import OPTIONS
 
 STEPS = 5
-OPTIONS: dict[type[Optimizer], list[dict[str, Any]]] = {
-    Adam: [{}, {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1}, {"maximize": True}],
-    AdamW: [{}, {"lr": 0.1, "weight_decay": 0.3}, {"maximize": True, "betas": (0.0, 0.99)}],
-    SGD: [
-        {"lr": 0.1},
-        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
-        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True},
-    ],
-    torch.optim.Adagrad: [{}],
-    torch.optim.RMSprop: [{"momentum": 0.5, "centered": True}],
-    torch.optim.Adafactor: [{}],
-}
 NATIVE = [(cls, options) for cls in NATIVE_RULES for options in OPTIONS.get(cls, [{}])]
 ALL = [(cls, options) for cls, several in OPTIONS.items() for options in several]
 
@@ -36,7 +25,9 @@ ALL = [(cls, options) for cls, several in OPTIONS.items() for options in several
 def make(cls: type[Optimizer], options: dict[str, Any]) -> Optimizer:
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (5,), (7, 1))]
-    return cls(params, **options, foreach=False)  # type: ignore[call-arg]
+    optimizer = cls(params, **options)
+    optimizer.param_groups[0].update({key: False for key in ("foreach",) if key in optimizer.defaults})
+    return optimizer
 
 
 def grads(step: int, param: Tensor) -> Tensor:
@@ -54,12 +45,14 @@ class ByRule:
         self.scalars: list[dict[str, Any]] = [{} for _ in self.params]
         kinds = rule.kinds(self.options) if rule.is_elementwise else ()
         self.states = [{kind: torch.zeros_like(p) for kind in kinds} for p in self.params]
-        # Up to torch 2.8 Adagrad made its state when it was made; a run takes that over too.
+        self.has_state = bool(optimizer.state)
+        # Adagrad makes its state when it is made; a run takes that over.
         for param, states, scalars in zip(group["params"], self.states, self.scalars, strict=True):
-            for key, value in optimizer.state[param].items() if not rule.is_elementwise else ():
+            for key, value in optimizer.state[param].items():
                 (states if value.shape == param.shape else scalars)[key] = value.clone()
 
     def step(self, number: int) -> None:
+        is_first = number == 0 and not self.has_state
         for param, states, scalars in zip(self.params, self.states, self.scalars, strict=True):
             grad = grads(number, param)
             self.rule.begin(scalars, self.options)
@@ -67,9 +60,9 @@ class ByRule:
                 for piece in (slice(0, 3), slice(3, None)):
                     mine = {kind: state.view(-1)[piece] for kind, state in states.items()}
                     flat = param.view(-1)[piece], grad.view(-1)[piece]
-                    self.rule.update(*flat, mine, scalars, self.options, is_first=number == 0)
+                    self.rule.update(*flat, mine, scalars, self.options, is_first=is_first)
             else:
-                self.rule.update(param, grad, states, scalars, self.options, is_first=not states and number == 0)
+                self.rule.update(param, grad, states, scalars, self.options, is_first=is_first)
 
     def state(self, index: int) -> dict[str, Any]:
         return {**self.scalars[index], **self.states[index]}

@@ -15,10 +15,13 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_ssd.kernels import api as kernels
+from lightning_ssd.optim.rules import NATIVE_RULES, SGDRule
 from lightning_ssd.step.gradients import GradientStore
 from lightning_ssd.strategy import runtime
 from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision
 from lightning_ssd.strategy.handover import masters_of
+from tests.helpers import optimizers as tested_settings
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
 from tests.helpers.training import Images, Tokens, adamw, assert_equal, streamed, train
 
@@ -98,6 +101,40 @@ def test_any_optimizer_runs_as_its_own_class(tmp_path: Path, make: Callable[...,
 
     plain = train(tmp_path, GPT, optimizer=optimizer)
     assert_equal(plain, train(tmp_path, GPT, streamed(), optimizer=optimizer))
+
+
+@pytest.mark.parametrize("cls", NATIVE_RULES)
+def test_a_rule_trains_as_its_class_does(tmp_path: Path, cls: type[torch.optim.Optimizer]) -> None:
+    """With the last settings in the table: the bits of the class, where this machine can have them."""
+
+    def optimizer(module: nn.Module) -> torch.optim.Optimizer:
+        made = cls(module.parameters(), **tested_settings.OPTIONS[cls][-1])
+        made.param_groups[0].update({key: False for key in ("foreach",) if key in made.defaults})
+        return made
+
+    plain = train(tmp_path, GPT, optimizer=optimizer)
+    ours = train(tmp_path, GPT, streamed(update="native"), optimizer=optimizer)
+    if kernels.is_bit_equal_to_torch():
+        assert_equal(plain, ours)
+    else:
+        torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(plain.losses), rtol=1e-3, atol=1e-4)
+
+
+def test_the_first_lines_say_which_rules_have_a_kernel(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithoutKernel(SGDRule):
+        has_kernel = False
+
+    monkeypatch.setitem(NATIVE_RULES, torch.optim.SGD, WithoutKernel)
+    with caplog.at_level("INFO"):
+        for cls in (torch.optim.AdamW, torch.optim.SGD):
+            train(
+                tmp_path, GPT, streamed(update="native"), optimizer=lambda m, cls=cls: cls(m.parameters()), max_steps=1
+            )
+    adamw_line, sgd_line = (line for line in caplog.text.splitlines() if line.startswith("  update: "))
+    assert f"AdamW by {kernels.describe()}" in adamw_line
+    assert "SGD by WithoutKernel, piece by piece" in sgd_line
 
 
 def test_overlap_on_and_off_are_equal_with_native_kernels(tmp_path: Path) -> None:
