@@ -8,6 +8,7 @@ lent again while any tensor on it lives.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ class BackwardPass:
         self._cache = cache
         self._grads = grads
         self._optimizer: OptimizerAdapter | None = None  # updates units in this backward
-        self._grad_hooks: dict[nn.Parameter, RemovableHandle] = {}
+        self._grad_hooks: dict[nn.Parameter, list[RemovableHandle]] = {}
         self._trace = trace
         self._held: dict[int, _Hold] = {}  # by id of the frame, which is alive in the value
         self._unpacked: dict[str, Unit] = {}  # held because a view of a parameter was unpacked
@@ -73,12 +74,13 @@ class BackwardPass:
     def abort(self) -> None:
         """A backward may have failed: hold nothing, expect nothing."""
         self._end_holds()
+        self._grads.show()
         self._is_running = False
         self.rerunning = None
 
     def close(self) -> None:
         """Remove the hooks of gradients."""
-        for handle in self._grad_hooks.values():
+        for handle in itertools.chain.from_iterable(self._grad_hooks.values()):
             handle.remove()
         self._grad_hooks.clear()
 
@@ -99,9 +101,15 @@ class BackwardPass:
         """From now on take the gradients of ``unit``; parameters that start to require grad later are taken up then."""
         for index, param in enumerate(unit.params):
             if param.requires_grad and param not in self._grad_hooks:
-                self._grad_hooks[param] = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(self._arrive, unit, index)
-                )
+                after = param.register_post_accumulate_grad_hook(partial(self._arrive, unit, index))  # type: ignore[no-untyped-call]
+                self._grad_hooks[param] = [after]
+                if self._grads.is_off_device:
+                    before = param.register_hook(partial(self._before_grad, param))  # type: ignore[no-untyped-call]
+                    self._grad_hooks[param].append(before)
+
+    def _before_grad(self, param: nn.Parameter, grad: Tensor) -> None:
+        self.note()
+        self._grads.hide(param)
 
     def _arrive(self, unit: Unit, index: int, param: Tensor) -> None:
         self.note()
