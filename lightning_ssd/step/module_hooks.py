@@ -124,6 +124,7 @@ class ModuleHooks:
             self._backward.abort()  # one that failed outside our sight
             self._grads.begin_step()
             self.cache.order.begin(kind)
+        self._offload_mapped()
         self._num_steps += 1
         if not self._is_in_memory:
             self._backward.step_hooks.begin()
@@ -138,6 +139,14 @@ class ModuleHooks:
             self._num_steps -= 1
             if self._num_steps == 0:
                 self._backward.step_hooks.end()
+
+    def _offload_mapped(self) -> None:
+        """Offload what code outside of the step has mapped on the host, where compute cannot use it."""
+        if self._device.type == "cpu" or self.model.step.is_running:
+            return
+        for unit in self.cache.units:
+            if unit.mapped is not None:
+                self.cache.write_back(unit)
 
     @contextmanager
     def backward(self, optimizer: OptimizerAdapter | None) -> Iterator[None]:

@@ -175,6 +175,20 @@ class Recurrent(Net):
         return super().loss([self.cells(batch[0])[0], batch[1]])
 
 
+class ReadsBetweenSteps(Net):
+    """A parameter that no module's forward brings was read outside of the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return super().loss([batch[0] * self.scale, batch[1]])
+
+    def on_train_batch_start(self, batch: list[Tensor], index: int) -> None:
+        self.seen.append(self.scale.sum().item())
+
+
 def fit(tmp_path: Path, module: Net, strategy: Any, **options: Any) -> Net:
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(40, 8, generator=generator), torch.randint(0, 3, (40,), generator=generator))
@@ -192,6 +206,7 @@ KINDS: dict[str, Callable[[], Net]] = {
     "pruned": PrunedInAStep,
     "metric": Measured,
     "recurrent": Recurrent,
+    "reads between steps": ReadsBetweenSteps,
 } | {f"form, {name}": functools.partial(AsksForForm, name) for name in FORMS}
 
 

@@ -36,7 +36,7 @@ def _run_trainers_on_the_device() -> None:
 
     pl.Trainer.__init__ = on_device  # type: ignore[method-assign]
     torch_optimizer._get_foreach_kernels_supported_devices = lambda: []
-    torch_optimizer._get_fused_kernels_supported_devices = lambda: ["cpu"]
+    torch_optimizer._get_fused_kernels_supported_devices = lambda: ["cpu", "cuda"]
 
 
 _run_trainers_on_the_device()

@@ -200,6 +200,7 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "reduction": lambda x: torch.linalg.vector_norm(x, dim=1).softmax(0),
     "index": lambda x: x[x > 0].sum() + x[:, [2, 0]].sum() + x.index_select(0, torch.tensor([1], device=x.device)),
     "views": lambda x: x.t()[1:].reshape(-1).view(2, -1).flip(0).contiguous(),
+    "more views": lambda x: torch.view_as_real(torch.fft.rfft(x)).sum() + x.unfold(0, 2, 1) + x.view(torch.int32).min(),
     "in place": lambda x: x.clone().mul_(2).clamp_(min=0).masked_fill_(x < 0, 7),
     "norms": lambda x: F.layer_norm(x, (3,)) + F.batch_norm(x, None, None, training=True),
     "lists": lambda x: torch.stack(torch._foreach_add([x, x * 2], 1.0)).cumsum(0),

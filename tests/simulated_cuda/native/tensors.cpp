@@ -89,6 +89,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("as_strided", as_strided);
   library.impl("view", view);
   library.impl("_reshape_alias", reshape_alias);
+  library.impl("unfold", at::native::unfold);
+  library.impl("view_as_real", at::native::view_as_real);
+  library.impl("view_as_complex", at::native::view_as_complex);
   library.impl("resize_", resize_);
   library.impl("set_.source_Storage_storage_offset", set_storage_part);
   library.impl("set_.source_Storage", set_storage);
