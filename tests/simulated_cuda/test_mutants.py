@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_ssd.io import python_engine
 from lightning_ssd.io.engine import IOOptions
-from lightning_ssd.io.python_engine import PythonTransfer
 from lightning_ssd.step.grad_offload import OffloadedGrad
 from lightning_ssd.units.device import CopyToDevice
 from tests.helpers.models import GPT
@@ -53,6 +54,18 @@ def landed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OffloadedGrad, "wait", lambda self: None)
 
 
+def sent_while_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the disk, which takes its time, before host memory is sent."""
+    move_once = python_engine._Piece._move_once
+
+    def slow(self: python_engine._Piece, *args: Any) -> int:
+        time.sleep(0 if self.is_write else 0.002)
+        return move_once(self, *args)
+
+    monkeypatch.setattr(python_engine._Piece, "_move_once", slow)
+    without(python_engine.PythonTransfer, "wait", "end_read")(monkeypatch)
+
+
 MUTANTS: dict[str, tuple[Mutate, dict[str, Any]]] = {
     "compute does not wait for a unit's copy": (without(Stream, "wait_event", "send"), {}),
     # With recompute the host waits at every block, and that orders what this wait does.
@@ -66,7 +79,7 @@ MUTANTS: dict[str, tuple[Mutate, dict[str, Any]]] = {
     "a buffer is lent too early": (copied_at_once, {}),
     "a gradient is read too early": (landed_at_once, {}),
     "host memory is sent while the disk writes to it": (
-        without(PythonTransfer, "wait", "_fetch"),
+        sent_while_read,
         {"io": IOOptions(engine="python"), "verify_reads": False},
     ),
 }

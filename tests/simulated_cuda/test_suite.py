@@ -1,6 +1,6 @@
 """Runs tests in processes that have the simulated device: its own, and a core of those that train.
 
-The whole suite runs there by ``TEST_DEVICE=simulated_cuda:0-4 make test``, as in ``make soak``.
+All tests that train run there by ``make soak``, and any test where ``TEST_DEVICE=simulated_cuda`` is set.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.simulated_cuda.build import MODULE
 
-CORE = (
-    "tests/parity/test_equal_training.py",
-    "tests/parity/test_cuda.py",
-)
-NEEDS_NO_MINUTES = "not soak and not slow"
+CORE = ("tests/parity/test_on_any_device.py", "tests/parity/test_cuda.py")
+FAST = "on_any_device or streamed-plain-32 or streamed-accumulate-bf16-mixed or streamed-clip-16"
 
 
 def run_on_device(seeds: str, *arguments: str) -> None:
@@ -35,6 +32,5 @@ def test_the_device_finds_what_is_missing() -> None:
     run_on_device("0", "tests/simulated_cuda")
 
 
-@pytest.mark.parametrize("file", CORE)
-def test_a_core_of_training_is_right_on_the_device(file: str) -> None:
-    run_on_device("0-2", "-m", NEEDS_NO_MINUTES, file)
+def test_a_core_of_training_is_right_on_the_device() -> None:
+    run_on_device("0-1", "-k", FAST, *CORE)
