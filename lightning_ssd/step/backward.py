@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.step.gradients import CompleteGrads, GradientStore, Mode
 from lightning_ssd.step.recompute import Frame, FrameUnits
+from lightning_ssd.step.step_on_device import StepOnDevice
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units import transforms
@@ -42,6 +43,7 @@ class BackwardPass:
         model: The units.
         cache: Fetches and releases them.
         grads: Takes the gradients.
+        on_device: Is told when backward begins and ends.
         trace: Gets the event ``recompute``.
 
     Attributes:
@@ -49,13 +51,17 @@ class BackwardPass:
         step_hooks: For tensors that are saved outside the forward of a module that needs a unit.
     """
 
-    def __init__(self, model: ModelUnits, cache: ParamCache, grads: GradientStore, trace: Trace) -> None:
+    def __init__(
+        self, model: ModelUnits, cache: ParamCache, grads: GradientStore, on_device: StepOnDevice, trace: Trace
+    ) -> None:
         self.rerunning: Frame | None = None
         self.step_hooks = StepHooks(self.hooks)
         self._model = model
         self._store = model.store
         self._cache = cache
         self._grads = grads
+        self._on_device = on_device
+        self._is_of_trainer = False  # the backward that runs
         self._optimizer: OptimizerAdapter | None = None  # updates units in this backward
         self._grad_hooks: dict[nn.Parameter, list[RemovableHandle]] = {}
         self._trace = trace
@@ -69,6 +75,7 @@ class BackwardPass:
         """Something of ours happens inside backward: be told when it ends."""
         if not self._is_running:
             self._is_running = True
+            self._on_device.begin_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def abort(self) -> None:
@@ -90,12 +97,12 @@ class BackwardPass:
     def updating(self, optimizer: OptimizerAdapter | None) -> Iterator[None]:
         """Around a backward: ``optimizer`` updates each unit whose gradients are all there; None: gradients wait."""
         mode = Mode.ACCUMULATE if optimizer is None else Mode.UPDATE_IN_BACKWARD
-        self._optimizer = optimizer
+        self._optimizer, self._is_of_trainer = optimizer, True
         try:
             with self._grads.backward(self._cache.units, mode):
                 yield
         finally:
-            self._optimizer = None
+            self._optimizer, self._is_of_trainer = None, False
 
     def watch_grads(self, unit: Unit) -> None:
         """From now on take the gradients of ``unit``; parameters that start to require grad later are taken up then."""
@@ -279,6 +286,8 @@ class BackwardPass:
         self._end_holds()
         for complete in self._grads.end_backward():
             self._update(complete)
+        if self._is_of_trainer:
+            self._on_device.end_backward()
 
 
 @dataclass(eq=False)

@@ -28,6 +28,7 @@ from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.heap import HeapWatch
 from lightning_ssd.step.grad_offload import GradOffloader, OffloadedGrad
 from lightning_ssd.step.spilled_grads import SpilledGrads
+from lightning_ssd.units.lazy_param import set_grad
 from lightning_ssd.units.unit import Unit
 
 
@@ -187,7 +188,7 @@ class GradientStore:
         """Backward is over, or failed: what was taken off the device is ``.grad``, as far as no update has it."""
         self._land()
         while self._hidden:
-            _set_host_grad(*self._hidden.popitem())
+            set_grad(*self._hidden.popitem())
 
     @contextmanager
     def backward(self, units: Iterable[Unit], mode: Mode) -> Iterator[None]:
@@ -310,11 +311,3 @@ def _add_up(sums: list[tuple[Tensor, OffloadedGrad]]) -> None:
         landed.wait()
         if landed.tensor is not grad:
             grad.add_(landed.tensor)
-
-
-def _set_host_grad(param: nn.Parameter, grad: Tensor) -> None:
-    # Torch refuses a gradient of another device when it is set, but not that its data changes afterwards. That the
-    # parameter changed its device for a moment would end its place in graphs that are still needed.
-    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
-        param.grad = torch.empty_strided(param.shape, [0] * param.dim(), dtype=grad.dtype, device=param.device)
-        param.grad.data = grad

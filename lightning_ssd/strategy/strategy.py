@@ -232,7 +232,10 @@ class StrategyMixin(CheckpointMixin):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step; its parameters stream."""
         with self._stepping("train"):
-            return super().training_step(*args, **kwargs)
+            output = super().training_step(*args, **kwargs)
+        if self._pl_module.automatic_optimization:
+            self.session.running.hooks.await_backward()
+        return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step; its parameters stream."""

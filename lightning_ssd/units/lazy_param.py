@@ -53,6 +53,8 @@ def lazy_class(owner: ParamLoader) -> type[nn.Parameter]:
             kwargs = kwargs or {}
             if func in (torch.autograd.grad, torch.autograd.backward):
                 return _differentiate(func, *args, **kwargs)
+            if func is _SET_GRAD:
+                return set_grad(*args)
             if func not in METADATA:
                 tensors = list(_tensors((args, kwargs)))
                 lazy = [p for p in tensors if type(p) is LazyParameter]
@@ -80,6 +82,18 @@ def lazy_class(owner: ParamLoader) -> type[nn.Parameter]:
             return nn.Parameter.__deepcopy__(self, memo)  # type: ignore[no-any-return, no-untyped-call]
 
     return LazyParameter
+
+
+def set_grad(param: nn.Parameter, grad: Tensor | None) -> None:
+    """``param.grad = grad``, also if the parameter is on a device and the gradient on the host."""
+    # Torch refuses a gradient of another device when it is set, but not that its data changes afterwards. That the
+    # parameter changed its device for a moment would end its place in graphs that are still needed.
+    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+        if grad is None or grad.device == param.device or grad.shape != param.shape or grad.device.type != "cpu":
+            param.grad = grad
+            return
+        param.grad = torch.empty_strided(param.shape, [0] * param.dim(), dtype=grad.dtype, device=param.device)
+        param.grad.data = grad
 
 
 def _in_loaded_form(param: nn.Parameter, func: Any) -> Tensor:
@@ -186,6 +200,7 @@ def _functions() -> Iterator[Any]:
 
 
 METADATA = frozenset([*_accessors(), *_functions()])
+_SET_GRAD = vars(torch._C.TensorBase)["grad"].__set__
 _OF_STRIDES = frozenset([Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.dim_order])
 _OF_DEVICE = frozenset(
     [

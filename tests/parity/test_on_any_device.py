@@ -189,6 +189,50 @@ class ReadsBetweenSteps(Net):
         self.seen.append(self.scale.sum().item())
 
 
+class Teaches(Net):
+    """A teacher that a hook updates from its student between forward and backward, in several operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(8, 3).requires_grad_(False)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return super().loss(batch) + nn.functional.linear(batch[0], self.teacher.weight).square().mean()
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        with torch.no_grad():
+            for teacher, student in zip(self.teacher.parameters(), self.net[2].parameters(), strict=True):
+                teacher.copy_(0.9 * teacher + 0.1 * student)
+
+
+class ChangesGradients(Net):
+    """By what the parameters are, in each hook that may."""
+
+    def on_after_backward(self) -> None:
+        for param in self.parameters():
+            param.grad.add_(param.detach(), alpha=0.125)
+            param.grad = param.grad * 0.5
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        for param in self.parameters():
+            param.grad = param.grad + 0.25 * param.detach()
+        self.seen.append(self.net[0].weight.grad.sum().item())
+
+
+class ManualBackward(DirectBackward):
+    """Parameters are used before the backward, between two, and after them."""
+
+    def training_step(self, batch: list[Tensor], index: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for _ in range(2):
+            loss = self.loss(batch) + self.net[0].weight.square().sum()
+            self.manual_backward(loss)
+            self.seen.append(self.net[0].weight.sum().item())
+        optimizer.step()
+        self.seen.append((self.net[2].weight @ batch[0].T).sum().item())
+
+
 def fit(tmp_path: Path, module: Net, strategy: Any, **options: Any) -> Net:
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(40, 8, generator=generator), torch.randint(0, 3, (40,), generator=generator))
@@ -207,6 +251,9 @@ KINDS: dict[str, Callable[[], Net]] = {
     "metric": Measured,
     "recurrent": Recurrent,
     "reads between steps": ReadsBetweenSteps,
+    "teacher": Teaches,
+    "changes gradients": ChangesGradients,
+    "manual backward": ManualBackward,
 } | {f"form, {name}": functools.partial(AsksForForm, name) for name in FORMS}
 
 

@@ -25,10 +25,11 @@ namespace {
 using c10::IValue;
 using torch::jit::Stack;
 
-// Operators whose result has a form that depends on values, or is no tensor, though their schema does not tell.
+// Operators whose result has a form that depends on values, or is no tensor, though their schema does not tell; and one
+// of which the CPU's kernel, which does the work, makes statistics of another form than CUDA's.
 const std::set<std::string> kFormDependsOnValues{
     "aten::nonzero",    "aten::masked_select", "aten::_unique2", "aten::unique_dim",        "aten::bincount",
-    "aten::is_nonzero", "aten::item",          "aten::equal",    "aten::repeat_interleave",
+    "aten::is_nonzero", "aten::item",          "aten::equal",    "aten::repeat_interleave", "aten::native_batch_norm",
 };
 // Operators that draw random numbers, though they take no generator.
 const std::set<std::string> kDraws{"aten::native_dropout", "aten::rrelu_with_noise"};
