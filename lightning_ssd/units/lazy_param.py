@@ -53,7 +53,7 @@ def lazy_class(owner: ParamLoader) -> type[nn.Parameter]:
             kwargs = kwargs or {}
             if func in (torch.autograd.grad, torch.autograd.backward):
                 return _differentiate(func, *args, **kwargs)
-            if func is _SET_GRAD:
+            if func == _SET_GRAD:
                 return set_grad(*args)
             if func not in METADATA:
                 tensors = list(_tensors((args, kwargs)))

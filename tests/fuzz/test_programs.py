@@ -12,6 +12,7 @@ import pytest
 from tests.fuzz.program import Program, draw
 from tests.fuzz.run import EQUAL, LATE, judge
 from tests.fuzz.search import failures
+from tests.simulated_cuda import requested
 
 QUICK = range(40)
 SOAK = range(1000)
@@ -43,6 +44,8 @@ FOUND = {
 def test_a_program_is_equal_or_refused(seed: int) -> None:
     program = draw(seed)
     verdict = judge(program)
+    if verdict.kind == "plain fails" and requested():
+        pytest.skip("on a device plain Lightning does not run it either")
     assert verdict.is_good, f"{verdict.kind}: {program}\n{verdict.detail}"
 
 

@@ -210,8 +210,8 @@ class ChangesGradients(Net):
 
     def on_after_backward(self) -> None:
         for param in self.parameters():
-            param.grad.add_(param.detach(), alpha=0.125)
             param.grad = param.grad * 0.5
+            param.grad.add_(param.detach(), alpha=0.125)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         for param in self.parameters():

@@ -199,6 +199,7 @@ def some_gradients(module: Student) -> Tensor:
     return torch.tensor(found)
 
 
+@pytest.mark.not_simulated(reason="plain Lightning does not run it on a device either")
 @pytest.mark.parametrize("penalty", [gradient_norms, differentiable_gradient_norms, some_gradients])
 def test_gradients_of_parameters_inside_a_step(tmp_path: Path, penalty: Callable[[Student], Tensor]) -> None:
     assert_as_plain(tmp_path, lambda: Student(penalty=penalty), [MIN, SOME, ALL])

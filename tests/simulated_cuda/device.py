@@ -12,7 +12,7 @@ from typing import Any
 from tests.simulated_cuda import POLICIES
 from tests.simulated_cuda.build import MODULE
 
-CAPACITY_NBYTES = 1 << 30
+CAPACITY_NBYTES = 4 << 30
 PROGRESS = 0.1  # probability that some queued work runs when more is queued
 
 

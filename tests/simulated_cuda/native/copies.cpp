@@ -105,6 +105,8 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
 at::Scalar local_scalar_dense(const at::Tensor& self) { return fetch(self, "item").item(); }
 
 bool equal(const at::Tensor& a, const at::Tensor& b) {
+  TORCH_CHECK(is_on_device(a) && is_on_device(b),
+              "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!");
   return a.sizes() == b.sizes() && at::equal(fetch(a, "equal"), fetch(b, "equal"));
 }
 
