@@ -223,7 +223,11 @@ class GradientStore:
                     spill.check(index, grad, is_final=is_final)
 
     def close(self) -> None:
-        """Let go of mapped files. Waiting gradients stay visible."""
+        """Let go of mapped files, and of copies from the device. Waiting gradients stay visible."""
+        self._offloader.close()
+        self._close_spills()
+
+    def _close_spills(self) -> None:
         for spill in self._spills.values():
             spill.close()
         self._spills.clear()
@@ -232,7 +236,7 @@ class GradientStore:
         """This is a forked process: gradients are the user's alone, and those on mapped files cannot be read."""
         for spill in self._spills.values():
             spill.refuse()
-        self.close()
+        self._close_spills()
 
     def _is_complete(self, unit: Unit, num_arrived: int) -> bool:
         """Whether nothing more can come for ``unit`` in this backward, nor be asked of it."""
