@@ -152,12 +152,12 @@ def test_the_arena_is_registered_while_training_only(tmp_path: Path) -> None:
 
     class Net(GPT):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            memory = strategy.session.running.memory
-            registered.append(memory._pinned)
-            buffer = memory.params.try_lend(4096, "test")
+            pools = strategy.session.running.pools
+            registered.append(pools._pinned)
+            buffer = pools.params.try_lend(4096, "test")
             if buffer is not None:
                 pinned.append(buffer.tensor(0, torch.uint8, (4096,)).is_pinned())
-                memory.params.give_back(buffer)
+                pools.params.give_back(buffer)
             return super().forward(ids)
 
     strategy = SSDOffloadStrategy(host_memory="1GiB", min_unit_numel=0)

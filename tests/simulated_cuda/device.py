@@ -179,6 +179,16 @@ def _replacements() -> dict[str, Any]:
     }
 
 
+def _make_storage(cls: type[torch.UntypedStorage], *args: Any, device: Any = None, **kwargs: Any) -> Any:
+    """`torch.UntypedStorage`, which torch itself does not make on CUDA if it was built without; for copies and files."""
+    if device is None or torch.device(device).type != "cuda":
+        return _make_stock_storage(cls, *args, **({} if device is None else {"device": device}), **kwargs)
+    return torch.empty(args[0], dtype=torch.uint8, device="cuda").untyped_storage()
+
+
+_make_stock_storage = torch.UntypedStorage.__new__
+
+
 def _install() -> None:
     core.set_capacity(CAPACITY_NBYTES)
     core.init()
@@ -187,6 +197,7 @@ def _install() -> None:
         for name, value in replacements.items():
             if module is torch.cuda or hasattr(module, name):
                 setattr(module, name, value)
+    torch.UntypedStorage.__new__ = staticmethod(_make_storage)  # type: ignore[method-assign, assignment]
     torch.cuda._initialized = True  # asked by torch.utils.checkpoint
     torch.backends.cuda.is_built = _always(True)
     torch._C._cuda_clearCublasWorkspaces = _always(None)  # type: ignore[attr-defined]
