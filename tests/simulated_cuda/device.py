@@ -180,7 +180,7 @@ def _replacements() -> dict[str, Any]:
 
 
 def _make_storage(cls: type[torch.UntypedStorage], *args: Any, device: Any = None, **kwargs: Any) -> Any:
-    """`torch.UntypedStorage`, which torch itself does not make on CUDA if it was built without; for copies and files."""
+    """`torch.UntypedStorage`, which a torch without CUDA does not make there; for copies and files."""
     if device is None or torch.device(device).type != "cuda":
         return _make_stock_storage(cls, *args, **({} if device is None else {"device": device}), **kwargs)
     return torch.empty(args[0], dtype=torch.uint8, device="cuda").untyped_storage()
