@@ -106,6 +106,7 @@ class At(Callback):
 # -- workers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md", only=["streamed"])
 @pytest.mark.not_simulated(reason="a fork does not share memory that is registered with the device", only=["in memory"])
 @pytest.mark.parametrize("plan", ["streamed", "in memory"])
 def test_workers_that_look_at_the_model_see_the_weights_of_the_fork(tmp_path: Path, plan: str) -> None:
@@ -129,6 +130,7 @@ def test_workers_that_look_at_the_model_see_the_weights_of_the_fork(tmp_path: Pa
 # -- what a child sees ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md")
 @pytest.mark.not_simulated(reason="a fork does not share memory that is registered with the device", only=["in memory"])
 @pytest.mark.parametrize(
     ("plan", "where"),
