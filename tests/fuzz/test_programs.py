@@ -53,6 +53,8 @@ def test_a_program_is_equal_or_refused(seed: int) -> None:
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_is_equal(name: str) -> None:
     verdict = judge(FOUND[name])
+    if verdict.kind == "plain fails" and requested():
+        pytest.skip("on a device plain Lightning does not run it either")
     assert verdict.kind == EQUAL, f"{verdict.kind}: {FOUND[name]}\n{verdict.detail}"
 
 
