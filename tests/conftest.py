@@ -17,10 +17,14 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.simulated_cuda import requested
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Before torch is imported, and inherited by every process that a test starts: the models are so small that threads only
 # wait for each other, the more so beside a second worker. Sums depend on their number, so it is one for all tests.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+pytest_plugins = ["tests.simulated_cuda.plugin"] if requested() else []
 
 GRACE_S = 2.0  # a thread that was told to stop, or a child that was killed, may take this long to be gone
 

@@ -8,6 +8,7 @@ lent again while any tensor on it lives.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.step.gradients import CompleteGrads, GradientStore, Mode
 from lightning_ssd.step.recompute import Frame, FrameUnits
+from lightning_ssd.step.step_on_device import StepOnDevice
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units import transforms
@@ -41,6 +43,7 @@ class BackwardPass:
         model: The units.
         cache: Fetches and releases them.
         grads: Takes the gradients.
+        on_device: Is told when backward begins and ends.
         trace: Gets the event ``recompute``.
 
     Attributes:
@@ -48,15 +51,19 @@ class BackwardPass:
         step_hooks: For tensors that are saved outside the forward of a module that needs a unit.
     """
 
-    def __init__(self, model: ModelUnits, cache: ParamCache, grads: GradientStore, trace: Trace) -> None:
+    def __init__(
+        self, model: ModelUnits, cache: ParamCache, grads: GradientStore, on_device: StepOnDevice, trace: Trace
+    ) -> None:
         self.rerunning: Frame | None = None
         self.step_hooks = StepHooks(self.hooks)
         self._model = model
         self._store = model.store
         self._cache = cache
         self._grads = grads
+        self._on_device = on_device
+        self._is_of_trainer = False  # the backward that runs
         self._optimizer: OptimizerAdapter | None = None  # updates units in this backward
-        self._grad_hooks: dict[nn.Parameter, RemovableHandle] = {}
+        self._grad_hooks: dict[nn.Parameter, list[RemovableHandle]] = {}
         self._trace = trace
         self._held: dict[int, _Hold] = {}  # by id of the frame, which is alive in the value
         self._unpacked: dict[str, Unit] = {}  # held because a view of a parameter was unpacked
@@ -68,17 +75,19 @@ class BackwardPass:
         """Something of ours happens inside backward: be told when it ends."""
         if not self._is_running:
             self._is_running = True
+            self._on_device.begin_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def abort(self) -> None:
         """A backward may have failed: hold nothing, expect nothing."""
         self._end_holds()
+        self._grads.show()
         self._is_running = False
         self.rerunning = None
 
     def close(self) -> None:
         """Remove the hooks of gradients."""
-        for handle in self._grad_hooks.values():
+        for handle in itertools.chain.from_iterable(self._grad_hooks.values()):
             handle.remove()
         self._grad_hooks.clear()
 
@@ -88,20 +97,26 @@ class BackwardPass:
     def updating(self, optimizer: OptimizerAdapter | None) -> Iterator[None]:
         """Around a backward: ``optimizer`` updates each unit whose gradients are all there; None: gradients wait."""
         mode = Mode.ACCUMULATE if optimizer is None else Mode.UPDATE_IN_BACKWARD
-        self._optimizer = optimizer
+        self._optimizer, self._is_of_trainer = optimizer, True
         try:
             with self._grads.backward(self._cache.units, mode):
                 yield
         finally:
-            self._optimizer = None
+            self._optimizer, self._is_of_trainer = None, False
 
     def watch_grads(self, unit: Unit) -> None:
         """From now on take the gradients of ``unit``; parameters that start to require grad later are taken up then."""
         for index, param in enumerate(unit.params):
             if param.requires_grad and param not in self._grad_hooks:
-                self._grad_hooks[param] = param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(self._arrive, unit, index)
-                )
+                after = param.register_post_accumulate_grad_hook(partial(self._arrive, unit, index))  # type: ignore[no-untyped-call]
+                self._grad_hooks[param] = [after]
+                if self._grads.is_off_device:
+                    before = param.register_hook(partial(self._before_grad, param))  # type: ignore[no-untyped-call]
+                    self._grad_hooks[param].append(before)
+
+    def _before_grad(self, param: nn.Parameter, grad: Tensor) -> None:
+        self.note()
+        self._grads.hide(param)
 
     def _arrive(self, unit: Unit, index: int, param: Tensor) -> None:
         self.note()
@@ -271,6 +286,8 @@ class BackwardPass:
         self._end_holds()
         for complete in self._grads.end_backward():
             self._update(complete)
+        if self._is_of_trainer:
+            self._on_device.end_backward()
 
 
 @dataclass(eq=False)

@@ -43,7 +43,8 @@ class GradOffloader:
         self._pool = pool
         self._most_nbytes = most_nbytes
         self._copies = DeviceCopies() if copies is None else copies
-        self._on_the_way: deque[tuple[Event, int]] = deque()
+        # With the memory: who drops a gradient that nobody wants does not wait for its copy, which would write later.
+        self._on_the_way: deque[tuple[Event, Tensor]] = deque()
 
     def offload(self, grad: Tensor, make_room: Callable[[], None]) -> OffloadedGrad:
         """Start to copy ``grad``, which the caller may drop at once.
@@ -52,18 +53,29 @@ class GradOffloader:
             grad: On the device.
             make_room: Called where the pool has no room; lets go of what landed earlier, if it can.
         """
-        while self._on_the_way and sum(n for _, n in self._on_the_way) + grad.nbytes > self._most_nbytes:
+        self._let_go()
+        while self._on_the_way and sum(m.nbytes for _, m in self._on_the_way) + grad.nbytes > self._most_nbytes:
             self._on_the_way.popleft()[0].synchronize()  # sync: the oldest copy
         memory = self._memory(grad)
         if memory is None:
             make_room()
+            self._let_go()
             memory = self._memory(grad)
         if memory is None:
             return OffloadedGrad(grad.detach().to("cpu"))  # sync: waits for the device
         event = self._copies.to_host(grad.detach(), memory)
         if event is not None:
-            self._on_the_way.append((event, grad.nbytes))
+            self._on_the_way.append((event, memory))
         return OffloadedGrad(memory, event)
+
+    def close(self) -> None:
+        """Return when no copy is on its way."""
+        while self._on_the_way:
+            self._on_the_way.popleft()[0].synchronize()  # sync: the oldest copy
+
+    def _let_go(self) -> None:
+        while self._on_the_way and self._on_the_way[0][0].query():
+            self._on_the_way.popleft()
 
     def _memory(self, grad: Tensor) -> Tensor | None:
         buffer = None if self._pool is None else self._pool.try_lend(grad.nbytes, "a gradient")

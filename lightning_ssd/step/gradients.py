@@ -5,7 +5,9 @@ gradients are there (`Mode.UPDATE_IN_BACKWARD`), and their memory is freed. Othe
 (`Mode.ACCUMULATE`): in memory or, past the budget, on a mapped file that the kernel may write back.
 
 Off the device they are copied to the host as they arrive, and nobody waits for that before he must: the update for
-those that are handed on, the end of backward for those that stay visible.
+those that are handed on, the end of backward for those that stay visible. ``.grad`` is on the host then. As autograd
+could not add to it there, it is hidden when a further gradient comes, and the host adds the two: whoever runs the
+backward, ``.grad`` has the sum when it returns.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.heap import HeapWatch
 from lightning_ssd.step.grad_offload import GradOffloader, OffloadedGrad
 from lightning_ssd.step.spilled_grads import SpilledGrads
+from lightning_ssd.units.lazy_param import set_grad
 from lightning_ssd.units.unit import Unit
 
 
@@ -80,7 +83,7 @@ class GradientStore:
         self._heap = heap
         self._is_gated = waits_for_all_grads
         self._arriving: dict[nn.Parameter, list[tuple[Unit, int, OffloadedGrad]]] = {}  # not yet in `_hidden`
-        self._hidden: dict[nn.Parameter, Tensor] = {}  # off the device, gradients while backward runs
+        self._hidden: dict[nn.Parameter, Tensor] = {}  # off the device, sums that backward adds to
         self._scratch = scratch
         self._arrived: dict[str, set[int]] = {}  # parameters whose gradient this backward has brought, by unit
         self._uses: dict[str, int] = {}  # forwards of each unit whose backward has not ended
@@ -121,6 +124,18 @@ class GradientStore:
             mine = set(unit.params) if module is None else set(module.parameters()).intersection(unit.params)
             repeated |= {param: param.nbytes for param in mine if is_repeated and param.requires_grad}
         return sum(repeated.values())
+
+    @property
+    def is_off_device(self) -> bool:
+        """Whether ``.grad`` is elsewhere than the gradients that autograd makes; then `hide` is called before each."""
+        return self._off_device
+
+    def hide(self, param: nn.Parameter) -> None:
+        """Autograd is about to add to ``.grad``, which is on the host: until `end_backward` it has none."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if param.grad is not None:
+                self._hidden[param] = param.grad
+                param.grad = None
 
     def arrive(self, unit: Unit, index: int, param: Tensor, *, is_needed: bool) -> CompleteGrads | None:
         """The gradient of parameter ``index`` is complete for this pass of autograd.
@@ -167,39 +182,26 @@ class GradientStore:
         self._users.clear()
         self._late.clear()
         self._is_in_backward = False
+        self.show()
+
+    def show(self) -> None:
+        """Backward is over, or failed: what was taken off the device is ``.grad``, as far as no update has it."""
+        self._land()
+        while self._hidden:
+            set_grad(*self._hidden.popitem())
 
     @contextmanager
     def backward(self, units: Iterable[Unit], mode: Mode) -> Iterator[None]:
-        """Around a backward. Off the device, ``.grad`` is on the host and not where autograd could add to it."""
+        """Around a backward of the Trainer's."""
         self.mode, self._is_in_backward = mode, True
-        try:
-            with self._hidden_grads(units):
-                yield
-        finally:
-            self.mode = Mode.ACCUMULATE
-
-    @contextmanager
-    def _hidden_grads(self, units: Iterable[Unit]) -> Iterator[None]:
         for spill in self._spills.values():
             spill.require_written()
         if not self._off_device:
             self._prepare_spills(units)
-            yield
-            return
-        for unit in units:
-            for param in unit.params:
-                if param.grad is not None:
-                    self._hidden[param] = param.grad
-                    param.grad = None
         try:
             yield
         finally:
-            self._land()
-            for unit in units:
-                for param, placeholders in zip(unit.params, unit.placeholders, strict=True):
-                    grad = self._hidden.pop(param, None)
-                    if grad is not None:
-                        _set_host_grad(param, placeholders, grad)
+            self.mode = Mode.ACCUMULATE
 
     def check(self, unit: Unit, grads: Mapping[int, Tensor], is_final: bool) -> None:
         """Refuse gradients of ``unit``, by parameter index, that waited on disk and were damaged there.
@@ -221,7 +223,11 @@ class GradientStore:
                     spill.check(index, grad, is_final=is_final)
 
     def close(self) -> None:
-        """Let go of mapped files. Waiting gradients stay visible."""
+        """Let go of mapped files, and of copies from the device. Waiting gradients stay visible."""
+        self._offloader.close()
+        self._close_spills()
+
+    def _close_spills(self) -> None:
         for spill in self._spills.values():
             spill.close()
         self._spills.clear()
@@ -230,7 +236,7 @@ class GradientStore:
         """This is a forked process: gradients are the user's alone, and those on mapped files cannot be read."""
         for spill in self._spills.values():
             spill.refuse()
-        self.close()
+        self._close_spills()
 
     def _is_complete(self, unit: Unit, num_arrived: int) -> bool:
         """Whether nothing more can come for ``unit`` in this backward, nor be asked of it."""
@@ -245,7 +251,7 @@ class GradientStore:
         grads: dict[int, Tensor] = {}
         sums: list[tuple[Tensor, OffloadedGrad]] = []
         for index, param in enumerate(unit.params):
-            grad = self._hidden.pop(param, None) if self._off_device else param.grad
+            grad = self._hidden.pop(param, param.grad)
             param.grad = None
             for _, _, landed in self._arriving.pop(param, ()):
                 grad = landed.tensor if grad is None else grad
@@ -309,12 +315,3 @@ def _add_up(sums: list[tuple[Tensor, OffloadedGrad]]) -> None:
         landed.wait()
         if landed.tensor is not grad:
             grad.add_(landed.tensor)
-
-
-def _set_host_grad(param: nn.Parameter, placeholders: Tensor, grad: Tensor) -> None:
-    # torch compares devices when a gradient is set, not when the data changes: set it while the data is on the host.
-    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
-        data = param.data
-        param.data = placeholders
-        param.grad = grad
-        param.data = data

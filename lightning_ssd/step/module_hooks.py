@@ -19,6 +19,7 @@ from lightning_ssd.step.fast_path import Removable, hook, hook_encoders
 from lightning_ssd.step.gradients import GradientStore
 from lightning_ssd.step.own_writes import may_write
 from lightning_ssd.step.recompute import Frame
+from lightning_ssd.step.step_on_device import StepOnDevice
 from lightning_ssd.step.trial import Verdicts
 from lightning_ssd.trace.recorder import Lane, Trace
 from lightning_ssd.units import transforms
@@ -74,7 +75,8 @@ class ModuleHooks:
         self._activations = activations
         self._is_in_memory = is_in_memory
         self._trace = trace
-        self._backward = BackwardPass(model, cache, grads, trace)
+        self._on_device = StepOnDevice(cache, is_off_host=grads.is_off_device)
+        self._backward = BackwardPass(model, cache, grads, self._on_device, trace)
         self._num_steps = 0  # step contexts that are open now
         self._calls: list[_ModuleCall] = []  # forwards that run now, one inside the other
         self._handles = self._hook(module)
@@ -124,6 +126,7 @@ class ModuleHooks:
             self._backward.abort()  # one that failed outside our sight
             self._grads.begin_step()
             self.cache.order.begin(kind)
+        self._on_device.begin()
         self._num_steps += 1
         if not self._is_in_memory:
             self._backward.step_hooks.begin()
@@ -147,17 +150,24 @@ class ModuleHooks:
             self._headroom.begin_backward(self._grads.repeated_nbytes)
         with self.step(""), self._backward.updating(optimizer):
             yield
+            self._on_device.begin_backward()  # a step that runs the backward itself goes on
         self._headroom.end()
 
     def end_step(self) -> None:
-        """The step is over: units that stayed for it go to rest."""
+        """The step is over: units that stayed for it are offloaded."""
+        self._on_device.end()
         self.cache.end_step()
+
+    def await_backward(self) -> None:
+        """The training step has returned; see [Note: a step on a device]."""
+        self._on_device.await_backward()
 
     def abort_step(self) -> None:
         """Give up a step that failed: every hold is dropped."""
         while self._calls:
             self._calls.pop().close()
         self._backward.abort()
+        self._on_device.end()
         if self._activations is not None:
             self._activations.abort()
         self.cache.drop_holds()

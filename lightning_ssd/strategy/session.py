@@ -130,7 +130,7 @@ class Session:
         adam = handles(3 * len(self.units), len(self.units), 0, direct=self.store.disks.are_direct).num_files
         what = f"{len(self.units)} units of parameters (with the state of an Adam about {adam} open files)"
         require_handles(handles(len(self.units), 0, 0, direct=self.store.disks.are_direct), what)
-        placeholders = make_placeholders(self.units, self.store.scratches[0])
+        placeholders = make_placeholders(self.units, self.store.scratches[0], self.settings.device)
         for unit in self.units:
             for param in unit.params:
                 if param.is_cuda:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ssd.errors import SSDOffloadError
@@ -28,6 +28,7 @@ from lightning_ssd.strategy.checkpoint_hooks import CheckpointMixin
 from lightning_ssd.strategy.free_space import prepare_checkpoints
 from lightning_ssd.strategy.grad_consumers import find_grad_consumer
 from lightning_ssd.strategy.handover import Handover
+from lightning_ssd.strategy.moving import move_all_but_params
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.session import Session
@@ -211,11 +212,8 @@ class StrategyMixin(CheckpointMixin):
         self._log("\n".join([summary(self.session), *checkpoints]))
 
     def model_to_device(self) -> None:
-        """Move buffers. Parameters are copied to the device unit by unit, when they are used."""
-        _move_buffers(self._pl_module, self.root_device)
-        for module in self._pl_module.modules():
-            if hasattr(module, "_device"):
-                module._device = self.root_device  # type: ignore[assignment]
+        """Move all but the parameters, which are copied to the device unit by unit, when they are used."""
+        move_all_but_params(self._pl_module, self.root_device)
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -234,7 +232,10 @@ class StrategyMixin(CheckpointMixin):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step; its parameters stream."""
         with self._stepping("train"):
-            return super().training_step(*args, **kwargs)
+            output = super().training_step(*args, **kwargs)
+        if self._pl_module.automatic_optimization:
+            self.session.running.hooks.await_backward()
+        return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step; its parameters stream."""
@@ -316,7 +317,7 @@ class StrategyMixin(CheckpointMixin):
             self._end_session(self._session)
         if self.lightning_module is not None:
             guards.keep_bus_errors_handled(self.lightning_module._trainer)
-            _move_buffers(self.lightning_module, torch.device("cpu"))
+            move_all_but_params(self.lightning_module, torch.device("cpu"))
         self.precision_plugin.teardown()
         guards.require_set(self.accelerator, "accelerator").teardown()
         if self.cluster_environment is not None:
@@ -338,10 +339,3 @@ class StrategyMixin(CheckpointMixin):
             if not is_failing:
                 raise
             warnings.warn(f"after the error of this run, its end failed as well: {error}", stacklevel=2)
-
-
-def _move_buffers(root: nn.Module, device: torch.device) -> None:
-    for module in root.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)

@@ -4,6 +4,9 @@
 memory, and have the class made here. Metadata (shape, dtype, device, ``requires_grad``, ``grad``, hooks) is answered
 without values. Any other operation first calls `ParamLoader.load`, which makes the parameters that it is given plain
 `nn.Parameter`s on their values: inside a step by fetching their units, outside by mapping their files.
+
+On a GPU a placeholder has stride 0, and is on the device, outside of a step too, where values come to the host. What
+depends on strides or on the device is therefore asked of a tensor that has the form of what `ParamLoader.load` brings.
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ from lightning_ssd.units import transforms
 
 class ParamLoader(Protocol):
     """Loads the values of lazy parameters."""
+
+    @property
+    def loads_to_host(self) -> bool:
+        """Whether values that are loaded now come to the host, wherever compute runs."""
+        ...
 
     def gather(self, params: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Inside, ``params`` are plain parameters on their current values, and saved tensors are not watched."""
@@ -45,11 +53,15 @@ def lazy_class(owner: ParamLoader) -> type[nn.Parameter]:
             kwargs = kwargs or {}
             if func in (torch.autograd.grad, torch.autograd.backward):
                 return _differentiate(func, *args, **kwargs)
+            if func == _SET_GRAD:
+                return set_grad(*args)
             if func not in METADATA:
                 tensors = list(_tensors((args, kwargs)))
                 lazy = [p for p in tensors if type(p) is LazyParameter]
                 owner.load(lazy, [p for p in tensors if type(p) is not LazyParameter])
             with torch._C.DisableTorchFunctionSubclass():
+                if func in _OF_STRIDES or (func in _OF_DEVICE and owner.loads_to_host):
+                    args = tuple(_in_loaded_form(a, func) if type(a) is LazyParameter else a for a in args)
                 return func(*args, **kwargs)
 
         def as_subclass(self, cls: type[Tensor]) -> Tensor:  # type: ignore[override]
@@ -60,7 +72,7 @@ def lazy_class(owner: ParamLoader) -> type[nn.Parameter]:
         def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
             # Through __torch_function__ torch (up to 2.10) loses a reference to the class, and with it to the session.
             with torch._C.DisableTorchFunctionSubclass():
-                return super().is_contiguous(*args, **kwargs)
+                return Tensor.is_contiguous(_in_loaded_form(self, Tensor.is_contiguous), *args, **kwargs)
 
         def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
             # Not through __torch_function__: nn.Parameter looks at type(self) before it touches a value.
@@ -70,6 +82,27 @@ def lazy_class(owner: ParamLoader) -> type[nn.Parameter]:
             return nn.Parameter.__deepcopy__(self, memo)  # type: ignore[no-any-return, no-untyped-call]
 
     return LazyParameter
+
+
+def set_grad(param: nn.Parameter, grad: Tensor | None) -> None:
+    """``param.grad = grad``, also if the parameter is on a device and the gradient on the host."""
+    # Torch refuses a gradient of another device when it is set, but not that its data changes afterwards. That the
+    # parameter changed its device for a moment would end its place in graphs that are still needed.
+    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+        if grad is None or grad.device == param.device or grad.shape != param.shape or grad.device.type != "cpu":
+            param.grad = grad
+            return
+        param.grad = torch.empty_strided(param.shape, [0] * param.dim(), dtype=grad.dtype, device=param.device)
+        param.grad.data = grad
+
+
+def _in_loaded_form(param: nn.Parameter, func: Any) -> Tensor:
+    """A tensor that ``func`` returns the same for as for ``param`` once that is loaded."""
+    if param.device.type == "cpu":
+        return param
+    if func in _OF_STRIDES:
+        return torch.empty(param.shape, dtype=param.dtype, device="meta")
+    return torch.empty((), dtype=param.dtype).expand(param.shape)
 
 
 def _differentiate(
@@ -167,3 +200,11 @@ def _functions() -> Iterator[Any]:
 
 
 METADATA = frozenset([*_accessors(), *_functions()])
+_SET_GRAD = vars(torch._C.TensorBase)["grad"].__set__
+_OF_STRIDES = frozenset([Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.dim_order])
+_OF_DEVICE = frozenset(
+    [
+        *(getattr(Tensor, name).__get__ for name in ("device", "is_cpu", "is_cuda")),
+        *(f for f in _functions() if f.__name__.startswith(("new_", "get_device")) or f.__name__.endswith("_like")),
+    ]
+)

@@ -76,6 +76,11 @@ class ModelUnits:
         """Make the parameters of ``unit``, whose values are in the store, lazy."""
         unit.offload(self.lazy_class)
 
+    @property
+    def loads_to_host(self) -> bool:
+        """See `ParamLoader.loads_to_host`."""
+        return self.inherited is not None or not self.step.is_running or self.streaming is None
+
     def load(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
         """See `ParamLoader.load`."""
         units = self._units_of(params)

@@ -168,11 +168,15 @@ class ParamCache:
 
     def end_step(self) -> None:
         """The step is over: units that stayed for it are offloaded."""
+        self.offload_idle()
+        for unit in self.units:
+            unit.is_handed_on = False
+
+    def offload_idle(self) -> None:
+        """Units that nobody holds are offloaded."""
         with self._lock:
-            for unit in self.units:
-                if unit.num_holds == 0:
-                    self._release_memory(unit)
-                unit.is_handed_on = False
+            for unit in (unit for unit in self.units if unit.num_holds == 0):
+                self._release_memory(unit)
             self.touched.clear()
 
     def drop_holds(self) -> None:

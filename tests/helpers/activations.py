@@ -45,6 +45,7 @@ class Bench:
         budget: int | None = 0,
         num_buffers: int = 3,
         buffer_nbytes: int = BUFFER_NBYTES,
+        device: str = "cpu",
         trace: Trace | None = None,
         **options: Any,
     ) -> None:
@@ -59,7 +60,7 @@ class Bench:
             engine,
             self.files,
             self.pool,
-            device=torch.device("cpu"),
+            device=torch.device(device),
             budget=self.budget,
             piece_nbytes=buffer_nbytes,
             trace=self.trace,
@@ -188,7 +189,8 @@ def spill_inputs(monkeypatch: pytest.MonkeyPatch, *, min_nbytes: int = 1, **opti
 
     def with_ours(self: ModuleHooks, module: nn.Module, *, model: ModelUnits, **kwargs: Any) -> None:
         store = model.store
-        ours = Bench(Path(store.disks.all[0].path), store.engine, trace=kwargs["trace"], **options)
+        device, path = kwargs["device"].type, Path(store.disks.all[0].path)
+        ours = Bench(path, store.engine, trace=kwargs["trace"], device=device, **options)
         made.append(ours)
         init(self, module, model=model, **(kwargs | {"activations": ours.store}))
 

@@ -195,6 +195,7 @@ WHOLE: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.not_simulated(reason="it draws random numbers where the update runs", only=["random"])
 @pytest.mark.parametrize("make", [*STREAMS.values(), *WHOLE.values()], ids=[*STREAMS, *WHOLE])
 def test_equal_to_plain_lightning(tmp_path: Path, make: Callable[[Any], Any]) -> None:
     plain = train(tmp_path, "auto", make)
@@ -284,6 +285,7 @@ def edit(trainer: pl.Trainer, module: Net) -> None:
     del state[module.net[1][0].weight]
 
 
+@pytest.mark.not_simulated(reason="plain Lightning does not run it on a device either", only=["edit"])
 @pytest.mark.parametrize("act", [replace, clear, edit])
 @pytest.mark.parametrize("settings", [{}, {"host_memory": "auto"}], ids=["min", "kept"])
 def test_state_that_is_replaced_midway(tmp_path: Path, act: Callable[..., Any], settings: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ def run(tmp_path: Path, strategy: Any) -> Encoder:
     return module
 
 
+@pytest.mark.not_simulated(reason="it is given tensors of the CPU")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("memory", ["min", "256MiB"])
 def test_losses_outputs_and_weights_are_equal(tmp_path: Path, memory: str) -> None:

@@ -106,6 +106,8 @@ class At(Callback):
 # -- workers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md", only=["streamed"])
+@pytest.mark.not_simulated(reason="a fork does not share memory that is registered with the device", only=["in memory"])
 @pytest.mark.parametrize("plan", ["streamed", "in memory"])
 def test_workers_that_look_at_the_model_see_the_weights_of_the_fork(tmp_path: Path, plan: str) -> None:
     """New ones in each epoch, some that persist, and those of validation beside them."""
@@ -128,6 +130,8 @@ def test_workers_that_look_at_the_model_see_the_weights_of_the_fork(tmp_path: Pa
 # -- what a child sees ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md")
+@pytest.mark.not_simulated(reason="a fork does not share memory that is registered with the device", only=["in memory"])
 @pytest.mark.parametrize(
     ("plan", "where"),
     [
@@ -171,6 +175,7 @@ def test_a_child_sees_the_fork_however_far_the_parent_goes_on(tmp_path: Path, pl
     assert found[0][1] == found[1][1]
 
 
+@pytest.mark.not_simulated(reason="a forked process cannot use the device")
 def test_a_child_runs_the_modules_and_has_gradients_of_its_own(tmp_path: Path) -> None:
     found: list[Child] = []
 
@@ -274,6 +279,7 @@ def test_a_fork_by_the_thread_that_updates_is_told(tmp_path: Path) -> None:
     assert found[0].answer().startswith("ResidencyError")
 
 
+@pytest.mark.not_simulated(reason="a fork does not share memory that is registered with the device")
 def test_parameters_in_memory_are_not_passed_on_where_a_copy_would_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +293,7 @@ def test_parameters_in_memory_are_not_passed_on_where_a_copy_would_not_fit(
     assert "lower host_memory" in answer
 
 
+@pytest.mark.not_simulated(reason="a forked process cannot use the device")
 def test_gradients_that_wait_in_files_are_refused(tmp_path: Path) -> None:
     """But not those that wait in memory."""
 

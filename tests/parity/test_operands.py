@@ -160,6 +160,9 @@ def test_what_a_step_does_to_several_parameters_counts(tmp_path: Path, act: Call
     assert_as_plain(tmp_path, lambda: Student(act), [MIN, SOME, ALL])
 
 
+@pytest.mark.not_simulated(
+    reason="not right there yet: docs/results/simulated_cuda.md", only=["average_by_views", "exchange"]
+)
 @pytest.mark.parametrize("act", [average_by_views, exchange])
 def test_views_that_live_on_to_the_next_pair_need_room_for_both(tmp_path: Path, act: Callable[[Student], Any]) -> None:
     with pytest.raises(ResidencyError, match="do not keep views"):
@@ -199,12 +202,14 @@ def some_gradients(module: Student) -> Tensor:
     return torch.tensor(found)
 
 
+@pytest.mark.not_simulated(reason="plain Lightning does not run it on a device either")
 @pytest.mark.parametrize("penalty", [gradient_norms, differentiable_gradient_norms, some_gradients])
 def test_gradients_of_parameters_inside_a_step(tmp_path: Path, penalty: Callable[[Student], Tensor]) -> None:
     assert_as_plain(tmp_path, lambda: Student(penalty=penalty), [MIN, SOME, ALL])
     assert_as_plain(tmp_path, lambda: Student(penalty=penalty), [{"activations": "keep"}])
 
 
+@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md", only=["average_by_state_dict"])
 @pytest.mark.parametrize("act", [average_by_state_dict])
 def test_what_needs_more_than_fits_at_once_is_refused_before_it_computes(
     tmp_path: Path, act: Callable[[Student], Any]

@@ -22,6 +22,8 @@ from tests.helpers.plans import choose_plan
 from tests.helpers.training import Tokens, assert_equal, train
 from tests.parity.test_any_plan import MODELS, OPTIONS, random_choices
 
+pytestmark = pytest.mark.not_simulated(reason="the CPU stands for the device here")
+
 
 @pytest.mark.parametrize("seed", range(10))
 def test_any_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:

@@ -300,6 +300,10 @@ CALLED = [Checkpointed, ChecksPart, SelectsInside, FromOutside]
 KEEPING = [InPlaceMemory, InPlaceRunningValue, OwnIterator]
 
 
+@pytest.mark.not_simulated(
+    reason="plain Lightning does not run it on a device either",
+    only=["OwnGenerators", "RunningValue", "FromOutside", "InPlaceMemory"],
+)
 @pytest.mark.parametrize("block", [*GIVEN, *HAVING, *CALLED, *KEEPING])
 def test_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: type[Block]) -> None:
     kept: list[str] = []

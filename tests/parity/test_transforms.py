@@ -115,6 +115,7 @@ def test_it_equals_plain_lightning(tmp_path: Path, extra: Callable[[Net, Tensor]
     assert_equal_to_plain(tmp_path, extra, SOME, SOME | {"activations": "keep"}, ALL)
 
 
+@pytest.mark.not_simulated(reason="on a device no plan does without hooks on saved tensors")
 @pytest.mark.parametrize("extra", IN_REVERSE)
 def test_in_reverse_mode_a_streamed_model_is_gathered(tmp_path: Path, extra: Callable[[Net, Tensor], Tensor]) -> None:
     def inside(module: Net, x: Tensor) -> Tensor:
@@ -128,6 +129,7 @@ def test_in_reverse_mode_a_streamed_model_is_gathered(tmp_path: Path, extra: Cal
     finish_backward()
 
 
+@pytest.mark.not_simulated(reason="on a device no plan does without hooks on saved tensors")
 def test_parameters_on_disk_that_are_given_to_it_are_refused(tmp_path: Path) -> None:
     def with_respect_to_parameters(module: Net, x: Tensor) -> Tensor:
         params = dict(module.net.named_parameters())

@@ -74,7 +74,7 @@ def test_it_holds_what_plain_lightning_saves_and_plain_lightning_resumes(
 def assert_same(a: Any, b: Any) -> None:
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype
-        assert torch.equal(a, b)
+        assert torch.equal(a.cpu(), b.cpu())
     elif isinstance(a, dict):
         assert list(a) == list(b)
         for key in a:

@@ -52,6 +52,7 @@ def assert_same(a: Module, b: Module) -> None:
     assert not [name for name in x if not torch.equal(x[name], y[name])]
 
 
+@pytest.mark.not_simulated(reason="initial values are drawn on the host")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_configure_model_is_as_under_plain_lightning(tmp_path: Path, precision: str) -> None:
     results = []

@@ -45,6 +45,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
     return {name: torch.load(directory / f"{name}.ckpt.pt") for name in SCENARIOS}
 
 
+@pytest.mark.not_simulated(reason="the second process is on the CPU")
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_resumed_is_uninterrupted(tmp_path: Path, resumed: dict[str, Weights], name: str) -> None:
     scenario = SCENARIOS[name]

@@ -169,6 +169,7 @@ def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert_equal(found["state"][number], entry)
 
 
+@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md")
 @pytest.mark.parametrize("update", ["torch", "native"])
 def test_a_plain_checkpoint_goes_through_and_on_under_plain_lightning(tmp_path: Path, update: str) -> None:
     if update == "native" and not kernels.is_bit_equal_to_torch():

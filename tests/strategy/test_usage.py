@@ -362,6 +362,11 @@ def _logger(case: Case) -> dict[str, Any]:
     return {"logger": pl.loggers.logger.DummyLogger()} if wants else {}
 
 
+@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md", only=["pruning"])
+@pytest.mark.not_simulated(
+    reason="its plain side reads tensors of the device by numpy", only=["touches outside a step"]
+)
+@pytest.mark.not_simulated(reason="torch has no fused LSTM for a simulated device", only=["encoder"])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_plain_lightning(tmp_path: Path, name: str) -> None:
     case = CASES[name]
@@ -375,6 +380,7 @@ def test_equals_plain_lightning(tmp_path: Path, name: str) -> None:
     assert not [key for key in plain_weights if not torch.equal(plain_weights[key], our_weights[key])]
 
 
+@pytest.mark.not_simulated(reason="it has no sparse tensors")
 def test_sparse_gradients_are_refused(tmp_path: Path) -> None:
     net = GPT()
     net.tok = nn.Embedding(97, 32, sparse=True)

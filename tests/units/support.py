@@ -67,7 +67,7 @@ class CacheWorld:
         ]
         for unit in self.units:
             self.store.put(unit.layout, lambda i, unit=unit: unit.params[i].data)  # type: ignore[misc]
-        placeholders = make_placeholders(self.units, self.store.scratches[0])
+        placeholders = make_placeholders(self.units, self.store.scratches[0], torch.device("cpu"))
         self.model = ModelUnits(self.units, self.store, keeps_buffer=True)
         nbytes = pool_nbytes(self.units[0].layout.buffer_nbytes)
         self.pool = Pool(num_buffers * nbytes, "parameter", poison=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -172,6 +172,7 @@ def test_landing_bounds_what_is_on_its_way_and_goes_on_without_room() -> None:
             event = super().to_host(data, memory)
             synchronize = event.synchronize
             event.synchronize = lambda: (waited.append(data[0].item()), synchronize())  # type: ignore
+            event.query = lambda: False  # type: ignore[method-assign]
             return event
 
     offloader = GradOffloader(
@@ -187,3 +188,22 @@ def test_landing_bounds_what_is_on_its_way_and_goes_on_without_room() -> None:
     del landed, one
     assert offloader.offload(torch.ones(1024), lambda: asked.append(1)).tensor.numel() == 1024
     assert len(asked) == 2
+
+
+def test_a_gradient_that_nobody_wants_keeps_its_memory_until_it_has_landed() -> None:
+    class Copies(LateCopies):
+        def to_host(self, data: torch.Tensor, memory: torch.Tensor) -> object:  # type: ignore[override]
+            event: Any = super().to_host(data, memory)
+            event.query = lambda: event._finish is None  # else asking may end it
+            events.append(event)
+            return event
+
+    events: list[Any] = []
+    pool = Pool(2 * 4096, "gradient", poison=True)
+    offloader = GradOffloader(pool, most_nbytes=8 * 4096, copies=Copies(random.Random(0)))  # type: ignore[arg-type]
+    first = offloader.offload(torch.ones(1024), lambda: None).tensor.data_ptr()
+    assert offloader.offload(torch.ones(1024), lambda: None).tensor.data_ptr() != first
+    events[0].synchronize()
+    assert offloader.offload(torch.ones(1024), lambda: None).tensor.data_ptr() == first
+    offloader.close()
+    assert all(event._finish is None for event in events)

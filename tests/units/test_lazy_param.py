@@ -208,6 +208,7 @@ def copied(p: nn.Parameter) -> None:
 WRITES = [in_place, by_data, assigned, by_numpy, copied]
 
 
+@pytest.mark.not_simulated(reason="it is given tensors of the CPU")
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize(("linked", "host_memory"), [(False, "min"), (True, "min"), (False, "512MiB")])
 def test_what_is_written_at_rest_is_used_and_reaches_no_checkpoint(
@@ -265,6 +266,7 @@ def test_views_that_the_user_keeps_show_old_values(tmp_path: Path, saves: bool) 
     kept.clear()
 
 
+@pytest.mark.not_simulated(reason="it is given tensors of the CPU", only=["False"])
 @pytest.mark.parametrize("streams", [True, False])
 def test_views_kept_from_inside_a_step_show_one_step_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool
