@@ -15,6 +15,7 @@ from lightning_ssd.errors import Ending, ResidencyError
 from lightning_ssd.memory.headroom import Headroom
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.step.backward import BackwardPass
+from lightning_ssd.step.direct_use import DirectUse
 from lightning_ssd.step.fast_path import Removable, hook, hook_encoders
 from lightning_ssd.step.gradients import GradientStore
 from lightning_ssd.step.own_writes import may_write
@@ -23,7 +24,6 @@ from lightning_ssd.step.step_on_device import StepOnDevice
 from lightning_ssd.step.trial import Verdicts
 from lightning_ssd.trace.recorder import Lane, Trace
 from lightning_ssd.units import transforms
-from lightning_ssd.units.direct_use import DirectUse
 from lightning_ssd.units.lazy_param import require_loaded
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache

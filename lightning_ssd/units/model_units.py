@@ -123,7 +123,7 @@ class ModelUnits:
         for unit in self.units:
             if unit.in_memory is not None:
                 self.write_back(unit)
-                unit.release_memory()
+                unit.in_memory = None
         self.store.flush_in_memory()
 
     def write_back(self, unit: Unit) -> bool:

@@ -239,10 +239,6 @@ class Unit:
         self._require_no_copy()
         self.in_memory = tensors
 
-    def release_memory(self) -> None:
-        """The plan holds its values in memory no longer; they are in the store."""
-        self.in_memory = None
-
     def became(self, generation: Generation) -> None:
         """The values that it has in memory are those of ``generation``, which was written from them."""
         for copy in (self.host_copy, self.device_copy):

@@ -169,7 +169,7 @@ def test_what_is_in_memory_is_shown_as_it_is() -> None:
     assert {float(value) for tensor in held for value in tensor.reshape(-1)} == {5.0, 6.0}
     with pytest.raises(ResidencyError, match="has a copy there"):
         world.unit.read(world.store, world.lend())
-    world.unit.release_memory()
+    world.unit.in_memory = None
     assert world.unit.is_on_disk
 
 
