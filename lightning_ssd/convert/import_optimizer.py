@@ -15,7 +15,7 @@ from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.convert.sources import ImportSource
 from lightning_ssd.errors import CheckpointError
 
-_MOMENT = "exp_avg"
+_ADAM = {"exp_avg", "exp_avg_sq"}  # Lion has the first alone, and no step
 _STEP = "step"
 
 ExtraState = list[tuple[int, str, str, Tensor]]
@@ -94,8 +94,10 @@ def _count_steps(
     step: int | None,
 ) -> None:
     """Add the caller's number of steps to moments that the source stores without one."""
+    if record.param_groups:
+        return  # the optimizer's own state, complete: its class counts elsewhere, or not at all
     for old, new in names.items():
-        if old in record.state and _MOMENT in source.parameters[old] and _STEP not in state[new]:
+        if old in record.state and source.parameters[old].keys() >= _ADAM and _STEP not in state[new]:
             if step is None:
                 raise CheckpointError(
                     f"{source.where}: {old!r} has Adam's moments without the number of steps they have seen, on which "
