@@ -94,8 +94,6 @@ def _count_steps(
     step: int | None,
 ) -> None:
     """Add the caller's number of steps to moments that the source stores without one."""
-    if record.param_groups:
-        return  # the optimizer's own state, complete: its class counts elsewhere, or not at all
     for old, new in names.items():
         if old in record.state and source.parameters[old].keys() >= _ADAM and _STEP not in state[new]:
             if step is None:

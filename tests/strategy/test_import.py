@@ -278,3 +278,17 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, trained: Any, like
     (target / "mine").touch()
     with pytest.raises(CheckpointError, match="exists"):
         import_checkpoint(universal, target, ImportOptions(weights_only=True))
+
+
+def test_an_optimizer_that_counts_no_steps_is_not_asked_for_them(tmp_path: Path) -> None:
+    """Lion has one moment and no step."""
+    module = nn.Linear(3, 2)
+    state = {i: {"exp_avg": torch.randn_like(param)} for i, param in enumerate(module.parameters())}
+    states = {"state": state, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
+    torch.save({**START, "state_dict": module.state_dict(), "optimizer_states": [states]}, tmp_path / "plain.ckpt")
+    import_checkpoint(tmp_path / "plain.ckpt", tmp_path / "target", ImportOptions())
+    with CheckpointReader(tmp_path / "target") as reader:
+        (record,) = reader.optimizers()
+        assert record.kinds == ["exp_avg"]
+        assert not any("step" in found for found in record.state.values())
+        assert torch.equal(reader.tensor("weight", "exp_avg"), state[0]["exp_avg"])
