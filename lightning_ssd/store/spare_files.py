@@ -14,7 +14,7 @@ from collections import defaultdict
 from contextlib import suppress
 from functools import partial
 
-from lightning_ssd.errors import Ending, IOFailure, as_io_failure
+from lightning_ssd.errors import Ending, IOFailure, StoreError, as_io_failure
 from lightning_ssd.io.file import File
 from lightning_ssd.io.folder import closing_fd, is_own_file
 from lightning_ssd.store.disks import Disk, Disks
@@ -64,8 +64,10 @@ class SpareFiles:
             file.close()
             raise
         if num_links > 1 or is_seen:
-            _unlink(file)
-            file.close()
+            try:
+                _unlink(file)
+            finally:
+                file.close()
         else:
             self._add(file)
 
@@ -121,8 +123,10 @@ class SpareFiles:
 def _unlink(file: File) -> None:
     try:
         file.unlink()
+    except StoreError:
+        pass  # the user removed the run directory, and the space is free already
     except IOFailure as error:
-        if error.errno != errno.ENOENT:  # else the user removed the run directory, and the space is free already
+        if error.errno != errno.ENOENT:  # else the user removed the file
             raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,3 +131,10 @@ def test_new_paths_take_turns_and_room_is_asked_of_each_file_system_once(disks: 
         disks.require_free(1 << 50, "the plan", num_files=1)
     with pytest.raises(StoreError, match=r"the plan needs \d+ files on the disk .* has inodes for \d+ more"):
         disks.require_free(0, "the plan", num_files=1 << 62)
+
+
+def test_a_file_whose_directory_was_removed_is_closed(disks: Disks, spare: SpareFiles) -> None:
+    file = new(disks, disk=disks.all[0])
+    shutil.rmtree(disks.all[0].path)
+    spare.retire(file, is_seen=True)
+    assert file.closed
