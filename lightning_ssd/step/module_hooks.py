@@ -200,7 +200,8 @@ class ModuleHooks:
 
     def before_map(self, unit: Unit) -> None:
         """See `Streaming.before_map`."""
-        self.cache.before_map(unit)
+        unit.wait_for_update()
+        unit.end_copies()
 
     def after_map(self, unit: Unit) -> None:
         """See `Streaming.after_map`."""

@@ -100,11 +100,10 @@ class ParamCache:
             try:
                 self._wait_for_read(unit)
                 with self._lock:
-                    is_new = self._end_fetch(unit)
+                    return self._end_fetch(unit)
             except BaseException:
                 self._abort_fetch(unit)
                 raise
-            return is_new
 
     def _begin_fetch(self, unit: Unit) -> None:
         """Hold ``unit``, and start to read it unless its newest values are in memory."""
@@ -120,11 +119,19 @@ class ParamCache:
                 if unit.mapped is not None:
                     self.write_back(unit)
                 if unit.is_on_disk and not self._has_released_copy(unit):
-                    self._placement.poll()
-                    self._read([unit], [self.pool.lend(*_need(unit), self._make_room)])
+                    self._read_now(unit)
             except BaseException:
                 unit.num_holds -= 1
                 raise
+
+    def _read_now(self, unit: Unit) -> None:
+        """Start to read ``unit``. While room is waited for, the thread of updates may have it, and read it ahead."""
+        self._placement.poll()
+        buffer = self.pool.try_lend(*_need(unit), lambda: unit.host_copy is None and self._make_room())
+        if unit.host_copy is None:
+            self._read([unit], [self.pool.lend(*_need(unit)) if buffer is None else buffer])
+        elif buffer is not None:
+            self.pool.give_back(buffer)
 
     def _wait_for_read(self, unit: Unit) -> None:
         host_copy = unit.host_copy
@@ -362,8 +369,6 @@ class ParamCache:
         if unit.num_holds == unit.num_pins == 0 and unit.device_copy is None and self._is_stale(unit):
             unit.give_back(self.pool)
 
-    # -- for code outside of modules: see `DirectUse` -------------------------------------------------------------
-
     def begin_module(self) -> None:
         """A module runs: lazy parameters that are touched inside stay resident until `end_module`."""
         self.touched.begin_module()
@@ -388,11 +393,6 @@ class ParamCache:
                 self._writes.collect_in_step(unit)
             elif self._model.write_back(unit):
                 self._evict(unit)  # its host copy may have the bytes that the file had before
-
-    def before_map(self, unit: Unit) -> None:
-        """See `Streaming.before_map`."""
-        unit.wait_for_update()
-        unit.end_copies()
 
 
 def _need(unit: Unit) -> tuple[int, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,28 @@ def test_a_read_that_failed_is_made_again(make: Make, fault: Fault, nth: int) ->
     assert all(unit.num_holds == 0 for unit in world.units)
     for _ in range(2):
         assert world.step(0, 1, 2)[0] == [0.0, 1.0, 2.0]
+
+
+def test_what_is_read_ahead_while_room_is_waited_for_is_not_read_twice(make: Make) -> None:
+    world = make(3, 2)
+    held, pinned, wanted = world.units
+    world.cache.fetch(held)
+    pinned.read(world.store, world.pool.lend(pinned.layout.buffer_nbytes, "unit"))
+    pinned.num_pins = 1
+    fetching = threading.Thread(target=world.cache.fetch, args=(wanted,), daemon=True)
+    fetching.start()  # there is no room until the update of the pinned one is over
+    while wanted.num_holds == 0:
+        time.sleep(0.001)
+    with world.model.lock:  # which the other thread has released: now this one is that of updates
+        pinned.num_pins = 0
+        world.cache.evict_idle()
+        wanted.read(world.store, world.pool.lend(wanted.layout.buffer_nbytes, "unit"))
+        world.model.lock.notify_all()
+    fetching.join(20)
+    assert not fetching.is_alive()
+    assert world.value(wanted) == 2.0
+    world.cache.release(wanted)
+    world.cache.release(held)
 
 
 def test_values_are_not_taken_before_they_are_there(make: Make) -> None:
