@@ -78,10 +78,11 @@ class GradOffloader:
             self._on_the_way.popleft()
 
     def _memory(self, grad: Tensor) -> Tensor | None:
-        buffer = None if self._pool is None else self._pool.try_lend(grad.nbytes, "a gradient")
+        if self._pool is None:
+            return None
+        buffer = self._pool.try_lend(grad.nbytes, "a gradient")
         if buffer is None:
             return None
         memory = buffer.tensor(0, grad.dtype, grad.shape)
-        assert self._pool is not None
         self._pool.give_back(buffer)  # it lingers until the tensor dies, wherever that goes
         return memory

@@ -288,25 +288,26 @@ class GradientStore:
             return
         for unit in units:
             if unit.name in self._uses:
-                self._spill_of(unit, unit.dtype).prepare(i for i, p in enumerate(unit.params) if p.requires_grad)
+                self._spill_of(unit, unit.dtype, self._scratch).prepare(
+                    i for i, p in enumerate(unit.params) if p.requires_grad
+                )
 
     def _kept(self, unit: Unit, index: int, grad: Tensor) -> Tensor:
         """``grad`` where it can wait: itself, or past the budget a copy in a mapped file."""
         if self._scratch is None or grad.numel() == 0:
             return grad
-        spill = self._spill_of(unit, grad.dtype)
+        spill = self._spill_of(unit, grad.dtype, self._scratch)
         if spill.holds(index, grad):
             return grad
         if spill.dtype != grad.dtype or spill.is_looked_at(index):
             self._spills.pop(unit.name).close()
-            spill = self._spill_of(unit, grad.dtype)
+            spill = self._spill_of(unit, grad.dtype, self._scratch)
         return spill.copy(index, grad)
 
-    def _spill_of(self, unit: Unit, dtype: torch.dtype) -> SpilledGrads:
+    def _spill_of(self, unit: Unit, dtype: torch.dtype, scratch: Scratch) -> SpilledGrads:
         """The spill that ``unit`` has, else a new one for gradients of ``dtype``."""
         if unit.name not in self._spills:
-            assert self._scratch is not None
-            self._spills[unit.name] = SpilledGrads(self._scratch, next(self._numbers), unit, dtype)
+            self._spills[unit.name] = SpilledGrads(scratch, next(self._numbers), unit, dtype)
         return self._spills[unit.name]
 
 
