@@ -43,12 +43,16 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=2**-3, momentum=0.5)
 
 
-class DirectBackward(Net):
-    """Twice, then a step: the second adds to what the first has left."""
+class Manual(Net):
+    """Runs backward and steps by itself."""
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
+
+
+class DirectBackward(Manual):
+    """Twice, then a step: the second adds to what the first has left."""
 
     def training_step(self, batch: list[Tensor], index: int) -> None:
         optimizer = self.optimizers()
@@ -99,12 +103,8 @@ class GradientPenalty(Net):
         return loss + 0.1 * sum(grad.square().sum() for grad in grads)
 
 
-class SomeGradients(Net):
+class SomeGradients(Manual):
     """After a backward that keeps the graph, gradients are asked of the same graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], index: int) -> None:
         optimizer = self.optimizers()
