@@ -187,7 +187,13 @@ def _create(places: Mapping[Generation, tuple[Disk, str]]) -> None:
 
 def _name(old_paths: Mapping[Generation, str]) -> None:
     """Give files that are used again their new names and headers."""
-    for generation, old_path in old_paths.items():
-        with as_io_failure(generation.file.path, what="naming a file"):
-            generation.file.take_name(old_path)
-            write_all(generation.file, generation.layout.header)
+    waiting = dict(old_paths)
+    try:
+        for generation, old_path in old_paths.items():
+            del waiting[generation]
+            with as_io_failure(generation.file.path, what="naming a file"):
+                generation.file.take_name(old_path)
+                write_all(generation.file, generation.layout.header)
+    finally:
+        for generation, old_path in waiting.items():  # after a failure: they have their old names
+            generation.file.path = old_path

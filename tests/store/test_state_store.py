@@ -260,6 +260,26 @@ def test_a_file_that_cannot_be_named_is_not_current_and_not_used_again(store: St
     assert is_equal(read(store, store.newest("layers/7 ü", "param")), values(4))
 
 
+def test_where_one_file_cannot_be_named_the_others_have_their_old_names(
+    store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ("param", "exp_avg", "exp_avg_sq")
+    for seed in (1, 2):
+        for kind in kinds:
+            put(store, seed, kind)  # three files are spare then
+    monkeypatch.setattr(os, "rename", lambda *args, **kwargs: os.stat("/no/such/file"))
+    begun = store.begin([layout(kind) for kind in kinds])
+    with pytest.raises(IOFailure, match="errno 2"):
+        store.commit(*begun)
+    monkeypatch.undo()
+    for generation in begun:
+        store.abandon(generation)
+    assert all(os.path.exists(generation.file.path) for generation in begun[1:])
+    for kind in kinds:  # and are used again
+        put(store, 3, kind)
+        assert is_equal(read(store, store.newest("layers/7 ü", kind)), values(3))
+
+
 def test_a_file_whose_naming_hangs_is_given_up_until_that_is_over(tmp_path: Path) -> None:
     file, patience, over = File.create(tmp_path / "file", 4096, direct=False), Patience(0.1), threading.Event()
     generation = Generation(layout(), file)
