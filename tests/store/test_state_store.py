@@ -264,9 +264,8 @@ def test_where_one_file_cannot_be_named_the_others_have_their_old_names(
     store: StateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = ("param", "exp_avg", "exp_avg_sq")
-    for seed in (1, 2):
-        for kind in kinds:
-            put(store, seed, kind)  # three files are spare then
+    for generation in store.begin([layout(kind) for kind in kinds]):
+        store.abandon(generation)  # three files are spare then
     monkeypatch.setattr(os, "rename", lambda *args, **kwargs: os.stat("/no/such/file"))
     begun = store.begin([layout(kind) for kind in kinds])
     with pytest.raises(IOFailure, match="errno 2"):
