@@ -1,4 +1,4 @@
-# make test | demo | lint | soak | versions | bench | gpu | native-test | clean
+# make test | demo | lint | soak | soak-device | versions | bench | gpu | native-test | clean
 # A fresh machine needs Python 3.10+, make and a C++ compiler; everything else goes into .venv. PYTHON=python3.12 picks another.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 NATIVE := $(shell find native -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: test demo lint soak versions bench gpu native-test clean
+.PHONY: test demo lint soak soak-device versions bench gpu native-test clean
 .DELETE_ON_ERROR:
 
 # The environment is built in steps, each with a stamp, so that nothing is installed twice.
@@ -48,13 +48,21 @@ $(VENV)/.demo: $(VENV)/.package
 test: $(VENV)/.test $(VENV)/.simulated_cuda
 	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not soak and not cuda' $(TEST_ARGS)
 
-# On the simulated CUDA device: all tests that train, with 20 orders of its work.
-TRAINING_TESTS := $(addprefix tests/,parity step strategy fuzz activations checkpoint)
+# On the simulated CUDA device, which has 20 orders of work: a core of the tests that train with each (by tests/simulated_cuda,
+# marked soak), and all of them with one that a test's name and the turn draw. It is another every day; after 20 turns each
+# test has had all. `make soak-device TURNS="0 1 ... 19"` takes them at once.
+TRAINING_TESTS := $(addprefix tests/,parity step strategy fuzz activations checkpoint units)
+TURNS = $(shell expr $$(date +%s) / 86400 % 20)
 
 soak: $(VENV)/.test $(VENV)/.simulated_cuda
 	$(PY) -m pytest -q -m soak $(TEST_ARGS)
-	TEST_DEVICE=simulated_cuda:0-19 $(PY) -m pytest -q -n 2 --dist loadfile -m 'not soak' $(TRAINING_TESTS)
+	$(MAKE) soak-device
 	$(PY) -m tests.soak.versions
+
+soak-device: $(VENV)/.test $(VENV)/.simulated_cuda
+	@failed=0; for turn in $(TURNS); do echo "TEST_DEVICE=simulated_cuda:$$turn/20"; \
+	TEST_DEVICE=simulated_cuda:$$turn/20 $(PY) -m pytest -q -n 2 --dist loadfile -m 'not soak' $(TRAINING_TESTS) || failed=1; \
+	done; exit $$failed
 
 # A core of the tests on the oldest and newest torch and Lightning, from the published form, in environments that are made
 # and removed in .versions (6 GB of downloads each). VERSIONS="torch==2.9.1,lightning==2.6.6" tries other pairs.

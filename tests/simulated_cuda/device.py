@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.simulated_cuda import POLICIES
 from tests.simulated_cuda.build import MODULE
 
-CAPACITY_NBYTES = 4 << 30
+CAPACITY_NBYTES = int(os.environ.get("SIMULATED_CUDA_NBYTES", 4 << 30))
+CYCLES_PER_S = 2e9  # of `torch.cuda._sleep`
 PROGRESS = 0.1  # probability that some queued work runs when more is queued
 
 
@@ -34,7 +36,7 @@ import torch._dynamo  # noqa: E402  imported later, it would ask CUDA for more t
 
 
 class Event(core.Event):  # type: ignore[misc, name-defined]
-    """See `torch.cuda.Event`; it tells no time."""
+    """See `torch.cuda.Event`."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         super().__init__()
@@ -49,8 +51,8 @@ class Event(core.Event):  # type: ignore[misc, name-defined]
         self._wait(_id_of(stream))
 
     def elapsed_time(self, end: Event) -> float:
-        """A millisecond, whatever happened."""
-        return 1.0
+        """Milliseconds to ``end``, where the device takes time; else one, whatever happened."""
+        return (end.done_at() - self.done_at()) * 1e3 if end.done_at() else 1.0
 
 
 class Stream(torch.Stream):
@@ -174,7 +176,7 @@ def _replacements() -> dict[str, Any]:
         "mem_get_info": lambda device=None: (CAPACITY_NBYTES - core.memory_stats().reserved, CAPACITY_NBYTES),
         "memory_stats": lambda device=None: {},
         "set_per_process_memory_fraction": _always(None),
-        "_sleep": _always(None),
+        "_sleep": lambda cycles: core.sleep(cycles / CYCLES_PER_S),
         "is_current_stream_capturing": _always(False),
     }
 
@@ -211,3 +213,35 @@ def begin(seed: int, policy: str = POLICIES[0], progress: float = PROGRESS) -> N
     """Forget what was reported; from now on work is done in an order drawn from ``seed``."""
     core.clear_report()
     core.configure(seed, POLICIES.index(policy), progress)
+
+
+class Rates(NamedTuple):
+    """How fast a device that takes time is.
+
+    Attributes:
+        operations: Of matrix products in a second, two for each product of two numbers.
+        memory: Bytes that kernels read and write in a second; each takes the longer of both.
+        pinned: Bytes of copies from and to pinned host memory in a second, each way.
+        pageable: The same of other host memory; the host waits for these.
+        launch: Seconds that every kernel and copy takes at least.
+    """
+
+    operations: float
+    memory: float
+    pinned: float
+    pageable: float
+    launch: float = 4e-6
+
+
+@contextlib.contextmanager
+def takes_time(rates: Rates, *, has_values: bool = True) -> Iterator[None]:
+    """Kernels and copies take the time that they cost, in which no core is used: the host may do something else.
+
+    With ``has_values`` it also does their work, when it waits for them; without it they are only waited for, values are
+    zeros, and memory of the device is taken in name only.
+    """
+    core.begin_timing(*rates, has_values=has_values)
+    try:
+        yield
+    finally:
+        core.end_timing()

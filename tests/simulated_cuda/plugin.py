@@ -20,9 +20,8 @@ import lightning.pytorch as pl  # isort: skip  # after the device: it imports to
 import torch.optim.optimizer as torch_optimizer  # isort: skip
 
 MAX_SHOWN = 8
-_switch = requested()
-assert _switch is not None
-SEEDS, POLICY = _switch
+SWITCH = requested()
+assert SWITCH is not None
 
 
 def _run_trainers_on_the_device() -> None:
@@ -43,9 +42,9 @@ _run_trainers_on_the_device()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test with each seed."""
-    if len(SEEDS) > 1:
-        metafunc.parametrize("device_seed", SEEDS, indirect=True, ids=lambda seed: f"seed{seed}")
+    """Run each test with each seed, unless it is one's turn."""
+    if len(SWITCH.seeds) > 1 and SWITCH.turn is None:
+        metafunc.parametrize("device_seed", SWITCH.seeds, indirect=True, ids=lambda seed: f"seed{seed}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -55,15 +54,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"not on a simulated device: {mark.kwargs['reason']}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def device_seed(request: pytest.FixtureRequest) -> int:
     """Draws the order of work."""
-    return int(getattr(request, "param", SEEDS[0]))
+    return int(getattr(request, "param", SWITCH.seed_of(request.node.nodeid)))
 
 
 @pytest.fixture(autouse=True)
-def _races_fail(device_seed: int) -> Iterator[None]:
-    begin(device_seed, POLICY)
+def _races_fail(request: pytest.FixtureRequest, device_seed: int) -> Iterator[None]:
+    request.node.add_report_section("call", "device", f"TEST_DEVICE=simulated_cuda:{device_seed}:{SWITCH.policy}")
+    begin(device_seed, SWITCH.policy)
     yield
     races = Counter(core.races())
     if races:

@@ -1,6 +1,6 @@
 """Runs tests in processes that have the simulated device: its own, and a core of those that train.
 
-All tests that train run there by ``make soak``, and any test where ``TEST_DEVICE=simulated_cuda`` is set.
+All tests that train run there by ``make soak-device``, and any test where ``TEST_DEVICE=simulated_cuda`` is set.
 """
 
 from __future__ import annotations
@@ -32,5 +32,6 @@ def test_the_device_finds_what_is_missing() -> None:
     run_on_device("0", "tests/simulated_cuda")
 
 
-def test_a_core_of_training_is_right_on_the_device() -> None:
-    run_on_device("0-1", "-k", FAST, *CORE)
+@pytest.mark.parametrize("seeds", ["0-1", pytest.param("2-19", marks=pytest.mark.soak)])
+def test_a_core_of_training_is_right_on_the_device(seeds: str) -> None:
+    run_on_device(seeds, "-k", FAST, *CORE)

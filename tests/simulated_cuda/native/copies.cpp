@@ -1,6 +1,7 @@
 // Copies between host and device, and values that the host asks for.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -25,22 +26,27 @@ size_t checksum(const char* begin, size_t nbytes) { return std::hash<std::string
 // The copy reads host memory when it runs; that nobody has changed it by then is checked.
 void to_device_later(const TensorSpec& to, const at::Tensor& source) {
   const char* from = static_cast<const char*>(source.const_data_ptr());
-  const size_t nbytes = source.nbytes(), sum = checksum(from, nbytes);
+  const size_t nbytes = source.nbytes();
+  const Cost cost = timing().copy(Engine::to_device, nbytes, true);
   report().count("copy to the device, asynchronous");
+  if (!timing().has_values()) return enqueue(current_stream(), "copy to the device", {}, {}, {}, cost);
+  const size_t sum = checksum(from, nbytes);
   begin_host_copy(from);
-  enqueue(current_stream(), "copy to the device", {}, ranges_of({to}), [=] {
+  const auto run = [=] {
     if (checksum(from, nbytes) != sum) report().race("host memory changed while it was on its way to the device");
     std::memcpy(kernel_view(to.begin), from, nbytes);
     end_host_copy(from);
-  });
+  };
+  enqueue(current_stream(), "copy to the device", {}, ranges_of({to}), run, cost);
 }
 
 // From pageable memory: the driver has taken the bytes when the call returns.
 void to_device(const TensorSpec& to, const at::Tensor& source, bool non_blocking) {
   report().count("copy to the device, of pageable memory");
-  enqueue(current_stream(), "copy to the device", {}, ranges_of({to}),
-          [to, value = source.clone()] { to.on_host().copy_(value); });
-  if (non_blocking) return;
+  const auto run = [to, value = source.clone()] { to.on_host().copy_(value); };
+  const Cost cost = timing().copy(Engine::to_device, source.nbytes(), false);
+  enqueue(current_stream(), "copy to the device", {}, ranges_of({to}), run, cost);
+  if (non_blocking && !timing().is_on()) return;  // else the host copies, which takes as long
   report().host_waits("copy to the device");
   synchronize_stream(current_stream());
 }
@@ -50,9 +56,11 @@ void to_host_later(const at::Tensor& self, const TensorSpec& from) {
   char* to = static_cast<char*>(self.mutable_data_ptr());
   const size_t nbytes = self.nbytes();
   report().count("copy to the host, asynchronous");
+  const Cost cost = timing().copy(Engine::to_host, nbytes, true);
+  if (!timing().has_values()) return enqueue(current_stream(), "copy to the host", {}, {}, {}, cost);
   std::memset(to, kUnwritten, nbytes);
   begin_host_copy(to);
-  enqueue(current_stream(), "copy to the host", ranges_of({from}), {}, [=] {
+  const auto run = [=] {
     for (size_t i = 0; i < nbytes; ++i) {
       if (static_cast<unsigned char>(to[i]) == kUnwritten) continue;
       report().race("host memory was written to while a copy from the device was on its way there");
@@ -60,7 +68,8 @@ void to_host_later(const at::Tensor& self, const TensorSpec& from) {
     }
     std::memcpy(to, kernel_view(from.begin), nbytes);
     end_host_copy(to);
-  });
+  };
+  enqueue(current_stream(), "copy to the host", ranges_of({from}), {}, run, cost);
 }
 
 // The values of a device tensor, for which the host waits.
@@ -68,9 +77,11 @@ at::Tensor fetch(const at::Tensor& tensor, const char* why) {
   report().host_waits(why);
   auto found = std::make_shared<at::Tensor>();
   const TensorSpec from(tensor);
-  enqueue(current_stream(), "copy to the host", ranges_of({from}), {}, [=] { *found = from.on_host().clone(); });
+  const auto run = [=] { *found = from.on_host().clone(); };
+  const Cost cost = timing().copy(Engine::to_host, from.nbytes, false);
+  enqueue(current_stream(), "copy to the host", ranges_of({from}), {}, run, cost);
   synchronize_stream(current_stream());
-  return *found;
+  return timing().has_values() ? *found : at::zeros(tensor.sizes(), tensor.options().device(at::kCPU));
 }
 
 bool has_same_bytes(const at::Tensor& a, const at::Tensor& b) {
@@ -82,8 +93,10 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
   if (self.is_same(source) || self.numel() == 0) return self;
   if (is_on_device(self) && is_on_device(source)) {
     const TensorSpec to(self), from(source);
-    enqueue(current_stream(), "aten::copy_", ranges_of({from}), ranges_of({to}),
-            [=] { to.on_host().copy_(from.on_host()); });
+    const auto run = [=] { to.on_host().copy_(from.on_host()); };
+    const Cost cost = timing().kernel(0, to.nbytes + from.nbytes);
+    enqueue(current_stream(), "aten::copy_", ranges_of({from}), ranges_of({to}), run, cost);
+    wait_for_room(current_stream());
     return self;
   }
   const at::Tensor& host = is_on_device(self) ? source : self;

@@ -79,7 +79,7 @@ void collect_waiting() {
     FreedBlock freed = std::move(waiting.front());
     waiting.pop_front();
     bool is_over = true;
-    for (const PointPtr& point : freed.points) is_over = is_over && point->is_done;
+    for (const PointPtr& point : freed.points) is_over = is_over && simulated_cuda::is_over(point);
     if (!is_over) {
       waiting.push_back(std::move(freed));
       continue;
@@ -107,7 +107,7 @@ char* reserve(size_t nbytes) {
   char* begin = device_base + stats.reserved;
   stats.reserved += nbytes;
   stats.peak_reserved = std::max(stats.peak_reserved, stats.reserved);
-  std::memset(kernel_view(begin), kPoison, nbytes);
+  if (timing().has_values()) std::memset(kernel_view(begin), kPoison, nbytes);
   return begin;
 }
 

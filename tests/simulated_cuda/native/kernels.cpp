@@ -12,7 +12,9 @@
 #include <utility>
 
 #include "dispatch.hpp"
+#include "forms.hpp"
 #include "generator.hpp"
+#include "operations.hpp"
 #include "report.hpp"
 #include "streams.hpp"
 #include "tensor_spec.hpp"
@@ -56,8 +58,6 @@ class LaunchArguments {
     }
   }
 
-  void has_grown(size_t index, const at::Tensor& tensor) { specs_[index][0] = TensorSpec(tensor); }
-
   std::vector<IValue> on_host() const {
     std::vector<IValue> found;
     for (size_t i = 0; i < values_.size(); ++i) {
@@ -86,7 +86,6 @@ class Call {
       });
     }
     require_one_device();
-    arguments_ = std::make_shared<LaunchArguments>(values_);
     find_seed();
   }
 
@@ -154,6 +153,8 @@ class Call {
     }
     for (const TensorSpec& spec : writes_) is_known = is_known && !spec.is_empty();  // an empty one may grow
     if (is_known) return true;
+    const auto key = writes_.empty() ? FormCache::key_of(&schema_, values_) : std::nullopt;
+    if (key && recall(*key, forms)) return true;
     const std::vector<IValue> inputs = on_meta();
     forms = inputs;
     try {
@@ -163,7 +164,18 @@ class Call {
       return false;  // it has no meta kernel, or the call is wrong: then the CPU's kernel says so
     }
     for (size_t i = 0; i < values_.size(); ++i) grow_output(i, inputs[i]);
+    if (key) {
+      std::lock_guard lock(device_mutex());
+      FormCache::instance().add(*key, forms);
+    }
     return true;
+  }
+
+  static bool recall(const std::string& key, Stack& forms) {
+    std::lock_guard lock(device_mutex());
+    const Forms* known = FormCache::instance().find(key);
+    if (known) forms = *known;
+    return known != nullptr;
   }
 
   std::vector<IValue> on_meta() const {
@@ -184,7 +196,6 @@ class Call {
     at::Tensor tensor = values_[i].toTensor();
     if (!is_on_device(tensor) || meta.toTensor().sizes() == tensor.sizes()) return;
     tensor.resize_(meta.toTensor().sizes());
-    arguments_->has_grown(i, tensor);
     writes_.emplace_back(tensor);
   }
 
@@ -203,7 +214,21 @@ class Call {
         return tensor;
       }));
     }
-    auto work = [op = op_, arguments = arguments_, seed = seed_, made] {
+    const StreamId stream = current_stream();
+    const Cost cost = timing().kernel(num_operations(name(), values_), num_bytes());
+    if (timing().has_values()) {
+      enqueue(stream, name(), ranges_of(reads_), ranges_of(writes_), work_into(std::move(made)), cost);
+    } else {
+      enqueue(stream, name(), {}, {}, {}, cost);
+    }
+    wait_for_room(stream);
+    return results;
+  }
+
+  // What a kernel does later: the results with these numbers go to where they are wanted.
+  std::function<void()> work_into(std::vector<std::pair<size_t, std::vector<TensorSpec>>> made) const {
+    const auto arguments = std::make_shared<LaunchArguments>(values_);
+    return [op = op_, arguments, seed = seed_, made = std::move(made)] {
       Stack found = call_on_host(op, arguments->on_host(), seed);
       for (const auto& [i, specs] : made) {
         size_t at = 0;
@@ -213,8 +238,13 @@ class Call {
         });
       }
     };
-    enqueue(current_stream(), name(), ranges_of(reads_), ranges_of(writes_), std::move(work));
-    return results;
+  }
+
+  size_t num_bytes() const {
+    size_t found = 0;
+    for (const TensorSpec& spec : reads_) found += spec.nbytes;
+    for (const TensorSpec& spec : writes_) found += spec.nbytes;
+    return found;
   }
 
   at::TensorOptions on_device(const at::Tensor& form, size_t result) const {
@@ -227,12 +257,13 @@ class Call {
   // The host waits for what is queued and does the work itself.
   std::vector<IValue> run_now(const std::vector<int>& sources) {
     report().host_waits("operator " + name());
-    enqueue(current_stream(), name(), ranges_of(reads_), ranges_of(writes_), [] {});
+    const Cost cost = timing().kernel(0, num_bytes());
+    enqueue(current_stream(), name(), ranges_of(reads_), ranges_of(writes_), [] {}, cost);
     synchronize_stream(current_stream());
     Stack found;
     {
       const BelowAutograd guard;
-      found = call_on_host(op_, arguments_->on_host(), seed_);
+      found = call_on_host(op_, LaunchArguments(values_).on_host(), seed_);
     }
     std::vector<IValue> results;
     for (size_t i = 0; i < sources.size(); ++i) {
@@ -279,7 +310,6 @@ class Call {
   const c10::FunctionSchema& schema_;
   const std::vector<IValue> values_;
   std::vector<TensorSpec> reads_, writes_;
-  std::shared_ptr<LaunchArguments> arguments_;
   std::optional<uint64_t> seed_;  // of an operator that draws random numbers
 };
 

@@ -23,7 +23,8 @@ class Event {
   void record(StreamId stream) { point_ = simulated_cuda::record(stream); }
   void wait(StreamId stream) const { wait_on(stream, point_); }
   bool query() const { return simulated_cuda::query(point_); }
-  bool is_done() const { return !point_ || point_->is_done; }
+  Seconds done_at() const { return point_ ? point_->done_at : 0; }
+  bool is_done() const { return is_over(point_); }
   void synchronize() const {
     report().host_waits("event");
     simulated_cuda::synchronize(point_);
@@ -53,6 +54,7 @@ void define_streams(py::module_& m) {
       .def("_wait", &Event::wait, Release())
       .def("query", &Event::query, Release())
       .def("synchronize", &Event::synchronize, Release())
+      .def("done_at", &Event::done_at, "Where the device takes time, in seconds of time.monotonic().")
       .def("is_done", &Event::is_done, Release(), "Whether it is reached; asking lets nothing run.");
   m.def(
       "configure",
@@ -92,6 +94,43 @@ void define_memory(py::module_& m) {
   m.def("unregister_host", unregister_host, Release());
 }
 
+void define_timing(py::module_& m) {
+  py::class_<Span>(m, "Span")
+      .def_readonly("name", &Span::name)
+      .def_readonly("engine", &Span::engine, "0: compute, 1: copies to the device, 2: copies to the host.")
+      .def_readonly("begin", &Span::begin, "Seconds, of time.monotonic().")
+      .def_readonly("end", &Span::end)
+      .def_readonly("nbytes", &Span::nbytes, "Of a copy.");
+  m.def(
+      "begin_timing",
+      [](double operations, double memory, double pinned, double pageable, Seconds launch, bool has_values) {
+        synchronize_device();
+        std::lock_guard lock(device_mutex());
+        timing().begin({operations, memory, pinned, pageable, launch}, has_values);
+      },
+      py::arg("operations"), py::arg("memory"), py::arg("pinned"), py::arg("pageable"), py::arg("launch"),
+      py::arg("has_values"), Release());
+  m.def(
+      "end_timing",
+      [] {
+        synchronize_device();
+        std::lock_guard lock(device_mutex());
+        timing().end();
+      },
+      Release());
+  m.def(
+      "take_spans",
+      [] {
+        std::lock_guard lock(device_mutex());
+        return timing().take_spans();
+      },
+      Release(), "What each engine has done, or will, since the last call.");
+  m.def(
+      "sleep",
+      [](Seconds seconds) { enqueue(current_stream(), "sleep", {}, {}, [] {}, {Engine::compute, seconds, 0}); },
+      Release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_simulated_cuda, m) {
@@ -100,6 +139,7 @@ PYBIND11_MODULE(_simulated_cuda, m) {
   m.def("init", [] { at::globalContext().lazyInitDevice(c10::kCUDA); });
   define_streams(m);
   define_memory(m);
+  define_timing(m);
   m.def("races", [] { return report().races(); }, Release());
   m.def("counts", [] { return report().counts(); }, Release());
   m.def("clear_report", [] { report().clear(); }, Release());

@@ -25,11 +25,14 @@ struct Work {
 
 struct Stream {
   std::deque<Work> queue;
-  Clock clock;  // of what it has been given
+  Clock clock;                   // of what it has been given
+  Seconds free_at = 0;           // the end of that, where the device takes time
+  std::deque<Seconds> launches;  // the ends of what is not over
 };
 
 constexpr size_t kMaxQueued = 20000;  // beyond that work runs, so that closures do not fill the memory
 constexpr int kMaxBurst = 8;
+constexpr size_t kMaxLaunches = 1024;  // as CUDA's
 
 std::mt19937_64 rng{0};
 Policy policy = Policy::mixed;
@@ -111,6 +114,7 @@ void run_until_done(const Point& point) {
 
 // Some queued work may run at any time.
 void progress() {
+  if (timing().is_on()) return;  // it runs when the host waits for it
   if (policy == Policy::in_order) {
     while (run_any()) {
     }
@@ -148,10 +152,15 @@ StreamId next_stream() {
   return last = last % (kNumStreams - 1) + 1;
 }
 
-void enqueue(StreamId id, const std::string& name, const Ranges& reads, const Ranges& writes,
-             std::function<void()> run) {
+void enqueue(StreamId id, const std::string& name, const Ranges& reads, const Ranges& writes, std::function<void()> run,
+             const Cost& cost) {
   std::lock_guard lock(device_mutex());
   Stream& stream = at(id);
+  if (timing().is_on()) {
+    stream.free_at = timing().reserve(name, cost, std::max(stream.free_at, now()));
+    if (cost.seconds > 0) stream.launches.push_back(stream.free_at);
+  }
+  if (!timing().has_values()) return;
   stream.clock.join(host_clock);
   ++stream.clock[id];
   race_check().begin(id, name);
@@ -165,7 +174,8 @@ PointPtr record(StreamId id) {
   std::lock_guard lock(device_mutex());
   Stream& stream = at(id);
   stream.clock.join(host_clock);
-  auto point = std::make_shared<Point>(Point{id, false, stream.clock});
+  auto point = std::make_shared<Point>(Point{id, !timing().has_values(), stream.clock, stream.free_at});
+  if (!timing().has_values()) return point;
   stream.queue.push_back({Work::Kind::record, nullptr, point, ""});
   return point;
 }
@@ -174,6 +184,8 @@ void wait_on(StreamId id, const PointPtr& point) {
   std::lock_guard lock(device_mutex());
   if (!point) return;  // of an event that was never recorded
   at(id).clock.join(point->clock);
+  at(id).free_at = std::max(at(id).free_at, point->done_at);
+  if (!timing().has_values()) return;
   at(id).queue.push_back({Work::Kind::wait, nullptr, point, ""});
 }
 
@@ -182,18 +194,25 @@ void host_has_seen(const Point& point) {
   host_clock.join(point.clock);
 }
 
+bool is_over(const PointPtr& point) {
+  std::lock_guard lock(device_mutex());
+  return !point || (point->is_done && point->done_at <= now());
+}
+
 bool query(const PointPtr& point) {
   std::lock_guard lock(device_mutex());
   if (!point) return true;
   progress();
-  if (point->is_done) host_has_seen(*point);
-  return point->is_done;
+  if (timing().is_on() && point->done_at <= now()) run_until_done(*point);
+  const bool is_seen = is_over(point);
+  if (is_seen) host_has_seen(*point);
+  return is_seen;
 }
 
 bool is_idle(StreamId stream) {
   std::lock_guard lock(device_mutex());
   progress();
-  return at(stream).queue.empty();
+  return timing().is_on() ? query(record(stream)) : at(stream).queue.empty();
 }
 
 void synchronize(const PointPtr& point) {
@@ -203,6 +222,7 @@ void synchronize(const PointPtr& point) {
     if (!point->is_done) run_until_done(*point);
     host_has_seen(*point);
   }
+  if (point->done_at > now()) sleep_until(point->done_at);
   report().require_no_failure();
 }
 
@@ -210,6 +230,19 @@ void synchronize_stream(StreamId stream) { synchronize(record(stream)); }
 
 void synchronize_device() {
   for (StreamId stream = 0; stream < kNumStreams; ++stream) synchronize_stream(stream);
+}
+
+void wait_for_room(StreamId id) {
+  Seconds until = 0;
+  {
+    std::lock_guard lock(device_mutex());
+    auto& launches = at(id).launches;
+    while (!launches.empty() && launches.front() <= now()) launches.pop_front();
+    if (launches.size() <= kMaxLaunches) return;
+    until = launches[launches.size() - kMaxLaunches];
+  }
+  report().host_waits("launch");
+  sleep_until(until);
 }
 
 size_t num_queued_kernels(StreamId stream) {

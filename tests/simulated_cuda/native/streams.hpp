@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "clock.hpp"
+#include "timing.hpp"
 
 namespace simulated_cuda {
 
@@ -23,6 +24,7 @@ struct Point {  // one recording of an event: the end of what a stream had queue
   StreamId stream = 0;
   bool is_done = false;
   Clock clock;
+  Seconds done_at = 0;  // where the device takes time
 };
 using PointPtr = std::shared_ptr<Point>;
 
@@ -49,16 +51,20 @@ StreamId next_stream();                             // of the pool
 
 // Queues a kernel that reads and writes these ranges; `run` does its work later, on the kernels' view of memory.
 void enqueue(StreamId stream, const std::string& name, const Ranges& reads, const Ranges& writes,
-             std::function<void()> run);
+             std::function<void()> run, const Cost& cost = {});
 
 PointPtr record(StreamId stream);
 void wait_on(StreamId stream, const PointPtr& point);  // what `stream` is given from now on runs after `point`
-bool query(const PointPtr& point);                     // null points are done
+bool is_over(const PointPtr& point);                   // null points are; asking lets nothing run
+bool query(const PointPtr& point);
 bool is_idle(StreamId stream);
 
 void synchronize(const PointPtr& point);
 void synchronize_stream(StreamId stream);
 void synchronize_device();
+
+// Where the device takes time: the host goes on when `stream` has room for what it launches next.
+void wait_for_room(StreamId stream);
 
 size_t num_queued_kernels(StreamId stream);
 
