@@ -1,4 +1,4 @@
-# make test | demo | lint | soak | soak-device | versions | bench | gpu | native-test | clean
+# make test | demo | examples | lint | soak | soak-device | versions | bench | gpu | native-test | clean
 # A fresh machine needs Python 3.10+, make and a C++ compiler; everything else goes into .venv. PYTHON=python3.12 picks another.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 NATIVE := $(shell find native -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: test demo lint soak soak-device versions bench gpu native-test clean
+.PHONY: test demo examples lint soak soak-device versions bench gpu native-test clean
 .DELETE_ON_ERROR:
 
 # The environment is built in steps, each with a stamp, so that nothing is installed twice.
@@ -68,6 +68,10 @@ soak-device: $(VENV)/.test $(VENV)/.simulated_cuda
 # and removed in .versions (6 GB of downloads each). VERSIONS="torch==2.9.1,lightning==2.6.6" tries other pairs.
 versions: $(VENV)/.test
 	$(PY) -m tests.soak.versions $(VERSIONS)
+
+# Each example in a fresh environment, by the commands of its own page. The one of DALI takes 600 MB more.
+examples: $(VENV)/.torch
+	$(PY) -m tests.soak.fresh_examples --torch '$(TORCH)' --folder .examples
 
 # Gemma 3 270M on Shakespeare: all weights, 30 steps, then a new process goes on from the checkpoint for 3 more.
 DEMO_ARGS := --model $(DEMO)/gemma-3-270m --text $(DEMO)/shakespeare.txt --out $(DEMO)/out --json $(DEMO)/results.jsonl \
@@ -135,4 +139,4 @@ native-test:
 	ctest --test-dir build/native --output-on-failure
 
 clean:
-	rm -rf $(VENV) $(DEMO) .versions build dist
+	rm -rf $(VENV) $(DEMO) .versions .examples build dist

@@ -173,13 +173,14 @@ class Figures:
     """What one run measured."""
 
     num_params: int
+    num_trained_params: int
     logits_nbytes: int  # of one batch, in float32
     tokens_per_step: int
     num_steps: int  # of this process
     step_s: float
     io: IoCount | None  # per step
     losses: list[float]  # one per step from the very first
-    held_out: list[tuple[int, list[float]]]  # after so many steps: one loss per window, the same windows each time
+    held_out: list[tuple[int, list[float]]]  # after so many steps: one loss per sample, the same samples each time
     memory_at_start: MemoryPeak  # after imports, before the model
     memory_peak: MemoryPeak
     checkpoint: Path
@@ -192,7 +193,7 @@ class Figures:
         moved = "-" if self.io is None else f"{self.io.read_nbytes / GB:.2f} GB / {self.io.written_nbytes / GB:.2f} GB"
         peak, start = self.memory_peak, self.memory_at_start
         rows = {f"held-out loss after {step} steps": str(Mean.of(losses)) for step, losses in self.held_out}
-        rows["fall, window by window"] = str(Mean.of([a - b for a, b in zip(first, last, strict=True)]))
+        rows["fall, sample by sample"] = str(Mean.of([a - b for a, b in zip(first, last, strict=True)]))
         if num_before:
             rows["training loss before the checkpoint"] = " ".join(shown[max(0, num_before - 8) : num_before])
         rows |= {
@@ -202,7 +203,8 @@ class Figures:
             "peak anonymous memory": f"{peak.anonymous_nbytes / GB:.2f} GB"
             f" (of it {start.anonymous_nbytes / GB:.2f} GB interpreter and libraries)",
             "peak file-mapped pages": f"{peak.file_nbytes / GB:.2f} GB (the kernel may take them back)",
-            "plain AdamW would need": f"{16 * self.num_params / GB:.2f} GB (16 B per parameter)"
+            "plain AdamW would need": f"{(4 * self.num_params + 12 * self.num_trained_params) / GB:.2f} GB"
+            " (4 B per parameter, 12 more where it is trained)"
             f" + {2 * self.logits_nbytes / GB:.2f} GB (logits and their gradient) + layer activations",
             "checkpoint": str(self.checkpoint),
         }

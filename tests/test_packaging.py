@@ -85,7 +85,8 @@ def test_the_metadata_says_what_somebody_needs_to_know(metadata: Message) -> Non
             extras[found[1]].append(named(requirement))
     assert extras["dali"] == ["nvidia_dali_cuda130"]
     assert (extras["cli"], extras["metrics"]) == (["jsonargparse"], ["torchmetrics"])
-    assert "pytest" in extras["test"]
+    assert {"transformers", "peft", "pillow"} <= set(extras["examples"])
+    assert {"pytest", "lightning_ssd"} <= set(extras["test"])
 
 
 def test_the_page_has_no_link_that_is_dead_elsewhere(metadata: Message) -> None:

@@ -93,10 +93,11 @@ def build_sdist(folder: Path) -> Path:
 
 
 def copy_tests(folder: Path) -> Path:
-    """The tests without the package, so that they import the one that is installed."""
+    """The tests, and the pages whose code they run, without the package: so they import the one that is installed."""
     tree = folder / "tree"
     shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("tests", "docs"):
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)
     return tree
 
