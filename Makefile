@@ -98,13 +98,16 @@ BENCH_DIR := $(or $(LIGHTNING_SSD_PATH),$(DEMO)/bench)
 BENCH := $(PY) -m tests.benchmarks.bench_
 # A batch whose inputs of blocks exceed host_memory, beside plain Lightning.
 PAST_MEMORY := --sizes 124m --host-memory 256MiB --batch 12 --seq 768 --vocab 512 --precision bf16-mixed --plain
+# 1.3 B parameters, 4,096 tokens a step, compute on the simulated device that takes time: 20 GB of disk.
+TIMED := --device timed --size 1.3b --batch 4 --seq 1024 --host-memory 2GiB --steps 7 --warmup 3
 
 bench: export GOMP_SPINCOUNT = 1000
-bench: $(VENV)/.test
+bench: $(VENV)/.test $(VENV)/.simulated_cuda
 	mkdir -p $(BENCH_DIR)
 	$(BENCH)io $(BENCH_DIR) --out docs/results/io.jsonl
 	$(BENCH)kernels --out docs/results/kernels.jsonl
 	$(BENCH)step $(BENCH_DIR) --out docs/results/step.jsonl
+	$(BENCH)step $(BENCH_DIR) $(TIMED) --out docs/results/step_timed.jsonl
 	$(if $(DEEPSPEED_PYTHON),$(BENCH)peers $(BENCH_DIR) --out docs/results/peers.jsonl,@echo 'no peers: DEEPSPEED_PYTHON is not set')
 	$(BENCH)memory $(BENCH_DIR) --out docs/results/memory.jsonl
 	$(BENCH)memory $(BENCH_DIR) $(PAST_MEMORY) --out docs/results/memory.jsonl

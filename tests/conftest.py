@@ -76,7 +76,9 @@ def _held() -> _Held:
 
 
 def _threads() -> dict[int, str]:
-    python_names = {thread.native_id: f"{type(thread).__name__} {thread.name}" for thread in threading.enumerate()}
+    # A thread of torch's that has run Python code is known there too, as a dummy.
+    own = (thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread))
+    python_names = {thread.native_id: f"{type(thread).__name__} {thread.name}" for thread in own}
     threads = {}
     for task in os.listdir("/proc/self/task"):
         name = python_names.get(int(task)) or f"native, {_read(f'/proc/self/task/{task}/comm')}"

@@ -9,12 +9,19 @@ and backward are the compute pieces), the update kernel alone, and ours with ove
 with a disk probe by our engine before and after each; at last plain with checkpointing while a thread moves the bytes
 of ours, since disk and compute slow each other down where they share cores and memory. Efficiencies are of one round;
 figures are medians over rounds.
+
+    python -m tests.benchmarks.bench_step DIRECTORY --device timed [--size 1.3b] [--batch 4] [--seq 1024]
+
+Compute is elsewhere, as on a GPU: on the simulated device, which spends time by what kernels and copies cost and takes
+no core. Tokens are given, and its speed is chosen such that the disk, neither, or compute is the slowest piece. The
+disk is paced to a share of its own measured rates. Values are zeros.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -26,7 +33,7 @@ from lightning_ssd.sizes import parse_nbytes
 from tests.benchmarks import bounds
 from tests.benchmarks.bounds import FirstUnit, Moved, Pieces, Rates
 from tests.benchmarks.disk import Scratch, scratch
-from tests.benchmarks.gpt import SEQ, SIZES
+from tests.benchmarks.gpt import SEQ, SIZES, numel
 from tests.benchmarks.step_worker import Job
 from tests.benchmarks.support import emit, facts, in_own_session, median, run_json, say
 
@@ -41,6 +48,9 @@ BOUNDED = ("overlap", "gated")
 # Bytes that an update reads for each byte that it writes: master and two moments in, these and a bf16 copy out.
 READ_PER_WRITTEN = {"bf16-true": 12 / 14}
 MAX_BATCH = 32
+# The timed device: the proportions of a large GPU, whose speed is scaled; PCIe 4.
+OPERATIONS, MEMORY, PINNED, PAGEABLE, LAUNCH_S = 400e12, 2.5e12, 25e9, 8e9, 4e-6
+FIRST_SCALE = 0.05
 Line = dict[str, Any]
 
 
@@ -61,9 +71,19 @@ def main() -> None:
     parser.add_argument("--fits-memory", default="8GiB", help="budget of fits")
     parser.add_argument("--fits-tokens", type=int, default=1024)
     parser.add_argument("--probe-nbytes", default="1GiB")
+    parser.add_argument("--device", choices=["cpu", "timed"], default="cpu")
+    parser.add_argument("--batch", type=int, default=4, help="timed: sequences in a step")
+    parser.add_argument("--seq", type=int, default=1024, help="timed: tokens in a sequence")
+    parser.add_argument(
+        "--disk-share", type=float, default=0.6, help="timed: of its measured rates, that it is paced to"
+    )
+    parser.add_argument("--gpu-memory", default="24GiB", help="timed: of the device")
+    parser.add_argument("--device-memory", default="auto", help="timed: the strategy's setting")
     parser.add_argument("--out", help="append the lines to this file")
     args = parser.parse_args()
     in_own_session()
+    if args.device == "timed":
+        return on_timed_device(args)
     base = Job("ours", args.size, args.precision, 1, SEQ, args.steps, args.warmup, args.threads, str(args.directory))
     with scratch(args.directory, parse_nbytes(args.probe_nbytes)) as file:
         for config in args.configs:
@@ -179,6 +199,54 @@ def against_bound(result: Line, way: str, rates: dict[str, float], pieces: Piece
     }
 
 
+def on_timed_device(args: argparse.Namespace) -> None:
+    """A line for each configuration but fits, with compute on the simulated device that takes time."""
+    with scratch(args.directory, parse_nbytes(args.probe_nbytes)) as file:
+        measured = file.rates()
+    rates = {f"{name}_gbps": args.disk_share * measured[name] for name in ("read", "write")}
+    settings = {"host_memory": args.host_memory, "device_memory": args.device_memory}
+    timed = functools.partial(timed_rates, rates, parse_nbytes(args.gpu_memory))
+    job = Job("ours", args.size, "bf16-true", args.batch, args.seq, args.steps, args.warmup, args.threads, "", None)
+    job = dataclasses.replace(job, path=str(args.directory), options=settings, timed=timed(FIRST_SCALE))
+    short = dataclasses.replace(job, steps=4, warmup=2)
+    kernel, compute_s = run(job, system="kernel"), run(short, system="plain-recompute")["compute_s"]
+    moved = moved_by(run(short, timed=timed(1.0)))
+    disk_s = Rates(**rates).disk_s(moved.read_nbytes, moved.written_nbytes)
+    for config in args.configs:
+        if config == "fits":
+            continue
+        scale = FIRST_SCALE * compute_s / (COMPUTE_PER_DISK[config] * disk_s)
+        line = {"benchmark": "step_timed", "config": config, **facts(args.directory), "disk_share": args.disk_share}
+        line |= {"num_params": numel(args.size, seq=args.seq), "formulas": bounds.FORMULAS, "disk_rates": measured}
+        line |= one_timed_round(dataclasses.replace(job, timed=timed(scale)), kernel, rates)
+        emit(line, args.out)
+
+
+def timed_rates(disk: dict[str, float], device_nbytes: int, scale: float) -> dict[str, float]:
+    """Of a device so many times as fast as a large GPU, beside a disk of these rates."""
+    speed = {"operations": scale * OPERATIONS, "memory": scale * MEMORY}
+    return {**speed, "pinned": PINNED, "pageable": PAGEABLE, "launch": LAUNCH_S, "device_nbytes": device_nbytes, **disk}
+
+
+def one_timed_round(job: Job, kernel: Line, rates: dict[str, float]) -> Line:
+    """Both ways against the pieces."""
+    alone = run(job, system="plain-recompute")
+    pieces = Pieces(alone["forward_s"], alone["backward_s"], alone["compute_s"], kernel["update_s"])
+    ours = {}
+    for way in BOUNDED:
+        result = run(job, **OURS[way])
+        told = {key: result[key] for key in ("engines", "host_waits", "num_counted", "num_steps", "trace")}
+        ours[way] = against_bound(result, way, rates, pieces, job.precision) | told
+    return {
+        "job": dataclasses.asdict(job),
+        "pieces": dataclasses.asdict(pieces),
+        "efficiency": {way: ours[way]["bound_s"] / ours[way]["step_s"] for way in BOUNDED},
+        "strict_efficiency": {way: ours[way]["strict_bound_s"] / ours[way]["step_s"] for way in BOUNDED},
+        "step_s": {way: ours[way]["step_s"] for way in BOUNDED} | {"plain-recompute": alone["step_s"]},
+        "ours": ours,
+    }
+
+
 def choose_tokens(job: Job, file: Scratch, compute_per_disk: float) -> Job:
     """The job with as many tokens a step as make compute that multiple of disk time, by short runs of both."""
     short = dataclasses.replace(job, steps=5)
@@ -208,7 +276,8 @@ def run(job: Job, *, options: Line | None = None, **changes: Any) -> Line:
     """Run the job, changed, in a process of its own."""
     job = dataclasses.replace(with_options(job, **(options or {})), **changes)
     say(f"step: {job.system}, {job.batch} x {job.seq} tokens, clip {job.clip}, {job.options}")
-    return run_json([sys.executable, "-m", "tests.benchmarks.step_worker", json.dumps(dataclasses.asdict(job))])
+    worker = "step_worker" if job.timed is None else "timed_worker"
+    return run_json([sys.executable, "-m", f"tests.benchmarks.{worker}", json.dumps(dataclasses.asdict(job))])
 
 
 def moved_by(result: Line) -> Moved:

@@ -15,7 +15,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +57,7 @@ class Job:
         path: ``nvme_path``.
         options: Further settings of the strategy.
         beside: Bytes that a thread reads and writes in each forward and backward, whatever these do.
+        timed: Rates of the simulated device that takes time; the job is `timed_worker`'s then.
     """
 
     system: str
@@ -71,17 +72,24 @@ class Job:
     clip: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     beside: tuple[float, float] | None = None
+    timed: dict[str, float] | None = None
 
 
 class Clock(pl.Callback):
-    """Overrides no hook that would make gradients visible, since that would change what is timed."""
+    """Overrides no hook that would make gradients visible, since that would change what is timed.
 
-    def __init__(self, stats: Callable[[], IOStats] | None = None) -> None:
+    ``waits``: each mark is when the device has done what was queued, so that phases add up.
+    """
+
+    def __init__(self, stats: Callable[[], IOStats] | None = None, *, waits: bool = False) -> None:
         self.stats = stats
+        self.waits = waits
         self.marks: dict[str, list[float]] = {}
         self.moved: dict[str, list[IOStats]] = {}
 
     def mark(self, name: str) -> None:
+        if self.waits:
+            torch.cuda.synchronize()
         if self.stats is not None:
             self.moved.setdefault(name, []).append(self.stats())
         self.marks.setdefault(name, []).append(time.perf_counter())
@@ -137,16 +145,16 @@ def main() -> None:
     warnings.simplefilter("ignore")
     job = Job(**json.loads(sys.argv[1]))
     torch.set_num_threads(job.threads)
-    result = time_kernel(job) if job.system == "kernel" else train(job)
+    result = time_kernel(job) if job.system == "kernel" else train(job, make_strategy(job))
     sys.stdout.write(json.dumps({"job": dataclasses.asdict(job), **result}) + "\n")
 
 
-def train(job: Job) -> dict[str, Any]:
-    strategy: Any = "auto"
-    clock: Clock = PlainClock()
-    if job.system == "ours":
-        strategy = lightning_ssd.SSDOffloadStrategy(nvme_path=job.path, **job.options)
-        clock = Clock(strategy.stats)
+def make_strategy(job: Job) -> Any:
+    return lightning_ssd.SSDOffloadStrategy(nvme_path=job.path, **job.options) if job.system == "ours" else "auto"
+
+
+def train(job: Job, strategy: Any, further: Sequence[pl.Callback] = ()) -> dict[str, Any]:
+    clock = Clock(strategy.stats) if job.system == "ours" else PlainClock(waits=job.timed is not None)
     pl.seed_everything(0, verbose=False)
     fused = job.clip is None  # Lightning does not clip for a fused optimizer in mixed precision
     module = Module(job.size, fused=fused, seq=job.seq, recompute=job.system == "plain-recompute")
@@ -157,13 +165,14 @@ def train(job: Job) -> dict[str, Any]:
             precision=job.precision,
             gradient_clip_val=job.clip,
             max_steps=job.steps,
-            callbacks=[*callbacks, clock],
+            callbacks=[*further, *callbacks, clock],
+            accelerator="cpu" if job.timed is None else "gpu",
         )
         trainer.fit(module, batches(job.steps, job.batch, job.seq))
     counted = slice(job.warmup, job.steps - 1)
     begins = clock.marks["begin"]
     steps = [b - a for a, b in itertools.pairwise(begins)][counted]
-    result: dict[str, Any] = {"step_s": median(steps), "steps_s": steps, "losses": module.losses}
+    result: dict[str, Any] = {"step_s": median(steps), "steps_s": steps, "losses": module.losses, "begins_s": begins}
     result["peak_rss_nbytes"] = _peak_rss_nbytes()
     if job.system == "ours":
         session = strategy.session

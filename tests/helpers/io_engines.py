@@ -15,6 +15,8 @@ from lightning_ssd.io.native_engines import make_posix_engine, make_uring_engine
 from lightning_ssd.io.python_engine import PythonEngine
 from lightning_ssd.io.select import make_engine, native_is_built
 from lightning_ssd.sizes import round_up
+from tests.benchmarks.bounds import Rates
+from tests.benchmarks.paced import PacedEngine
 from tests.helpers.docs import engine_of_the_docs
 from tests.helpers.faulty import Fault, FaultyEngine, Operation
 
@@ -35,6 +37,7 @@ ENGINES: dict[str, MakeEngine] = {
     "posix": lambda options: make_posix_engine(options, reason="a test"),
     "uring": lambda options: make_uring_engine(options, reason="a test"),
     "faulty": _delayed,
+    "paced": lambda options: PacedEngine(PythonEngine(options), Rates(read_gbps=0.1, write_gbps=0.1)),
     "docs": lambda options: engine_of_the_docs()(options),  # the example of docs/design/extending.md
 }
 
