@@ -22,7 +22,7 @@ def summary(session: Session) -> str:
     if session.optimizers and any(unit.dtype in (torch.bfloat16, torch.float16) for unit in session.units):
         keeps = session.settings.keep_master
         how = "on float32 masters" if keeps else "themselves (no float32 master)"
-        lines.append(f"  16-bit parameters: updated {how}")
+        lines.append(f"  16-bit parameters: updated {how}; master={session.settings.master!r}")
     if session.optimizers and session.settings.device.type == "cpu" and _spins() and not plan.fits:
         lines.append(
             "  hint: compute threads spin while they wait for each other, and take CPU time from updates; set "
