@@ -16,6 +16,7 @@ ORDER = (
     "memory",
     "codec",
     "store",
+    "cut",
     "units",
     "optim activations",
     "step",
