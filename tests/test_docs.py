@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ssd.checkpoint import save
 from lightning_ssd.convert import importing
 from lightning_ssd.optim import pipeline
 from lightning_ssd.optim.rules import NATIVE_RULES
@@ -27,7 +26,13 @@ PACKAGE = ROOT / "lightning_ssd"
 DESIGN = {page.name: page.read_text() for page in sorted((DOCS / "design").glob("*.md"))}
 
 # What the page about extending replaces, to extend the package from outside.
-CHANGED = [(session, "make_engine"), (pipeline, "float32"), (save, "float32"), (importing, "open_source")]
+CHANGED = [
+    (session, "make_engine"),
+    (pipeline, "float32"),
+    (write, "float32"),
+    (manifest_json, "CODECS"),
+    (importing, "open_source"),
+]
 
 REFERENCE = re.compile(r"`([\w./]+\.(?:py|cpp|hpp|pyi))(?:::([\w.]+))?`")
 CALLS = re.compile(r"^```calls\n(.*?)^```$", re.MULTILINE | re.DOTALL)

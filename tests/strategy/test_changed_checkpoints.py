@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import MANIFEST
 from lightning_ssd.checkpoint.manifest_json import seal
@@ -141,12 +142,16 @@ def run(
     rest, trainer = go(make(), 8, path)
     tested = Net(*change)
     make_trainer(folder, make()).test(tested, data, ckpt_path=str(path), verbose=False)
-    if path.is_dir():
+    paths = [path]
+    if mark_of(str(path)) is not None:
         with CheckpointReader(path) as reader:
             reader.verify()
         consolidate(path, folder / "exported.ckpt")
-        path = folder / "exported.ckpt"
+        paths.append(folder / "exported.ckpt")
     plain, _ = go("auto", 8, path)
+    for other in paths[1:]:
+        again, _ = go("auto", 8, other)
+        assert (again.losses, again.keys) == (plain.losses, plain.keys)
     values = {name: value.detach().clone() for name, value in rest.state_dict().items()}
     return [first.losses, rest.losses, rest.keys, tested.losses, plain.losses, plain.keys, values]
 
