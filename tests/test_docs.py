@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ssd.checkpoint import manifest_json
 from lightning_ssd.convert import importing
 from lightning_ssd.optim import pipeline
 from lightning_ssd.optim.rules import NATIVE_RULES
+from lightning_ssd.saving import write
 from lightning_ssd.strategy import session
 from lightning_ssd.strategy.settings import Options, argument_docs
 from tests.helpers.docs import DOCS, runnable_blocks

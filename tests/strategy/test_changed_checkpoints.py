@@ -206,7 +206,7 @@ def test_verify_finds_a_checkpoint_that_lacks_state(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, streamed(), max_steps=1)
     trainer.fit(Net(), DataLoader(DATA, 4))
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
-    path = tmp_path / "saved.ckpt" / MANIFEST
+    path = tmp_path / "saved.ckpt.links" / MANIFEST
     text = path.read_bytes().replace(b'"kind":"exp_avg_sq"', b'"kind":"exp_avg_qs"')
     begin = text.index(b'"crc32c":"') + 10
     path.write_bytes(seal(text[:begin] + b"00000000" + text[begin + 8 :]))
