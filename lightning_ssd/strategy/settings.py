@@ -60,7 +60,8 @@ class Options:
         io: Disk transport: ``engine``, ``depth``, ``block_nbytes``, ``num_threads``, ``direct``, ``deadline_s``.
         keep_store: Leave the live store on disk when the run ends.
         checkpoint: ``"file"``: one file, as plain Lightning saves it, for whatever opens a ``.ckpt``; it has all bytes,
-            so a save takes the time to write them. ``"links"``: a directory of hard links, saved at no cost.
+            so a save takes the time to write them. ``"links"``: a small file and a folder of hard links beside it,
+            saved at no cost.
             ``"auto"``: a file while parameters and optimizer state are below 1 GiB.
 
     Raises:
