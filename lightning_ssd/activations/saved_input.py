@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_ssd.activations.spill_io import SpillState
+from lightning_ssd.activations.spill_state import SpillState
+from lightning_ssd.device.streams import Event
 from lightning_ssd.sizes import KiB, round_up
 from lightning_ssd.store.layout import MEMORY_ALIGNMENT
 
@@ -109,15 +110,17 @@ class SavedInput:
         has_values: Whether they are.
         is_shared: It is an input of more than one frame.
         state: The memory and disk space that it has; outlives it.
+        made: By then compute has made the values; None on the host.
         storage: Its storage, held weakly.
     """
 
-    def __init__(self, unit: str, tensor: Tensor) -> None:
+    def __init__(self, unit: str, tensor: Tensor, made: Event | None = None) -> None:
         self.unit = unit
         self.layout = TensorLayout.of(tensor)
         self.values = tensor.detach()
         self.has_values = True
         self.is_shared = False
+        self.made = made
         self.state = SpillState()
         self._version = None if tensor.is_inference() else tensor._version
         # While this lives, no other storage gets the same number.

@@ -5,116 +5,20 @@ Every transfer is checked, and neither memory nor disk space is returned while a
 
 from __future__ import annotations
 
-import ctypes
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from functools import partial
 
-import torch
-from torch import Tensor
-
+from lightning_ssd.activations.late_writes import LateWrite, LateWrites
 from lightning_ssd.activations.spill_files import Extent, SpillFiles
+from lightning_ssd.activations.spill_state import HostBuffer, PieceTransfer, SpillState
+from lightning_ssd.device.streams import Streams
 from lightning_ssd.errors import DeadlineError, IOFailure, SSDOffloadError
 from lightning_ssd.io.engine import Engine, Transfer
-from lightning_ssd.kernels.api import crc32c
 from lightning_ssd.memory.budget import SharedBudget
-from lightning_ssd.memory.device_copies import DeviceCopies
-from lightning_ssd.memory.pool import Buffer, Pool
-from lightning_ssd.sizes import BLOCK_NBYTES
+from lightning_ssd.memory.pool import Pool
 from lightning_ssd.trace.recorder import Lane, Trace
-
-
-class HostBuffer:
-    """Host memory of whole blocks: of a pool, for a piece; or of its own, for all aligned bytes of a saved input.
-
-    Args:
-        nbytes: Its size, a multiple of 4096.
-        lent: The pool that it comes from and goes back to, and its buffer there; None to allocate it.
-        is_counted: It counts against the budget.
-
-    Attributes:
-        bytes: 1D uint8, 4096-aligned.
-        is_counted: As given.
-    """
-
-    def __init__(self, nbytes: int, *, lent: tuple[Pool, Buffer] | None = None, is_counted: bool = False) -> None:
-        self._lent = lent
-        self._copied: torch.cuda.Event | None = None  # of a copy to or from a device that may still run
-        self.is_counted = is_counted
-        if lent is not None:
-            self.bytes = lent[1].tensor(0, torch.uint8, (nbytes,))
-        else:
-            raw = torch.empty(nbytes + BLOCK_NBYTES, dtype=torch.uint8, device="cpu")
-            begin = -raw.data_ptr() % BLOCK_NBYTES
-            self.bytes = raw[begin : begin + nbytes]
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return self.bytes.numel()
-
-    def checksum(self, initial: int) -> int:
-        """CRC32C of its bytes, continued from ``initial``, that of the bytes before."""
-        return crc32c(self.bytes.data_ptr(), self.nbytes, initial)
-
-    def fill(self, begin: int, data: Tensor, data_begin: int, copies: DeviceCopies) -> None:
-        """Copy the aligned bytes from index ``begin`` on into it; ``data``, on any device, starts at ``data_begin``."""
-        first = max(begin, data_begin)
-        last = min(begin + self.nbytes, data_begin + data.numel())
-        part = data[first - data_begin : last - data_begin]
-        self._copied = copies.to_host(part, self.bytes[first - begin : last - begin])
-        ctypes.memset(self.bytes.data_ptr(), 0, first - begin)
-        ctypes.memset(self.bytes.data_ptr() + last - begin, 0, begin + self.nbytes - last)
-
-    def copy_to(self, data: Tensor, copies: DeviceCopies) -> None:
-        """Copy all of it to ``data``, which is 1D uint8 on any device."""
-        self._copied = copies.to_device(self.bytes, data)
-
-    def wait_for_copy(self) -> None:
-        """Wait until the last copy is done: before, neither the disk nor a new owner may have the memory."""
-        if self._copied is not None:
-            self._copied.synchronize()  # sync: waits for the copy stream
-            self._copied = None
-
-    def release(self) -> None:
-        """Free it, or return it to its pool. No transfer on it may be in flight."""
-        self.wait_for_copy()
-        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
-        if self._lent is not None:
-            pool, buffer = self._lent
-            self._lent = None
-            pool.give_back(buffer)
-
-
-@dataclass(eq=False)
-class PieceTransfer:
-    """A transfer between a buffer and the part of an extent that starts ``begin`` bytes into it."""
-
-    extent: Extent
-    begin: int
-    buffer: HostBuffer
-    transfer: Transfer
-    is_write: bool
-
-
-@dataclass(eq=False)
-class SpillState:
-    """Memory and disk space that a saved input has. It outlives the input, so that both can be returned.
-
-    Attributes:
-        counted_nbytes: What its own values in memory count against the budget.
-        extent: Where its aligned bytes were written to, or are being written.
-        host_copy: Its aligned bytes in host memory.
-        host_copy_read: The read that fills ``host_copy``, until it is over.
-        pieces: Reads ahead of the first pieces, each into a buffer of the pool.
-    """
-
-    counted_nbytes: int = 0
-    extent: Extent | None = None
-    host_copy: HostBuffer | None = None
-    host_copy_read: PieceTransfer | None = None
-    pieces: list[PieceTransfer] = field(default_factory=list)
 
 
 class SpillIO:
@@ -124,6 +28,8 @@ class SpillIO:
         engine: Moves the bytes.
         files: Disk space.
         pool: Lends buffers for pieces.
+        images: Lends the counted memory, registered with the device; None allocates it.
+        streams: Copies between host buffers and the device.
         budget: Bounds the counted memory of saved inputs.
         verify: Compute a checksum of what is written.
         trace: Gets the transfers, and the waits for them.
@@ -131,37 +37,57 @@ class SpillIO:
     Attributes:
         budget: As given.
         writing_nbytes: Counted memory that is being written.
-        copies: Copies between host buffers and the device.
+        streams: As given.
         verify: As given.
         read_ahead: States with pieces that were read ahead, the last started last.
     """
 
     def __init__(
-        self, engine: Engine, files: SpillFiles, pool: Pool, *, budget: SharedBudget, verify: bool, trace: Trace
+        self,
+        engine: Engine,
+        files: SpillFiles,
+        pool: Pool,
+        *,
+        images: Pool | None,
+        streams: Streams,
+        budget: SharedBudget,
+        verify: bool,
+        trace: Trace,
     ) -> None:
         self.budget = budget
         self.writing_nbytes = 0
-        self.copies = DeviceCopies()
+        self.streams = streams
         self.verify = verify
         self.read_ahead: dict[SpillState, None] = {}
         self._trace = trace
         self._engine = engine
         self._files = files
         self._pool = pool
+        self._images = images
+        self._late_writes = LateWrites()
+        self._copying: deque[HostBuffer] = deque()  # released while a copy was under way, the oldest first
         self._writes: deque[PieceTransfer] = deque()  # in flight, the oldest first
         self._abandoned: list[PieceTransfer] = []  # in flight, and nobody waits for them
         self._ended_extents: list[Extent] = []  # to be returned once nothing is in flight on them
 
     def try_counted_buffer(self, nbytes: int) -> HostBuffer | None:
         """Memory of the budget for all aligned bytes of an input; None if there is no room now."""
+        self._collect_copied()
         limit = self.budget.saved_inputs_limit_nbytes
         if limit is not None and self.budget.held_saved_inputs_nbytes + nbytes > limit:
             return None
+        lent = None
+        if self._images is not None:
+            image = self._images.try_lend(nbytes, "a saved input")
+            if image is None:
+                return None
+            lent = self._images, image
         self.budget.held_saved_inputs_nbytes += nbytes
-        return HostBuffer(nbytes, is_counted=True)
+        return HostBuffer(nbytes, lent=lent, is_counted=True)
 
     def try_pool_buffer(self, nbytes: int, unit: str) -> HostBuffer | None:
         """Memory of the pool for a piece; None if there is none now."""
+        self._collect_copied()
         buffer = self._pool.try_lend(nbytes, f"an input of unit {unit!r}")
         return None if buffer is None else HostBuffer(nbytes, lent=(self._pool, buffer))
 
@@ -172,6 +98,8 @@ class SpillIO:
 
     def _make_room(self) -> bool:
         """Return a buffer to the pool; False if nothing that has one will end."""
+        if self.finish_copy():
+            return True
         if self._writes:
             self.finish(self._writes.popleft())
             return True
@@ -180,10 +108,26 @@ class SpillIO:
         return self.drop_abandoned()
 
     def release(self, buffer: HostBuffer) -> None:
-        """Return memory on which no transfer is in flight."""
+        """Return memory on which no transfer is in flight, as soon as it is idle."""
+        if not buffer.is_idle:
+            self._copying.append(buffer)
+            return
         if buffer.is_counted:
             self.budget.held_saved_inputs_nbytes -= buffer.nbytes
         buffer.release()
+
+    def finish_copy(self) -> bool:
+        """Wait for the copy of the first of released buffers that are not idle; False if there is none."""
+        if not self._copying:
+            return False
+        buffer = self._copying.popleft()
+        buffer.wait_for_copy()
+        self.release(buffer)
+        return True
+
+    def _collect_copied(self) -> None:
+        while self._copying and self._copying[0].is_idle:
+            self.release(self._copying.popleft())
 
     def release_host_copy(self, state: SpillState) -> None:
         """Return the host copy of ``state``, if it has one."""
@@ -208,10 +152,12 @@ class SpillIO:
             self._files.give_back(extent)
 
     def write(self, extent: Extent, begin: int, buffer: HostBuffer) -> None:
-        """Start to write a piece; its memory is returned when it is written. Pieces of an extent come in order."""
-        buffer.wait_for_copy()
-        if self.verify:
-            extent.checksum = buffer.checksum(extent.checksum)
+        """Start to write a piece; its memory is returned when it is written. Pieces of an extent come in order.
+
+        A piece that is on its way from the device is written when it is there; nobody waits for that here.
+        """
+        if buffer.copied is None:
+            self._checksum(extent, buffer)
         self._writes.append(self._start(extent, begin, buffer, is_write=True))
         extent.num_writes += 1
         if buffer.is_counted:
@@ -223,17 +169,31 @@ class SpillIO:
         extent.num_reads += 1
         return piece
 
+    def _checksum(self, extent: Extent, buffer: HostBuffer) -> None:
+        if self.verify:
+            extent.checksum = buffer.checksum(extent.checksum)
+
     def _start(self, extent: Extent, begin: int, buffer: HostBuffer, *, is_write: bool) -> PieceTransfer:
-        start = self._engine.write if is_write else self._engine.read
+        start = partial(self._begin_transfer, extent, begin, buffer, is_write)
         try:
-            address = buffer.bytes.data_ptr()
-            transfer = start(extent.file, extent.offset + begin, address, buffer.nbytes, keep=buffer.bytes)
+            if is_write and buffer.copied is not None:
+                transfer: Transfer = self._late_writes.add(LateWrite(buffer.copied, start))
+            else:
+                transfer = start()
         except BaseException:
             self.release(buffer)
             raise
         lane = Lane.WRITE if is_write else Lane.READ
         self._trace.follow(lane, "saved input", extent.unit, buffer.nbytes, transfer)
         return PieceTransfer(extent, begin, buffer, transfer, is_write)
+
+    def _begin_transfer(self, extent: Extent, begin: int, buffer: HostBuffer, is_write: bool) -> Transfer:
+        """Give a piece to the engine; of a late write, on the thread that has waited for it."""
+        if is_write and buffer.copied is not None:
+            self._checksum(extent, buffer)
+        start = self._engine.write if is_write else self._engine.read
+        address = buffer.bytes.data_ptr()
+        return start(extent.file, extent.offset + begin, address, buffer.nbytes, keep=buffer.bytes)
 
     def finish(self, piece: PieceTransfer) -> None:
         """Wait for a transfer. The buffer of a read is the caller's afterwards, unless this raises.
@@ -320,14 +280,18 @@ class SpillIO:
             self.give_back_extent(extent)
         while self._writes and self._writes[0].transfer.done():
             self.finish(self._writes.popleft())
+        self._collect_copied()
 
     def close(self) -> None:
-        """Wait for all transfers, whether they succeed or not, and close the files."""
+        """Wait for all transfers and copies, whether they succeed or not, and close the files."""
         pieces = [*self._writes, *self._abandoned]
         self._writes.clear()
         self._abandoned.clear()
         for piece in pieces:
             self._drop(piece)
+        while self.finish_copy():
+            pass
+        self._late_writes.close()
         self._ended_extents.clear()
         self._files.close()
 

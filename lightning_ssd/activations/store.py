@@ -5,6 +5,9 @@ against the budget once nobody else holds its memory: writing what the caller or
 nothing. Over the budget, the inputs that backward needs last are written, so the oldest first. A recomputed frame
 gets tensors with the same values, strides and alignment, and by then the reads for the frames below it have started.
 The memory in use is at most the budget, the pool, and the inputs of the frame in work.
+
+Inputs on a device stay there while there is room, [Note: inputs on a device]; then they count by their copy on the
+host. The copy back for one frame is started when the frame before it is loaded.
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_ssd.activations.device_inputs import DeviceInputs, DeviceRoom
 from lightning_ssd.activations.reload import Reloader
 from lightning_ssd.activations.saved_input import SavedInput, can_save, key_of
 from lightning_ssd.activations.spill_files import Extent, SpillFiles
-from lightning_ssd.activations.spill_io import SpillIO, SpillState
+from lightning_ssd.activations.spill_io import SpillIO
+from lightning_ssd.activations.spill_state import HostBuffer, SpillState
+from lightning_ssd.device.streams import Event, Streams
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.engine import Engine
 from lightning_ssd.memory.budget import SharedBudget
@@ -69,8 +75,11 @@ class ActivationStore:
         files: Disk space.
         pool: Buffers for pieces of what does not fit into the budget: one at least, two or more to overlap.
         device: Where compute runs.
+        streams: Of that device.
+        room: Memory of the device for inputs that stay there.
         budget: Bounds the host memory of saved inputs; without a bound nothing is written.
         piece_nbytes: Size of a piece, a multiple of 4096.
+        images: Host memory within the budget that is registered with the device; None allocates it.
         verify: Compare what is read with checksums of what was written.
         trace: Gets the events ``spill``, ``preload`` and ``load``, and spans.
     """
@@ -82,14 +91,21 @@ class ActivationStore:
         pool: Pool,
         *,
         device: torch.device,
+        streams: Streams,
+        room: DeviceRoom,
         budget: SharedBudget,
         piece_nbytes: int,
+        images: Pool | None = None,
         verify: bool = False,
         trace: Trace,
     ) -> None:
         self._trace = trace
         self._budget = budget
-        self._io = SpillIO(engine, files, pool, budget=budget, verify=verify, trace=trace)
+        self._streams = streams
+        self._on_device = DeviceInputs(streams, room)
+        self._io = SpillIO(
+            engine, files, pool, images=images, streams=streams, budget=budget, verify=verify, trace=trace
+        )
         self._reloader = Reloader(self._io, piece_nbytes, trace)
         self._device = device
         self._piece_nbytes = piece_nbytes
@@ -113,7 +129,8 @@ class ActivationStore:
         """Save the values that ``tensors`` have now; a tensor of several frames is saved once."""
         with self._working():
             number = next(self._numbers)
-            frame = FrameInputs(self, number, [self._saved_input(unit, tensor) for tensor in tensors])
+            made = self._streams.mark() if any(map(self._is_off_host, tensors)) else None
+            frame = FrameInputs(self, number, [self._saved_input(unit, tensor, made) for tensor in tensors])
             self._frames[number] = weakref.ref(frame, lambda _: self._ended_frames.append(number))
             return frame
 
@@ -134,20 +151,24 @@ class ActivationStore:
             while self._budget.held_saved_inputs_nbytes > limit and io.finish_counted_write():
                 pass
 
-    def _saved_input(self, unit: str, tensor: Tensor) -> SavedInput:
+    def _is_off_host(self, tensor: Tensor) -> bool:
+        return self._streams.is_off_host(tensor.device)
+
+    def _saved_input(self, unit: str, tensor: Tensor, made: Event | None) -> SavedInput:
         key = key_of(tensor)
         saved = self._inputs.get(key)
         if saved is not None:
             saved.is_shared = True
             return saved
-        saved = self._inputs[key] = SavedInput(unit, tensor)
+        saved = self._inputs[key] = SavedInput(unit, tensor, made if self._is_off_host(tensor) else None)
         weakref.finalize(saved, self._ended_states.append, saved.state).atexit = False
         self._uncounted.append(weakref.ref(saved))
         return saved
 
     def _count_inputs(self) -> None:
-        """Count inputs that nobody else holds any more; copy those on a GPU to the host."""
+        """Count inputs that nobody else holds any more; those on a device leave it, or stay and do not count."""
         refs, self._uncounted = self._uncounted, []
+        on_device: list[tuple[SavedInput, int]] = []
         for ref in refs:
             saved = ref()
             if saved is None:
@@ -157,11 +178,14 @@ class ActivationStore:
                 self._uncounted.append(ref)
                 continue
             self._largest_nbytes = max(self._largest_nbytes, saved.layout.aligned_nbytes)
-            if self._io.copies.is_off_host(saved.layout.device):
-                self._copy_to_host(saved)
+            nbytes = saved.values.untyped_storage().nbytes() // num_ours
+            if self._is_off_host(saved.values):
+                on_device.append((saved, nbytes))
             else:
-                saved.state.counted_nbytes = saved.values.untyped_storage().nbytes() // num_ours
-                self._budget.held_saved_inputs_nbytes += saved.state.counted_nbytes
+                saved.state.counted_nbytes = nbytes
+                self._budget.held_saved_inputs_nbytes += nbytes
+        for saved in self._on_device.add(on_device, self._evict_from_device):
+            self._copy_to_host(saved)
 
     def _num_ours(self, saved: SavedInput) -> int:
         """Saved inputs that view the storage of ``saved``, itself included: such as two halves of one tensor."""
@@ -169,15 +193,24 @@ class ActivationStore:
             return 1
         return sum(s.has_values and s.storage.cdata == saved.storage.cdata for s in self._inputs.values())
 
+    def _evict_from_device(self) -> bool:
+        """Let the input go that is needed last of those that stay on the device; False if there is none."""
+        saved = next((s for s in reversed(self._by_need()) if s.has_values and s.state.device_nbytes), None)
+        if saved is None:
+            return False
+        self._copy_to_host(saved)
+        return True
+
     def _copy_to_host(self, saved: SavedInput) -> None:
         layout, io = saved.layout, self._io
         buffer = io.try_counted_buffer(layout.aligned_nbytes)
-        while buffer is None and (self._evict_one() or io.finish_counted_write()):
+        while buffer is None and (self._evict_one() or io.finish_counted_write() or io.finish_copy()):
             buffer = io.try_counted_buffer(layout.aligned_nbytes)
         if buffer is None:
             self._write_out(saved)
             return
-        buffer.fill(0, layout.bytes_of(saved.values), layout.begin, io.copies)
+        data = layout.bytes_of(saved.values)
+        self._on_device.leave(data, self._fill(buffer, 0, saved, data))
         saved.state.host_copy = buffer
         self._drop_values(saved)
 
@@ -231,21 +264,32 @@ class ActivationStore:
 
     def _write_values(self, saved: SavedInput, extent: Extent) -> None:
         layout, io = saved.layout, self._io
-        data, nbytes = layout.bytes_of(saved.values), layout.aligned_nbytes
+        nbytes, data = layout.aligned_nbytes, layout.bytes_of(saved.values)
         buffer = io.try_counted_buffer(nbytes)
         while buffer is None and self._slack_nbytes and io.finish_counted_write():
             buffer = io.try_counted_buffer(nbytes)
-        if buffer is not None:
-            buffer.fill(0, data, layout.begin, io.copies)
-            io.write(extent, 0, buffer)
-            return
-        for begin in range(0, nbytes, self._piece_nbytes):
-            piece = io.pool_buffer(min(self._piece_nbytes, nbytes - begin), saved.unit)
-            piece.fill(begin, data, layout.begin, io.copies)
-            io.write(extent, begin, piece)
+        copied: Event | None = None
+        try:
+            if buffer is not None:
+                copied = self._fill(buffer, 0, saved, data)
+                io.write(extent, 0, buffer)
+                return
+            for begin in range(0, nbytes, self._piece_nbytes):
+                piece = io.pool_buffer(min(self._piece_nbytes, nbytes - begin), saved.unit)
+                copied = self._fill(piece, begin, saved, data)
+                io.write(extent, begin, piece)
+        finally:
+            self._on_device.leave(data, copied)
+
+    def _fill(self, buffer: HostBuffer, begin: int, saved: SavedInput, data: Tensor) -> Event | None:
+        """Start to copy a part of ``data``, what is stored of ``saved``, to the host; returns the end of the copy."""
+        made = None if saved.layout.is_packed else saved.made  # what is packed was made just now
+        buffer.fill(begin, data, saved.layout.begin, self._streams, made)
+        return buffer.copied
 
     def _drop_values(self, saved: SavedInput) -> None:
         self._budget.held_saved_inputs_nbytes -= saved.state.counted_nbytes
+        self._on_device.end(saved.state)
         saved.drop_values()
 
     def load(self, frame: FrameInputs) -> list[Tensor]:
@@ -260,8 +304,10 @@ class ActivationStore:
 
     def _read_ahead(self, number: int) -> None:
         below = [n for n in reversed(self._frames) if n < number]
-        for n in below[:FRAMES_AHEAD]:
-            frame = self._frames[n]()
+        frames = [self._frames[n]() for n in below[:FRAMES_AHEAD]]
+        for saved in frames[0].inputs if frames and frames[0] is not None else ():
+            self._reloader.reload_ahead(saved)
+        for frame in frames:
             if frame is not None and not all([self._reloader.read_ahead(saved) for saved in frame.inputs]):
                 return
 
@@ -294,6 +340,7 @@ class ActivationStore:
                 return
             self.abort()
             self._is_closed = True
+            self._on_device.close()
             self._io.close()
 
     @contextmanager
@@ -312,6 +359,7 @@ class ActivationStore:
         while self._ended_states:
             state = self._ended_states.popleft()
             self._budget.held_saved_inputs_nbytes -= state.counted_nbytes
+            self._on_device.end(state)
             self._reloader.abandon(state)
             self._io.release_host_copy(state)
             if state.extent is not None:

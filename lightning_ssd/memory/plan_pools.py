@@ -34,6 +34,7 @@ class PlanPools:
         states: For optimizer states that the plan holds in memory, and on a GPU for parameters too.
         spill: For saved inputs on their way to the disk.
         grads: For gradients that come off a GPU; None on the CPU.
+        images: For saved inputs that come off a GPU; None on the CPU, where their own memory counts, or if none may.
         in_memory_params: For parameters that the plan holds in memory; None on a GPU. No engine pins it, so that forked
             processes have it.
     """
@@ -50,17 +51,19 @@ class PlanPools:
         }
         if is_off_host:
             sizes["gradient"] = plan.grad_nbytes
+        if is_off_host and plan.activation_nbytes:
+            sizes["saved input's image"] = plan.activation_nbytes
         self.arena = map_anonymous(sum(map(pool_nbytes, sizes.values())))
         # Where it is refused (a limit on locked memory), transfers cost more CPU time and work the same.
         engine.register_memory(address_of(self.arena), len(self.arena))
         self._pinned = Pinned(address_of(self.arena), len(self.arena), device) if is_off_host else None
-        begin, pools = 0, []
+        begin, pools = 0, {}
         for name, size in sizes.items():
-            pools.append(Pool(size, name, arena=self.arena, begin=begin))
+            pools[name] = Pool(size, name, arena=self.arena, begin=begin)
             begin += pool_nbytes(size)
-        self.params, self.updates, self.states, self.spill = pools[:4]
-        self.grads = pools[4] if is_off_host else None
-        self._all = [*pools, *([self.in_memory_params] if self.in_memory_params is not None else [])]
+        self.params, self.updates, self.states, self.spill = list(pools.values())[:4]
+        self.grads, self.images = pools.get("gradient"), pools.get("saved input's image")
+        self._all = [*pools.values(), *([self.in_memory_params] if self.in_memory_params is not None else [])]
 
     def pass_on(self) -> tuple[list[tuple[int, int]], str]:
         """Let a process that is forked next have parameters: those in use, and those held in memory; [Note: forks].

@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_ssd.memory.device_copies import DeviceCopies
+from lightning_ssd.device.streams import Event, Streams, WaitFor
 from lightning_ssd.memory.pool import Pool
-from lightning_ssd.units.device import Event
 
 
 class OffloadedGrad:
@@ -26,25 +25,27 @@ class OffloadedGrad:
     def wait(self) -> None:
         """Return when the tensor holds the gradient; any thread may ask."""
         if self._event is not None:
-            self._event.synchronize()  # sync: a copy from the device, and the compute before it
+            self._event.wait(WaitFor.GRAD)  # sync: a copy from the device, and the compute before it
 
 
 class GradOffloader:
     """Takes gradients off a device.
 
     Args:
+        streams: Makes the copies.
         pool: Their memory; None waits for each copy, into memory that torch allocates.
-        most_nbytes: Gradients that may be on their way. Each holds memory of the device until its copy is over, and the
-            host, which runs ahead of the device, would let them pile up.
-        copies: Makes the copies.
+        most_nbytes: Gradients that may be on their way. Each holds memory of the device until its copy is over; before
+            there are more of them, compute waits for the oldest copy, which the host does not.
     """
 
-    def __init__(self, pool: Pool | None = None, *, most_nbytes: int = 0, copies: DeviceCopies | None = None) -> None:
+    def __init__(self, streams: Streams, pool: Pool | None = None, *, most_nbytes: int = 0) -> None:
+        self._streams = streams
         self._pool = pool
         self._most_nbytes = most_nbytes
-        self._copies = DeviceCopies() if copies is None else copies
-        # With the memory: who drops a gradient that nobody wants does not wait for its copy, which would write later.
-        self._on_the_way: deque[tuple[Event, Tensor]] = deque()
+        # With the gradient, which the copy reads; and its memory: who drops a gradient that nobody wants does not wait
+        # for its copy, which would write later.
+        self._on_the_way: deque[tuple[Event, Tensor, Tensor]] = deque()
+        self._written: deque[tuple[Event, Tensor]] = deque()  # of which compute has the gradient's memory again
 
     def offload(self, grad: Tensor, make_room: Callable[[], None]) -> OffloadedGrad:
         """Start to copy ``grad``, which the caller may drop at once.
@@ -54,26 +55,34 @@ class GradOffloader:
             make_room: Called where the pool has no room; lets go of what landed earlier, if it can.
         """
         self._let_go()
-        while self._on_the_way and sum(m.nbytes for _, m in self._on_the_way) + grad.nbytes > self._most_nbytes:
-            self._on_the_way.popleft()[0].synchronize()  # sync: the oldest copy
-        memory = self._memory(grad)
-        if memory is None:
+        while self._on_the_way and sum(g.nbytes for _, g, _ in self._on_the_way) + grad.nbytes > self._most_nbytes:
+            event, _, memory = self._on_the_way.popleft()
+            self._streams.use(event)
+            self._written.append((event, memory))
+        landing = self._memory(grad)
+        if landing is None:
             make_room()
             self._let_go()
-            memory = self._memory(grad)
-        if memory is None:
+            landing = self._memory(grad)
+        if landing is None:
+            self._streams.waits.add(WaitFor.GRAD_MEMORY)
             return OffloadedGrad(grad.detach().to("cpu"))  # sync: waits for the device
-        event = self._copies.to_host(grad.detach(), memory)
-        if event is not None:
-            self._on_the_way.append((event, memory))
-        return OffloadedGrad(memory, event)
+        grad = grad.detach()
+        copied = self._streams.to_host(grad, landing)
+        if copied is not None:
+            self._on_the_way.append((copied, grad, landing))
+        return OffloadedGrad(landing, copied)
 
     def close(self) -> None:
         """Return when no copy is on its way."""
-        while self._on_the_way:
-            self._on_the_way.popleft()[0].synchronize()  # sync: the oldest copy
+        for event in [*(event for event, _ in self._written), *(event for event, _, _ in self._on_the_way)]:
+            event.wait(WaitFor.END)  # sync: the oldest copy
+        self._written.clear()
+        self._on_the_way.clear()
 
     def _let_go(self) -> None:
+        while self._written and self._written[0][0].query():
+            self._written.popleft()
         while self._on_the_way and self._on_the_way[0][0].query():
             self._on_the_way.popleft()
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.device.streams import HostStreams
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.heap import HeapWatch
@@ -79,7 +80,7 @@ class GradientStore:
         self._verify = verify
         self.mode = Mode.ACCUMULATE
         self._off_device = off_device
-        self._offloader = GradOffloader() if offloader is None else offloader
+        self._offloader = GradOffloader(HostStreams()) if offloader is None else offloader
         self._heap = heap
         self._is_gated = waits_for_all_grads
         self._arriving: dict[nn.Parameter, list[tuple[Unit, int, OffloadedGrad]]] = {}  # not yet in `_hidden`
@@ -162,19 +163,15 @@ class GradientStore:
         arrived.add(index)
         if self._off_device:
             self._take_off(unit, index, grad)
-        complete = None if is_needed else self.complete(unit)
-        if self.mode is Mode.ACCUMULATE and not self._off_device:
-            param.grad = self._kept(unit, index, grad)
+        complete = None
+        if self.mode is Mode.ACCUMULATE:
+            if not self._off_device:
+                param.grad = self._kept(unit, index, grad)
+        elif not is_needed and self._is_complete(unit, len(arrived)):
+            complete = self._take(unit)
         if self._heap is not None:
             self._heap.note_freed(grad.nbytes)
         return complete
-
-    def complete(self, unit: Unit) -> CompleteGrads | None:
-        """The gradients of ``unit``, as `arrive` returns them, if backward has no more use for its values."""
-        arrived = self._arrived.get(unit.name)
-        if self.mode is Mode.ACCUMULATE or not arrived or not self._is_complete(unit, len(arrived)):
-            return None
-        return self._take(unit)
 
     def end_backward(self) -> Iterator[CompleteGrads]:
         """No more gradients come from this backward: those of units that were not complete yet, one by one."""

@@ -14,7 +14,7 @@ Method: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightning_ssd.activations.store import ActivationStore, FrameInputs
 from lightning_ssd.errors import RecomputeError, SSDOffloadError
 from lightning_ssd.step.ambient import Ambient
+from lightning_ssd.step.module_buffers import ModuleBuffers
 from lightning_ssd.step.python_state import PythonState, mapped
 from lightning_ssd.step.trial import REMEDY, Trial, Verdicts
 
@@ -111,7 +112,7 @@ class Frame:
         self._ambient = Ambient(device)
         self._given = PythonState((*args, *kwargs.values()))
         self._own = PythonState((module,), verdicts.around(module))
-        self._buffers = [(m, n, b, b.clone()) for m, n, b in _buffers(module)]
+        self._buffers = ModuleBuffers(module, verdicts.written_buffers)
         self._saved: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self._values: list[object] | None = None
         self.opaque = self._given.opaque or self._own.opaque
@@ -134,8 +135,8 @@ class Frame:
             RecomputeError: It changed an input in place, or wrote to its parameters, and its first forward did not.
         """
         self._is_open = False
-        self._buffers = [item for item in self._buffers if not torch.equal(item[2], item[3])]
         trial, self._trial = self._trial, None
+        self._buffers.end_forward(is_first=trial is not None)
         if trial is None:
             self._require_same_inputs("its own forward changed a tensor in place, and did not in its first one")
             if self._units.has_written():
@@ -170,7 +171,8 @@ class Frame:
         self.is_kept = True
         self._values = kept
         self._args, self._kwargs = (), {}
-        self._inputs, self._buffers = [], []
+        self._inputs = []
+        self._buffers.drop()
         self._given = self._own = PythonState(())
 
     def save_inputs(self, store: ActivationStore) -> None:
@@ -272,7 +274,7 @@ class Frame:
             load = self._loader()
             stack.enter_context(self._own.restored())
             stack.enter_context(self._given.restored(load))
-            stack.enter_context(self._old_buffers())
+            stack.enter_context(self._buffers.restored())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
             args = mapped(self._args, _Given, load)
             kwargs = {key: mapped(value, _Given, load) for key, value in self._kwargs.items()}
@@ -296,19 +298,6 @@ class Frame:
             return found[held.index]
 
         return load
-
-    @contextmanager
-    def _old_buffers(self) -> Iterator[None]:
-        """Inside, buffers have the values from before the first run: copies, which the second run may change."""
-        old = {(m, n): value for m, n, _, value in self._buffers}
-        live = list(_buffers(self.module))
-        for m, n, b in live:
-            m._buffers[n] = old.get((m, n), b).clone()
-        try:
-            yield
-        finally:
-            for m, n, b in live:
-                m._buffers[n] = b
 
     @property
     def _has_same_inputs(self) -> bool:
@@ -378,10 +367,3 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
-
-
-def _buffers(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for m in module.modules():
-        for name, buffer in m._buffers.items():
-            if buffer is not None:
-                yield m, name, buffer

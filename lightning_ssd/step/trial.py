@@ -14,15 +14,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.step.module_buffers import WrittenBuffers
 from lightning_ssd.step.state_holders import Holder, surroundings
 
 REMEDY = "set activations='keep' in the strategy to keep its activations instead"
 
 
 class Verdicts:
-    """Which blocks were tried, and with what result."""
+    """Which blocks were tried, and with what result.
+
+    Attributes:
+        written_buffers: Which of their buffers change.
+    """
 
     def __init__(self) -> None:
+        self.written_buffers = WrittenBuffers()
         self._equal: set[nn.Module] = set()
         self._keeping: set[nn.Module] = set()
         self._around: dict[nn.Module, list[Holder]] = {}

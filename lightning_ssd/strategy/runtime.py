@@ -9,6 +9,8 @@ from torch import nn
 
 from lightning_ssd.activations.spill_files import SpillFiles
 from lightning_ssd.activations.store import ActivationStore
+from lightning_ssd.device.param_copies import CopyToDevice
+from lightning_ssd.device.streams import make_streams
 from lightning_ssd.errors import Ending, SSDOffloadError
 from lightning_ssd.io.engine import Engine
 from lightning_ssd.memory.budget import SharedBudget
@@ -30,7 +32,7 @@ from lightning_ssd.strategy.sizing import Sizing
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache
-from lightning_ssd.units.placement import Placement, make_placement
+from lightning_ssd.units.placement import InPlace, Placement
 from lightning_ssd.units.unit import chains
 
 
@@ -50,6 +52,7 @@ class Runtime:
 
     Attributes:
         plan: The memory.
+        streams: Of the device, and what the host waited for.
         pools: Its pools.
         grads: Takes gradients.
         updater: Runs pending updates.
@@ -80,6 +83,7 @@ class Runtime:
         self._trace = trace
         self._activations: ActivationStore | None = None
         self._headroom = headroom
+        self.streams = make_streams(settings.device)
         self.pools = PlanPools(plan, engine, settings.device)
         undo: list[Callable[[], object]] = [self._give_back]
         try:
@@ -95,11 +99,12 @@ class Runtime:
             )
             self.updater = Updater(lock=model.lock, budget=budget, is_async=settings.is_overlapped, trace=trace)
             undo.append(self.updater.close)
-            self.cache = self._make_cache(module)
+            placement = self._make_placement(module)
+            self.cache = self._make_cache(placement)
             undo.append(self.cache.close)
             self.updates = Updates(pipeline, self.cache, self.updater, self.grads)
             if plan.recomputes:
-                self._activations = self._make_activations(budget)
+                self._activations = self._make_activations(budget, placement)
                 undo.append(self._activations.close)
             self.hooks = self._make_hooks(module, sizing)
         except BaseException:
@@ -181,7 +186,7 @@ class Runtime:
         offloader = None
         if self.pools.grads is not None:
             largest_nbytes = max(unit.layout.data_nbytes for unit in units)
-            offloader = GradOffloader(self.pools.grads, most_nbytes=largest_nbytes)
+            offloader = GradOffloader(self.streams, self.pools.grads, most_nbytes=largest_nbytes)
         return GradientStore(
             None if plan.in_memory_grads or plan.fits else self._model.store.scratches[0],
             off_device=settings.is_off_host,
@@ -201,12 +206,12 @@ class Runtime:
             trace=self._trace,
         )
 
-    def _make_cache(self, module: nn.Module) -> ParamCache:
+    def _make_cache(self, placement: Placement) -> ParamCache:
         plan, window = self.plan, self._settings.window_size
         return ParamCache(
             self._model,
             pool=self.pools.params,
-            placement=self._make_placement(module),
+            placement=placement,
             keep_cache=plan.keep_cache,
             max_ahead=(None if plan.keep_cache else 1) if window is None else window - 1,
             prefetch_batch=self._settings.prefetch_size,
@@ -216,11 +221,15 @@ class Runtime:
     def _make_placement(self, module: nn.Module) -> Placement:
         settings, units = self._settings, self._model.units
         if not settings.is_off_host:
-            return make_placement(settings.device)
+            return InPlace()
         nbytes = {unit.name: tensors_nbytes(entry.nbytes for entry in unit.layout.entries) for unit in units}
-        capacity = device_capacity(nbytes, chains(module, units), settings.device_nbytes)
-        is_limit = settings.device_nbytes is not None
-        return make_placement(settings.device, capacity_nbytes=capacity, is_limit=is_limit)
+        nested = chains(module, units)
+        return CopyToDevice(
+            self.streams,
+            capacity_nbytes=device_capacity(nbytes, nested, settings.device_nbytes),
+            reserve_nbytes=device_capacity(nbytes, nested, None),
+            is_limit=settings.device_nbytes is not None,
+        )
 
     def _make_hooks(self, module: nn.Module, sizing: Sizing) -> ModuleHooks:
         plan, settings = self.plan, self._settings
@@ -237,14 +246,17 @@ class Runtime:
             trace=self._trace,
         )
 
-    def _make_activations(self, budget: SharedBudget) -> ActivationStore:
+    def _make_activations(self, budget: SharedBudget, placement: Placement) -> ActivationStore:
         return ActivationStore(
             self._engine,
             SpillFiles(self._model.store.scratches, "activations"),
             self.pools.spill,
             device=self._settings.device,
+            streams=self.streams,
+            room=placement,
             budget=budget,
             piece_nbytes=self.plan.spill_nbytes // 4,  # one being filled, and others on their way
+            images=self.pools.images,
             verify=self._settings.verify,
             trace=self._trace,
         )

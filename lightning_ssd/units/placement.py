@@ -1,4 +1,4 @@
-"""The way from a host copy to where compute reads: in place on the CPU, by copies to a GPU (`units.device`)."""
+"""The way from a host copy to where compute reads: in place on the CPU, by copies to a GPU (`device.param_copies`)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import ctypes
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from lightning_ssd.device.param_copies import DeviceCopy
 from lightning_ssd.memory.pool import Buffer
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import UnitLayout
-from lightning_ssd.units.device import CopyToDevice, CudaStreams, DeviceCopy
 
 
 class Placement(Protocol):
@@ -44,6 +43,14 @@ class Placement(Protocol):
 
     def wait_for_one(self) -> bool:
         """Let go of host memory after waiting for its copy; False if no copy is under way."""
+        ...
+
+    def try_lend(self, nbytes: int) -> bool:
+        """Take device memory that parameters in use leave free; False if there is less."""
+        ...
+
+    def take_back(self, nbytes: int) -> None:
+        """Undo `try_lend`."""
         ...
 
     def close(self) -> None:
@@ -82,15 +89,15 @@ class InPlace:
         """See `Placement.wait_for_one`; there are no copies."""
         return False
 
+    def try_lend(self, nbytes: int) -> bool:
+        """See `Placement.try_lend`; ``host_memory`` bounds everything."""
+        return False
+
+    def take_back(self, nbytes: int) -> None:
+        """See `Placement.take_back`."""
+
     def close(self) -> None:
         """See `Placement.close`."""
-
-
-def make_placement(device: torch.device, *, capacity_nbytes: int = 0, is_limit: bool = False) -> Placement:
-    """The way to ``device``; on a GPU it takes ``capacity_nbytes``, see `CopyToDevice`."""
-    if device.type == "cpu":
-        return InPlace()
-    return CopyToDevice(CudaStreams(device), capacity_nbytes=capacity_nbytes, is_limit=is_limit)
 
 
 def _tensors(layout: UnitLayout, buffer: Buffer) -> list[Tensor]:

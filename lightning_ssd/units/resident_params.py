@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ssd.units.device import DeviceCopy
+from lightning_ssd.device.param_copies import DeviceCopy
 from lightning_ssd.units.unit import Unit
 
 

@@ -31,6 +31,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.device.param_copies import DeviceCopy
+from lightning_ssd.device.streams import WaitFor
 from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.io.engine import Transfer
 from lightning_ssd.memory.pool import Buffer, Pool
@@ -39,7 +41,6 @@ from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Shape, UnitLayout, file_order, lay_out
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units import transforms
-from lightning_ssd.units.device import DeviceCopy
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams
 from lightning_ssd.units.partition import UnitSpec
 from lightning_ssd.units.placement import Placement
@@ -291,7 +292,7 @@ class Unit:
         """Return when no copy to the device reads what is in memory, which may change then."""
         for copy in (self.device_copy, self.released_copy) if self.in_memory is not None else ():
             if copy is not None and copy.copied is not None:
-                copy.copied.synchronize()  # sync: a copy to the device
+                copy.copied.wait(WaitFor.IN_MEMORY_PARAMS)  # sync: a copy to the device
 
     def layout_of(self, kind: str, dtype: str) -> UnitLayout:
         """Layout of another kind of this unit: the same parameters in the same order."""

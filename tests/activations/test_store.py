@@ -18,7 +18,6 @@ from lightning_ssd.activations.store import FrameInputs
 from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.scratch import Scratch
-from lightning_ssd.memory.device_copies import DeviceCopies
 from tests.helpers.activations import (
     BUFFER_NBYTES,
     NBYTES,
@@ -32,6 +31,7 @@ from tests.helpers.activations import (
     values,
 )
 from tests.helpers.events import Events
+from tests.helpers.fake_device import OffHost
 from tests.helpers.faulty import Fault, When
 
 # -- where values wait ---------------------------------------------------------------------------------------------
@@ -163,9 +163,8 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("is_off_host", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_comes_back(tmp_store: Path, monkeypatch: pytest.MonkeyPatch, form: str, is_off_host: bool) -> None:
-    monkeypatch.setattr(DeviceCopies, "is_off_host", lambda self, device: is_off_host)
-    with bench(tmp_store, budget=0, verify=True) as b:
+def test_every_form_comes_back(tmp_store: Path, form: str, is_off_host: bool) -> None:
+    with bench(tmp_store, budget=0, verify=True, streams=OffHost() if is_off_host else None) as b:
         x = FORMS[form](values(0, 8 * NUMEL))
         assert can_save(x, torch.device("cpu"))
         like = [x.dtype, x.size(), x.stride(), x.data_ptr() % 64]
@@ -173,7 +172,10 @@ def test_every_form_comes_back(tmp_store: Path, monkeypatch: pytest.MonkeyPatch,
         kept = b.store.save("a", [x])
         del x
         b.store.enforce_budget()
+        after = b.store.save("b", [values(1)])  # an input on a device leaves it once there is another
+        b.store.enforce_budget()
         assert storage.expired()
+        assert torch.equal(after.load()[0], values(1))
         y = kept.load()[0]
         expected = FORMS[form](values(0, 8 * NUMEL))
         assert torch.equal(_comparable(y), _comparable(expected))
@@ -281,13 +283,14 @@ def test_space_is_not_lent_again_while_a_write_to_it_is_in_flight(tmp_store: Pat
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_the_order_values_are_right(tmp_store: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_whatever_the_order_values_are_right(tmp_store: Path, seed: int) -> None:
     """Frames come, are asked for and go in any order, over a disk that is late now and then."""
     rng = random.Random(seed)
-    monkeypatch.setattr(DeviceCopies, "is_off_host", lambda self, device: seed % 3 == 2)
+    streams = OffHost() if seed % 3 == 2 else None
     late = [When(Fault(delay_s=0.003), nth=n) for n in rng.sample(range(400), 60)]
     budget = rng.choice([0, NBYTES, 3 * NBYTES, 10 * NBYTES])
-    with faulty(tmp_store, *late, budget=budget, num_buffers=rng.choice([1, 2, 8]), verify=True) as b:
+    options = {"budget": budget, "num_buffers": rng.choice([1, 2, 8]), "streams": streams}
+    with faulty(tmp_store, *late, verify=True, **options) as b:
         shared = values(999)
         frames: list[tuple[FrameInputs, list[int]]] = []
         for turn in range(80):

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssd.activations import saved_input
+from lightning_ssd.activations.device_inputs import DeviceRoom
 from lightning_ssd.activations.spill_files import SpillFiles
 from lightning_ssd.activations.store import ActivationStore, FrameInputs
+from lightning_ssd.device.streams import Streams, make_streams
 from lightning_ssd.io.engine import Engine, IOOptions
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.python_engine import PythonEngine
@@ -26,6 +28,7 @@ from lightning_ssd.sizes import KiB
 from lightning_ssd.step.module_hooks import ModuleHooks
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.model_units import ModelUnits
+from lightning_ssd.units.placement import InPlace
 from tests.helpers.faulty import FaultyEngine, When
 from tests.helpers.pools import num_lent
 
@@ -46,6 +49,8 @@ class Bench:
         num_buffers: int = 3,
         buffer_nbytes: int = BUFFER_NBYTES,
         device: str = "cpu",
+        streams: Streams | None = None,
+        room: DeviceRoom | None = None,
         trace: Trace | None = None,
         **options: Any,
     ) -> None:
@@ -61,6 +66,8 @@ class Bench:
             self.files,
             self.pool,
             device=torch.device(device),
+            streams=streams or make_streams(torch.device(device)),
+            room=room or InPlace(),
             budget=self.budget,
             piece_nbytes=buffer_nbytes,
             trace=self.trace,

@@ -19,12 +19,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_ssd.device.param_copies import CopyToDevice
+from lightning_ssd.device.streams import HostStreams, HostWaits, WaitFor
 from lightning_ssd.memory import plan_pools
 from lightning_ssd.memory.pool import Pool
-from lightning_ssd.step.grad_offload import GradOffloader
 from lightning_ssd.strategy import runtime as runtime_module
 from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.units.device import CopyToDevice
 
 
 class SimulatedDevice:
@@ -107,7 +107,7 @@ class SimulatedEvent:
             pass
         return self.is_over
 
-    def synchronize(self) -> None:
+    def wait(self, why: WaitFor) -> None:
         while not self.is_over:
             assert self._device.advance()
 
@@ -123,13 +123,13 @@ class LateEvent:
 
     def query(self) -> bool:
         if self._rng.random() < 0.2:
-            self.synchronize()
+            self.wait()
         return self._finish is None
 
-    def synchronize(self) -> None:
+    def wait(self, why: WaitFor = WaitFor.END) -> None:
         with self._lock:
             if self._before is not None:
-                self._before.synchronize()
+                self._before.wait()
                 self._before = None
             finish, self._finish = self._finish, None
             if finish is not None:
@@ -137,11 +137,19 @@ class LateEvent:
 
 
 class LateStreams:
-    """See `Streams`; compute is immediate, the host's bytes are compared with what was sent when the copy "ends"."""
+    """See `Streams`; compute is immediate, and tensors on the host are elsewhere for parameters and gradients.
+
+    The host's bytes are compared with what was sent when the copy "ends"; where a copy goes to the host they are NaN
+    until somebody waits.
+    """
 
     def __init__(self, rng: random.Random) -> None:
+        self.waits = HostWaits()
         self._rng = rng
         self._last: LateEvent | None = None
+
+    def is_off_host(self, device: torch.device) -> bool:
+        return False
 
     def send(self, hosts: Sequence[Tensor]) -> tuple[list[Tensor], LateEvent]:
         tensors = [host.clone() for host in hosts]
@@ -164,14 +172,7 @@ class LateStreams:
     def share(self, tensor: Tensor) -> None:
         pass
 
-
-class LateCopies:
-    """See `DeviceCopies`: the host's memory is NaN until somebody waits."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-
-    def to_host(self, data: Tensor, memory: Tensor) -> LateEvent:
+    def to_host(self, data: Tensor, memory: Tensor, after: object = None) -> LateEvent:
         values = data.clone()
         memory.view(-1).view(torch.uint8).fill_(0xFF) if memory.numel() else None
 
@@ -180,6 +181,19 @@ class LateCopies:
                 memory.data.copy_(values)
 
         return LateEvent(finish, self._rng)
+
+    def to_device(self, memory: Tensor, data: Tensor, *after: object) -> None:
+        data.copy_(memory)
+
+    def use(self, event: object) -> None:
+        pass
+
+
+class OffHost(HostStreams):
+    """The CPU's streams, but what is on the CPU counts as elsewhere."""
+
+    def is_off_host(self, device: torch.device) -> bool:
+        return True
 
 
 class _NotPinned:
@@ -194,12 +208,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> list[CopyToD
     """From now on sessions take the CPU for a device with memory of its own; returns their routes as they are made."""
     routes: list[CopyToDevice] = []
 
-    def make_placement(device: torch.device, **options: Any) -> CopyToDevice:
-        routes.append(CopyToDevice(LateStreams(rng), **options))
+    def make(*args: Any, **options: Any) -> CopyToDevice:
+        routes.append(CopyToDevice(*args, **options))
         return routes[-1]
 
-    monkeypatch.setattr(runtime_module, "make_placement", make_placement)
+    monkeypatch.setattr(runtime_module, "make_streams", lambda device: LateStreams(rng))
+    monkeypatch.setattr(runtime_module, "CopyToDevice", make)
     monkeypatch.setattr(plan_pools, "Pinned", _NotPinned)
-    monkeypatch.setattr(runtime_module, "GradOffloader", functools.partial(GradOffloader, copies=LateCopies(rng)))
     monkeypatch.setattr(Settings, "is_off_host", property(lambda settings: True))
     return routes

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.device.param_copies import DeviceCopy
 from lightning_ssd.memory.budget import SharedBudget
 from lightning_ssd.optim.rules import SGDRule
 from lightning_ssd.optim.update import ParameterUpdate, PendingUpdate, Updates
 from lightning_ssd.optim.updater import Updater
 from lightning_ssd.trace.recorder import Trace
-from lightning_ssd.units.device import DeviceCopy
 from lightning_ssd.units.partition import UnitSpec
 from lightning_ssd.units.unit import Unit
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_ssd.device.streams import WaitFor
 from lightning_ssd.errors import MemoryPlanError
 from lightning_ssd.memory.pinned import Pinned
 from lightning_ssd.sizes import MiB
@@ -135,7 +136,7 @@ def test_a_copy_does_not_wait_for_compute(tmp_path: Path, monkeypatch: pytest.Mo
         busy.record()
         is_new = fetch(self, unit)
         if unit.device_copy is not None and unit.device_copy.copied is not None and not busy.query():
-            unit.device_copy.copied.synchronize()
+            unit.device_copy.copied.wait(WaitFor.END)
             arrived_early.append(not busy.query())
         return is_new
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ssd.memory.device_copies import DeviceCopies
 from lightning_ssd.sizes import KiB
 from tests.helpers.activations import Spilling
+from tests.helpers.fake_device import OffHost
 from tests.helpers.models import GPT, Block, ConvNet, ViT
 from tests.helpers.odd_models import Wandering
 from tests.helpers.training import Images, Tokens, assert_equal, streamed, train
+from tests.simulated_cuda import requested
 
 
 class Masked(nn.Module):
@@ -98,7 +99,8 @@ def test_losses_are_equal_however_much_is_spilled(
     made = spilling(budget=budget, verify=True)
     ours = train(tmp_path, make_net, streamed(), data=data())
     assert_equal(plain, ours)
-    assert (made[0].num_spilled > 0) is (budget is not None)
+    if not (requested() and budget):  # an input stays on the device, and the budget may be enough for the others
+        assert (made[0].num_spilled > 0) is (budget is not None)
 
 
 @pytest.mark.parametrize(
@@ -114,14 +116,12 @@ def test_options_are_equal(tmp_path: Path, spilling: Spilling, options: dict[str
 @pytest.mark.parametrize("budget", [4 * KiB, 24 * KiB, 256 * KiB])
 def test_the_way_off_a_device_is_equal(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     spilling: Spilling,
     budget: int,
 ) -> None:
     """What happens on a GPU, here with the CPU as the other device."""
-    monkeypatch.setattr(DeviceCopies, "is_off_host", lambda self, device: True)
     plain = train(tmp_path, Masked)
-    spilling(budget=budget, verify=True)
+    spilling(budget=budget, verify=True, streams=OffHost())
     assert_equal(plain, train(tmp_path, Masked, streamed()))
 
 
@@ -147,4 +147,4 @@ def test_a_hugging_face_model_holds_none_of_its_inputs(tmp_path: Path, spilling:
     plain = train(tmp_path, llama, max_steps=3)
     made = spilling(budget=0)
     assert_equal(plain, train(tmp_path, llama, streamed(), max_steps=3))
-    assert made[0].num_spilled >= 3 * 3
+    assert made[0].num_spilled >= 3 * (2 if requested() else 3)  # on a device the last one stays there

@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from lightning_ssd.device.param_copies import CopyToDevice
+from lightning_ssd.device.streams import CudaEvent, CudaStreams
 from lightning_ssd.io import python_engine
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.step.grad_offload import OffloadedGrad
-from lightning_ssd.units.device import CopyToDevice
 from tests.helpers.models import GPT
 from tests.helpers.training import Result, streamed, train
 from tests.simulated_cuda.device import Stream, begin, core
 
 NUM_SEEDS = 6
+IN_MEMORY = {"host_memory": "1GiB"}  # nobody waits for the disk
 Mutate = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -67,15 +68,18 @@ def sent_while_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MUTANTS: dict[str, tuple[Mutate, dict[str, Any]]] = {
-    "compute does not wait for a unit's copy": (without(Stream, "wait_event", "send"), {}),
+    "compute does not wait for a unit's copy": (without(CudaStreams, "use", "send"), {}),
     # With recompute the host waits at every block, and that orders what this wait does.
     "a copy does not wait for compute on the memory it overwrites": (
         without(Stream, "wait_event", "wait"),
         {"activations": "keep"},
     ),
-    "a gradient's copy does not wait for backward": (without(Stream, "wait_stream", "to_host"), {}),
-    "a gradient's memory is freed while it is copied": (without(Tensor, "record_stream", "to_host"), {}),
-    "a reload's copy does not wait for compute": (without(Stream, "wait_stream", "to_device"), {}),
+    "a gradient's copy does not wait for backward": (without(Stream, "wait_event", "to_host"), {}),
+    "a gradient's memory is freed while it is copied": (without(CudaStreams, "use", "offload"), IN_MEMORY),
+    "an input's memory is freed while it is copied": (without(CudaStreams, "use", "leave"), IN_MEMORY),
+    "an input is written to the disk while it is copied": (without(CudaEvent, "wait", "begin"), {}),
+    "a reload's copy does not wait for compute": (without(Stream, "wait_event", "to_device"), {}),
+    "compute does not wait for a reload": (without(CudaStreams, "use", "_on_device"), {}),
     "a buffer is lent too early": (copied_at_once, {}),
     "a gradient is read too early": (landed_at_once, {}),
     "host memory is sent while the disk writes to it": (

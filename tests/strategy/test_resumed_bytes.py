@@ -22,8 +22,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints of one model, whose files have equal names and sizes and other values."""
     folder = tmp_path_factory.mktemp("saved")
     for name, steps in (("good", 2), ("other", 3)):
-        run(folder / name, steps).trainer.save_checkpoint(folder / f"saved-{name}.ckpt")
-        os.rename(folder / f"saved-{name}.ckpt.links", folder / f"{name}.ckpt")  # the folder is a checkpoint by itself
+        run(folder / name, steps).trainer.save_checkpoint(folder / f"{name}.ckpt")
     return folder
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from lightning_ssd.device.param_copies import CopyToDevice, DeviceCopy
 from lightning_ssd.errors import MemoryPlanError, ResidencyError
 from lightning_ssd.memory.device_plan import device_capacity
 from lightning_ssd.memory.pool import Pool
@@ -16,8 +17,7 @@ from lightning_ssd.sizes import MiB
 from lightning_ssd.step.grad_offload import GradOffloader
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Shape, lay_out
-from lightning_ssd.units.device import CopyToDevice, DeviceCopy
-from tests.helpers.fake_device import LateCopies, SimulatedDevice
+from tests.helpers.fake_device import LateStreams, SimulatedDevice
 from tests.helpers.pools import lingering, num_lent
 
 LAYOUT = lay_out("unit", "param", [Shape("a", (40, 30)), Shape("b", (30,)), Shape("c", ())], "F32")
@@ -115,7 +115,7 @@ def events_fire_at_once(device: SimulatedDevice) -> None:
         def query(self) -> bool:
             return True
 
-        def synchronize(self) -> None:
+        def wait(self, why: object) -> None:
             pass
 
     def send_without_event(hosts: Sequence[torch.Tensor]) -> object:
@@ -167,20 +167,22 @@ def test_capacity() -> None:
 def test_landing_bounds_what_is_on_its_way_and_goes_on_without_room() -> None:
     waited: list[float] = []
 
-    class Copies(LateCopies):
-        def to_host(self, data: torch.Tensor, memory: torch.Tensor) -> object:  # type: ignore[override]
-            event = super().to_host(data, memory)
-            synchronize = event.synchronize
-            event.synchronize = lambda: (waited.append(data[0].item()), synchronize())  # type: ignore
-            event.query = lambda: False  # type: ignore[method-assign]
+    class Streams(LateStreams):
+        """A copy is over when the host has waited for it."""
+
+        def to_host(self, data: torch.Tensor, memory: torch.Tensor, after: object = None) -> Any:
+            event: Any = super().to_host(data, memory)
+            event.query = lambda: event._finish is None
+            event.value = data[0].item()
             return event
 
-    offloader = GradOffloader(
-        Pool(4 * 4096, "gradient", poison=True), most_nbytes=2 * 4096, copies=Copies(random.Random(0))
-    )  # type: ignore[arg-type]
+        def use(self, event: Any) -> None:
+            waited.append(event.value)
+
+    offloader = GradOffloader(Streams(random.Random(0)), Pool(4 * 4096, "gradient", poison=True), most_nbytes=2 * 4096)
     asked: list[int] = []
     landed = [offloader.offload(torch.full((1024,), float(i)), lambda: asked.append(1)) for i in range(6)]
-    assert waited == [0.0, 1.0, 2.0]  # two may be on their way
+    assert waited == [0.0, 1.0, 2.0]  # two may be on their way: compute waits, not the host
     assert len(asked) == 2  # the pool holds four
     for i, one in enumerate(landed):
         one.wait()
@@ -191,8 +193,8 @@ def test_landing_bounds_what_is_on_its_way_and_goes_on_without_room() -> None:
 
 
 def test_a_gradient_that_nobody_wants_keeps_its_memory_until_it_has_landed() -> None:
-    class Copies(LateCopies):
-        def to_host(self, data: torch.Tensor, memory: torch.Tensor) -> object:  # type: ignore[override]
+    class Streams(LateStreams):
+        def to_host(self, data: torch.Tensor, memory: torch.Tensor, after: object = None) -> Any:
             event: Any = super().to_host(data, memory)
             event.query = lambda: event._finish is None  # else asking may end it
             events.append(event)
@@ -200,10 +202,10 @@ def test_a_gradient_that_nobody_wants_keeps_its_memory_until_it_has_landed() -> 
 
     events: list[Any] = []
     pool = Pool(2 * 4096, "gradient", poison=True)
-    offloader = GradOffloader(pool, most_nbytes=8 * 4096, copies=Copies(random.Random(0)))  # type: ignore[arg-type]
+    offloader = GradOffloader(Streams(random.Random(0)), pool, most_nbytes=8 * 4096)
     first = offloader.offload(torch.ones(1024), lambda: None).tensor.data_ptr()
     assert offloader.offload(torch.ones(1024), lambda: None).tensor.data_ptr() != first
-    events[0].synchronize()
+    events[0].wait()
     assert offloader.offload(torch.ones(1024), lambda: None).tensor.data_ptr() == first
     offloader.close()
     assert all(event._finish is None for event in events)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_ssd.device.param_copies import DeviceCopy
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units.device import DeviceCopy
 from lightning_ssd.units.execution_order import ExecutionOrder
 from lightning_ssd.units.partition import UnitSpec
 from lightning_ssd.units.prefetch import PrefetchPolicy

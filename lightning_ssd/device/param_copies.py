@@ -14,13 +14,14 @@ all that compute has queued by the time of the drop, and what is held even then 
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_ssd.device.streams import Event, Streams, WaitFor
 from lightning_ssd.errors import ResidencyError
 from lightning_ssd.memory.device_plan import tensors_nbytes
 from lightning_ssd.memory.pool import Buffer
@@ -28,41 +29,6 @@ from lightning_ssd.sizes import fmt
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import UnitLayout
-
-
-class Event(Protocol):
-    """A point in the work of a device."""
-
-    def query(self) -> bool:
-        """Whether it was reached."""
-        ...
-
-    def synchronize(self) -> None:
-        """Return when it was reached."""
-        ...
-
-
-class Streams(Protocol):
-    """Compute's queue of work, which is the caller's current one, and one of copies to the device."""
-
-    def send(self, hosts: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
-        """Start to copy ``hosts`` to new memory of the device; what compute queues from now on may use it.
-
-        The event tells when ``hosts`` may change.
-        """
-        ...
-
-    def mark(self) -> Event:
-        """The end of what compute has queued so far."""
-        ...
-
-    def wait(self, event: Event) -> None:
-        """Copies sent from now on start after ``event``."""
-        ...
-
-    def share(self, tensor: Tensor) -> None:
-        """Compute may go on to use ``tensor`` until the last reference to it goes, and then what it has queued."""
-        ...
 
 
 class DeviceCopy:
@@ -94,16 +60,22 @@ class CopyToDevice:
     Args:
         streams: The device.
         capacity_nbytes: Memory that units in use and released ones take together.
+        reserve_nbytes: The part of it that is for units in use, and is not lent.
         is_limit: More than that for units in use is refused; else only released ones are held to it.
     """
 
     keeps_buffer = False
 
-    def __init__(self, streams: Streams, *, capacity_nbytes: int, is_limit: bool) -> None:
+    def __init__(
+        self, streams: Streams, *, capacity_nbytes: int, reserve_nbytes: int | None = None, is_limit: bool
+    ) -> None:
         self._streams = streams
         self._capacity_nbytes = capacity_nbytes
+        self._reserve_nbytes = capacity_nbytes if reserve_nbytes is None else reserve_nbytes
         self._is_limit = is_limit
+        self._lock = threading.RLock()  # units are released by the thread of updates too
         self._nbytes = 0
+        self._lent_nbytes = 0
         # The oldest first: in backward that is the one needed last. With what compute had queued at the release, and
         # whether somebody else held one of the tensors then.
         self._released: dict[DeviceCopy, tuple[Event, bool]] = {}
@@ -118,51 +90,84 @@ class CopyToDevice:
 
     def place_tensors(self, tensors: Sequence[Tensor], generation: Generation) -> DeviceCopy:
         """See `Placement.place_tensors`."""
-        self.poll()
         nbytes = tensors_nbytes(tensor.nbytes for tensor in tensors)
-        self._make_room(nbytes)
-        found, copied = self._streams.send(tensors)
-        self._sending.append((copied, list(tensors)))
-        self._nbytes += nbytes
+        with self._lock:
+            self.poll()
+            self._make_room(nbytes)
+            found, copied = self._streams.send(tensors)
+            self._sending.append((copied, list(tensors)))
+            self._nbytes += nbytes
         return DeviceCopy(found, generation, nbytes, copied)
 
     def release(self, device_copy: DeviceCopy) -> DeviceCopy:
         """See `Placement.release`; it stays as long as nothing else needs the memory."""
-        self._released[device_copy] = self._streams.mark(), any(map(_is_held_elsewhere, device_copy.tensors))
+        with self._lock:
+            self._released[device_copy] = self._streams.mark(), any(map(_is_held_elsewhere, device_copy.tensors))
         return device_copy
 
     def reuse(self, device_copy: DeviceCopy) -> bool:
         """See `Placement.reuse`."""
-        return self._released.pop(device_copy, None) is not None
+        with self._lock:
+            return self._released.pop(device_copy, None) is not None
 
     def poll(self) -> None:
         """See `Placement.poll`."""
-        while self._sending and self._sending[0][0].query():
-            self._sending.popleft()
+        with self._lock:
+            while self._sending and self._sending[0][0].query():
+                self._sending.popleft()
 
     def wait_for_one(self) -> bool:
         """See `Placement.wait_for_one`."""
-        if not self._sending:
-            return False
-        self._sending.popleft()[0].synchronize()  # sync: waits for the oldest copy
+        with self._lock:
+            if not self._sending:
+                return False
+            copied, hosts = self._sending.popleft()
+        copied.wait(WaitFor.PARAM_BUFFER)  # sync: the oldest copy
+        del hosts
         return True
+
+    def try_lend(self, nbytes: int) -> bool:
+        """Lend memory to saved inputs, before released units: an input that goes crosses twice, a unit once.
+
+        Args:
+            nbytes: How much.
+
+        Returns:
+            False if the reserve would have to be lent.
+        """
+        with self._lock:
+            if self._lent_nbytes + nbytes > self._capacity_nbytes - self._reserve_nbytes:
+                return False
+            self._lent_nbytes += nbytes
+            self._drop_until(0)
+            return True
+
+    def take_back(self, nbytes: int) -> None:
+        """Undo `try_lend`."""
+        with self._lock:
+            self._lent_nbytes -= nbytes
 
     def close(self) -> None:
         """See `Placement.close`."""
         while self.wait_for_one():
             pass
-        while self._released:
-            self._drop_oldest()
+        with self._lock:
+            while self._released:
+                self._drop_oldest()
 
     def _make_room(self, nbytes: int) -> None:
-        while self._released and self._nbytes + nbytes > self._capacity_nbytes:
-            self._drop_oldest()
+        self._drop_until(nbytes)
         if self._is_limit and self._nbytes + nbytes > self._capacity_nbytes:
             raise ResidencyError(
                 f"parameters in use take {fmt(self._nbytes)} of device memory and {fmt(nbytes)} more are needed at the "
                 f"same time, device_memory allows {fmt(self._capacity_nbytes)}: raise it, cut smaller units with "
                 "units=..., or use fewer parameters outside the modules that own them"
             )
+
+    def _drop_until(self, nbytes: int) -> None:
+        """Drop released units until there is room for ``nbytes``, or none is left."""
+        while self._released and self._nbytes + nbytes > self._capacity_nbytes - self._lent_nbytes:
+            self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         device_copy = next(iter(self._released))
@@ -173,46 +178,6 @@ class CopyToDevice:
                 self._streams.share(tensor)
         device_copy.tensors.clear()
         self._nbytes -= device_copy.nbytes
-
-
-class CudaStreams:
-    """The streams of a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def send(self, hosts: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
-        """See `Streams.send`; from memory that is not registered with CUDA the host waits for most of the copy."""
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._copies):
-            # Allocated here, not on compute's stream: memory of compute's may be in use by what compute has queued,
-            # and the copy would have to wait for all of that.
-            tensors = [torch.empty(host.shape, dtype=host.dtype, device=self._device) for host in hosts]
-            for tensor, host in zip(tensors, hosts, strict=True):
-                tensor.copy_(host, non_blocking=True)
-            copied = _event_on(self._copies)
-        torch.cuda.current_stream(self._device).wait_event(copied)
-        return tensors, copied
-
-    def mark(self) -> Event:
-        """See `Streams.mark`."""
-        return _event_on(torch.cuda.current_stream(self._device))
-
-    def wait(self, event: Event) -> None:
-        """See `Streams.wait`."""
-        assert isinstance(event, torch.cuda.Event)
-        self._copies.wait_event(event)
-
-    def share(self, tensor: Tensor) -> None:
-        """See `Streams.share`."""
-        tensor.record_stream(torch.cuda.current_stream(self._device))
-
-
-def _event_on(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    # Without `blocking` a thread that waits spins, and takes a core from the updates.
-    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    event.record(stream)
-    return event
 
 
 def _is_held_elsewhere(tensor: Tensor) -> bool:

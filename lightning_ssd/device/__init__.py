@@ -1,0 +1,1 @@
+"""Memory of a device that is not the host's: streams, copies, and who waits for them."""
