@@ -2,7 +2,8 @@
 
 torch calls `register` at the end of `import torch` (entry point in the group `torch.backends`); `import lightning_ssd`
 calls `install`. Either way Lightning is not imported here: a finder on `sys.meta_path` waits until Lightning's
-registries of strategies exist, and gives each a factory that imports the strategy when somebody asks for it.
+registries of strategies exist, and gives each a factory that imports the strategy when somebody asks for it. It also
+tells torch's safe loading of the one function that checkpoints with links call.
 
 `LIGHTNING_SSD_AUTOLOAD=0` switches our entry point off, torch's `TORCH_DEVICE_BACKEND_AUTOLOAD=0` every package's;
 `import lightning_ssd` then still registers.
@@ -115,9 +116,21 @@ class RegisteringFinder:
                     _register_names(registry, place)
             except Exception as error:  # raised from here it would end an import that has nothing to do with us
                 _warn(f"could not register 'ssd_offload' in {place.module}: {error!r}")
-        if len(self._served) == len(_REGISTRIES):
+        self._admit_links()
+        if len(self._served) == len(_REGISTRIES) + 1:
             # A new list: importlib is iterating over the old one, and would skip the next finder.
             sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
+
+    def _admit_links(self) -> None:
+        """Let ``torch.load(weights_only=True)`` call what checkpoints with links name, once torch is imported."""
+        admit = _global_of("torch.serialization", "add_safe_globals")
+        if admit is None or self._served.get("torch.serialization") is admit:
+            return
+        self._served["torch.serialization"] = admit
+        try:
+            admit([importlib.import_module("lightning_ssd.links").linked])
+        except Exception as error:
+            _warn(f"torch.load(weights_only=True) will not open checkpoints with links: {error!r}")
 
 
 def _installed() -> RegisteringFinder | None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ssd.checkpoint import save
+from lightning_ssd.checkpoint import manifest_json
 from lightning_ssd.convert import importing
 from lightning_ssd.optim import pipeline
 from lightning_ssd.optim.rules import NATIVE_RULES
+from lightning_ssd.saving import write
 from lightning_ssd.strategy import session
 from lightning_ssd.strategy.settings import Options, argument_docs
 from tests.helpers.docs import DOCS, runnable_blocks
@@ -27,7 +28,13 @@ PACKAGE = ROOT / "lightning_ssd"
 DESIGN = {page.name: page.read_text() for page in sorted((DOCS / "design").glob("*.md"))}
 
 # What the page about extending replaces, to extend the package from outside.
-CHANGED = [(session, "make_engine"), (pipeline, "float32"), (save, "float32"), (importing, "open_source")]
+CHANGED = [
+    (session, "make_engine"),
+    (pipeline, "float32"),
+    (write, "float32"),
+    (manifest_json, "CODECS"),
+    (importing, "open_source"),
+]
 
 REFERENCE = re.compile(r"`([\w./]+\.(?:py|cpp|hpp|pyi))(?:::([\w.]+))?`")
 CALLS = re.compile(r"^```calls\n(.*?)^```$", re.MULTILINE | re.DOTALL)

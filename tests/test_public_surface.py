@@ -27,6 +27,7 @@ OPTIONS = {
     "overlap": "auto",
     "update": "auto",
     "state": "fp32",
+    "master": "auto",
     "window": "auto",
     "prefetch_batch": "auto",
     "verify_reads": "auto",

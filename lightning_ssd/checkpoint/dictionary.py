@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.checkpoint.contents import Contents
 from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.state_dict import StateDictView, split_buffers
@@ -42,7 +44,7 @@ WHOLE_STATES = "whole_optimizer_states"
 
 
 def open_dictionary(path: Any, weights_only: bool | None) -> tuple[dict[str, Any], SeenFiles]:
-    """Open a checkpoint directory, or a plain ``.ckpt``, as Lightning's dictionary with mapped tensors.
+    """Open a checkpoint with links, or a plain ``.ckpt``, as Lightning's dictionary with mapped tensors.
 
     All checksums of a directory are compared first. When all values have been used, the `SeenFiles` that is returned
     tells whether the files are still unchanged.
@@ -52,7 +54,7 @@ def open_dictionary(path: Any, weights_only: bool | None) -> tuple[dict[str, Any
         CorruptionError: If a byte differs from what was saved; names file, parameter and offset.
     """
     name = os.path.abspath(os.fspath(path))
-    if not is_checkpoint(name):
+    if not is_checkpoint(name) and mark_of(name) is None:
         if os.path.isdir(name):
             raise CheckpointError(
                 f"{name!r} is a directory without a manifest: no checkpoint of strategy='ssd_offload', or one whose "
@@ -65,7 +67,7 @@ def open_dictionary(path: Any, weights_only: bool | None) -> tuple[dict[str, Any
         return content | own_entries(reader), reader.seen()
 
 
-def dictionary_of(reader: CheckpointReader, tensors: Mapping[str, Tensor], weights_only: bool | None) -> dict[str, Any]:
+def dictionary_of(reader: Contents, tensors: Mapping[str, Tensor], weights_only: bool | None) -> dict[str, Any]:
     """Lightning's dictionary as it was saved; ``tensors`` are those of the module's state dict."""
     content = reader.state(weights_only)
     join_state_dict(content, tensors)
@@ -76,11 +78,33 @@ def dictionary_of(reader: CheckpointReader, tensors: Mapping[str, Tensor], weigh
     return content
 
 
-def own_entries(reader: CheckpointReader) -> dict[str, Any]:
+def own_entries(reader: Contents) -> dict[str, Any]:
     """What a run of ours resumes from beside Lightning's dictionary: names of parameters, and masters."""
     names = [[list(group["params"]) for group in record.param_groups] for record in reader.manifest.optimizers]
     masters = {n: reader.tensor(n, "master") for n in reader.parameter_names if "master" in reader.kinds(n)}
     return {NAMES: names, MASTERS: masters}
+
+
+def without_empty_loader_states(content: Mapping[str, Any]) -> dict[str, Any]:
+    """``content`` without the empty states of data loaders that our strategy made resumable.
+
+    Their position is kept elsewhere. A plain Trainer has no stateful loader, and refuses a checkpoint with more states
+    than stateful loaders.
+    """
+    path = ("loops", "fit_loop", "state_dict")
+    levels: list[Any] = [content]
+    for key in path:
+        levels.append(levels[-1].get(key) if isinstance(levels[-1], Mapping) else None)
+    loop = levels.pop()
+    if not isinstance(loop, Mapping) or not isinstance(loop.get("combined_loader"), list):
+        return dict(content)
+    states = [state for state in loop["combined_loader"] if state != {}]
+    changed: dict[str, Any] = {key: value for key, value in loop.items() if key != "combined_loader"}
+    if states:
+        changed["combined_loader"] = states
+    for key, level in zip(reversed(path), reversed(levels), strict=True):  # the caller's own dictionaries stay
+        changed = {**level, key: changed}
+    return changed
 
 
 def join_state_dict(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -95,7 +119,7 @@ def join_state_dict(content: dict[str, Any], tensors: Mapping[str, Tensor]) -> N
         content["state_dict"] = whole[0]
 
 
-def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> list[dict[str, Any]]:
+def optimizer_states(reader: Contents, weights_only: bool | None) -> list[dict[str, Any]]:
     """State of each optimizer as ``torch.optim`` saves it, with mapped tensors; numbers run through the groups."""
     found = []
     for named in named_optimizer_states(reader, weights_only):
@@ -110,14 +134,14 @@ def optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> lis
     return found
 
 
-def named_optimizer_states(reader: CheckpointReader, weights_only: bool | None) -> list[dict[str, Any]]:
+def named_optimizer_states(reader: Contents, weights_only: bool | None) -> list[dict[str, Any]]:
     """The same with names in place of numbers."""
     _, extra = split_buffers(reader, weights_only)
     records = reader.optimizers(weights_only)
     return [_named_state(reader, record, extra.get(index, {})) for index, record in enumerate(records)]
 
 
-def _named_state(reader: CheckpointReader, record: OptimizerRecord, extra: Mapping[str, Any]) -> dict[str, Any]:
+def _named_state(reader: Contents, record: OptimizerRecord, extra: Mapping[str, Any]) -> dict[str, Any]:
     """One optimizer's state; ``extra`` are tensors of another shape than their parameter's: name -> key -> tensor."""
     state: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(name for group in record.param_groups for name in group["params"]):

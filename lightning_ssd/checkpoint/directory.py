@@ -97,12 +97,12 @@ def _remove(target: str, recycle: Recycle | None) -> None:
         if stat.S_ISLNK(parent.stat(name).st_mode):
             parent.unlink(name)
             return
-        with _claimed(parent, name) as found:
+        with claimed(parent, name) as found:
             if found is None:
                 raise CheckpointError(f"{target!r} is not a checkpoint of lightning_ssd and is not removed")
             aside = sibling(name, "tmp")
             parent.rename(name, aside)
-            _discard(parent, aside, found, name, recycle)
+            discard(parent, aside, found, name, recycle)
 
 
 def sync_directory(path: str) -> None:
@@ -133,12 +133,12 @@ def staging(target: str, recycle: Recycle | None = None) -> Iterator[Folder]:
     recover(target)
     check_replaceable(target)
     folder, name = os.path.split(target)
-    _make_folders(folder)
-    with Folder.open(folder) as parent, _claimed(parent, name) as old:
-        _clean_stale(parent, name)
+    make_folders(folder)
+    with Folder.open(folder) as parent, claimed(parent, name) as old:
+        clean_stale(parent, name)
         with make_locked(parent, partial(sibling, name, "tmp")) as staged:
             try:
-                _require_own(old, staged)
+                require_own(old, staged)
                 yield staged
                 aside = _publish(parent, staged, name, old)
             except BaseException:
@@ -151,7 +151,7 @@ def staging(target: str, recycle: Recycle | None = None) -> Iterator[Folder]:
             # If this fails, the old one is not removed: on the disk it may still have the name.
             parent.sync()
             if old is not None:
-                _discard(parent, aside, old, name, recycle)
+                discard(parent, aside, old, name, recycle)
 
 
 def check_replaceable(target: str) -> None:
@@ -187,7 +187,7 @@ def free_name(path: str) -> str:
 
 
 @contextmanager
-def _claimed(parent: Folder, name: str) -> Iterator[Folder | None]:
+def claimed(parent: Folder, name: str) -> Iterator[Folder | None]:
     """Lock the checkpoint of that name, so that no other process replaces or removes it. None if there is none.
 
     Raises:
@@ -216,7 +216,7 @@ def _in_use_error(target: str, what: str) -> CheckpointError:
     )
 
 
-def _require_own(old: Folder | None, staged: Folder) -> None:
+def require_own(old: Folder | None, staged: Folder) -> None:
     """Refuse to replace another user's checkpoint; root may."""
     if old is None or os.geteuid() == 0:
         return
@@ -325,23 +325,23 @@ def make_locked(parent: Folder, new_name: Callable[[], str]) -> Folder:
     )
 
 
-def _make_folders(path: str) -> None:
+def make_folders(path: str) -> None:
     """Make the missing directories of a path, and sync each parent."""
     if not os.path.isdir(path):
         parent = os.path.dirname(path)
-        _make_folders(parent)
+        make_folders(parent)
         with suppress(FileExistsError):
             os.mkdir(path)
         sync_directory(parent)
 
 
-def _clean_stale(parent: Folder, name: str) -> None:
+def clean_stale(parent: Folder, name: str) -> None:
     """Remove stale staging directories of this checkpoint."""
     for role in ("tmp", "old"):
         for aside in _siblings(parent, name, role):
             with locked(parent, aside) as mine:
                 if mine is not None and (role == "tmp" or parent.has(name)):
-                    _discard(parent, aside, mine, name, None)
+                    discard(parent, aside, mine, name, None)
 
 
 @contextmanager
@@ -358,7 +358,7 @@ def locked(parent: Folder, name: str) -> Iterator[Folder | None]:
         yield folder if folder.try_lock() and parent.is_at(name, folder) else None
 
 
-def _discard(parent: Folder, aside: str, found: Folder, name: str, recycle: Recycle | None) -> None:
+def discard(parent: Folder, aside: str, found: Folder, name: str, recycle: Recycle | None) -> None:
     """Remove a staging directory or a hidden checkpoint. If files of the user stay in it, it is renamed to ``name``."""
     # The process that hid it may have died before the rename was durable: a power cut would bring the old name back.
     parent.sync()

@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
+from lightning_ssd.checkpoint.contents import Contents
 from lightning_ssd.checkpoint.directory import recover
+from lightning_ssd.checkpoint.link_file import links_of
 from lightning_ssd.checkpoint.manifest import (
     BUFFERS,
     EXTRA_TENSORS,
@@ -29,9 +31,7 @@ from lightning_ssd.errors import CheckpointError, CorruptionError, listed
 from lightning_ssd.io.folder import Folder, close_fd, closing_fd
 from lightning_ssd.io.safe_open import open_folder, open_inside
 from lightning_ssd.sizes import MiB
-from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.mapped_safetensors import MappedFile, SeenFiles, read_exactly
-from lightning_ssd.store.safetensors_header import TensorEntry
 from lightning_ssd.store.torch_file import load_pickle
 
 _MAX_MANIFEST_NBYTES = 512 * MiB  # a state of 10 TiB has a manifest of about 100 MiB
@@ -50,16 +50,11 @@ class VerifyReport:
     unchecked: tuple[str, ...]
 
 
-class CheckpointReader:
-    """A checkpoint directory, checked before anything in it is used.
-
-    Attributes:
-        directory: Its absolute path.
-        manifest: What it says it holds.
-    """
+class CheckpointReader(Contents):
+    """A checkpoint directory, checked before anything in it is used."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        """Open a checkpoint; files are mapped when a tensor of theirs is first asked for.
+        """Open a checkpoint, by its file or by the folder of links; files are mapped when a tensor is first asked for.
 
         Raises:
             CheckpointError: If it is no checkpoint, or a file is missing or of another size than the manifest says.
@@ -69,10 +64,13 @@ class CheckpointReader:
         self._folders: dict[str, Folder] = {}
         recover(self.directory)
         if os.path.isfile(self.directory):
-            raise CheckpointError(
-                f"{self.directory!r} is one file, not a directory of links: open it with torch.load, copy it as any "
-                "file, or make a directory of it with `lightning-ssd import FILE DIRECTORY`"
-            )
+            links = links_of(self.directory)
+            if links is None:
+                raise CheckpointError(
+                    f"{self.directory!r} is one file that holds everything, without links: open it with torch.load, "
+                    "copy it as any file, or make links of it with `lightning-ssd import FILE TARGET`"
+                )
+            self.directory = links
         with ExitStack() as on_error:
             self._fd = open_folder(self.directory)
             on_error.callback(self.close)
@@ -98,43 +96,14 @@ class CheckpointReader:
             folder.close()
         self._folders.clear()
 
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """Names of the parameters in unit files, in the order of the files."""
-        return tuple(self.manifest.parameters)
-
-    def kinds(self, name: str) -> tuple[str, ...]:
-        """Which kinds of a parameter there are."""
-        return tuple(self._places(name))
-
     def tensor(self, name: str, kind: str) -> Tensor:
         """One kind of a parameter, in place; writing to it never reaches the file ([Note: private mapping]).
 
         Raises:
             CheckpointError: If there is none, or its file is not as the manifest says.
         """
-        places = self._places(name)
-        if kind not in places:
-            raise CheckpointError(f"{self.directory}: parameter {name!r} has {', '.join(places)}, no {kind!r}")
-        record, entry = places[kind]
+        record, entry = self._place(name, kind)
         return self._mapped_file(record).tensor(record.renamed.get(entry.name, entry.name))
-
-    def value(self, name: str) -> Tensor:
-        """A parameter in its own dtype: mapped if a file holds that dtype, else converted from the master."""
-        dtype = self.own_dtype(name)
-        kind, exact = self._form(name, dtype)
-        return self.tensor(name, kind) if exact else self.tensor(name, kind).to(dtype_of(dtype))
-
-    def own_dtype(self, name: str) -> str:
-        """Safetensors dtype of `value`."""
-        stored = self.manifest.aliases.get(name, name)
-        kind, _ = self._form(name, "")
-        return self.manifest.dtypes.get(stored, self._places(name)[kind][1].dtype)
-
-    def is_in_place(self, name: str) -> bool:
-        """Whether `value` needs no conversion; always true for tensors that are in no unit file."""
-        stored = self.manifest.aliases.get(name, name)
-        return stored not in self.manifest.parameters or self._form(name, self.own_dtype(name))[1]
 
     def folder_of(self, record: FileRecord) -> Folder:
         """The directory of a unit file, opened without following symlinks; the reader closes it."""
@@ -282,21 +251,6 @@ class CheckpointReader:
             close_fd(self._open(record))
         for name in self.manifest.small_files:
             close_fd(self._open_small(name, compare=False))
-
-    def _places(self, name: str) -> Mapping[str, tuple[FileRecord, TensorEntry]]:
-        places = self.manifest.parameters.get(self.manifest.aliases.get(name, name))
-        if places is None:
-            raise CheckpointError(f"{self.directory} holds no parameter {name!r}")
-        return places
-
-    def _form(self, name: str, dtype: str) -> tuple[str, bool]:
-        """The kind that holds a parameter's value in ``dtype``, else the most exact one; and whether the dtype fits."""
-        places = self._places(name)
-        forms = [kind for kind in ("master", "param") if kind in places]
-        if not forms:
-            raise CheckpointError(f"{self.directory}: parameter {name!r} has neither param nor master")
-        exact = next((kind for kind in forms if places[kind][1].dtype == dtype), None)
-        return (forms[0], False) if exact is None else (exact, True)
 
     def _mapped_file(self, record: FileRecord) -> MappedFile:
         if record.path in self._mapped:

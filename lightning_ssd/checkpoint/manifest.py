@@ -17,9 +17,11 @@ STATE = "state.pt"
 BUFFERS = "buffers.safetensors"
 EXTRA_TENSORS = "extra_tensors.pt"
 UNITS = "units"
+LINK_FILE = "link.ckpt"
+"""The small file of [Note: links] while it is in the folder; see [Note: commit]."""
 
 NAMES_1 = {BUFFERS: "rest.safetensors", EXTRA_TENSORS: "odd.pt"}
-OWN_FILES = (MANIFEST, STATE, BUFFERS, EXTRA_TENSORS, *NAMES_1.values())
+OWN_FILES = (MANIFEST, STATE, BUFFERS, EXTRA_TENSORS, *NAMES_1.values(), LINK_FILE)
 """Names of the files next to ``units``, in every version of the format."""
 
 
@@ -94,6 +96,7 @@ class Manifest:
             a unit file is the one in ``buffers``. None in a checkpoint that was imported or is older than this field:
             then the names are every parameter with a value, every alias and everything else in ``buffers``.
         version: Version of the format.
+        id: 32 random hexadecimal digits that the small file has too ([Note: links]); none in older checkpoints.
     """
 
     step: int
@@ -108,6 +111,7 @@ class Manifest:
     small_files: Mapping[str, SmallFile]
     names: tuple[str, ...] | None = None
     version: int = VERSION
+    id: str = ""
 
     @cached_property
     def parameters(self) -> Mapping[str, Mapping[str, tuple[FileRecord, TensorEntry]]]:

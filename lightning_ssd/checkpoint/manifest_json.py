@@ -24,7 +24,8 @@ from lightning_ssd.checkpoint.manifest import (
     OptimizerRecord,
     SmallFile,
 )
-from lightning_ssd.errors import CheckpointError
+from lightning_ssd.codec import float32
+from lightning_ssd.errors import CheckpointError, listed
 from lightning_ssd.io.safe_open import check_relative_path
 from lightning_ssd.store.safetensors_header import (
     ITEMSIZE,
@@ -36,6 +37,9 @@ from lightning_ssd.store.safetensors_header import (
     parse_json_object,
 )
 
+CODECS = (float32.NAME,)
+"""Forms of the state on disk that can be read."""
+
 _NO_CHECKSUM = b'"crc32c":"00000000"'
 _T = TypeVar("_T")
 
@@ -46,6 +50,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "format": FORMAT,
         "version": manifest.version,
         "crc32c": "00000000",
+        **({"id": manifest.id} if manifest.id else {}),
         "step": manifest.step,
         "created_at": manifest.created_at,
         "versions": dict(manifest.versions),
@@ -99,7 +104,7 @@ def decode_manifest(text: bytes, where: str) -> Manifest:
         step=_count(content, "step", where),
         created_at=_take(content, "created_at", str, where),
         versions=_texts(content, "versions", where),
-        codec=_take(content, "codec", str, where),
+        codec=_decode_codec(content, where),
         world_size=_count(content, "world_size", where),
         files=files,
         dtypes=_texts(content, "dtypes", where),
@@ -108,6 +113,7 @@ def decode_manifest(text: bytes, where: str) -> Manifest:
         small_files=_decode_small_files(_take(content, "small_files", dict, where), version, where),
         names=_decode_names(content, where),
         version=version,
+        id=_decode_id(content, where),
     )
     _check_names(manifest, where)
     return manifest
@@ -221,6 +227,25 @@ def _decode_optimizer(value: object, where: str) -> OptimizerRecord:
     for name, without in lacking.items():
         _expect(without, list, f"what {name!r} lacks", inside)
     return OptimizerRecord(_take(content, "class_name", str, inside), groups, state, kinds, lacking)
+
+
+def _decode_codec(content: Mapping[str, Any], where: str) -> str:
+    codec = _take(content, "codec", str, where)
+    if codec not in CODECS:
+        raise CheckpointError(
+            f"{where}: the state is in the form {codec!r:.80}, this lightning_ssd reads {listed(CODECS)}: update "
+            "it, or export the checkpoint to a .ckpt with the lightning_ssd that wrote it"
+        )
+    return codec
+
+
+def _decode_id(content: Mapping[str, Any], where: str) -> str:
+    if "id" not in content:
+        return ""
+    text = _take(content, "id", str, where)
+    if len(text) != 32 or not set(text) <= set("0123456789abcdef"):
+        raise CheckpointError(f"{where}: id {text!r:.80} is not 32 hexadecimal digits")
+    return text
 
 
 def _decode_names(content: Mapping[str, Any], where: str) -> tuple[str, ...] | None:

@@ -14,7 +14,7 @@ from lightning_ssd.store.dtypes import name_of
 from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry
 
 if TYPE_CHECKING:
-    from lightning_ssd.checkpoint.load import CheckpointReader
+    from lightning_ssd.checkpoint.contents import Contents
 
 OPTIMIZER_PREFIX = "optimizer."
 
@@ -29,8 +29,8 @@ class StateDictView(Mapping[str, Tensor]):
         shapes: Shape of every tensor, known without reading one.
     """
 
-    def __init__(self, reader: CheckpointReader, weights_only: bool | None = None) -> None:
-        """Look into ``reader``, which stays the caller's and must stay open; see `CheckpointReader.buffers`.
+    def __init__(self, reader: Contents, weights_only: bool | None = None) -> None:
+        """Look into ``reader``, which stays the caller's and must stay open; see `Contents.buffers`.
 
         Raises:
             CheckpointError: If a name leads nowhere.
@@ -118,7 +118,7 @@ def require_whole(manifest: Manifest, buffers: Collection[str], where: str) -> N
 
 
 def split_buffers(
-    reader: CheckpointReader, weights_only: bool | None = None
+    reader: Contents, weights_only: bool | None = None
 ) -> tuple[dict[str, Tensor], dict[int, dict[str, dict[str, Tensor]]]]:
     """Split ``buffers`` into the module's tensors and optimizer state: optimizer -> parameter -> key -> tensor."""
     module: dict[str, Tensor] = {}

@@ -19,7 +19,7 @@ from lightning_ssd.errors import CheckpointError, naming
 from lightning_ssd.io.deadline import in_time, sync
 from lightning_ssd.io.folder import Folder, closing_fd
 from lightning_ssd.sizes import MiB
-from lightning_ssd.store.dtypes import name_of
+from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
 from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry, encode_header
 
 Progress = Callable[[int, int], None]
@@ -143,6 +143,15 @@ def write_pickle(writer: StreamWriter, content: Mapping[str, Any]) -> None:
     finally:
         # torch keeps the writer for ever; the error must not stay in it, as its frames refer to the whole training.
         writer.error = failure = None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a safetensors file can hold the tensor; others go to ``extra_tensors.pt``."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and tensor.layout == torch.strided
+        and tensor.dtype in TORCH_DTYPE.values()
+    )
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

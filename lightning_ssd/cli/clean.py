@@ -90,8 +90,7 @@ def _search(top: str, arguments: argparse.Namespace) -> Iterator[_Find]:
             if run is not None:
                 yield _Find(path, _KEPT if run.is_kept else _RUN, run.nbytes, run.age_s, _why_kept(run, arguments))
         elif (found := find_stale(path)) is not None:
-            why = "the only copy of a checkpoint: inspect it by its own name" if found.is_needed else ""
-            yield _Find(path, found.what, found.nbytes, found.age_s, why)
+            yield _Find(path, found.what, found.nbytes, found.age_s, found.kept_because)
 
 
 def _why_kept(run: DeadRun, arguments: argparse.Namespace) -> str:

@@ -1,7 +1,8 @@
 """Stale files: what dead processes left next to checkpoints. Found by name, lock and content; removed on request.
 
 Names and locks are those of [Note: staging]. An unfinished copy has the role ``copy``, an unfinished export the role
-``export``. A directory that holds anything we do not write there is not ours, whatever its name.
+``export``. A directory that holds anything we do not write there is not ours, whatever its name. A folder of links
+([Note: commit]) with the file inside it, or whose file was replaced, is stale too.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
+from lightning_ssd.checkpoint.directory import sibling
 from lightning_ssd.checkpoint.discard import UNIT_FILE, discard_contents
-from lightning_ssd.checkpoint.manifest import OWN_FILES, UNITS
+from lightning_ssd.checkpoint.link_file import folder_id, mark_is
+from lightning_ssd.checkpoint.manifest import LINK_FILE, OWN_FILES, UNITS
 from lightning_ssd.convert.export_staging import discard_export, is_unfinished_export
 from lightning_ssd.io.folder import Folder
+from lightning_ssd.saving.link_staging import is_replaced
 
-_NAME = re.compile(r"\.(?P<target>.+)\.(?P<role>tmp|old|copy|export)-\d+-[0-9a-f]{8,}")
+_NAME = re.compile(r"\.(?P<target>.+)\.(?P<role>tmp|old|copy|export)-\d+-[0-9a-f]{8,}", re.DOTALL)
+_LINKS = re.compile(r"(?P<target>.+)\.(?P<role>links)(\.new)?", re.DOTALL)
 _WHAT = {
     "tmp": "unfinished save",
     "old": "replaced checkpoint",
     "copy": "unfinished copy",
     "export": "unfinished export",
+    "links": "links of no file",
 }
 
 
@@ -37,15 +43,14 @@ class StaleFile:
         what: What it was to become.
         nbytes: Bytes on disk that removing it frees; files that something else links are not counted.
         age_s: Seconds since something in it was changed.
-        is_needed: It is the only copy of a checkpoint, since its replacement was interrupted; reading the checkpoint by
-            its own name recovers it.
+        kept_because: Why it must stay, or empty.
     """
 
     path: str
     what: str
     nbytes: int
     age_s: float
-    is_needed: bool
+    kept_because: str
 
 
 def find_stale(path: str) -> StaleFile | None:
@@ -54,7 +59,7 @@ def find_stale(path: str) -> StaleFile | None:
     if role is None:
         return None
     with suppress(OSError), _held(path, shared=True) as held:  # gone or changed while we looked
-        if held is not None and _is_ours(held[1], role[1]):
+        if held is not None and _is_ours(*held, *role):
             return _look(path, *held, *role)
     return None
 
@@ -70,13 +75,17 @@ def remove_stale(path: str) -> bool:
         return False
     # The lock is held until all is gone, and everything goes through what was locked: see [Note: by descriptor].
     with _held(path, shared=False) as held:
-        if held is None or not _is_ours(held[1], role[1]) or _look(path, *held, *role).is_needed:
+        if held is None or not _is_ours(*held, *role) or _look(path, *held, *role).kept_because:
             return False
         parent, found = held
         name = os.path.basename(path)
         if role[1] == "export":
             discard_export(parent, name, found)
         else:
+            if role[1] == "links":
+                hidden = sibling(name, "tmp")
+                parent.rename(name, hidden)
+                name = hidden
             parent.sync()  # or a power cut would bring back the name that it had before
             discard_contents(found, is_old=role[1] == "old")
             parent.rmdir(name)
@@ -102,7 +111,7 @@ def _held(path: str, *, shared: bool) -> Iterator[tuple[Folder, Folder] | None]:
 def _role(path: str) -> tuple[str, str] | None:
     """Target and role by the name."""
     folder, name = os.path.split(path)
-    found = _NAME.fullmatch(name)
+    found = _NAME.fullmatch(name) or _LINKS.fullmatch(name)
     return None if found is None else (os.path.join(folder, found["target"]), found["role"])
 
 
@@ -111,7 +120,7 @@ def may_be_stale(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def _is_ours(found: Folder, role: str) -> bool:
+def _is_ours(parent: Folder, found: Folder, target: str, role: str) -> bool:
     if role == "export":
         return is_unfinished_export(found)
     about = os.fstat(found.fd)
@@ -122,15 +131,25 @@ def _is_ours(found: Folder, role: str) -> bool:
         is_units = not inside and name == UNITS and stat.S_ISDIR(each.st_mode)
         if not (stat.S_ISREG(each.st_mode) and known) and not is_units:
             return False
-    return True
+    if role != "links" or found.has(LINK_FILE):
+        return True
+    own_id = folder_id(found)
+    return own_id is not None and not any(mark_is(parent, name, own_id) for name in parent.names())
 
 
 def _look(path: str, parent: Folder, found: Folder, target: str, role: str) -> StaleFile:
     each = [os.fstat(found.fd), *(about for _, _, about in _entries(found))]
     nbytes = sum(about.st_blocks * 512 for about in each if about.st_nlink == 1)
     age_s = max(time.time() - max(about.st_mtime for about in each), 0.0)
-    is_needed = role == "old" and not parent.has(os.path.basename(target))
-    return StaleFile(path, _WHAT[role], nbytes, age_s, is_needed)
+    return StaleFile(path, _WHAT[role], nbytes, age_s, _why_kept(parent, found, os.path.basename(target), role))
+
+
+def _why_kept(parent: Folder, found: Folder, target: str, role: str) -> str:
+    if role == "old" and not parent.has(target):  # its replacement was interrupted; reading it by its name recovers it
+        return "the only copy of a checkpoint: inspect it by its own name"
+    if role == "links" and not found.has(LINK_FILE) and not is_replaced(parent, target, found):
+        return "a file that was moved away may need it: remove it yourself if none does"
+    return ""
 
 
 def _entries(found: Folder) -> Iterator[tuple[str, bool, os.stat_result]]:

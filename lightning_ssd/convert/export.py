@@ -13,14 +13,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_ssd.checkpoint.dictionary import dictionary_of, own_entries
+from lightning_ssd.checkpoint.dictionary import dictionary_of, own_entries, without_empty_loader_states
 from lightning_ssd.checkpoint.directory import check_replaceable, free_name, is_checkpoint, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.progress import byte_bar
@@ -89,7 +88,7 @@ def consolidate(
         os.makedirs(os.path.dirname(target), exist_ok=True)
         spill = Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
         content = dictionary_of(reader, mapped_state_dict(reader, spill, weights_only), weights_only)
-        drop_empty_loader_states(content)
+        content = without_empty_loader_states(content)
         if is_resumable:
             content |= own_entries(reader)
         with staged_file(target) as (fd, take_name):
@@ -174,20 +173,6 @@ def to_safetensors(
         publish(folder, target)
         sync_directory(os.path.dirname(target))
     return ExportReport(tuple(os.path.join(target, shard.file) for shard in shards), total, left_out)
-
-
-def drop_empty_loader_states(content: dict[str, Any]) -> None:
-    """Remove the empty states of data loaders that our strategy made resumable; it keeps their position elsewhere.
-
-    A plain Trainer has no stateful loader, and refuses a checkpoint with more states than stateful loaders.
-    """
-    loop: Any = content
-    for key in ("loops", "fit_loop", "state_dict"):
-        loop = loop.get(key) if isinstance(loop, dict) else None
-    if isinstance(loop, dict) and isinstance(loop.get("combined_loader"), list):
-        states = [state for state in loop.pop("combined_loader") if state != {}]
-        if states:
-            loop["combined_loader"] = states
 
 
 def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool | None) -> dict[str, Tensor]:

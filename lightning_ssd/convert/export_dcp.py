@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lightning_ssd.checkpoint.dictionary import join_state_dict, named_optimizer_states
+from lightning_ssd.checkpoint.dictionary import join_state_dict, named_optimizer_states, without_empty_loader_states
 from lightning_ssd.checkpoint.directory import sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress, StreamWriter, new_file, write_pickle
@@ -26,7 +26,6 @@ from lightning_ssd.convert.export import (
     ExportReport,
     ReadPages,
     Spill,
-    drop_empty_loader_states,
     mapped_state_dict,
     new_folder_path,
     os_errors,
@@ -82,7 +81,7 @@ def _content(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Model and optimizers, and what else Lightning keeps."""
     meta = reader.state(weights_only)
-    drop_empty_loader_states(meta)
+    meta = without_empty_loader_states(meta)
     join_state_dict(meta, mapped_state_dict(reader, spill, weights_only))
     if "optimizer_states" in meta:
         raise CheckpointError(

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from lightning_ssd.checkpoint.contents import CheckpointContent
 from lightning_ssd.checkpoint.dictionary import STATE_DICT_EXTRA
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
+from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, VALUE_KINDS
 from lightning_ssd.checkpoint.unit_file import ComposedFile
 from lightning_ssd.checkpoint.writer import Progress
@@ -35,6 +36,7 @@ from lightning_ssd.convert.sources import (
 )
 from lightning_ssd.convert.weight_files import open_weight_files
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.saving.write import write_checkpoint
 
 _KEPT_WITH_WEIGHTS = ("hyper_parameters", "hparams_name", STATE_DICT_EXTRA)
 
@@ -144,7 +146,7 @@ def open_source(path: str | os.PathLike[str], *, trust: bool = False) -> ImportS
         CheckpointError: If the format is unknown, or the source is malformed.
     """
     name = os.path.abspath(os.fspath(path))
-    if is_checkpoint(name):
+    if is_checkpoint(name) or mark_of(name) is not None:
         return open_checkpoint(name, weights_only=not trust)
     if is_dcp(name):
         return open_dcp(name, weights_only=not trust)

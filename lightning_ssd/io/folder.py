@@ -102,6 +102,14 @@ class Folder:
         """Rename a file or directory in this directory."""
         self._change(name, lambda: os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=self.fd), "rename")
 
+    def move(self, name: str, to: Folder, new_name: str) -> None:
+        """Move a file to another directory; a file of that name there is replaced."""
+
+        def rename() -> None:
+            os.rename(name, new_name, src_dir_fd=self.fd, dst_dir_fd=to.fd)
+
+        self._change(name, rename, "rename")
+
     def stat(self, name: str) -> os.stat_result:
         """The status of what has the name; of a symlink itself."""
         with self._naming(name):

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.step.gradients import CompleteGrads, GradientStore, Mode
 from lightning_ssd.step.recompute import Frame, FrameUnits
+from lightning_ssd.step.saved_views import ParameterView, form_of, unchanged
 from lightning_ssd.step.step_on_device import StepOnDevice
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.trace.recorder import Trace
@@ -31,7 +32,6 @@ from lightning_ssd.units import transforms
 from lightning_ssd.units.fingerprint import fingerprint
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache
-from lightning_ssd.units.resident_params import ResidentParam
 from lightning_ssd.units.transforms import StepHooks
 from lightning_ssd.units.unit import Unit
 
@@ -69,7 +69,7 @@ class BackwardPass:
         self._unpacked: dict[str, Unit] = {}  # held because a view of a parameter was unpacked
         self._is_running = False
         self._used: weakref.WeakKeyDictionary[Frame, list[_Used]] = weakref.WeakKeyDictionary()
-        self._packed: dict[str, weakref.WeakSet[_ParameterView]] = {}  # what backward may still unpack, by unit
+        self._packed: dict[str, weakref.WeakSet[ParameterView]] = {}  # what backward may still unpack, by unit
 
     def note(self) -> None:
         """Something of ours happens inside backward: be told when it ends."""
@@ -129,6 +129,14 @@ class BackwardPass:
             self._optimizer.update(complete.unit, complete.grads, is_last=True, land=complete.land)
             complete.unit.is_handed_on = True  # what was written to it until now is in the store
 
+    def _update_complete(self, frame: Frame) -> None:
+        """Update the units whose gradients came while the backward of ``frame``, which is over, still read them."""
+        for used in self._used.get(frame, ()):
+            if not self._packed.get(used.unit.name):
+                complete = self._grads.complete(used.unit)
+                if complete is not None:
+                    self._update(complete)
+
     # -- saved tensors that view parameters ----------------------------------------------------------------------
 
     def hooks(self) -> saved_tensors_hooks:
@@ -144,14 +152,14 @@ class BackwardPass:
             # Detached (the version is shared): an operation may save its own output, which holds the graph that holds
             # this. Without backward nothing would break that circle, and every skipped batch stayed in memory.
             return tensor.detach(), tensor._version
-        view = _ParameterView(param, _form(tensor))
+        view = ParameterView(param, form_of(tensor))
         self._packed.setdefault(view.unit.name, weakref.WeakSet()).add(view)
         return view
 
     def unpack(self, packed: Any) -> Tensor:
         """The tensor that `pack` was given."""
-        if not isinstance(packed, _ParameterView):
-            return _unchanged(*packed)
+        if not isinstance(packed, ParameterView):
+            return unchanged(*packed)
         unit = packed.unit
         self._require_unchanged(unit, packed.generation)
         self.note()
@@ -183,9 +191,9 @@ class BackwardPass:
 
     # -- recompute -----------------------------------------------------------------------------------------------
 
-    def units(self, units: list[Unit]) -> FrameUnits:
-        """What a frame of a module that needs ``units``, which are resident, calls."""
-        return _FrameUnits(self, self._cache, units)
+    def units(self, units: list[Unit], inside: list[Unit]) -> FrameUnits:
+        """What a frame calls of a module that needs ``units``, which are resident; modules in it need ``inside``."""
+        return _FrameUnits(self, self._cache, units, inside)
 
     def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
         """See `FrameUnits.rerun`."""
@@ -225,7 +233,7 @@ class BackwardPass:
         """Keep ``units``, which are held once, until the backward of ``frame`` is over."""
         self._held[id(frame)] = _Hold(frame, units)
 
-    def show(self, frame: Frame, view: _ParameterView) -> Tensor:
+    def show(self, frame: Frame, view: ParameterView) -> Tensor:
         """A parameter of a unit that ``frame`` shares with others: one such unit at a time is held beside its own."""
         self._require_unchanged(view.unit, view.generation)
         hold = self._held.setdefault(id(frame), _Hold(frame, []))
@@ -249,6 +257,7 @@ class BackwardPass:
             live, backward = weak(), weak_self()
             if remaining[0] == 0 and live is not None and backward is not None:
                 backward._end_frame(live)
+                backward._update_complete(live)
 
         for tensor in inputs:
             tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
@@ -278,8 +287,11 @@ class BackwardPass:
         staying = {name: unit for name, unit in self._unpacked.items() if block is not None and unit.block is block}
         for name in staying:
             del self._unpacked[name]
+        frames = [hold.frame for hold in self._held.values()]
         self._end_holds()
         self._unpacked.update(staying)
+        for frame in frames:
+            self._update_complete(frame)
 
     def _end(self) -> None:
         self._is_running = False
@@ -300,31 +312,6 @@ class _Used:
     fingerprint: tuple[int, ...] | None = None  # what it held when code outside of modules first touched it after that
 
 
-class _ParameterView:
-    """Stands for a saved tensor that views a parameter: fetched again when backward needs it."""
-
-    __slots__ = ("__weakref__", "form", "generation", "index", "unit", "version")
-
-    def __init__(self, param: ResidentParam, form: tuple[Any, ...]) -> None:
-        self.unit = param.unit
-        self.index = param.index
-        self.form = form
-        self.generation = param.device_copy.generation
-        self.version = param.unit.params[param.index]._version
-
-    def tensor(self) -> Tensor:
-        """The tensor; the unit is resident."""
-        size, stride, offset, dtype, is_conj, is_neg = self.form
-        param = self.unit.params[self.index]
-        _unchanged(param, self.version)
-        with torch.no_grad():
-            flat = param.detach().view(-1)
-            saved = (flat if dtype == flat.dtype else flat.view(dtype)).as_strided(size, stride, offset)
-            # `conj()` and `imag` of what is conjugated are views with a mark, not other bytes.
-            saved = torch._neg_view(saved) if is_neg else saved
-            return saved.conj() if is_conj else saved
-
-
 class _Hold:
     """Units that are held for the backward of one frame."""
 
@@ -342,17 +329,18 @@ class _Hold:
 class _FrameUnits:
     """See `FrameUnits`."""
 
-    def __init__(self, backward: BackwardPass, cache: ParamCache, units: list[Unit]) -> None:
+    def __init__(self, backward: BackwardPass, cache: ParamCache, units: list[Unit], inside: list[Unit]) -> None:
         self._backward = backward
         self._cache = cache
         self._units = units
+        self._inside = inside
         self._versions = self._current_versions()
 
     def has_written(self) -> bool:
         return self._versions != self._current_versions()
 
     def _current_versions(self) -> list[int]:
-        return [param._version for unit in self._units for param in unit.params]
+        return [param._version for unit in (*self._units, *self._inside) for param in unit.params]
 
     def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
         self._backward.rerun(frame, call)
@@ -368,7 +356,7 @@ class _FrameUnits:
 
     def place(self, tensor: Tensor) -> object | None:
         param = self._cache.resident.find(tensor)
-        return None if param is None else (param.unit.name, param.index, *_form(tensor))
+        return None if param is None else (param.unit.name, param.index, *form_of(tensor))
 
     def hide(self, tensor: Tensor) -> object:
         param = self._cache.resident.find(tensor)
@@ -376,19 +364,4 @@ class _FrameUnits:
         return tensor.detach() if param is None or param.unit in self._units else self._backward.pack(tensor)
 
     def show(self, frame: Frame, packed: Any) -> Tensor:
-        return self._backward.show(frame, packed) if isinstance(packed, _ParameterView) else cast(Tensor, packed)
-
-
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    layout = tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype
-    return *layout, tensor.is_conj(), tensor.is_neg()
-
-
-def _unchanged(tensor: Tensor, version: int | None) -> Tensor:
-    # Autograd does not check this itself for tensors that went through hooks.
-    if version is not None and tensor._version != version:
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"{tensor.dtype} {list(tensor.shape)} is at version {tensor._version}; expected version {version}"
-        )
-    return tensor
+        return self._backward.show(frame, packed) if isinstance(packed, ParameterView) else cast(Tensor, packed)

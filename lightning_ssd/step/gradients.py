@@ -163,15 +163,19 @@ class GradientStore:
         arrived.add(index)
         if self._off_device:
             self._take_off(unit, index, grad)
-        complete = None
-        if self.mode is Mode.ACCUMULATE:
-            if not self._off_device:
-                param.grad = self._kept(unit, index, grad)
-        elif not is_needed and self._is_complete(unit, len(arrived)):
-            complete = self._take(unit)
+        complete = None if is_needed else self.complete(unit)
+        if self.mode is Mode.ACCUMULATE and not self._off_device:
+            param.grad = self._kept(unit, index, grad)
         if self._heap is not None:
             self._heap.note_freed(grad.nbytes)
         return complete
+
+    def complete(self, unit: Unit) -> CompleteGrads | None:
+        """The gradients of ``unit``, as `arrive` returns them, if backward has no more use for its values."""
+        arrived = self._arrived.get(unit.name)
+        if self.mode is Mode.ACCUMULATE or not arrived or not self._is_complete(unit, len(arrived)):
+            return None
+        return self._take(unit)
 
     def end_backward(self) -> Iterator[CompleteGrads]:
         """No more gradients come from this backward: those of units that were not complete yet, one by one."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from lightning_ssd.step.backward import BackwardPass
 from lightning_ssd.step.direct_use import DirectUse
 from lightning_ssd.step.fast_path import Removable, hook, hook_encoders
 from lightning_ssd.step.gradients import GradientStore
+from lightning_ssd.step.module_call import ModuleCall
 from lightning_ssd.step.own_writes import may_write
 from lightning_ssd.step.recompute import Frame
 from lightning_ssd.step.step_on_device import StepOnDevice
@@ -78,7 +78,8 @@ class ModuleHooks:
         self._on_device = StepOnDevice(cache, is_off_host=grads.is_off_device)
         self._backward = BackwardPass(model, cache, grads, self._on_device, trace)
         self._num_steps = 0  # step contexts that are open now
-        self._calls: list[_ModuleCall] = []  # forwards that run now, one inside the other
+        self._calls: list[ModuleCall] = []  # forwards that run now, one inside the other
+        self._inside: dict[nn.Module, list[Unit]] = {}  # of each block, the units that modules inside of it fetch
         self._handles = self._hook(module)
         model.streaming = self
 
@@ -89,6 +90,9 @@ class ModuleHooks:
             unit.writes_itself = any(may_write(user, writing) for user in unit.modules)
             for user in unit.modules:
                 users.setdefault(user, []).append(unit)
+        for block in self._recompute:
+            inside = [unit for inner in block.modules() if inner is not block for unit in users.get(inner, ())]
+            self._inside[block] = list(dict.fromkeys(inside))
         handles = hook_encoders(module)
         for user, units in users.items():
             handles += hook(user, _HooksOfModule(self, units))
@@ -225,18 +229,10 @@ class ModuleHooks:
             self._activations.enforce_budget()  # by now the caller has dropped the inputs of the block before
         with transforms.suspended():
             call = self._fetch(module, units)
-        around = next((outer.frame for outer in reversed(self._calls) if outer.frame is not None), None)
-        if torch.is_grad_enabled() and not is_rerun and around is not None:
-            # Under a checkpoint of the user's own inside the frame: backward runs that again outside of it, where
-            # our hooks are set, and the checkpoint counts what reaches it.
-            if not transforms.is_on_top(around.pack):
-                call.enter(self._backward.hooks())
-        elif torch.is_grad_enabled() and not is_rerun:
+        if torch.is_grad_enabled() and not is_rerun:
             for unit in units:
                 self._grads.used(unit, module)
-            frame = call.frame = self._frame(module, units, args, kwargs)
-            hooks = torch.autograd.graph.saved_tensors_hooks
-            call.enter(self._backward.hooks() if frame is None else hooks(frame.pack, frame.unpack))
+            self._watch_saved_tensors(call, args, kwargs)
         elif not is_rerun and not torch.is_grad_enabled():
             for unit in units:
                 self._grads.used_without_grad(unit)
@@ -245,11 +241,26 @@ class ModuleHooks:
         call.enter(self._computing("recompute" if is_rerun else "forward", units[0].name))
         self.cache.begin_module()
 
+    def _watch_saved_tensors(self, call: ModuleCall, args: Any, kwargs: Any) -> None:
+        """Set the hooks for what autograd saves in a first forward with grad that is about to run."""
+        around = next((outer for outer in reversed(self._calls) if outer.frame is not None), None)
+        if around is not None and around.frame is not None:
+            around.inner += call.units
+            # Under a checkpoint of the user's own inside the frame: backward runs that again outside of it, where
+            # our hooks are set, and the checkpoint counts what reaches it.
+            if not transforms.is_on_top(around.frame.pack):
+                call.enter(self._backward.hooks())
+            return
+        frame = call.frame = self._frame(call.module, call.units, args, kwargs)
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        call.enter(self._backward.hooks() if frame is None else hooks(frame.pack, frame.unpack))
+
     def _frame(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Frame | None:
         """The frame of a module that is about to run and will be recomputed; None for any other."""
         if module not in self._recompute or self._verdicts.keeps(module) or transforms.are_duals_made():
             return None
-        if any(unit.writes_itself for unit in units):  # it may not do so in its first forward
+        inside = self._inside[module]
+        if any(unit.writes_itself for unit in (*units, *inside)):  # it may not do so in its first forward
             self._verdicts.keep(module, units[0].name, "it writes to parameters by .data, or may")
             return None
         frame = Frame(
@@ -258,7 +269,7 @@ class ModuleHooks:
             args,
             kwargs,
             device=self._device,
-            units=self._backward.units(units),
+            units=self._backward.units(units, inside),
             verdicts=self._verdicts,
         )
         if frame.opaque is None:
@@ -266,8 +277,8 @@ class ModuleHooks:
         self._verdicts.keep(module, frame.name, f"what it has or is given holds {frame.opaque}")
         return None
 
-    def _fetch(self, module: nn.Module, units: list[Unit]) -> _ModuleCall:
-        call = _ModuleCall(module, units)
+    def _fetch(self, module: nn.Module, units: list[Unit]) -> ModuleCall:
+        call = ModuleCall(module, units)
         try:
             for unit in units:
                 is_new = self.cache.fetch(unit)
@@ -304,7 +315,7 @@ class ModuleHooks:
                 frame.error = error
             raise
 
-    def _end_call(self, call: _ModuleCall, frame: Frame | None, *, failed: bool) -> None:
+    def _end_call(self, call: ModuleCall, frame: Frame | None, *, failed: bool) -> None:
         call.close()
         self.cache.end_module()
         if frame is not None and frame.module is call.module and not failed and not frame.is_trying:
@@ -315,7 +326,7 @@ class ModuleHooks:
         for unit in call.units:
             self.cache.release(unit)
         if call.frame is not None and not failed:
-            self._backward.end_forward(call.frame, call.units)
+            self._backward.end_forward(call.frame, list(dict.fromkeys([*call.units, *call.inner])))
 
     def _end_forward(self, frame: Frame) -> None:
         frame.end_forward()
@@ -339,29 +350,6 @@ def _require_exportable(module: nn.Module, units: list[Unit]) -> None:
             f"parameters, such as {units[0].names[0]!r}, may be on disk, and what comes of it would not hold their "
             f"values: {way_out}, or do it after the Trainer has returned"
         )
-
-
-class _ModuleCall:
-    """One running forward of a module that needs units."""
-
-    def __init__(self, module: nn.Module, units: list[Unit]) -> None:
-        self.module = module
-        self.units = units
-        self.num_fetched = 0
-        self.frame: Frame | None = None
-        self._handled = sys.exc_info()[1]
-        self._stack = ExitStack()
-
-    @property
-    def failed(self) -> bool:
-        """Whether the forward, whose end is being told of, ends by an exception; what it returns may be None."""
-        return sys.exc_info()[1] is not self._handled
-
-    def enter(self, context: AbstractContextManager[object]) -> None:
-        self._stack.enter_context(context)
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 def is_streamed(root: nn.Module) -> bool:

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ssd.checkpoint.dictionary import MASTERS, NAMES, open_dictionary, with_masters
-from lightning_ssd.checkpoint.directory import is_checkpoint, remove
 from lightning_ssd.convert.param_names import in_order_of
 from lightning_ssd.errors import CheckpointError, ConfigurationError, listed
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
+from lightning_ssd.saving.link_staging import remove_checkpoint
 from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy.dumped import Dumped, are_unchanged
 from lightning_ssd.strategy.guards import require_set
@@ -72,7 +72,7 @@ class CheckpointMixin(StrategyBase):
         return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save a checkpoint directory: hard links to the store, and a few small files."""
+        """Save a checkpoint in the form that ``checkpoint`` says."""
         if storage_options is not None:
             raise ConfigurationError("storage_options are not used by strategy='ssd_offload'; leave them out")
         if self._handover.is_pending and "optimizer_states" in checkpoint:
@@ -84,7 +84,7 @@ class CheckpointMixin(StrategyBase):
         self.session.save(whole, home_path(filepath, "checkpoint"), is_linked=is_linked)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Open a checkpoint directory, or a plain Lightning ``.ckpt``; tensors are mapped, not read."""
+        """Open a checkpoint; tensors are mapped, not read."""
         trainer = self._pl_module.trainer
         checkpoint, self._opened = open_dictionary(home_path(checkpoint_path, "ckpt_path"), weights_only)
         # A checkpoint that is loaded after `Session.place` is one that a Tuner saved.
@@ -145,9 +145,7 @@ class CheckpointMixin(StrategyBase):
         return arranged
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        """Remove a checkpoint directory of ours, or a plain checkpoint file."""
+        """Remove a checkpoint, of ours with its links."""
         path = home_path(filepath, "checkpoint")
-        if is_checkpoint(path):
-            remove(path, None if self._session is None else self._session.store.recycle)
-        else:
+        if not remove_checkpoint(path, None if self._session is None else self._session.store.recycle):
             super().remove_checkpoint(filepath)

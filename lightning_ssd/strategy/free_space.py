@@ -18,11 +18,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ssd.checkpoint.directory import INNER_NBYTES, is_checkpoint
-from lightning_ssd.checkpoint.probe_save import probe_save
+from lightning_ssd.checkpoint.directory import INNER_NBYTES
 from lightning_ssd.errors import ConfigurationError, StoreError
 from lightning_ssd.io.folder import device_of
 from lightning_ssd.paths import home_path, too_long
+from lightning_ssd.saving.probe_save import probe_save
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.disks import free_nbytes
 from lightning_ssd.strategy.session import Session
@@ -157,7 +157,7 @@ def _num_there(callback: Any, trainer: Any) -> int:
     paths = {path for path in best if path and os.path.abspath(path) != spared}
     if _num_last(callback):
         paths.add(getattr(callback, "last_model_path", ""))
-    return sum(bool(path) and (is_checkpoint(path) or os.path.isfile(path)) for path in paths)
+    return sum(bool(path) and os.path.exists(path) for path in paths)
 
 
 def _cost(session: Session, callback: SavingCallback, linked_share: float) -> CheckpointCost:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ssd.checkpoint.directory import remove, sibling
-from lightning_ssd.checkpoint.training_state import Saver
 from lightning_ssd.convert.export import save_file
 from lightning_ssd.errors import CheckpointError, ConfigurationError, Ending, ResidencyError, SSDOffloadError
 from lightning_ssd.io.deadline import within
@@ -31,6 +30,7 @@ from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.choice import choose_rule
 from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
+from lightning_ssd.saving.training_state import Saver
 from lightning_ssd.store.handles import handles, require_handles
 from lightning_ssd.store.open_store import end_store, open_store
 from lightning_ssd.strategy.forking import Forking
@@ -269,7 +269,7 @@ class Session:
 
         Args:
             checkpoint: The dictionary.
-            path: Of the new file or directory; one of that name is replaced.
+            path: Of the new file; one of that name is replaced.
             is_linked: See `Saver.save`.
 
         Raises:
@@ -285,11 +285,11 @@ class Session:
         with self.written_back(), within(self.engine.patience):
             save = partial(self._saver.save, units=self.units, optimizers=self.optimizers, is_linked=is_linked)
             if not self.sizing.saves_files:
-                save(checkpoint, path)
+                save(checkpoint, path, with_file=True)
                 return
             # Links in the store cost nothing, and what is made of them is compared with its checksums.
             links = os.path.join(self.store.disks.all[0].path, sibling("file", "tmp"))
-            save(checkpoint, links)
+            save(checkpoint, links, with_file=False)
             try:
                 save_file(links, path)
             finally:

@@ -19,9 +19,9 @@ import torch
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.kernels import api as kernels
-from lightning_ssd.memory.limits import AUTO_SHARE, available_nbytes
+from lightning_ssd.memory.requested import device_budget, host_budget, nbytes_of
 from lightning_ssd.paths import local_path, memory_file_system, require_no_url, too_long
-from lightning_ssd.sizes import GiB, parse_nbytes
+from lightning_ssd.sizes import GiB
 from lightning_ssd.store.run_directory import INNER_NBYTES
 
 AUTO_FILE_NBYTES = GiB
@@ -51,13 +51,17 @@ class Options:
         update: ``"native"``: fused kernels for Adam, AdamW and SGD; ``"torch"``: the optimizer's own class, on one
             parameter at a time, bit-equal to plain torch; ``"auto"``: native where there is a kernel.
         state: Form of the optimizer state on disk.
+        master: ``"param"`` updates 16-bit parameters themselves, as plain Lightning does in every precision; ``"fp32"``
+            updates a float32 master of each, and rounds it to the parameter. ``"auto"``: a master under ``bf16-true``
+            and ``16-true``; none under the others, where the model came with 16-bit parameters.
         window: Units in memory at once, the one in use included; ``"auto"``: as many as the plan has room for.
         prefetch_batch: Units whose reads are started together; ``"auto"`` is one.
         verify_reads: Compare every byte read with a checksum; ``"auto"`` does where the kernel is native.
         io: Disk transport: ``engine``, ``depth``, ``block_nbytes``, ``num_threads``, ``direct``, ``deadline_s``.
         keep_store: Leave the live store on disk when the run ends.
         checkpoint: ``"file"``: one file, as plain Lightning saves it, for whatever opens a ``.ckpt``; it has all bytes,
-            so a save takes the time to write them. ``"links"``: a directory of hard links, saved at no cost.
+            so a save takes the time to write them. ``"links"``: a small file and a folder of hard links beside it,
+            saved at no cost.
             ``"auto"``: a file while parameters and optimizer state are below 1 GiB.
 
     Raises:
@@ -73,6 +77,7 @@ class Options:
     overlap: Literal["auto", "off"] = "auto"
     update: Literal["auto", "native", "torch"] = "auto"
     state: Literal["fp32"] = "fp32"
+    master: Literal["auto", "param", "fp32"] = "auto"
     window: Union[int, Literal["auto"]] = "auto"  # noqa: UP007
     prefetch_batch: Union[int, Literal["auto"]] = "auto"  # noqa: UP007
     verify_reads: Union[bool, Literal["auto"]] = "auto"  # noqa: UP007
@@ -97,8 +102,8 @@ class Options:
             self._refuse("units", "'auto' or class names of modules")
         if self.nvme_path is not None and not self._paths():
             self._refuse("nvme_path", "a directory or a list with one per disk")
-        _nbytes_of("host_memory", self.host_memory, "auto", "min")
-        _nbytes_of("device_memory", self.device_memory, "auto")
+        nbytes_of("host_memory", self.host_memory, "auto", "min")
+        nbytes_of("device_memory", self.device_memory, "auto")
 
     def _paths(self) -> list[str | Path]:
         """The entries of ``nvme_path``; empty if it is none of what it may be."""
@@ -165,7 +170,7 @@ class Settings(Options):
             device=device,
             device_nbytes=device_budget(options.device_memory, device),
             param_dtype=precision.param_dtype,
-            keep_master=precision.keeps_master,
+            keep_master=_keeps_master(options.master, precision),
             is_autocast=precision.precision.endswith("-mixed"),
         )
 
@@ -195,38 +200,20 @@ class Settings(Options):
         return kernels.is_native() if self.verify_reads == "auto" else self.verify_reads
 
 
-def host_budget(host_memory: int | str) -> int | None:
-    """Bytes that ``host_memory`` allows; None for ``"min"``.
+def _keeps_master(master: str, precision: Any) -> bool:
+    """Whether 16-bit parameters have a float32 master.
 
     Raises:
-        ConfigurationError: If it is no size, or more than this process may take.
+        ConfigurationError: The strategy and the precision plugin were told different things.
     """
-    if host_memory == "min":
-        return None
-    available = available_nbytes()
-    if host_memory == "auto":
-        return int(available * AUTO_SHARE)
-    budget = _nbytes_of("host_memory", host_memory, "auto", "min")
-    if budget is not None and budget > available:
+    if master == "auto":
+        return bool(precision.keeps_master)
+    if precision.master_dtype not in ("auto", master):
         raise ConfigurationError(
-            f"host_memory={host_memory!r} is {budget} bytes, this process can take {available} (the limits of the "
-            "machine and its control group): set a smaller one, or 'auto'"
+            f"master={master!r} of the strategy contradicts master_dtype={precision.master_dtype!r} of "
+            "SSDOffloadPrecision: set one of them"
         )
-    return budget
-
-
-def device_budget(device_memory: int | str, device: torch.device) -> int | None:
-    """Bytes that ``device_memory`` allows; None for ``"auto"``.
-
-    Raises:
-        ConfigurationError: If it is no size, or the device has no memory of its own.
-    """
-    if device_memory != "auto" and device.type == "cpu":
-        raise ConfigurationError(
-            f"device_memory={device_memory!r} bounds the memory of a GPU, this run computes on the CPU, where "
-            "host_memory bounds everything: leave device_memory at 'auto'"
-        )
-    return _nbytes_of("device_memory", device_memory, "auto")
+    return master == "fp32"
 
 
 def store_roots(nvme_path: Any, default_root: str) -> list[str]:
@@ -256,16 +243,6 @@ def store_roots(nvme_path: Any, default_root: str) -> list[str]:
     if len(set(map(os.path.realpath, roots))) < len(roots):
         raise ConfigurationError(f"{setting}={roots} names a directory twice")
     return roots
-
-
-def _nbytes_of(name: str, value: int | str, *words: str) -> int | None:
-    """Bytes of a size option; None for one of its ``words``."""
-    if value in words:
-        return None
-    try:
-        return parse_nbytes(value)
-    except ValueError as error:
-        raise ConfigurationError(f"{name}: {error}; or {' or '.join(map(repr, words))}") from None
 
 
 @cache

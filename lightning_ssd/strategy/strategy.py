@@ -73,6 +73,7 @@ class StrategyMixin(CheckpointMixin):
         overlap: Literal["auto", "off"] = "auto",
         update: Literal["auto", "native", "torch"] = "auto",
         state: Literal["fp32"] = "fp32",
+        master: Literal["auto", "param", "fp32"] = "auto",
         window: Union[int, Literal["auto"]] = "auto",  # noqa: UP007
         prefetch_batch: Union[int, Literal["auto"]] = "auto",  # noqa: UP007
         verify_reads: Union[bool, Literal["auto"]] = "auto",  # noqa: UP007

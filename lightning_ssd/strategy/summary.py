@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from lightning_ssd.cut.largest import remark
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.optim.adapter import OptimizerAdapter
@@ -21,7 +22,7 @@ def summary(session: Session) -> str:
     if session.optimizers and any(unit.dtype in (torch.bfloat16, torch.float16) for unit in session.units):
         keeps = session.settings.keep_master
         how = "on float32 masters" if keeps else "themselves (no float32 master)"
-        lines.append(f"  16-bit parameters: updated {how}")
+        lines.append(f"  16-bit parameters: updated {how}; master={session.settings.master!r}")
     if session.optimizers and session.settings.device.type == "cpu" and _spins() and not plan.fits:
         lines.append(
             "  hint: compute threads spin while they wait for each other, and take CPU time from updates; set "
@@ -44,10 +45,14 @@ def _plan_lines(session: Session, plan: MemoryPlan) -> list[str]:
         "saved inputs": plan.activation_nbytes + plan.spill_nbytes,
         "staging": plan.staging_nbytes,
     }
+    shapes = {entry.name: entry.shape for entry in largest.entries}
+    numels = [unit.layout.numel for unit in session.units]
+    why = remark(largest.unit, shapes, numels, min_numel=settings.min_unit_numel)
     held = f"parameters of {len(plan.in_memory_params)} and states of {len(plan.in_memory_states)} of {num} units"
     return [
         f"ssd_offload: {numel:,} parameters in {num} units, the largest {largest.unit!r} with "
         f"{fmt(largest.data_nbytes)}",
+        *([f"  {why}"] if why else []),
         f"  host memory: {fmt(plan.host_nbytes)} of {budget} (smallest that works: {fmt(plan.smallest_nbytes)}): "
         + ", ".join(f"{name} {fmt(nbytes)}" for name, nbytes in reserves.items() if nbytes),
         f"  in memory: {'everything; steps do not touch the disk' if plan.fits else held}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.mapped_file import map_file
 from lightning_ssd.memory.views import Views
 from lightning_ssd.sizes import MiB
+from lightning_ssd.units.own_initialisation import initialises_whole, mark, require_initialised
 
 MIN_NBYTES = MiB // 4
 """Parameters below this stay where they were made: a mapping costs a page and a descriptor."""
@@ -50,22 +51,54 @@ class ParamMaterializer:
             ConfigurationError: If a module cannot initialise its own parameters; names it.
         """
         made: dict[nn.Parameter, nn.Parameter] = {}
+        whole: set[nn.Module] = set()  # whose outer module has initialised them
         for name, module in list(root.named_modules()):
-            mine = {k: p for k, p in module._parameters.items() if p is not None and p.is_meta}
-            fresh = [p for p in mine.values() if p not in made]
-            if fresh or any(b is not None and b.is_meta for b in module._buffers.values()):
+            if module in whole:
+                continue
+            if initialises_whole(module) and any(map(_has_meta, module.modules())):
+                whole.update(module.modules())
+                self._initialise_whole(name, module, made)
+                continue
+            if _has_meta(module) and any(p not in made for p in _meta_tensors(module)):
                 _require_initialiser(name, module)
                 _require_all_meta(name, module, set(made.values()))
-            for key, param in mine.items():
+            if self._replace(module, made):
+                cast(Any, module).reset_parameters()
+
+    def _initialise_whole(self, name: str, module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> None:
+        """As ``module.to_empty(device="cpu")`` and ``module.init_weights()``."""
+        places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        fresh: dict[Tensor, int] = {}
+        for inner_name, inner in module.named_modules(prefix=name):
+            _require_all_meta(inner_name, inner, set(made.values()))
+            for key, param in inner._parameters.items():
+                if param is not None and param.is_meta and param not in made:
+                    places.setdefault(param, []).append((inner, key))
+            # `to_empty` unties parameters too: each is initialised, and then the model ties them again.
+            fresh |= {tensor: tensor._version for tensor in self._replace(inner, dict(made))}
+        for tensor in fresh:
+            mark(tensor)
+        cast(Any, module).init_weights()
+        for param, (first, *others) in places.items():
+            made[param] = cast(nn.Parameter, first[0]._parameters[first[1]])
+            for other, key in others:
+                other._parameters[key] = made[param]
+        require_initialised(name, module, fresh)
+
+    def _replace(self, module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> list[Tensor]:
+        """Give the own parameters and buffers of ``module`` that are on the meta device memory; returns new ones."""
+        fresh: list[Tensor] = []
+        for key, param in module._parameters.items():
+            if param is not None and param.is_meta:
                 if param not in made:
                     made[param] = nn.Parameter(self._map(param), requires_grad=param.requires_grad)
+                    fresh.append(made[param])
                 module._parameters[key] = made[param]
-            for key, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta:
-                    module._buffers[key] = fresh_buffer = torch.empty_like(buffer, device="cpu")
-                    fresh += [fresh_buffer]
-            if fresh:
-                module.reset_parameters()
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = fresh_buffer = torch.empty_like(buffer, device="cpu")
+                fresh.append(fresh_buffer)
+        return fresh
 
     def widen(self, root: nn.Module, dtype: torch.dtype) -> None:
         """Convert floating parameters that have fewer bits; values that are not in memory stay out of it."""
@@ -116,12 +149,21 @@ class ParamMaterializer:
         return tensor
 
 
+def _meta_tensors(module: nn.Module) -> list[Tensor]:
+    """Own parameters and buffers on the meta device."""
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.is_meta]
+
+
+def _has_meta(module: nn.Module) -> bool:
+    return bool(_meta_tensors(module))
+
+
 def _require_all_meta(name: str, module: nn.Module, made: set[nn.Parameter]) -> None:
     filled = [k for k, p in module._parameters.items() if p is not None and not p.is_meta and p not in made]
     if filled:
         raise ConfigurationError(
             f"module {name!r} ({type(module).__name__}) has values for {', '.join(filled)} and others still on the "
-            "meta device; reset_parameters() would overwrite what is there: load all of its parameters, or none"
+            "meta device; initialising it would overwrite what is there: load all of its parameters, or none"
         )
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
+from lightning_ssd.checkpoint.contents import CheckpointContent
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.checkpoint.save import CheckpointContent, SaveReport, write_checkpoint
 from lightning_ssd.checkpoint.unit_file import UnitFile
 from lightning_ssd.checkpoint.writer import StreamWriter, lay_out_tensors, new_file, write_tensors
+from lightning_ssd.saving.write import SaveReport, write_checkpoint
 from lightning_ssd.store.mapped_safetensors import read_header
 
 

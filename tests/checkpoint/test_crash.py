@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_ssd.checkpoint import directory
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.saving.link_staging import remove_checkpoint
 from tests.checkpoint.support import Training, assert_whole
 
 CALLS = (
@@ -65,14 +67,30 @@ def at_call(
     return made
 
 
-def die_at(number: int, training: Training, target: Path, can_exchange: bool) -> bool:
+def names(with_file: bool, target: str) -> list[str]:
+    return [target, *([f"{target}.links"] if with_file else []), "live"]
+
+
+def step_at(target: Path, with_file: bool) -> int:
+    """The step of the checkpoint, whole, by each reader."""
+    with CheckpointReader(target) as reader:
+        step = reader.manifest.step
+    if with_file:
+        assert target.is_file()
+        found = torch.load(target)
+        assert found["loops"] == {"epoch": step}
+        assert torch.equal(found["state_dict"]["buffer"], torch.arange(4) + step)
+    return step
+
+
+def die_at(number: int, training: Training, target: Path, can_exchange: bool, with_file: bool) -> bool:
     """Save in a child process that ends, without a word, before its ``number``-th call; False if it made fewer."""
     child = os.fork()
     if child == 0:
         code = 1
         with suppress(BaseException), pytest.MonkeyPatch.context() as patch:
             at_call(number, lambda: os._exit(DIED), patch, can_exchange=can_exchange)
-            training.save(target)
+            training.save(target, with_file=with_file)
             code = 0
         os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -80,40 +98,67 @@ def die_at(number: int, training: Training, target: Path, can_exchange: bool) ->
     return code == DIED
 
 
-@pytest.mark.parametrize("can_exchange", [True, False], ids=["exchange", "two renames"])
-def test_dying_at_any_call(training: Training, fast: Path, can_exchange: bool) -> None:
+@pytest.mark.parametrize(
+    ("can_exchange", "with_file"), [(True, False), (False, False), (True, True)], ids=["exchange", "renames", "links"]
+)
+def test_dying_at_any_call(training: Training, fast: Path, can_exchange: bool, with_file: bool) -> None:
     target = fast / "last.ckpt"
-    training.save(target)
+    training.save(target, with_file=with_file)
     old_training, old = replace(training), training.step
     training.advance()
     training.files[0] = replace(training.files[0], linkable=False)
     outcomes: list[int] = []
-    while die_at(len(outcomes) + 1, training, target, can_exchange):
-        with CheckpointReader(target) as reader:
-            outcomes.append(reader.manifest.step)
+    while die_at(len(outcomes) + 1, training, target, can_exchange, with_file):
+        outcomes.append(step_at(target, with_file))
         assert_whole(target, training, outcomes[-1])
         # What the dead one left behind goes with the next save, which starts the next round from the old step.
-        old_training.save(target)
-        assert sorted(os.listdir(fast)) == ["last.ckpt", "live"]
+        old_training.save(target, with_file=with_file)
+        assert sorted(os.listdir(fast)) == names(with_file, "last.ckpt")
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {old, training.step}
     assert_whole(target, training, training.step)
 
 
-def test_dying_before_there_was_a_checkpoint(training: Training, fast: Path) -> None:
+@pytest.mark.parametrize("with_file", [False, True], ids=["directory", "links"])
+def test_dying_before_there_was_a_checkpoint(training: Training, fast: Path, with_file: bool) -> None:
     target = fast / "first.ckpt"
     number = 1
-    while die_at(number, training, target, True):
+    while die_at(number, training, target, True, with_file):
         if target.exists():
+            assert step_at(target, with_file) == training.step
             assert_whole(target, training, training.step)
-            shutil.rmtree(target)
-        number += 5
-    assert sorted(os.listdir(fast)) == ["first.ckpt", "live"]
+            assert remove_checkpoint(target)
+        number += 3
+    assert sorted(os.listdir(fast)) == names(with_file, "first.ckpt")
 
 
-def save_fails(training: Training, target: Path) -> bool:
+def test_dying_while_links_are_removed(training: Training, fast: Path) -> None:
+    """The file is there and loads, or it is not there; what is left goes with the next save."""
+    target = fast / "it.ckpt"
+    number = num_whole = 0
+    while True:
+        training.save(target, with_file=True)
+        number += 1
+        child = os.fork()
+        if child == 0:
+            with suppress(BaseException), pytest.MonkeyPatch.context() as patch:
+                at_call(number, lambda: os._exit(DIED), patch, can_exchange=True)
+                remove_checkpoint(target)
+            os._exit(0)
+        is_dead = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == DIED
+        if target.exists():
+            num_whole += 1
+            assert step_at(target, True) == training.step
+            assert_whole(target, training, training.step)
+        if not is_dead:
+            break
+    assert num_whole > 0
+    assert os.listdir(fast) == ["live"]
+
+
+def save_fails(training: Training, target: Path, with_file: bool) -> bool:
     try:
-        training.save(target)
+        training.save(target, with_file=with_file)
     except CheckpointError as raised:
         if "No space left" not in str(raised):
             raise
@@ -121,9 +166,10 @@ def save_fails(training: Training, target: Path) -> bool:
     return False
 
 
-def test_a_failing_disk_at_any_call(training: Training, fast: Path) -> None:
+@pytest.mark.parametrize("with_file", [False, True], ids=["directory", "links"])
+def test_a_failing_disk_at_any_call(training: Training, fast: Path, with_file: bool) -> None:
     target = fast / "last.ckpt"
-    training.save(target)
+    training.save(target, with_file=with_file)
     old_training, old = replace(training), training.step
     training.advance()
 
@@ -135,18 +181,18 @@ def test_a_failing_disk_at_any_call(training: Training, fast: Path) -> None:
     while True:
         with pytest.MonkeyPatch.context() as patch:
             made = at_call(len(outcomes) + 1, fail, patch, can_exchange=True)
-            failed = save_fails(training, target)
+            failed = save_fails(training, target, with_file)
         if len(made) <= len(outcomes):
             break
-        with CheckpointReader(target) as reader:
-            outcomes.append(reader.manifest.step)
+        outcomes.append(step_at(target, with_file))
         assert_whole(target, training, outcomes[-1])
         if outcomes[-1] == old:
-            assert sorted(os.listdir(fast)) == ["last.ckpt", "live"], f"call {len(outcomes)} left something behind"
+            left = sorted(os.listdir(fast))
+            assert left == names(with_file, "last.ckpt"), f"call {len(outcomes)} left something behind"
         else:
             late += failed
-            old_training.save(target)
+            old_training.save(target, with_file=with_file)
     # Some failures do no harm (a parent directory that exists need not be made); after the new name only removing the
     # old checkpoint can fail.
     assert set(outcomes) == {old, training.step}
-    assert 0 < late < 20
+    assert 0 < late < 30

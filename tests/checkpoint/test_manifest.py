@@ -106,3 +106,17 @@ def test_a_flipped_bit_is_found() -> None:
     text = encode_manifest(MANIFEST).replace(b'"lr":0.1', b'"lr":0.2')
     with pytest.raises(CheckpointError, match="changed or damaged"):
         decode_manifest(text, "m")
+
+
+def test_a_form_of_state_that_is_not_known_is_refused_by_name() -> None:
+    text = encode_manifest(replace(MANIFEST, codec="int8-blocks"))
+    with pytest.raises(CheckpointError, match=r"the state is in the form 'int8-blocks', .* reads 'float32': update"):
+        decode_manifest(text, "here")
+
+
+def test_an_id_is_optional_and_checked() -> None:
+    marked = replace(MANIFEST, id="0123456789abcdef" * 2)
+    assert decode_manifest(encode_manifest(marked), "here").id == marked.id
+    assert decode_manifest(encode_manifest(MANIFEST), "here").id == ""
+    with pytest.raises(CheckpointError, match="id 'zz' is not 32 hexadecimal digits"):
+        decode_manifest(encode_manifest(replace(MANIFEST, id="zz")), "here")

@@ -15,13 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from lightning_ssd.checkpoint import directory, save, writer
-from lightning_ssd.checkpoint.directory import is_checkpoint, remove
+from lightning_ssd.checkpoint import directory, link_file, writer
+from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io import folder
 from lightning_ssd.io.folder import Folder
+from lightning_ssd.saving import link_staging, write
+from lightning_ssd.saving.link_staging import remove_checkpoint
 from tests.checkpoint.support import Training, assert_whole
 from tests.helpers.power_cut import Cut, after, cuts, tree, write_tree
 from tests.helpers.recorder import READING, Recorder, UnknownOperation
@@ -41,7 +44,8 @@ def disk() -> Iterator[Path]:
 class Run:
     """A training whose file operations are recorded."""
 
-    def __init__(self, disk: Path) -> None:
+    def __init__(self, disk: Path, *, with_file: bool) -> None:
+        self.with_file = with_file
         self.root = disk / "root"
         self.scratch = disk / "scratch"
         self.training = Training(self.root / "live", shapes=SHAPES)
@@ -54,12 +58,12 @@ class Run:
         files = self.training.files
         self.training.files = [replace(file, linkable=False) for file in files[:copied]] + files[copied:]
         self.recorder.mark(f"save {name} {self.training.step}")
-        self.training.save(self.root / name, recycle=self.recycle)
+        self.training.save(self.root / name, recycle=self.recycle, with_file=self.with_file)
         self.recorder.mark(f"saved {name} {self.training.step}")
 
     def remove(self, name: str) -> None:
         self.recorder.mark(f"remove {name} 0")
-        remove(self.root / name, self.recycle)
+        assert remove_checkpoint(self.root / name, self.recycle)
         self.recorder.mark(f"removed {name} 0")
 
     def recycle(self, path: str, folder: Folder) -> bool:
@@ -109,7 +113,8 @@ class Run:
                 assert step in steps, f"{name} is of step {step}, not of {set(steps)}, after {cut}"
             for path in self.scratch.rglob("[!.]*/manifest.json"):
                 if not any(part.startswith(".") for part in path.relative_to(self.scratch).parts):
-                    assert str(path.parent.relative_to(self.scratch)) in promised, f"{path} after {cut}"
+                    name = str(path.parent.relative_to(self.scratch))
+                    assert name.removesuffix(".new").removesuffix(".links") in promised, f"{path} after {cut}"
         except Exception as error:
             raise AssertionError(f"{error} after {self._story(cut)}") from error
         finally:
@@ -122,11 +127,24 @@ class Run:
         except Exception:
             # There may be nothing of the name, but nothing that looks like a checkpoint and is none.
             assert not is_checkpoint(path)
+            assert not path.is_file()
             return 0
         with reader:
             step = reader.manifest.step
         assert_whole(path, self.training, step)
+        if self.with_file:
+            found = torch.load(path)
+            assert found["loops"] == {"epoch": step}
+            assert torch.equal(found["state_dict"]["buffer"], torch.arange(4) + step)
         return step
+
+    @property
+    def names(self) -> list[str]:
+        """What is there of one checkpoint, and the live files."""
+        return ["last.ckpt", *(["last.ckpt.links"] if self.with_file else []), "live"]
+
+    def folder_of(self, name: str) -> Path:
+        return self.root / (f"{name}.links" if self.with_file else name)
 
     def _story(self, cut: Cut) -> str:
         kept = dict(cut.kept)
@@ -137,9 +155,9 @@ class Run:
         return "\n".join(lines[-60:])
 
 
-@pytest.fixture
-def run(disk: Path) -> Run:
-    return Run(disk)
+@pytest.fixture(params=[False, True], ids=["directory", "links"])
+def run(disk: Path, request: pytest.FixtureRequest) -> Run:
+    return Run(disk, with_file=request.param)
 
 
 @pytest.mark.soak
@@ -186,24 +204,25 @@ def test_removing_and_training_on(run: Run) -> None:
 def test_files_of_the_user_in_a_checkpoint_that_is_removed(run: Run) -> None:
     with run.recorder.recording():
         run.save("c.ckpt")
-        fd = os.open(run.root / "c.ckpt" / "notes.txt", os.O_WRONLY | os.O_CREAT, 0o600)
+        fd = os.open(run.folder_of("c.ckpt") / "notes.txt", os.O_WRONLY | os.O_CREAT, 0o600)
         os.write(fd, b"mine")
         os.fsync(fd)
         os.close(fd)
         begin = len(run.recorder.ops)
         run.remove("c.ckpt")
     assert run.check(begin) > 3
-    assert (run.root / "c.ckpt" / "notes.txt").read_bytes() == b"mine"
+    assert (run.folder_of("c.ckpt") / "notes.txt").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("can_exchange", [True, False], ids=["exchange", "renames"])
-def test_killed_then_saved_again_then_cut(disk: Path, can_exchange: bool) -> None:
+@pytest.mark.parametrize("with_file", [False, True], ids=["directory", "links"])
+def test_killed_then_saved_again_then_cut(disk: Path, can_exchange: bool, with_file: bool) -> None:
     """The kernel still has what a killed process did; the next process must not build on it as if it were durable."""
 
     def play(die_at: int | None) -> tuple[Run, int]:
         shutil.rmtree(disk / "root")
         (disk / "root" / "live").mkdir(parents=True)
-        run = Run(disk)
+        run = Run(disk, with_file=with_file)
         with run.recorder.recording(can_exchange=can_exchange):
             run.save("last.ckpt")
             begin = len(run.recorder.ops)
@@ -244,7 +263,7 @@ def test_a_sync_that_fails_then_cut(run: Run, monkeypatch: pytest.MonkeyPatch, c
         run.save("last.ckpt")
     assert run.check(begin) > 3
     # What the failure left is gone with the next save.
-    assert sorted(os.listdir(run.root)) == ["last.ckpt", "live"]
+    assert sorted(os.listdir(run.root)) == run.names
 
 
 def test_what_is_left_can_be_saved_over(run: Run, disk: Path) -> None:
@@ -259,9 +278,9 @@ def test_what_is_left_can_be_saved_over(run: Run, disk: Path) -> None:
         run.scratch.mkdir()
         write_tree(tree(after(ops, cut), ops), run.scratch)
         shutil.rmtree(run.scratch / "live")
-        run.training.save(run.scratch / "last.ckpt")
+        run.training.save(run.scratch / "last.ckpt", with_file=run.with_file)
         assert_whole(run.scratch / "last.ckpt", run.training, run.training.step)
-        assert sorted(os.listdir(run.scratch)) == ["last.ckpt"]
+        assert [*sorted(os.listdir(run.scratch)), "live"] == run.names
         shutil.rmtree(run.scratch)
 
 
@@ -274,7 +293,7 @@ def test_the_simulation_finds_a_missing_sync(run: Run, monkeypatch: pytest.Monke
     for owner, name, replacement in (
         (Folder, "sync", lambda folder: None if folder.path == root else sync(folder)),
         (Folder, "sync", lambda folder: sync(folder) if folder.path == root else None),
-        (save, "_sync_sources", lambda *args: None),
+        (write, "_sync_sources", lambda *args: None),
     ):
         with monkeypatch.context() as patch, run.recorder.recording():
             patch.setattr(owner, name, replacement)
@@ -308,7 +327,7 @@ def test_the_code_calls_nothing_the_recorder_does_not_know() -> None:
     """Also where no test gets to."""
     known = READING | {name.removeprefix("_on_") for name in vars(Recorder)} | {"makedirs", "replace"}
     others = {("shutil", "rmtree"), ("fcntl", "flock"), ("ctypes", "CDLL"), ("ctypes", "get_errno")}
-    for module in (save, directory, writer, folder):
+    for module in (write, directory, writer, folder, link_file, link_staging):
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
             if not isinstance(node, ast.Call):
                 continue

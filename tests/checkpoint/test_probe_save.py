@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lightning_ssd.checkpoint.probe_save import probe_save
 from lightning_ssd.cli.stale_files import find_stale
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.saving.probe_save import probe_save
 
 
 @pytest.fixture

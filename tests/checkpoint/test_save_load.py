@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 
 from lightning_ssd.checkpoint import directory
+from lightning_ssd.checkpoint.contents import CheckpointContent
 from lightning_ssd.checkpoint.directory import is_checkpoint, remove
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.io.folder import Folder
+from lightning_ssd.saving.write import write_checkpoint
 from tests.checkpoint.support import Training, assert_whole
 
 

@@ -14,10 +14,11 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_ssd.checkpoint.contents import CheckpointContent
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
 from lightning_ssd.convert.export import consolidate, to_safetensors
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.saving.write import write_checkpoint
 from tests.checkpoint.support import Training, write_generation
 
 

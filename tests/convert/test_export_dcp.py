@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from lightning_ssd.checkpoint.contents import CheckpointContent
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
 from lightning_ssd.cli.main import main
 from lightning_ssd.convert.export_dcp import to_dcp
 from lightning_ssd.convert.importing import import_checkpoint
 from lightning_ssd.errors import CheckpointError
+from lightning_ssd.saving.write import write_checkpoint
 from tests.checkpoint.support import Training, write_generation
 from tests.convert.test_export import AnonymousMemory
 

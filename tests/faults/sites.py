@@ -76,7 +76,7 @@ class Site:
         return self.when in ("place", "train", "flush") and self.calls[0] in ("read", "write")
 
 
-RUN, SAVING = "*ssd-run-*", "*/.step=3.ckpt.tmp-*"
+RUN, SAVING = "*ssd-run-*", "*/.step=3.ckpt.links.tmp-*"
 CLIP = {"gradient_clip_val": 0.5}
 ROOMY = {"host_memory": "512MiB"}
 
@@ -125,15 +125,16 @@ SITES: tuple[Site, ...] = (
     Site("checkpoint takes its name", "save", ("rename",), SAVING, CALL_FAULTS),
     Site("its folder synced", "save", ("fsync",), "*/saved", CALL_FAULTS, nth=0),
     # -- removing ----------------------------------------------------------------------------------------------------
-    Site("old checkpoint renamed", "remove", ("rename",), "*/saved/step=1.ckpt", ("EIO", "delay")),
-    Site("old checkpoint's files removed", "remove", ("unlink",), "*/.step=1.ckpt.tmp-*", ("EIO", "delay"), nth=2),
+    Site("old checkpoint renamed", "remove", ("rename",), "*/saved/step=1.ckpt.links", ("EIO", "delay")),
+    Site("old checkpoint's files removed", "remove", ("unlink",), "*/.step=1.ckpt.links.tmp-*", ("EIO", "delay"),
+         nth=2),
     # -- loading -----------------------------------------------------------------------------------------------------
-    Site("manifest read", "load", ("pread",), "*/step=4.ckpt/manifest.json", SYSTEM_READ_FAULTS, nth=1),
-    Site("unit file verified", "load", ("pread",), "*/step=4.ckpt/units/*", SYSTEM_READ_FAULTS, nth=3),
-    Site("small file verified", "load", ("pread",), "*/step=4.ckpt/state.pt", SYSTEM_READ_FAULTS),
-    Site("unit file opened", "load", ("open",), "*/step=4.ckpt/units/*", ("EIO", "delay"), nth=2),
+    Site("manifest read", "load", ("pread",), "*/step=4.ckpt.links/manifest.json", SYSTEM_READ_FAULTS, nth=1),
+    Site("unit file verified", "load", ("pread",), "*/step=4.ckpt.links/units/*", SYSTEM_READ_FAULTS, nth=3),
+    Site("small file verified", "load", ("pread",), "*/step=4.ckpt.links/state.pt", SYSTEM_READ_FAULTS),
+    Site("unit file opened", "load", ("open",), "*/step=4.ckpt.links/units/*", ("EIO", "delay"), nth=2),
     # -- exporting ---------------------------------------------------------------------------------------------------
-    Site("export: state read", "export", ("pread",), "*/step=4.ckpt/state.pt", SYSTEM_READ_FAULTS),
+    Site("export: state read", "export", ("pread",), "*/step=4.ckpt.links/state.pt", SYSTEM_READ_FAULTS),
     Site("export: written", "export", ("write",), "*/export/*", (*SYSTEM_WRITE_FAULTS[:4], "delay"), nth=2),
     Site("export: synced", "export", ("fsync",), "*/export/*", CALL_FAULTS),
     Site("export: takes its name", "export", ("replace",), "*/export/*", ("EIO", "delay")),

@@ -25,7 +25,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = train(root, small_gpt, streamed(checkpoint="links"), max_steps=2)
     result.trainer.save_checkpoint(root / "checkpoint")
     result.trainer.strategy.session.close()  # type: ignore[attr-defined]
-    return root / "checkpoint"
+    return root / "checkpoint.links"
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_an_error_stops_the_run_and_the_last_checkpoint_resumes(
     finish_backward()
     monkeypatch.undo()
     whole = run(tmp_path)
-    saved = sorted((tmp_path / "saved").glob("*")) if (tmp_path / "saved").is_dir() else []
+    saved = sorted((tmp_path / "saved").glob("*.ckpt")) if (tmp_path / "saved").is_dir() else []
     assert bool(saved) == (failure not in ("while they are placed", "parameters in the first forward"))
     if saved:
         rest = run(tmp_path, ckpt_path=str(saved[-1]))

@@ -19,7 +19,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.convert.export import consolidate
 from lightning_ssd.errors import CheckpointError, CorruptionError, SSDOffloadError
@@ -218,9 +218,10 @@ def _judge(
 def _damaged(saved: Path) -> dict[str, str]:
     """Checkpoints of which a byte is wrong, and how that is told. Each has a manifest, and all that it names."""
     found: dict[str, str] = {}
-    for path in sorted(saved.glob("[!.]*")):
+    for path in sorted(saved.glob("[!.]*.ckpt")):
         try:
-            assert is_checkpoint(path), f"{path} has a name and is no checkpoint"
+            assert mark_of(str(path)) is not None, f"{path} has a name and is no checkpoint"
+            torch.load(path)
             with CheckpointReader(path) as reader:
                 reader.verify()
         except (CheckpointError, CorruptionError) as error:

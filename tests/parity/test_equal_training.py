@@ -197,6 +197,8 @@ def test_without_a_master_sixteen_bit_training_is_plain_lightnings(tmp_path: Pat
     plugin = SSDOffloadPrecision("bf16-true", master_dtype="param")
     plain = train(tmp_path, GPT, max_steps=10, precision="bf16-true")
     assert_equal(plain, train(tmp_path, GPT, streamed(update="auto"), max_steps=10, plugins=[plugin]))
+    option = streamed(update="auto", master="param")
+    assert_equal(plain, train(tmp_path, GPT, option, max_steps=10, precision="bf16-true"))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -207,3 +209,8 @@ def test_a_model_that_came_in_sixteen_bits_is_trained_as_plain_lightning_does(tm
     plain = train(tmp_path, sixteen_bits, max_steps=5, precision=precision)
     for update in ("auto", "torch"):
         assert_equal(plain, train(tmp_path, sixteen_bits, streamed(update=update), max_steps=5, precision=precision))
+    with_masters = train(tmp_path, sixteen_bits, streamed(master="fp32"), max_steps=5, precision=precision)
+    masters = masters_of(with_masters.trainer.strategy.session)
+    for name, param in with_masters.module.named_parameters():
+        assert masters[param].dtype == torch.float32
+        assert torch.equal(masters[param].bfloat16(), with_masters.weights[name])

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from lightning_ssd.checkpoint.directory import remove
-from lightning_ssd.checkpoint.probe_save import probe_save
 from lightning_ssd.cli.main import main as command_line
 from lightning_ssd.convert.copy import copy_checkpoint
 from lightning_ssd.convert.export import consolidate, to_safetensors
 from lightning_ssd.io.file import File
+from lightning_ssd.saving.probe_save import probe_save
 from lightning_ssd.store.run_directory import RunDirectory, warn_of_dead_runs
 from tests.checkpoint.support import Training, assert_whole
 

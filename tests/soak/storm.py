@@ -25,7 +25,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.checkpoint.load import CheckpointReader
 from tests.soak.watched import END, SCENARIOS, Hooks, Kill, Shared, be_child
 
@@ -166,10 +166,15 @@ class Storm:
 
     def _check(self, folder: Path) -> None:
         """Whatever has a name is whole; losses so far are those of the uninterrupted run."""
-        for path in (folder / "saved").glob("[!.]*"):
-            assert is_checkpoint(path), f"{path} is no checkpoint"
+        for path in (folder / "saved").glob("[!.]*.ckpt"):
+            loaded = torch.load(path, weights_only=True)
+            if mark_of(str(path)) is None:
+                continue
             with CheckpointReader(path) as reader:
                 reader.verify()
+                assert loaded["global_step"] == reader.manifest.step
+                name = reader.parameter_names[0]
+                assert torch.equal(loaded["state_dict"][name], reader.value(name))
         if (folder / "export.ckpt").exists():
             loaded = torch.load(folder / "export.ckpt", mmap=True, weights_only=True)
             assert loaded["state_dict"]

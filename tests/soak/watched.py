@@ -28,8 +28,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.convert.export import consolidate
 from lightning_ssd.io.select import make_engine
 from lightning_ssd.strategy import session as session_module
@@ -269,10 +267,6 @@ def digest_of(state: dict[str, Tensor]) -> str:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The one of the latest step; a name that is not hidden and has a manifest counts as a checkpoint."""
-    found: list[tuple[int, Path]] = []
-    for path in folder.glob("[!.]*"):
-        if is_checkpoint(path):
-            with CheckpointReader(path) as reader:
-                found.append((reader.manifest.step, path))
+    """The one of the latest step; each file that is not hidden must be a checkpoint."""
+    found = [(torch.load(path, weights_only=True)["global_step"], path) for path in folder.glob("[!.]*.ckpt")]
     return max(found)[1] if found else None

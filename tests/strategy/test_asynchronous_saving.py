@@ -50,11 +50,11 @@ class Uploader(Logger):
             thread.start()
 
     def _upload(self, path: str) -> None:
-        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        files = sorted(file for file in Path(f"{path}.links").rglob("*") if file.is_file())
         for i, file in enumerate(files):
             if i == 1:
                 self.may_end.wait(60)  # the rest is read after steps that have updated every unit
-            target = self._to / file.relative_to(path)
+            target = self._to / file.relative_to(f"{path}.links")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
 

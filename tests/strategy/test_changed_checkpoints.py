@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import MANIFEST
 from lightning_ssd.checkpoint.manifest_json import seal
@@ -141,12 +142,16 @@ def run(
     rest, trainer = go(make(), 8, path)
     tested = Net(*change)
     make_trainer(folder, make()).test(tested, data, ckpt_path=str(path), verbose=False)
-    if path.is_dir():
+    paths = [path]
+    if mark_of(str(path)) is not None:
         with CheckpointReader(path) as reader:
             reader.verify()
         consolidate(path, folder / "exported.ckpt")
-        path = folder / "exported.ckpt"
+        paths.append(folder / "exported.ckpt")
     plain, _ = go("auto", 8, path)
+    for other in paths[1:]:
+        again, _ = go("auto", 8, other)
+        assert (again.losses, again.keys) == (plain.losses, plain.keys)
     values = {name: value.detach().clone() for name, value in rest.state_dict().items()}
     return [first.losses, rest.losses, rest.keys, tested.losses, plain.losses, plain.keys, values]
 
@@ -201,7 +206,7 @@ def test_verify_finds_a_checkpoint_that_lacks_state(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, streamed(), max_steps=1)
     trainer.fit(Net(), DataLoader(DATA, 4))
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
-    path = tmp_path / "saved.ckpt" / MANIFEST
+    path = tmp_path / "saved.ckpt.links" / MANIFEST
     text = path.read_bytes().replace(b'"kind":"exp_avg_sq"', b'"kind":"exp_avg_qs"')
     begin = text.index(b'"crc32c":"') + 10
     path.write_bytes(seal(text[:begin] + b"00000000" + text[begin + 8 :]))

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.cli.main import main
 from lightning_ssd.errors import CheckpointError, CorruptionError
 from lightning_ssd.strategy import sizing
@@ -124,6 +125,8 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
         path.write_bytes(b"mine")
     elif there == "a directory of ours":
         train(tmp_path, GPT, streamed(), max_steps=1, callbacks=[Saves()])
+        path.unlink()
+        os.rename(f"{path}.links", path)
         assert is_checkpoint(path)
     write = os.write
     num_bytes = 0
@@ -171,9 +174,15 @@ def test_a_small_state_is_a_file_unless_the_user_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_nbytes: int, is_file: bool
 ) -> None:
     monkeypatch.setattr(sizing, "AUTO_FILE_NBYTES", limit_nbytes)
-    assert saved_at(tmp_path, 1, streamed())[0].is_file() == is_file
-    assert saved_at(tmp_path / "links", 1, streamed(checkpoint="links"))[0].is_dir()
-    assert saved_at(tmp_path / "file", 1, streamed(checkpoint="file"))[0].is_file()
+    for folder, options, has_links in (
+        ("auto", {}, not is_file),
+        ("links", {"checkpoint": "links"}, True),
+        ("file", {"checkpoint": "file"}, False),
+    ):
+        path, _ = saved_at(tmp_path / folder, 1, streamed(**options))
+        assert path.is_file()
+        assert (mark_of(str(path)) is not None) == has_links
+        assert Path(f"{path}.links").is_dir() == has_links
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "export", "copy"])
@@ -183,7 +192,7 @@ def test_the_command_line_says_what_to_do_with_it(
     path, _ = saved_at(tmp_path, 1, streamed(checkpoint="file"))
     arguments = [str(path)] + ([str(tmp_path / "out")] if command in ("export", "copy") else [])
     assert main([command, *arguments]) != 0
-    assert "is one file, not a directory of links: open it with torch.load" in capsys.readouterr().err
+    assert "is one file that holds everything, without links: open it with torch.load" in capsys.readouterr().err
 
 
 def test_it_is_what_the_start_up_lines_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.convert.export import consolidate
 from lightning_ssd.errors import CheckpointError
@@ -107,11 +107,15 @@ def test_model_checkpoint_keeps_the_best(tmp_path: Path, save_last: str | bool) 
         return fit(tmp_path, strategy, callbacks=[callback], val_check_interval=2), callback
 
     (plain, plain_callback), (ours, our_callback) = run("plain", "auto"), run("ours", streamed())
-    assert sorted(os.listdir(tmp_path / "ours")) == sorted(os.listdir(tmp_path / "plain"))
+    names = sorted(os.listdir(tmp_path / "ours"))
+    files = [name for name in names if not name.endswith(".links")]
+    assert files == sorted(os.listdir(tmp_path / "plain"))
+    saved = [name for name in files if not (tmp_path / "ours" / name).is_symlink()]
+    assert [name.removesuffix(".links") for name in names if name.endswith(".links")] == saved
     assert Path(our_callback.best_model_path).name == Path(plain_callback.best_model_path).name
     assert our_callback.best_model_score == plain_callback.best_model_score
     assert (tmp_path / "ours" / "last.ckpt").is_symlink() == (save_last == "link")
-    assert is_checkpoint(tmp_path / "ours" / "last.ckpt")
+    assert mark_of(str(tmp_path / "ours" / "last.ckpt")) is not None
     for which in ("best", "last"):
         assert ours.test(dataloaders=loaders()[1], ckpt_path=which, verbose=False) == plain.test(
             dataloaders=loaders()[1], ckpt_path=which, verbose=False
@@ -135,13 +139,13 @@ def test_overwritten_in_place(tmp_path: Path) -> None:
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
             trainer.save_checkpoint(tmp_path / "same.ckpt")
             # A checkpoint is links to the live files, though hooks have looked at the state.
-            files = list((tmp_path / "same.ckpt").rglob("units/*"))
+            files = list((tmp_path / "same.ckpt.links").rglob("units/*"))
             assert files
             assert all(file.stat().st_nlink == 2 for file in files)
 
     plain = fit(tmp_path, "auto", max_steps=16)
     fit(tmp_path, streamed(), callbacks=[Overwrites()], max_steps=8)
-    assert sorted(os.listdir(tmp_path)) == [".ssd_offload", "same.ckpt"]
+    assert sorted(os.listdir(tmp_path)) == [".ssd_offload", "same.ckpt", "same.ckpt.links"]
     ours = fit(tmp_path, streamed(), ckpt_path=tmp_path / "same.ckpt", max_steps=16)
     assert_same(plain.lightning_module, ours.lightning_module)
 

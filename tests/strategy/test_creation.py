@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.io.deadline import Patience
+from lightning_ssd.io.folder import Folder
+from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision
+from lightning_ssd.units.materialize import ParamMaterializer
 from tests.conftest import REPOSITORY
 from tests.helpers.hugging_face import Causal, make_folder
 from tests.helpers.models import GPT
@@ -199,6 +204,88 @@ def test_hugging_face_models(tmp_path: Path, kind: str, precision: str) -> None:
         module = Causal(folder)
         results.append(fit(tmp_path, module, strategy, precision=precision, gradient_clip_val=1.0, max_steps=6))
     assert_same(*results)
+
+
+class MadeOnMeta(Causal):
+    """A model with ties, from a configuration; plain Lightning needs the two lines that we do not."""
+
+    def __init__(self, config: Any, is_plain: bool) -> None:
+        Module.__init__(self, nn.Identity())
+        self._config: Any = config
+        self._is_plain = is_plain
+
+    def configure_model(self) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if self._config is not None:
+            with torch.device("meta"):
+                self.net = AutoModelForCausalLM.from_config(self._config).train()
+            self._config = None
+            if self._is_plain:
+                self.net.to_empty(device="cpu")
+                self.net.init_weights()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_transformers_initialise_themselves(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.from_pretrained(make_folder(tmp_path, kind))
+    config.vocab_size = 3000  # one tensor that is mapped
+    results = []
+    for strategy in ("auto", streamed()):
+        pl.seed_everything(1, verbose=False)
+        results.append(fit(tmp_path, MadeOnMeta(config, strategy == "auto"), strategy, max_steps=3))
+    assert_same(*results)
+
+
+class Forgets(nn.Module):
+    """Initialises a part of itself only."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 300)
+        self.down = nn.Linear(300, 300)
+        self.register_buffer("places", torch.arange(4))
+        self.what = what
+        if what == "plain":
+            self.plain = torch.ones(2)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As old code does it, which no version tells."""
+        for name, param in module.named_parameters(recurse=False):
+            if self.what not in (name, f"large {name}") or (param.numel() > 65536) != self.what.startswith("large"):
+                param.data.zero_() if name == "bias" else param.data.normal_()
+        if module is self and self.what != "places":
+            self.places.copy_(torch.arange(4))
+
+    def init_weights(self) -> None:
+        self.apply(self._init_weights)
+
+
+@pytest.mark.parametrize(
+    ("what", "left"),
+    [
+        ("bias", "up.bias, down.bias"),
+        ("large weight", "down.weight"),
+        ("places", "places"),
+        ("plain", ".plain"),
+        ("", ""),
+    ],
+)
+def test_what_a_model_leaves_without_values_is_refused(tmp_path: Path, what: str, left: str) -> None:
+    with torch.device("meta"):
+        root = nn.Sequential(Forgets(what))
+    with closing(Folder.open(str(tmp_path))) as folder:
+        materializer = ParamMaterializer(Scratch(folder, False, Patience(60)))
+        if left:
+            with pytest.raises(
+                ConfigurationError, match=rf"its init_weights\(\) leaves {left} without values; build it"
+            ):
+                materializer.materialize(root)
+        else:
+            materializer.materialize(root)
+            assert all(param.isfinite().all() for param in root.parameters())
+            assert root[0].places.tolist() == [0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------------- refused

@@ -117,7 +117,7 @@ def test_one_save_at_the_end_needs_no_room(tmp_path: Path, monkeypatch: pytest.M
     _leave(tmp_path, monkeypatch, num_checkpoints=0)
     at_end = ModelCheckpoint(tmp_path / "saved")
     fit(tmp_path, at_end, max_epochs=1, max_steps=-1, limit_train_batches=2)
-    assert Path(at_end.best_model_path).is_dir()
+    assert Path(at_end.best_model_path).is_file()
 
 
 def test_no_room_for_one_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +151,7 @@ def test_checkpoints_that_will_be_replaced_need_no_more_room(tmp_path: Path, mon
         fit(tmp_path, saver(tmp_path / "saved", save_top_k=2), max_steps=6, ckpt_path=newest)
     copy = tmp_path / "elsewhere.ckpt"
     os.rename(newest, copy)
+    os.rename(f"{newest}.links", f"{copy}.links")
     fit(tmp_path, saver(tmp_path / "saved", save_top_k=1), max_steps=6, ckpt_path=str(copy))
 
 

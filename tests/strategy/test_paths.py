@@ -113,14 +113,14 @@ def test_any_bytes_that_a_file_system_takes(home: Path, capsys: pytest.CaptureFi
     first = train(home, net, streamed(nvme_path=odd), max_steps=2)
     first.trainer.save_checkpoint(odd / "last.ckpt")
     first.trainer.save_checkpoint("~/last.ckpt")
-    assert (home / "home" / "last.ckpt").is_dir()
+    assert (home / "home" / "last.ckpt").is_file()
     for checkpoint in (odd / "last.ckpt", "~/last.ckpt"):
         result = train(home, net, streamed(nvme_path=odd / "new"), max_steps=4, ckpt_path=str(checkpoint))
         assert result.losses == expected.losses[2:]
         assert all(torch.equal(result.weights[name], value) for name, value in expected.weights.items())
         assert main(["verify", str(checkpoint)]) == 0
     assert main(["copy", str(odd / "last.ckpt"), "$SCRATCH/copy.ckpt"]) == 0
-    assert (home / "scratch" / "copy.ckpt").is_dir()
+    assert (home / "scratch" / "copy.ckpt").is_file()
     assert main(["clean", str(odd)]) == 0
     assert os.listdir() == []  # nothing was made in the working directory
     with pytest.raises(SystemExit):

@@ -22,7 +22,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints of one model, whose files have equal names and sizes and other values."""
     folder = tmp_path_factory.mktemp("saved")
     for name, steps in (("good", 2), ("other", 3)):
-        run(folder / name, steps).trainer.save_checkpoint(folder / f"{name}.ckpt")
+        run(folder / name, steps).trainer.save_checkpoint(folder / f"saved-{name}.ckpt")
+        os.rename(folder / f"saved-{name}.ckpt.links", folder / f"{name}.ckpt")  # the folder is a checkpoint by itself
     return folder
 
 

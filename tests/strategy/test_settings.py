@@ -35,6 +35,7 @@ VALID: dict[str, list[Any]] = {
     "overlap": ["auto", "off"],
     "update": ["auto", "native", "torch"],
     "state": ["fp32"],
+    "master": ["auto", "param", "fp32"],
     "window": ["auto", 1, 7],
     "prefetch_batch": ["auto", 1, 7],
     "verify_reads": ["auto", True, False],
@@ -63,6 +64,7 @@ INVALID: dict[str, list[tuple[Any, str]]] = {
     "overlap": [(value, f"overlap={value!r} is unknown; it may be 'auto', 'off'") for value in (True, "on", None)],
     "update": [("fused", "update='fused' is unknown; it may be 'auto', 'native', 'torch'")],
     "state": [("int8", "state='int8' is unknown; it may be 'fp32'")],
+    "master": [("bf16", "master='bf16' is unknown; it may be 'auto', 'param', 'fp32'")],
     "window": [
         (value, f"window={value!r} is unknown; it may be 'auto' or a number of units from 1") for value in (0, True)
     ],
@@ -75,7 +77,7 @@ INVALID: dict[str, list[tuple[Any, str]]] = {
     "checkpoint": [("directory", "checkpoint='directory' is unknown; it may be 'auto', 'file', 'links'")],
 }
 NAMES = [field.name for field in fields(Options)]
-PRECISION = SimpleNamespace(param_dtype=None, keeps_master=False, precision="32-true")
+PRECISION = SimpleNamespace(param_dtype=None, keeps_master=False, master_dtype="auto", precision="32-true")
 
 
 def resolve(device: str = "cpu", precision: Any = PRECISION, **options: Any) -> Settings:
@@ -146,9 +148,17 @@ def test_options_come_to() -> None:
 
 
 def test_the_precision_says_dtype_master_and_autocast() -> None:
-    precision = SimpleNamespace(param_dtype=torch.bfloat16, keeps_master=True, precision="bf16-mixed")
+    precision = SimpleNamespace(
+        param_dtype=torch.bfloat16, keeps_master=True, master_dtype="auto", precision="bf16-mixed"
+    )
     settings = resolve(precision=precision)
     assert (settings.param_dtype, settings.keep_master, settings.is_autocast) == (torch.bfloat16, True, True)
+    assert not resolve(precision=precision, master="param").keep_master
+    assert resolve(master="fp32").keep_master
+    precision.master_dtype = "fp32"
+    assert resolve(precision=precision, master="fp32").keep_master
+    with pytest.raises(ConfigurationError, match="master='param' of the strategy contradicts master_dtype='fp32' of"):
+        resolve(precision=precision, master="param")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_ssd.cut.largest import remark
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.strategy.sizing import chains
 from lightning_ssd.units.partition import UnitSpec, partition
 from lightning_ssd.units.unit import Unit
+from tests.helpers import skeletons
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
 
 
@@ -125,6 +127,97 @@ def test_chains_are_what_nested_modules_hold_at_once() -> None:
     found = chains(net, units)
     assert ["root", "blocks.1", "blocks.1+frozen"] in found
     assert ["root", "tok+frozen"] in found
+
+
+CUTS: dict[type[nn.Module], str] = {
+    skeletons.Stages: "tok head stages.{0-1}.blocks.{0-2} stages.{0-1}.downsample",
+    skeletons.InDict: "tok head layers.layer{0-3}",
+    skeletons.Attributes: "tok head layer{0-3}",
+    skeletons.ListOfModels: "{0-1}.0.embed {0-1}.0.body.{0-2} {0-1}.1",
+    skeletons.OneOfAKind: "tok head blocks.{0-2} middle",
+    skeletons.SharedBlock: "tok head groups.0",
+    skeletons.SharedPart: "tok head blocks.{0-2} blocks.0.part",
+    skeletons.Mixture: "tok head layers.{0-1} layers.{0-1}.experts.{0-6}",
+    skeletons.FusedMixture: "tok head layers.{0-1} layers.{0-1}.experts",
+    skeletons.Functional: "tok head blocks.{0-2} extra",
+}
+
+
+def expanded(pattern: str) -> list[str]:
+    """``"a.{0-2}"`` is ``["a.0", "a.1", "a.2"]``."""
+    head, brace, tail = pattern.partition("{")
+    if not brace:
+        return [head]
+    low, high = tail[: tail.index("}")].split("-")
+    ends = expanded(tail[tail.index("}") + 1 :])
+    return [f"{head}{i}{end}" for i in range(int(low), int(high) + 1) for end in ends]
+
+
+@pytest.mark.parametrize(("skeleton", "expected"), CUTS.items(), ids=[cls.__name__ for cls in CUTS])
+def test_the_cut_finds_the_blocks(skeleton: type[nn.Module], expected: str) -> None:
+    specs = partition(skeleton(), min_numel=0)
+    assert sorted(names(specs)) == sorted(name for pattern in expected.split() for name in expanded(pattern))
+    assert names(specs) == names(partition(skeleton(), min_numel=0))  # whatever the values
+    blocks = [spec for spec in specs if spec.block is not None]
+    assert len({spec.block for spec in blocks}) == len({spec.block for spec in specs} - {None}) > 0
+    assert {type(spec.block).__name__ for spec in blocks} <= {"Block", "MixtureBlock", "WithPart"}
+
+
+def test_experts_are_fetched_inside_of_their_block() -> None:
+    net = skeletons.Mixture()
+    by_name = {spec.name: spec for spec in partition(net, min_numel=0)}
+    assert by_name["layers.1.experts.2"].modules == [net.layers[1].experts[2]]
+    assert by_name["layers.1.experts.2"].block is None
+    fused = skeletons.FusedMixture()
+    by_name = {spec.name: spec for spec in partition(fused, min_numel=0)}
+    assert by_name["layers.1.experts"].modules == [fused.layers[1]]  # with its block: it is read once less
+    # Small experts are fetched together, and tiny ones with their block.
+    found = names(partition(net, min_numel=5000))
+    assert [name for name in found if name.startswith("layers.0")] == [
+        "layers.0", "layers.0.experts.0-2", "layers.0.experts.3-5", "layers.0.experts.6",
+    ]  # fmt: skip
+    assert [name for name in names(partition(net, min_numel=10**6)) if name.startswith("layers")] == [
+        "layers.0",
+        "layers.1",
+    ]
+
+
+def test_the_rest_has_a_bound() -> None:
+    net = nn.ModuleDict(
+        {f"part {i}": nn.ModuleDict({"norm": nn.LayerNorm(8), "out": nn.Linear(8, i + 1)}) for i in range(40)}
+    )
+    specs = partition(net, min_numel=500)
+    numel = {spec.name: sum(param.numel() for param in spec.params) for spec in specs}
+    assert numel["rest"] <= 4 * 500
+    assert all(500 <= numel[spec.name] < 1000 and not spec.persistent for spec in specs[:-1])
+    assert sum(numel.values()) == sum(param.numel() for param in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        (
+            {"tok": (5000, 10)},
+            "unit 'u' is 50 times the median unit: 'tok' [5000, 10] is one tensor, which is not split",
+        ),
+        (
+            {"up": (10, 100, 40), "down": (10, 40, 100)},
+            "'up' [10, 100, 40] is fused, and one tensor is not split; where",
+        ),
+        ({f"w{i}": (100, 100) for i in range(9)}, "name classes of smaller modules inside of it too in units=[...]"),
+        ({"w": (39, 100)}, ""),
+    ],
+)
+def test_the_largest_unit_is_remarked_upon(shapes: dict[str, tuple[int, ...]], expected: str) -> None:
+    found = remark("u", shapes, [1000, 900, 1000, 1100, 10**6], min_numel=10)
+    assert expected in found
+    assert bool(found) == bool(expected)
+    assert remark("u", shapes, [1000], min_numel=10**6) == ""
+
+
+def test_what_is_named_inside_of_what_is_named_is_fetched_by_itself() -> None:
+    found = names(partition(GPT(), policy=["Block", "Linear"], min_numel=10**9))
+    assert found[:5] == ["blocks.0", "blocks.0.down", "blocks.0.up", "blocks.0.out", "blocks.0.qkv"]
 
 
 def test_a_policy_names_classes_or_decides() -> None:

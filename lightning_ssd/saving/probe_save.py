@@ -11,12 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_ssd.checkpoint.contents import CheckpointContent
 from lightning_ssd.checkpoint.directory import remove
-from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
 from lightning_ssd.checkpoint.writer import lay_out
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.deadline import in_time
+from lightning_ssd.saving.write import write_checkpoint
 
 _WAIT_S = 10.0
 

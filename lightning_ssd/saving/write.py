@@ -13,25 +13,28 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
+from lightning_ssd.checkpoint.contents import CheckpointContent
 from lightning_ssd.checkpoint.directory import moved_aside_name, sibling, staging
 from lightning_ssd.checkpoint.discard import Recycle
+from lightning_ssd.checkpoint.link_file import LINKS, LinkMark
 from lightning_ssd.checkpoint.manifest import (
     BUFFERS,
     EXTRA_TENSORS,
+    LINK_FILE,
     MANIFEST,
     STATE,
     UNITS,
@@ -49,6 +52,7 @@ from lightning_ssd.checkpoint.writer import (
     FLUSH_NBYTES,
     Progress,
     StreamWriter,
+    is_plain,
     lay_out_tensors,
     new_file,
     write_pickle,
@@ -59,7 +63,8 @@ from lightning_ssd.errors import CheckpointError, CorruptionError, listed, namin
 from lightning_ssd.io.deadline import sync as sync_disk
 from lightning_ssd.io.folder import Folder, closing_fd, is_own_file
 from lightning_ssd.paths import too_long
-from lightning_ssd.store.dtypes import TORCH_DTYPE
+from lightning_ssd.saving.link_staging import staging_links
+from lightning_ssd.saving.linked_dictionary import LinkedContents, linked_dictionary
 from lightning_ssd.store.mapped_safetensors import read_exactly
 
 _NUM_SYNCS = 16
@@ -81,37 +86,11 @@ class SaveReport:
     moved_aside: str | None
 
 
-@dataclass(frozen=True)
-class CheckpointContent:
-    """What a checkpoint holds.
-
-    Attributes:
-        files: Unit files: generations to link or copy, or tensors to write.
-        buffers: Tensors that are in no unit file, by state-dict name; optimizer state of a shape other than its
-            parameter's as ``optimizer.<i>.<parameter>.<key>``.
-        state: Everything else of Lightning's checkpoint dictionary.
-        optimizers: One record per optimizer, in Lightning's order.
-        step: Global step.
-        dtypes: Safetensors dtype that each parameter computes in, where both ``param`` and ``master`` exist or neither
-            has that dtype. Default: the dtype of ``master`` if there is one, else of ``param``.
-        aliases: Further names of tied tensors -> the name under which the tensor is in ``files`` or ``buffers``.
-        names: The tensors of the module's state dict; see `Manifest.names`.
-    """
-
-    files: Sequence[UnitFile | ComposedFile]
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    state: Mapping[str, Any] = field(default_factory=dict)
-    optimizers: Sequence[OptimizerRecord] = ()
-    step: int = 0
-    dtypes: Mapping[str, str] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    names: Sequence[str] | None = None
-
-
 def write_checkpoint(
     directory: str | os.PathLike[str],
     content: CheckpointContent,
     *,
+    with_file: bool = False,
     recycle: Recycle | None = None,
     unsynced: set[str] | None = None,
     progress: Progress | None = None,
@@ -121,6 +100,8 @@ def write_checkpoint(
     Args:
         directory: The target. A plain file of that name is renamed to ``NAME.replaced``, a symlink is replaced.
         content: What it holds.
+        with_file: The target is to be a small file that torch loads, and the directory ``NAME.links`` beside it; see
+            [Note: links]. Then a plain file of the target's name is replaced, a directory renamed.
         recycle: Called with unit files of a replaced checkpoint that nothing else links; see `discard.Recycle`.
         unsynced: Paths of generations whose sync failed; this save adds to it. The caller passes the same set to each
             save; see [Note: failed sync].
@@ -133,12 +114,16 @@ def write_checkpoint(
     """
     target = os.path.abspath(os.fspath(directory))
     _require_short(target)
-    moved_aside = moved_aside_name(target)
+    moved_aside = None if with_file else moved_aside_name(target)
+    place = staging_links if with_file else staging
     total_nbytes = sum(file.nbytes for file in content.files)
     try:
-        with byte_bar(f"saving {os.path.basename(target)!r}") as bar, staging(target, recycle) as staged:
+        with byte_bar(f"saving {os.path.basename(target)!r}") as bar, place(target, recycle) as staged:
             job = _Job(progress or bar, total_nbytes, set() if unsynced is None else unsynced)
-            _write_content(staged, content, job, target)
+            manifest = _write_content(staged, content, job, target)
+            if with_file:
+                _write_link_file(staged, content, manifest, job, os.path.basename(target))
+            _make_durable(staged, (*manifest.small_files, MANIFEST, *([LINK_FILE] if with_file else [])))
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {target!r} could not be saved: {with_remedy(error)}; one of that name that was there is still "
@@ -149,14 +134,14 @@ def write_checkpoint(
 
 def _require_short(target: str) -> None:
     folder, name = os.path.split(target)
-    reason = too_long(os.path.join(folder, sibling(name, "tmp")))  # the longest name that it has in a while
+    reason = too_long(os.path.join(folder, sibling(name + LINKS, "tmp")))  # the longest name that it has in a while
     if reason:
         raise CheckpointError(
             f"checkpoint {target!r} cannot be saved, its path is too long: {reason}; shorten its name"
         )
 
 
-def _write_content(staged: Folder, content: CheckpointContent, job: _Job, target: str) -> None:
+def _write_content(staged: Folder, content: CheckpointContent, job: _Job, target: str) -> Manifest:
     records = _place_units(staged, content.files, job)
     optimizers, small = _write_small_files(staged, content, job)
     manifest = Manifest(
@@ -171,10 +156,19 @@ def _write_content(staged: Folder, content: CheckpointContent, job: _Job, target
         optimizers=optimizers,
         small_files=small,
         names=None if content.names is None else tuple(content.names),
+        id=secrets.token_hex(16),
     )
     require_whole(manifest, content.buffers, target)
     _write_manifest(staged, manifest, job)
-    _make_durable(staged, (*small, MANIFEST))
+    return manifest
+
+
+def _write_link_file(staged: Folder, content: CheckpointContent, manifest: Manifest, job: _Job, name: str) -> None:
+    mark = LinkMark(manifest.id, name + LINKS)
+    with new_file(os.path.join(staged.path, LINK_FILE), staged) as fd:
+        writer = StreamWriter(fd)
+        write_pickle(writer, linked_dictionary(LinkedContents(mark, manifest, content)))
+    job.report(written=writer.nbytes)
 
 
 @dataclass
@@ -322,7 +316,7 @@ def _write_small_files(
     """Write buffers and state; return the encoded optimizer records and what was written."""
     pickled: dict[str, Any] = {}
     encoded = tuple(encode_optimizer(record, index, pickled) for index, record in enumerate(content.optimizers))
-    extra = {name: tensor for name, tensor in content.buffers.items() if not _is_plain(tensor)}
+    extra = {name: tensor for name, tensor in content.buffers.items() if not is_plain(tensor)}
     small: dict[str, SmallFile] = {}
     with _small_file(staged, BUFFERS, small, job) as writer:
         plain = {name: tensor for name, tensor in content.buffers.items() if name not in extra}
@@ -333,15 +327,6 @@ def _write_small_files(
         with _small_file(staged, EXTRA_TENSORS, small, job) as writer:
             write_pickle(writer, {name: tensor.detach() for name, tensor in extra.items()})
     return encoded, small
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a safetensors file can hold the tensor; others go to ``extra_tensors.pt``."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
-        and tensor.layout == torch.strided
-        and tensor.dtype in TORCH_DTYPE.values()
-    )
 
 
 @contextmanager

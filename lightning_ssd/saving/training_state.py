@@ -1,4 +1,4 @@
-"""Saves Lightning's dictionary, with units and optimizer state linked from the store, as a checkpoint directory."""
+"""Saves Lightning's dictionary, with units and optimizer state linked from the store, as a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_ssd.checkpoint.contents import CheckpointContent
 from lightning_ssd.checkpoint.dictionary import (
     STATE_DICT_EXTRA,
     STATE_DICT_METADATA,
     STATE_DICT_WHOLE,
     WHOLE_STATES,
 )
-from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
-from lightning_ssd.checkpoint.save import CheckpointContent, write_checkpoint
 from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX
 from lightning_ssd.checkpoint.unit_file import UnitFile
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.whole import WholeOptimizer
+from lightning_ssd.saving.write import write_checkpoint
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.unit import Unit
@@ -50,17 +50,19 @@ class Saver:
         units: Sequence[Unit],
         optimizers: Sequence[OptimizerAdapter],
         is_linked: bool,
+        with_file: bool,
     ) -> None:
-        """Save Lightning's dictionary, as hooks and callbacks have left it, as a checkpoint directory.
+        """Save Lightning's dictionary, as hooks and callbacks have left it, as links to the store.
 
         No update is pending, and the store has all values.
 
         Args:
             checkpoint: Lightning's dictionary.
-            path: Of the new directory.
+            path: Of the new file or directory.
             units: The model's.
             optimizers: The adopted ones, in Lightning's order.
             is_linked: The state of the optimizers is linked from the store; else the dictionary's is saved.
+            with_file: See `write_checkpoint`.
 
         Raises:
             CheckpointError: If it could not be saved; a checkpoint of that name is then untouched.
@@ -83,16 +85,14 @@ class Saver:
             aliases=weights.aliases,
             names=weights.names,
         )
-        done = write_checkpoint(target, content, recycle=self._store.recycle, unsynced=self._unsynced)
+        write_checkpoint(target, content, with_file=with_file, recycle=self._store.recycle, unsynced=self._unsynced)
         with suppress(OSError):  # it was removed meanwhile
             self._saved[target] = _identity(target)
-        if done.moved_aside is not None:
-            warnings.warn(f"a file had the checkpoint's name and is now {done.moved_aside!r}", stacklevel=2)
 
     def _warn_if_replaced(self, path: str) -> None:
         """Warn if another run saves to the same name: it has replaced our checkpoint, and now we replace its."""
         known = self._saved.get(path)
-        if known is not None and is_checkpoint(path) and known != _identity(path):
+        if known is not None and os.path.lexists(path) and known != _identity(path):
             warnings.warn(
                 f"the checkpoint {path!r} that this run saved has been replaced, by another run it seems, and is now "
                 "replaced in turn; give each run a directory of its own for its checkpoints (dirpath)",

@@ -1,0 +1,73 @@
+"""Which models can be streamed at all."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lightning_ssd.errors import ConfigurationError
+from lightning_ssd.store.dtypes import TORCH_DTYPE
+
+
+def require_streamable(root: nn.Module) -> None:
+    """Refuse a model with a parameter that cannot be streamed.
+
+    Raises:
+        ConfigurationError: Names the parameter and the way out.
+    """
+    for name, param in root.named_parameters():
+        _require_manageable(name, param)
+    _require_apart(dict(root.named_parameters()))
+
+
+def _require_manageable(name: str, param: nn.Parameter) -> None:
+    if isinstance(param, nn.parameter.UninitializedParameter):
+        raise ConfigurationError(
+            f"parameter {name!r} has no shape yet (a lazy module); run one forward of the model, or give the module "
+            "its sizes, before the Trainer starts"
+        )
+    if type(param) is not nn.Parameter:
+        raise ConfigurationError(
+            f"parameter {name!r} is a {type(param).__name__}, a special tensor class; strategy='ssd_offload' streams "
+            "plain torch.nn.Parameter only: load the model without quantised or wrapped weights"
+        )
+    if param.layout != torch.strided:
+        raise ConfigurationError(f"parameter {name!r} is {param.layout}; only strided (dense) parameters are streamed")
+    if param.dtype not in TORCH_DTYPE.values():
+        way_out = (
+            "keep its real and imaginary parts in a float64 parameter and join them in forward with "
+            "torch.view_as_complex, or make it complex64"
+            if param.is_complex()
+            else "convert it before the Trainer starts"
+        )
+        raise ConfigurationError(
+            f"parameter {name!r} is {param.dtype}, which a safetensors file cannot hold; {way_out}"
+        )
+    if not param.is_contiguous():
+        # Files and the memory they are read into have the order of the shape. torch adds in another order over other
+        # strides, so the run would not be plain Lightning's to the bit, and the module would lose its layout.
+        raise ConfigurationError(
+            f"parameter {name!r} is not contiguous (shape {tuple(param.shape)}, strides {param.stride()}); "
+            "strategy='ssd_offload' streams contiguous ones: before the Trainer starts, use nn.Parameter("
+            "p.detach().contiguous()), or module.to(memory_format=torch.contiguous_format) for channels_last"
+        )
+
+
+def _require_apart(params: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters that share memory: units have memory of their own, which would untie them."""
+    places: dict[tuple[object, int], list[tuple[int, int, str]]] = {}
+    for name, param in params.items():
+        if param.numel() and not param.is_meta:
+            key = (param.device, param.untyped_storage().data_ptr())
+            places.setdefault(key, []).append((param.data_ptr(), param.data_ptr() + param.nbytes, name))
+    for stretches in places.values():
+        for (_, end, name), (begin, _, other) in itertools.pairwise(sorted(stretches)):
+            if begin < end:
+                raise ConfigurationError(
+                    f"parameters {name!r} and {other!r} share memory (one was assigned to .data of the other); "
+                    "strategy='ssd_offload' gives each its own, which would untie them: make them one parameter "
+                    "(module.weight = other.weight), or copy the values (.data.copy_)"
+                )

@@ -1,0 +1,410 @@
+"""A checkpoint in the form ``links``: a small file that torch loads, and a folder beside it with the tensors' bytes."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_ssd.checkpoint.directory import is_checkpoint
+from lightning_ssd.checkpoint.link_file import folder_id, mark_of
+from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.errors import CheckpointError
+from lightning_ssd.io.folder import Folder
+from lightning_ssd.saving import link_staging
+from lightning_ssd.saving.link_staging import remove_checkpoint
+from tests.checkpoint.support import Training, assert_whole
+
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"weights_only": True},
+    {"weights_only": False},
+    {"mmap": True},
+    {"weights_only": False, "mmap": True},
+    {"map_location": "cpu"},
+    {"map_location": torch.device("cpu")},
+    {"map_location": lambda storage, location: storage},
+    {"map_location": {"cpu": "cpu"}},
+]
+
+
+@pytest.fixture
+def saved(tmp_store: Path, training: Training) -> Path:
+    path = tmp_store / "c" / "x.ckpt"
+    training.save(path, with_file=True)
+    return path
+
+
+def links(path: Path) -> Path:
+    return path.with_name(path.name + ".links")
+
+
+def assert_loads(path: Any, training: Training, step: int, **options: Any) -> None:
+    """`torch.load` gives Lightning's dictionary of that step."""
+    found = torch.load(path, **options)
+    for unit in training.shapes:
+        for name, expected in training.tensors(unit, "master", step).items():
+            dtype = torch.bfloat16 if name == "b.bias" else expected.dtype
+            assert found["state_dict"][name].dtype == dtype
+            assert torch.equal(found["state_dict"][name], expected.to(dtype))
+    assert torch.equal(found["state_dict"]["head.weight"], found["state_dict"]["a.weight"])
+    assert torch.equal(found["state_dict"]["buffer"], torch.arange(4) + step)
+    assert found["loops"] == {"epoch": step}
+    (optimizer,) = found["optimizer_states"]
+    names = [name for unit in training.shapes.values() for name in unit]
+    for unit in training.shapes:
+        for name, expected in training.tensors(unit, "exp_avg", step).items():
+            assert torch.equal(optimizer["state"][names.index(name)]["exp_avg"], expected)
+    assert torch.equal(optimizer["state"][0]["row"], torch.full((700,), float(step)))
+    assert optimizer["param_groups"][0]["lr"] == 1e-3 / step
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+@pytest.mark.parametrize("options", FORMS, ids=lambda options: "-".join(options) or "default")
+def test_torch_loads_it(saved: Path, training: Training, options: dict[str, Any]) -> None:
+    assert saved.is_file()
+    assert saved.stat().st_size < 20_000
+    for path in (str(saved), saved):
+        assert_loads(path, training, 1, **options)
+    if "mmap" not in options:
+        with open(saved, "rb") as file:
+            assert_loads(file, training, 1, **options)
+
+
+def test_map_location_moves_tensors(saved: Path) -> None:
+    found = torch.load(saved, map_location="meta")
+    assert {tensor.device.type for tensor in found["state_dict"].values()} == {"meta"}
+    assert found["state_dict"]["a.weight"].shape == (700, 601)
+
+
+def test_a_process_that_knows_nothing_of_us_loads_it(saved: Path) -> None:
+    code = (
+        "import sys, torch; found = torch.load(sys.argv[1], weights_only=True); "
+        "print(found['state_dict']['a.weight'].shape, found['loops'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[0] == "torch.Size([700, 601]) {'epoch': 1}", done.stderr
+
+
+def test_tensors_are_mapped_and_copied_only_where_written(saved: Path) -> None:
+    before = {path: path.read_bytes() for path in links(saved).rglob("*.safetensors")}
+    found = torch.load(saved)
+    tensor = found["state_dict"]["a.weight"]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    spans = [line.split("-", 1)[0] for line in maps if str(links(saved) / "units") in line]
+    assert len(spans) >= 4
+    inside = [line for line in maps if _holds(line, tensor.data_ptr())]
+    assert str(links(saved) / "units") in inside[0]
+    tensor += 1
+    found["optimizer_states"][0]["state"][0]["exp_avg"].zero_()
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def _holds(line: str, address: int) -> bool:
+    begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+    return begin <= address < end
+
+
+def test_what_was_loaded_and_saved_again_holds_its_tensors(saved: Path, training: Training, tmp_path: Path) -> None:
+    found = torch.load(saved)
+    found["state_dict"]["a.weight"] = torch.zeros(3)
+    torch.save(found, saved)
+    assert mark_of(str(saved)) is None
+    with pytest.raises(CheckpointError, match="holds everything"):
+        CheckpointReader(saved)
+    shutil.rmtree(links(saved))
+    assert torch.equal(torch.load(saved)["state_dict"]["a.weight"], torch.zeros(3))
+
+
+@pytest.mark.parametrize("made", [io.BytesIO, memoryview], ids=["buffer", "no file"])
+def test_a_buffer_is_refused_with_the_way_out(saved: Path, made: Callable[[bytes], Any]) -> None:
+    with pytest.raises(Exception, match=r"call torch\.load with its path|seek|tell"):
+        torch.load(made(saved.read_bytes()))
+
+
+# ------------------------------------------------------------------------------------------------------------- moving
+
+
+@pytest.mark.parametrize("how", ["moved", "renamed", "copied", "file renamed", "folder renamed", "symlink", "relative"])
+def test_both_are_found_together(
+    saved: Path, training: Training, tmp_store: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved
+    if how in ("moved", "renamed", "copied"):
+        path = tmp_store / "d" / "x.ckpt" if how == "moved" else tmp_store / "c" / "y.ckpt"
+        path.parent.mkdir(exist_ok=True)
+        if how == "copied":
+            shutil.copytree(links(saved), links(path))
+            shutil.copy(saved, path)
+            remove_checkpoint(saved)
+        else:
+            os.rename(links(saved), links(path))
+            os.rename(saved, path)
+    elif how == "file renamed":
+        path = saved.with_name("best.ckpt")
+        saved.rename(path)
+    elif how == "folder renamed":
+        links(saved).rename(saved.with_name("old.links"))
+    elif how == "symlink":
+        path = tmp_store / "last.ckpt"
+        path.symlink_to(saved)
+    else:
+        monkeypatch.chdir(saved.parent)
+        path = Path("x.ckpt")
+    assert_loads(path, training, 1)
+    with open(path, "rb") as file:
+        assert_loads(file, training, 1)
+    assert_whole(path, training, 1)
+
+
+def test_a_folder_that_was_left_behind_is_named(saved: Path, tmp_path: Path) -> None:
+    shutil.move(saved, tmp_path / "x.ckpt")
+    for read in (torch.load, CheckpointReader):
+        with pytest.raises(CheckpointError, match=r"'x\.ckpt\.links' beside it, which is missing; move or copy both"):
+            read(tmp_path / "x.ckpt")
+
+
+def test_the_folder_of_another_checkpoint_is_refused(saved: Path, training: Training, tmp_store: Path) -> None:
+    training.advance()
+    other = tmp_store / "other.ckpt"
+    training.save(other, with_file=True)
+    shutil.rmtree(links(saved))
+    links(other).rename(links(saved))
+    for read in (torch.load, CheckpointReader):
+        with pytest.raises(CheckpointError, match=r"'x\.ckpt\.links' beside it is not that folder"):
+            read(saved)
+
+
+# ------------------------------------------------------------------------------------------------------ hostile files
+
+
+class _Calls:
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> Any:
+        from lightning_ssd.links import linked
+
+        return linked, self.arguments
+
+
+def _hostile(path: Path, *place: Any, text: str | None = None) -> None:
+    mark = mark_of(str(path)) if text is None else text
+    folder = _Calls(str(mark))
+    torch.save({"state_dict": {"x": _Calls(folder, *place)}}, path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../secret",
+        "/etc/passwd",
+        "units/../../secret",
+        "units//x",
+        ".",
+        "",
+        "units",
+        "link",
+        "folder/secret",
+        "fifo",
+        "a\0b",
+    ],
+)
+def test_no_path_leads_out(saved: Path, tmp_store: Path, path: str) -> None:
+    (saved.parent / "secret").write_bytes(b"secret")
+    (links(saved) / "link").symlink_to(saved.parent / "secret")
+    (links(saved) / "folder").symlink_to(saved.parent)
+    os.mkfifo(links(saved) / "fifo")
+    _hostile(saved, path, 6, "x")
+    for options in ({"weights_only": True}, {"weights_only": False}):
+        with pytest.raises(CheckpointError, match=r"plain relative path|symlink|not a regular file|cannot open"):
+            torch.load(saved, **options)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../c", "/tmp", "a/b", "%2e%2e", "%2Ftmp", "", "a%00b", "x y"])
+def test_no_folder_is_elsewhere(saved: Path, name: str) -> None:
+    _hostile(saved, text=f"lightning-ssd-links 1 {'0' * 32} {name}")
+    with pytest.raises(CheckpointError, match="not the name of a folder of links beside"):
+        torch.load(saved)
+
+
+def test_a_folder_that_is_a_symlink_is_refused(saved: Path, tmp_store: Path) -> None:
+    links(saved).rename(tmp_store / "elsewhere")
+    links(saved).symlink_to(tmp_store / "elsewhere")
+    with pytest.raises(CheckpointError, match="a symlink"):
+        torch.load(saved)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        (1, 2, 3),
+        ("units", "x", "y"),
+        ("a",),
+        ("a", 1, "b", 3),
+        ("a", 1, "b", "F32", "more"),
+        (b"a", 1, "b"),
+        ([], {}, ()),
+    ],
+)
+def test_places_of_other_types_are_refused(saved: Path, place: tuple[Any, ...]) -> None:
+    _hostile(saved, *place)
+    with pytest.raises(CheckpointError, match="is not the place of a tensor"):
+        torch.load(saved)
+
+
+@pytest.mark.parametrize("first", [3, None, [1], {"a": 1}])
+def test_what_is_no_folder_is_refused(saved: Path, first: Any) -> None:
+    torch.save({"x": _Calls(first, "units", 1, "x")}, saved)
+    with pytest.raises(CheckpointError, match="not in a folder of links"):
+        torch.load(saved)
+
+
+def test_sizes_and_names_are_checked(saved: Path) -> None:
+    unit = next((links(saved) / "units").iterdir())
+    _hostile(saved, f"units/{unit.name}", unit.stat().st_size + 1, "a.weight")
+    with pytest.raises(CheckpointError, match="bytes, not"):
+        torch.load(saved)
+    _hostile(saved, "manifest.json", (links(saved) / "manifest.json").stat().st_size, "x")
+    with pytest.raises(CheckpointError):
+        torch.load(saved)
+
+
+def test_a_truncated_unit_file_is_named(saved: Path) -> None:
+    unit = next(path for path in (links(saved) / "units").iterdir() if path.stat().st_size > 4096)
+    os.truncate(unit, 1000)
+    with pytest.raises(CheckpointError, match=rf"{unit.name} has 1000 bytes, not"):
+        torch.load(saved)
+
+
+def test_the_mark_is_where_it_is_looked_for(saved: Path) -> None:
+    """If torch ever lays out its archive in another way, this tells."""
+    with zipfile.ZipFile(saved) as archive:
+        assert archive.infolist()[0].filename.endswith("/data.pkl")
+        found = archive.read(archive.infolist()[0])
+    assert found.index(b"lightning-ssd-links") < 200
+    with Folder.open(str(links(saved))) as folder:
+        mark = mark_of(str(saved))
+        assert mark is not None
+        assert (folder_id(folder), mark.folder) == (mark.id, "x.ckpt.links")
+    assert pickle.PROTO == b"\x80"
+
+
+# ------------------------------------------------------------------------------------------------ replacing, removing
+
+
+@pytest.mark.parametrize("there", ["links", "file", "directory", "symlink", "empty directory", "half a folder"])
+def test_what_has_the_name_is_replaced(saved: Path, training: Training, there: str, tmp_path: Path) -> None:
+    path = saved.with_name("y.ckpt")
+    if there == "links":
+        training.save(path, with_file=True)
+    elif there == "file":
+        path.write_bytes(b"of plain Lightning")
+    elif there == "directory":
+        training.save(path)
+    elif there == "symlink":
+        path.symlink_to(saved)
+    elif there == "empty directory":
+        path.mkdir()
+    else:
+        training.save(path, with_file=True)
+        path.rename(links(path) / "link.ckpt")
+    training.advance()
+    if there == "directory":
+        with pytest.warns(UserWarning, match=r"is now .*y\.ckpt\.replaced"):
+            training.save(path, with_file=True)
+        assert_whole(Path(f"{path}.replaced"), training, 1)
+    else:
+        training.save(path, with_file=True)
+    assert_loads(path, training, 2)
+    assert_loads(saved, training, 1)
+    left = {p.name for p in saved.parent.iterdir()} - {"y.ckpt.replaced"}
+    assert left == {"x.ckpt", "x.ckpt.links", "y.ckpt", "y.ckpt.links"}
+    assert not path.is_symlink()
+
+
+def test_links_that_a_moved_file_needs_are_kept(saved: Path, training: Training) -> None:
+    best = saved.with_name("best.ckpt")
+    saved.rename(best)
+    training.advance()
+    with pytest.warns(UserWarning, match=r"perhaps to one that was moved away, and is now .*x\.ckpt\.links\.kept"):
+        training.save(saved, with_file=True)
+    assert_loads(saved, training, 2)
+    assert_loads(best, training, 1)
+    assert remove_checkpoint(best)
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["x.ckpt", "x.ckpt.links"]
+
+
+@pytest.mark.parametrize("name", ["x.ckpt", "x.ckpt.links"])
+def test_a_directory_of_the_user_is_not_replaced(tmp_store: Path, training: Training, name: str) -> None:
+    (tmp_store / name).mkdir()
+    (tmp_store / name / "notes").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not replaced"):
+        training.save(tmp_store / "x.ckpt", with_file=True)
+    assert sorted(p.name for p in tmp_store.iterdir() if p.name != "live") == [name]
+
+
+def test_removing_removes_both(saved: Path, training: Training) -> None:
+    (links(saved) / "notes").write_text("mine")
+    last = saved.with_name("last.ckpt")
+    last.symlink_to(saved)
+    assert remove_checkpoint(last)
+    assert_loads(saved, training, 1)
+    assert remove_checkpoint(saved)
+    assert [str(p.relative_to(saved.parent)) for p in sorted(saved.parent.rglob("*"))] == [
+        "x.ckpt.links",
+        "x.ckpt.links/notes",
+    ]
+    plain = saved.with_name("plain.ckpt")
+    torch.save({}, plain)
+    assert not remove_checkpoint(plain)
+    assert plain.exists()
+
+
+def test_a_file_whose_links_are_gone_is_removed(saved: Path) -> None:
+    shutil.rmtree(links(saved))
+    assert remove_checkpoint(saved)
+    assert not list(saved.parent.iterdir())
+
+
+def test_two_that_save_to_one_name_do_not_mix(saved: Path, training: Training) -> None:
+    with Folder.open(str(links(saved))) as held:
+        assert held.try_lock()
+        with pytest.raises(CheckpointError, match="another process"):
+            training.save(saved, with_file=True)
+        with pytest.raises(CheckpointError, match="another process"):
+            remove_checkpoint(saved)
+    assert_loads(saved, training, 1)
+
+
+def test_a_save_that_fails_leaves_what_was_there(
+    saved: Path, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.advance()
+    before = sorted(p.name for p in saved.parent.iterdir())
+    for name in ("_publish", "_commit"):
+        with monkeypatch.context() as patch:
+            patch.setattr(link_staging, name, lambda *_: (_ for _ in ()).throw(OSError(5, "broken")))
+            with pytest.raises(CheckpointError, match="broken"):
+                training.save(saved, with_file=True)
+        assert_loads(saved, training, 1)
+        assert sorted(p.name for p in saved.parent.iterdir()) == before
+
+
+def test_the_folder_is_a_checkpoint_by_itself(saved: Path, training: Training) -> None:
+    assert is_checkpoint(links(saved))
+    assert_whole(links(saved), training, 1)
+    saved.unlink()
+    assert_whole(links(saved), training, 1)
