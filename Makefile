@@ -1,4 +1,4 @@
-# make test | demo | examples | lint | soak | soak-device | versions | bench | gpu | native-test | clean
+# make test | demo | examples | docs | lint | soak | soak-device | versions | bench | gpu | native-test | clean
 # A fresh machine needs Python 3.10+, make and a C++ compiler; everything else goes into .venv. PYTHON=python3.12 picks another.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 NATIVE := $(shell find native -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: test demo examples lint soak soak-device versions bench gpu native-test clean
+.PHONY: test demo examples docs lint soak soak-device versions bench gpu native-test clean
 .DELETE_ON_ERROR:
 
 # The environment is built in steps, each with a stamp, so that nothing is installed twice.
@@ -68,6 +68,12 @@ soak-device: $(VENV)/.test $(VENV)/.simulated_cuda
 # and removed in .versions (6 GB of downloads each). VERSIONS="torch==2.9.1,lightning==2.6.6" tries other pairs.
 versions: $(VENV)/.test
 	$(PY) -m tests.soak.versions $(VERSIONS)
+
+# What is made of docstrings and of docs/results: the API reference, and the README's picture.
+docs: $(VENV)/.test
+	$(PIP_INSTALL) matplotlib
+	$(PY) -m tests.helpers.api_page
+	$(PY) -m tests.benchmarks.picture
 
 # Each example in a fresh environment, by the commands of its own page. The one of DALI takes 600 MB more.
 examples: $(VENV)/.torch

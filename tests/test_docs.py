@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import subprocess
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_ssd.checkpoint import manifest_json
 from lightning_ssd.convert import importing
@@ -18,7 +21,9 @@ from lightning_ssd.optim.rules import NATIVE_RULES
 from lightning_ssd.saving import write
 from lightning_ssd.strategy import session
 from lightning_ssd.strategy.settings import Options, argument_docs
-from tests.helpers.docs import DOCS, runnable_blocks
+from tests.benchmarks import picture
+from tests.helpers import api_page
+from tests.helpers.docs import DOCS, code_blocks, message_patterns, quoted_messages, runnable_blocks
 
 # Used by name, not by argument: sessions end with the test, and small models train on one thread.
 from tests.helpers.fixtures import _sessions_end  # noqa: F401
@@ -40,6 +45,8 @@ REFERENCE = re.compile(r"`([\w./]+\.(?:py|cpp|hpp|pyi))(?:::([\w.]+))?`")
 CALLS = re.compile(r"^```calls\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CALL = re.compile(r"^( *)([\w.]+) +([\w/]+\.py)(?=\s|$)", re.MULTILINE)
 NOTE = re.compile(r"^ *\[Note: ([^\]]+)\] \S", re.MULTILINE)
+PAGES = [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+RUNNABLE = [str(page.relative_to(DOCS)) for page in PAGES if "```python run\n" in page.read_text()]
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)")
 
 
@@ -54,7 +61,7 @@ def has_name(tree: ast.AST, name: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("page", ["guide.md", "design/extending.md"])
+@pytest.mark.parametrize("page", RUNNABLE)
 def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order and in one namespace, as somebody would who reads the page from the top."""
     monkeypatch.chdir(tmp_path)
@@ -63,7 +70,6 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(changed, name, getattr(changed, name))  # restored afterwards
     registry = dict(NATIVE_RULES)
     blocks = list(runnable_blocks(page))
-    assert len(blocks) > 5
     namespace: dict[str, object] = {"__name__": page}
     try:
         with warnings.catch_warnings():
@@ -73,6 +79,33 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     finally:
         NATIVE_RULES.clear()
         NATIVE_RULES.update(registry)
+
+
+def test_the_pages_for_people_run() -> None:
+    assert {"quickstart.md", "guide.md", "memory-and-tuning.md", "design/extending.md"} <= set(RUNNABLE)
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LIGHTNING_SSD_PATH", raising=False)
+    ((_, code),) = code_blocks(ROOT / "README.md", "python")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, "README.md", "exec"), {"__name__": "README.md"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_other_code_is_well_formed(page: Path) -> None:
+    """What is not run: Python compiles, and shells, YAML and JSON readers take the rest."""
+    for line, code in code_blocks(page, "python"):
+        compile("\n" * (line - 1) + code, str(page), "exec")
+    for _, code in code_blocks(page, "yaml"):
+        assert yaml.safe_load(code)
+    for _, code in code_blocks(page, "json"):
+        assert json.loads(code)
+    for line, code in code_blocks(page, "bash"):
+        done = subprocess.run(["bash", "-n"], input=code, capture_output=True, text=True, check=False)
+        assert not done.stderr, f"{page.name}:{line}: {done.stderr}"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +162,7 @@ def test_notes_that_the_design_cites_are_written() -> None:
     assert cited <= written, f"nowhere in the package: {cited - written}"
 
 
-@pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
@@ -150,3 +183,28 @@ def test_the_table_of_options_is_that_of_the_code() -> None:
     rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| `\w+` \| `", line)]
     expected = option_rows()
     assert rows == expected, "the README's table must be:\n" + "\n".join(expected)
+
+
+def test_quoted_messages_are_those_of_the_code() -> None:
+    """Names and numbers are those of some run, the words those of a string in the package."""
+    patterns = message_patterns(PACKAGE)
+    quoted = quoted_messages("troubleshooting.md")
+    assert len(quoted) > 15
+    for kind, text in quoted:
+        # An IOFailure is put together of what the system says; the log indents what follows its first line.
+        is_found = kind == "IOFailure" or any(p.fullmatch(text) or p.fullmatch(f"  {text}") for p in patterns)
+        assert is_found, f"no message of the package reads: {text}"
+
+
+def test_the_api_reference_is_made_from_the_docstrings() -> None:
+    is_same = (DOCS / "api.md").read_text() == api_page.page()
+    assert is_same, "docs/api.md is stale: run `python -m tests.helpers.api_page`"
+
+
+def test_the_picture_shows_what_was_measured() -> None:
+    shown = picture.PICTURE.read_text()
+    assert all(f">{label}<" in shown for label in picture.labels()), "run `python -m tests.benchmarks.picture`"
+    (description,) = re.findall(r"!\[([^\]]+)\]", (ROOT / "README.md").read_text())
+    numbers = re.findall(r"\d+\.\d\d", description)
+    assert len(numbers) > 10
+    assert set(numbers) <= set(picture.labels())
