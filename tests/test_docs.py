@@ -16,11 +16,11 @@ import yaml
 
 from lightning_ssd.checkpoint import manifest_json
 from lightning_ssd.convert import importing
-from lightning_ssd.optim import pipeline
 from lightning_ssd.optim.rules import NATIVE_RULES
 from lightning_ssd.saving import write
 from lightning_ssd.strategy import session
 from lightning_ssd.strategy.settings import Options, argument_docs
+from lightning_ssd.units import unit
 from tests.benchmarks import picture
 from tests.helpers import api_page
 from tests.helpers.docs import DOCS, code_blocks, message_patterns, quoted_messages, runnable_blocks
@@ -35,7 +35,7 @@ DESIGN = {page.name: page.read_text() for page in sorted((DOCS / "design").glob(
 # What the page about extending replaces, to extend the package from outside.
 CHANGED = [
     (session, "make_engine"),
-    (pipeline, "float32"),
+    (unit, "float32"),
     (write, "float32"),
     (manifest_json, "CODECS"),
     (importing, "open_source"),

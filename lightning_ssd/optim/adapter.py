@@ -23,7 +23,7 @@ from lightning_ssd.optim.state_io import OptimizerState
 from lightning_ssd.optim.update import ParameterUpdate, PendingUpdate, Updates, require_finite
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.inherited import Refused
-from lightning_ssd.units.unit import Unit, params_with_grad
+from lightning_ssd.units.unit import Unit, Waitable, params_with_grad
 
 
 class OptimizerAdapter(OptimizerState):
@@ -34,17 +34,14 @@ class OptimizerAdapter(OptimizerState):
         rule: What an update does.
         units: All units, in forward order.
         store: Where states are.
-        keep_master: Keep a float32 master of 16-bit parameters.
         suffix: Of the kinds that its states have in the store; [Note: suffix].
 
     Raises:
         ConfigurationError: If the optimizer has a parameter that is not the model's.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, rule: Rule, units: list[Unit], store: StateStore, *, keep_master: bool, suffix: str
-    ) -> None:
-        super().__init__(optimizer, rule, units, store, keep_master=keep_master, suffix=suffix)
+    def __init__(self, optimizer: Optimizer, rule: Rule, units: list[Unit], store: StateStore, *, suffix: str) -> None:
+        super().__init__(optimizer, rule, units, store, suffix=suffix)
         self._options = SharedOptions(optimizer)
         self._updates: Updates | None = None  # while steps can be made
         self._is_half_made = False  # the run ended within a step
@@ -125,7 +122,7 @@ class OptimizerAdapter(OptimizerState):
         grads: Mapping[int, Tensor],
         *,
         is_last: bool = False,
-        land: Callable[[], None] | None = None,
+        in_flight: Waitable | None = None,
     ) -> None:
         """Submit the update of those parameters of ``unit`` that this optimizer owns and that have a gradient.
 
@@ -133,41 +130,32 @@ class OptimizerAdapter(OptimizerState):
             unit: What to update.
             grads: Complete gradients by parameter index; they must not change before the update has run.
             is_last: Nothing else holds the gradients: their memory counts against the budget.
-            land: Returns when the gradients are on the host; None if they are. The thread that updates calls it.
+            in_flight: Copies of gradients to the host, for which the thread that updates waits; None if all are there.
 
         Raises:
             NonFiniteGradientError: A gradient holds NaN or Inf; nothing of the unit has changed. For gradients that are
                 still on their way, the next wait for an update raises the error.
         """
         updates = self._require_updates()
-        unit.wait_for_update()  # of another optimizer, or of the step before
         groups = self._groups()
         mine = {index: grad for index, grad in grads.items() if unit.params[index] in groups}
         if not mine:
             return
-        updates.grads.check(unit, mine, False)
-        if land is None:
+        if unit.spilled_grads is not None:
+            unit.spilled_grads.check(mine, is_final=False)
+        if in_flight is None:
             require_finite(unit, mine)
-        parts = self._parts(unit, mine, groups)
-        updates.cache.before_update(unit)
+        parts = {i: self._part(unit.params[i], grad, groups[unit.params[i]]) for i, grad in mine.items()}
+        suffix = self.suffix
+        update = PendingUpdate(updates, unit, self.rule, parts, suffix=suffix, is_last=is_last, in_flight=in_flight)
         self._has_used_grads |= is_last
-        updates.updater.submit(
-            PendingUpdate(updates, unit, self.rule, parts, suffix=self.suffix, is_last=is_last, land=land)
-        )
+        updates.updater.submit(update)
 
-    def _parts(
-        self, unit: Unit, grads: Mapping[int, Tensor], groups: Mapping[nn.Parameter, int]
-    ) -> dict[int, ParameterUpdate]:
-        parts: dict[int, ParameterUpdate] = {}
+    def _part(self, param: nn.Parameter, grad: Tensor, group: int) -> ParameterUpdate:
         by_class = isinstance(self.rule, TorchRule)  # the class may write to its options
-        for index, grad in grads.items():
-            param = unit.params[index]
-            group = groups[param]
-            options = self._options.hand_out(group) if by_class else self._options.before(group)
-            scalars = self._scalars.setdefault(param, {})
-            initialised = self._initialised.setdefault(param, set())
-            parts[index] = ParameterUpdate(grad, grad._version, options, scalars, initialised)
-        return parts
+        options = self._options.hand_out(group) if by_class else self._options.before(group)
+        scalars = self._scalars.setdefault(param, {})
+        return ParameterUpdate(grad, grad._version, options, scalars, self._initialised.setdefault(param, set()))
 
     @property
     def is_mid_step(self) -> bool:

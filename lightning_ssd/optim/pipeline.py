@@ -20,33 +20,22 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_ssd.codec import float32
+from lightning_ssd.errors import ResidencyError
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.plan import CHUNK_STEP_NUMEL
 from lightning_ssd.memory.pool import Pool
 from lightning_ssd.optim.rules import Rule
 from lightning_ssd.optim.state_tensors import ChunkBuffer, UpdateTensors
-from lightning_ssd.optim.update import ParameterUpdate, PendingUpdate, require_unchanged
+from lightning_ssd.optim.update import ParameterUpdate, PendingUpdate
 from lightning_ssd.sizes import round_up
-from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import Segment, chunks, suffix_of
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.trace.recorder import Lane, Trace
+from lightning_ssd.units.host_copy import UpdateTarget
 from lightning_ssd.units.unit import Unit
-from lightning_ssd.units.update_target import UpdateTarget
 
 CHUNKS_PER_UNIT = 16
 """A unit is cut into at least this many chunks, unless they would be too small."""
-
-
-def state_kinds(store: StateStore, unit: Unit) -> list[str]:
-    """Kinds of optimizer state of which ``unit`` has a generation."""
-    return [kind for kind in store.kinds(unit.name) if kind not in ("param", "master")]
-
-
-def master_dtype(unit: Unit, *, keep_master: bool) -> str:
-    """Safetensors dtype of the values that an update of ``unit`` works on, and of its states."""
-    return float32.state_dtype(unit.layout.dtype, keep_master=keep_master)
 
 
 class UpdatePipeline:
@@ -57,18 +46,14 @@ class UpdatePipeline:
         pool: Memory for updates, ``depth`` chunk buffers of equal size.
         chunk_numel: Elements of a chunk, a multiple of 2**19.
         depth: Chunks in memory at a time.
-        keep_master: Keep a float32 master of 16-bit parameters.
         trace: Gets the events ``update`` and ``updated``, and spans.
     """
 
-    def __init__(
-        self, store: StateStore, pool: Pool, *, chunk_numel: int, depth: int, keep_master: bool, trace: Trace
-    ) -> None:
+    def __init__(self, store: StateStore, pool: Pool, *, chunk_numel: int, depth: int, trace: Trace) -> None:
         self._store = store
         self._pool = pool
         self._chunk_numel = chunk_numel
         self._depth = depth
-        self._keep_master = keep_master
         self._trace = trace
         self._buffer_nbytes = pool.nbytes // depth
         self._larger: Pool | None = None
@@ -96,7 +81,7 @@ class UpdatePipeline:
                     target.end(is_new=False)
                 raise
             try:
-                require_unchanged(unit, parts)
+                _require_unchanged(unit, parts)
                 writes.tensors.begin()
                 for part in parts.values():
                     rule.begin(part.scalars, part.options)
@@ -114,10 +99,6 @@ class UpdatePipeline:
             self._behind = writes
             if not writes.buffers:  # all of it is in memory
                 self.finish()
-
-    def updates_values_of(self, unit: Unit) -> bool:
-        """Whether the rule updates the parameters of ``unit`` themselves: they have no master."""
-        return master_dtype(unit, keep_master=self._keep_master) == unit.layout.dtype
 
     def finish(self) -> None:
         """Return when the new generations of every update are the current ones.
@@ -215,9 +196,9 @@ class UpdatePipeline:
         staged = {} if buffer is None else tensors.staged(buffer, end - begin)
 
         def view(kind: str, segment: Segment) -> Tensor:
-            kept, out = tensors.by_kind[kind].in_memory, tensors.by_kind[kind].out
-            if kept is not None:
-                return kept[segment.index].view(-1)[segment.offset : segment.offset + segment.numel]
+            held, out = tensors.by_kind[kind].in_memory, tensors.by_kind[kind].out
+            if held is not None:
+                return held[segment.index].view(-1)[segment.offset : segment.offset + segment.numel]
             if out is not None:
                 return out[segment.begin : segment.end]
             return staged[kind][segment.begin - begin : segment.end - begin]
@@ -285,9 +266,8 @@ class UpdatePipeline:
 
         If the update fails afterwards they stay, and no parameter refers to them.
         """
-        dtype = master_dtype(unit, keep_master=self._keep_master)
         for kind, states in late.items():
-            self._store.put(unit.layout_of(kind + suffix, dtype), states.get)
+            self._store.put(unit.layout_of(kind + suffix), states.get)
             for index in states:
                 parts[index].initialised.add(kind)
 
@@ -326,14 +306,12 @@ class UpdatePipeline:
 
     def _tensors(self, update: PendingUpdate, target: UpdateTarget | None) -> UpdateTensors:
         unit, suffix = update.unit, update.suffix
-        kinds = [kind for kind in state_kinds(self._store, unit) if suffix_of(kind) == suffix]
+        kinds = [kind for kind in self._store.state_kinds(unit.name) if suffix_of(kind) == suffix]
         for part in update.parts.values():
             kinds += [kind + suffix for kind in update.rule.kinds(part.options) if kind + suffix not in kinds]
-        dtype = master_dtype(unit, keep_master=self._keep_master)
         layouts = {"param": unit.layout}
-        if dtype != unit.layout.dtype:
-            layouts["master"] = unit.layout_of("master", dtype)
-        layouts |= {kind: unit.layout_of(kind, dtype) for kind in kinds}
+        for kind in [*(["master"] if unit.has_master else []), *kinds]:
+            layouts[kind] = unit.layout_of(kind)
         return UpdateTensors(self._store, layouts, target, suffix=suffix)
 
 
@@ -392,8 +370,15 @@ class _Writes:
             initialised.update(old_initialised)
 
 
-def state_nbytes_per_numel(unit: Unit, num_kinds: int, *, keep_master: bool) -> int:
-    """Bytes per element that an update of ``unit`` holds in memory for each element of a chunk."""
-    dtype = dtype_of(master_dtype(unit, keep_master=keep_master))
-    emits = dtype != unit.dtype
-    return dtype.itemsize * (1 + num_kinds) + (unit.layout.itemsize if emits else 0)
+def _require_unchanged(unit: Unit, parts: Mapping[int, ParameterUpdate]) -> None:
+    """Refuse gradients that somebody wrote to between the step and the update.
+
+    Raises:
+        ResidencyError: Names the parameter.
+    """
+    for index, part in parts.items():
+        if part.grad._version != part.version:
+            raise ResidencyError(
+                f"the gradient of parameter {unit.names[index]!r} was changed in place after optimizer.step(), while "
+                "its update was still to run; change gradients before the step, use zero_grad(), or set overlap='off'"
+            )

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ssd.errors import CheckpointError, ConfigurationError, StoreError
-from lightning_ssd.optim.pipeline import master_dtype, state_kinds
 from lightning_ssd.optim.rules import Rule, is_full
 from lightning_ssd.optim.state_view import StateView
 from lightning_ssd.store.dtypes import dtype_of
@@ -34,14 +33,11 @@ class OptimizerState(ABC):
         suffix: Of the kinds that its states have in the store; [Note: suffix].
     """
 
-    def __init__(
-        self, optimizer: Optimizer, rule: Rule, units: list[Unit], store: StateStore, *, keep_master: bool, suffix: str
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, rule: Rule, units: list[Unit], store: StateStore, *, suffix: str) -> None:
         self.optimizer = optimizer
         self.rule = rule
         self.suffix = suffix
         self._store = store
-        self._keep_master = keep_master
         self._places = {param: (unit, i) for unit in units for i, param in enumerate(unit.params)}
         self._scalars: dict[nn.Parameter, dict[str, Any]] = {}
         self._initialised: dict[nn.Parameter, set[str]] = {}
@@ -64,7 +60,7 @@ class OptimizerState(ABC):
     def _forget(self, units: Iterable[Unit]) -> None:
         """Drop the stored state of ``units``."""
         for unit in units:
-            for kind in state_kinds(self._store, unit):
+            for kind in self._store.state_kinds(unit.name):
                 if suffix_of(kind) == self.suffix:
                     self._store.forget(unit.name, kind)
 
@@ -208,7 +204,7 @@ class OptimizerState(ABC):
             self._scalars[param] = {k: v for k, v in values.items() if k not in full}
         for unit in list(self._units()):
             kinds = {kind for p in unit.params for kind in self._initialised.get(p, ())}
-            there = [kind for kind in state_kinds(self._store, unit) if suffix_of(kind) == self.suffix]
+            there = [kind for kind in self._store.state_kinds(unit.name) if suffix_of(kind) == self.suffix]
             for kind in sorted(kinds | {kind.removesuffix(self.suffix) for kind in there}):
                 self._take_kind(unit, kind, loaded)
 
@@ -223,7 +219,7 @@ class OptimizerState(ABC):
                 )
 
     def _take_kind(self, unit: Unit, kind: str, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
-        layout = unit.layout_of(kind + self.suffix, master_dtype(unit, keep_master=self._keep_master))
+        layout = unit.layout_of(kind + self.suffix)
         wanted = dtype_of(layout.dtype)
         mine = set(self.params())
         # Another optimizer may own some of the unit's parameters: their state stays.
@@ -299,7 +295,7 @@ class OptimizerState(ABC):
 
     def _dtype(self, param: nn.Parameter) -> torch.dtype:
         unit, _ = self._places[param]
-        return dtype_of(master_dtype(unit, keep_master=self._keep_master))
+        return dtype_of(unit.state_dtype)
 
     def _name(self, param: nn.Parameter) -> str:
         unit, index = self._places[param]

@@ -17,7 +17,7 @@ from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units.update_target import UpdateTarget
+from lightning_ssd.units.host_copy import UpdateTarget
 
 
 class ChunkBuffer:

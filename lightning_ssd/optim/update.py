@@ -13,10 +13,10 @@ model then, so whoever wants a unit gets the error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from torch import Tensor
 from lightning_ssd.errors import NonFiniteGradientError, ResidencyError
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.optim.rules import Options, Rule
+from lightning_ssd.units.host_copy import UpdateTarget
 from lightning_ssd.units.param_cache import ParamCache
-from lightning_ssd.units.unit import Unit
-from lightning_ssd.units.update_target import UpdateTarget
+from lightning_ssd.units.unit import Unit, Waitable
 
 if TYPE_CHECKING:
     from lightning_ssd.optim.pipeline import UpdatePipeline
@@ -75,20 +75,6 @@ class ParameterUpdate:
     initialised: set[str]
 
 
-class GradientCheck(Protocol):
-    """Knows which gradients waited on disk."""
-
-    def check(self, unit: Unit, grads: Mapping[int, Tensor], is_final: bool) -> None:
-        """Raise if gradients of ``unit``, by parameter index, were damaged.
-
-        Args:
-            unit: Whose.
-            grads: Those that are read next.
-            is_final: False at the step, which takes checksums; True before the update reads them, which compares.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Updates:
     """What updates run with, while steps can be made.
@@ -97,13 +83,11 @@ class Updates:
         pipeline: Runs one.
         cache: Has the units' values in memory.
         updater: Runs them in order.
-        grads: Checks gradients that waited on disk.
     """
 
     pipeline: UpdatePipeline
     cache: ParamCache
     updater: Updater
-    grads: GradientCheck
 
 
 class PendingUpdate:
@@ -119,7 +103,7 @@ class PendingUpdate:
         parts: Gradients and hyper-parameters by parameter index.
         suffix: Of the kinds that belong to the optimizer; [Note: suffix].
         is_last: Nobody else holds the gradients: their memory counts.
-        land: Returns when the gradients are on the host; None if they are. The thread that updates calls it.
+        in_flight: Copies of gradients to the host, for which the thread that updates waits; None if all are there.
 
     Attributes:
         unit: What it updates.
@@ -140,7 +124,7 @@ class PendingUpdate:
         *,
         suffix: str = "",
         is_last: bool = False,
-        land: Callable[[], None] | None = None,
+        in_flight: Waitable | None = None,
     ) -> None:
         self.unit = unit
         self.rule = rule
@@ -149,10 +133,8 @@ class PendingUpdate:
         self.state = UpdateState.QUEUED
         self.nbytes = sum(part.grad.nbytes for part in parts.values()) if is_last else 0
         self._updates = updates
-        self._land = land
-        # Where there is a master, the values in memory are not what the rule updates.
-        self._reads_params = updates.pipeline.updates_values_of(unit)
-        self._is_pinned = self._reads_params and updates.cache.pin(unit)
+        self._in_flight = in_flight
+        self._is_pinned = updates.cache.prepare_update(unit)
         self.position = updates.cache.order.position(unit.name, "train")
 
     def __repr__(self) -> str:
@@ -201,7 +183,7 @@ class PendingUpdate:
                 self._move(UpdateState.FAILED)
             raise
         finally:
-            self._land, self.parts = None, {}  # the gradients' memory goes now
+            self._in_flight, self.parts = None, {}  # the gradients' memory goes now
         if self.state is UpdateState.RUNNING:
             self._move(UpdateState.WRITING)
 
@@ -228,7 +210,7 @@ class PendingUpdate:
             raise ResidencyError(f"the update of unit {self.unit.name!r} is {self.state.name} and cannot be cancelled")
         self._move(UpdateState.FAILED)
         self._unpin()
-        self._land, self.parts = None, {}
+        self._in_flight, self.parts = None, {}
 
     def fail(self) -> None:
         """It failed, or the bytes that it wrote did: whoever wants any unit of the model is told from now on."""
@@ -239,19 +221,20 @@ class PendingUpdate:
 
     def _reserve(self) -> UpdateTarget | None:
         """Wait for the gradients, check them, and take the unit's buffer."""
-        updates, unit = self._updates, self.unit
+        unit, grads = self.unit, {index: part.grad for index, part in self.parts.items()}
         try:
-            # Before what lands is added to them.
-            updates.grads.check(unit, {index: part.grad for index, part in self.parts.items()}, True)
-            if self._land is not None:
-                self._land()
-                require_finite(unit, {index: part.grad for index, part in self.parts.items()})
+            if unit.spilled_grads is not None:  # before what is in flight is added to them
+                unit.spilled_grads.check(grads, is_final=True)
+            if self._in_flight is not None:
+                self._in_flight.wait()
+                require_finite(unit, grads)
                 for part in self.parts.values():
-                    part.version = part.grad._version  # what landed may have been added to it
-            unit.end_copies()
-            return updates.cache.reserve(unit, reads=self._reads_params)
-        finally:
+                    part.version = part.grad._version  # what was in flight may have been added to it
+        except BaseException:
             self._unpin()
+            raise
+        is_pinned, self._is_pinned = self._is_pinned, False
+        return self._updates.cache.reserve(unit, is_pinned=is_pinned)
 
     def _unpin(self) -> None:
         if self._is_pinned:
@@ -278,18 +261,4 @@ def require_finite(unit: Unit, grads: Mapping[int, Tensor]) -> None:
                 f"the gradient of parameter {unit.names[index]!r} holds NaN or Inf; its unit was not updated and "
                 "the last checkpoint is whole: resume from it with a lower learning rate, gradient clipping, or "
                 "the batch that caused this left out"
-            )
-
-
-def require_unchanged(unit: Unit, parts: Mapping[int, ParameterUpdate]) -> None:
-    """Refuse gradients that somebody wrote to between the step and the update.
-
-    Raises:
-        ResidencyError: Names the parameter.
-    """
-    for index, part in parts.items():
-        if part.grad._version != part.version:
-            raise ResidencyError(
-                f"the gradient of parameter {unit.names[index]!r} was changed in place after optimizer.step(), while "
-                "its update was still to run; change gradients before the step, use zero_grad(), or set overlap='off'"
             )

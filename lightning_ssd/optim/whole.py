@@ -94,4 +94,5 @@ class WholeOptimizer(OptimizerAdapter):
 
     def _require_written(self) -> None:
         for unit, grads in params_with_grad(self._units()):
-            self._require_updates().grads.check(unit, grads, False)
+            if unit.spilled_grads is not None:
+                unit.spilled_grads.check(grads, is_final=False)

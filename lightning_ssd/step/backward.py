@@ -8,22 +8,19 @@ lent again while any tensor on it lives.
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.hooks import RemovableHandle
 
 from lightning_ssd.optim.adapter import OptimizerAdapter
-from lightning_ssd.step.gradients import CompleteGrads, GradientStore, Mode
-from lightning_ssd.step.recompute import Frame, FrameUnits
+from lightning_ssd.step.gradients import GradientStore
+from lightning_ssd.step.recompute import Frame
 from lightning_ssd.step.saved_views import ParameterView, form_of, unchanged
 from lightning_ssd.step.step_on_device import StepOnDevice
 from lightning_ssd.store.generation import Generation
@@ -62,14 +59,11 @@ class BackwardPass:
         self._grads = grads
         self._on_device = on_device
         self._is_of_trainer = False  # the backward that runs
-        self._optimizer: OptimizerAdapter | None = None  # updates units in this backward
-        self._grad_hooks: dict[nn.Parameter, list[RemovableHandle]] = {}
         self._trace = trace
         self._held: dict[int, _Hold] = {}  # by id of the frame, which is alive in the value
         self._unpacked: dict[str, Unit] = {}  # held because a view of a parameter was unpacked
         self._is_running = False
         self._used: weakref.WeakKeyDictionary[Frame, list[_Used]] = weakref.WeakKeyDictionary()
-        self._packed: dict[str, weakref.WeakSet[ParameterView]] = {}  # what backward may still unpack, by unit
 
     def note(self) -> None:
         """Something of ours happens inside backward: be told when it ends."""
@@ -85,57 +79,20 @@ class BackwardPass:
         self._is_running = False
         self.rerunning = None
 
-    def close(self) -> None:
-        """Remove the hooks of gradients."""
-        for handle in itertools.chain.from_iterable(self._grad_hooks.values()):
-            handle.remove()
-        self._grad_hooks.clear()
-
-    # -- gradients -----------------------------------------------------------------------------------------------
-
     @contextmanager
     def updating(self, optimizer: OptimizerAdapter | None) -> Iterator[None]:
         """Around a backward: ``optimizer`` updates each unit whose gradients are all there; None: gradients wait."""
-        mode = Mode.ACCUMULATE if optimizer is None else Mode.UPDATE_IN_BACKWARD
-        self._optimizer, self._is_of_trainer = optimizer, True
+        self._is_of_trainer = True
         try:
-            with self._grads.backward(self._cache.units, mode):
+            with self._grads.backward(self._cache.units, optimizer):
                 yield
         finally:
-            self._optimizer, self._is_of_trainer = None, False
-
-    def watch_grads(self, unit: Unit) -> None:
-        """From now on take the gradients of ``unit``; parameters that start to require grad later are taken up then."""
-        for index, param in enumerate(unit.params):
-            if param.requires_grad and param not in self._grad_hooks:
-                after = param.register_post_accumulate_grad_hook(partial(self._arrive, unit, index))  # type: ignore[no-untyped-call]
-                self._grad_hooks[param] = [after]
-                if self._grads.is_off_device:
-                    before = param.register_hook(partial(self._before_grad, param))  # type: ignore[no-untyped-call]
-                    self._grad_hooks[param].append(before)
-
-    def _before_grad(self, param: nn.Parameter, grad: Tensor) -> None:
-        self.note()
-        self._grads.hide(param)
-
-    def _arrive(self, unit: Unit, index: int, param: Tensor) -> None:
-        self.note()
-        complete = self._grads.arrive(unit, index, param, is_needed=bool(self._packed.get(unit.name)))
-        if complete is not None:
-            self._update(complete)
-
-    def _update(self, complete: CompleteGrads) -> None:
-        if self._optimizer is not None:
-            self._optimizer.update(complete.unit, complete.grads, is_last=True, land=complete.land)
-            complete.unit.is_handed_on = True  # what was written to it until now is in the store
+            self._is_of_trainer = False
 
     def _update_complete(self, frame: Frame) -> None:
         """Update the units whose gradients came while the backward of ``frame``, which is over, still read them."""
         for used in self._used.get(frame, ()):
-            if not self._packed.get(used.unit.name):
-                complete = self._grads.complete(used.unit)
-                if complete is not None:
-                    self._update(complete)
+            self._grads.update_complete(used.unit)
 
     # -- saved tensors that view parameters ----------------------------------------------------------------------
 
@@ -153,7 +110,7 @@ class BackwardPass:
             # this. Without backward nothing would break that circle, and every skipped batch stayed in memory.
             return tensor.detach(), tensor._version
         view = ParameterView(param, form_of(tensor))
-        self._packed.setdefault(view.unit.name, weakref.WeakSet()).add(view)
+        view.unit.saved_views.add(view)
         return view
 
     def unpack(self, packed: Any) -> Tensor:
@@ -191,12 +148,8 @@ class BackwardPass:
 
     # -- recompute -----------------------------------------------------------------------------------------------
 
-    def units(self, units: list[Unit], inside: list[Unit]) -> FrameUnits:
-        """What a frame calls of a module that needs ``units``, which are resident; modules in it need ``inside``."""
-        return _FrameUnits(self, self._cache, units, inside)
-
     def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
-        """See `FrameUnits.rerun`."""
+        """Run a frame's module again in backward; its units are held until the frame's backward is over."""
         for used in self._used[frame]:
             self._cache.write_back(used.unit)  # what was written to it since
             self._require_unchanged(used.unit, used.generation)
@@ -208,7 +161,7 @@ class BackwardPass:
             self.run_again(frame, call)
 
     def run_again(self, frame: Frame, call: Callable[[], object]) -> None:
-        """Run a frame's module again, for this frame."""
+        """Run a frame's module again, while its units are held."""
         outer, self.rerunning = self.rerunning, frame
         try:
             with self._model.step.running():
@@ -233,8 +186,21 @@ class BackwardPass:
         """Keep ``units``, which are held once, until the backward of ``frame`` is over."""
         self._held[id(frame)] = _Hold(frame, units)
 
-    def show(self, frame: Frame, view: ParameterView) -> Tensor:
-        """A parameter of a unit that ``frame`` shares with others: one such unit at a time is held beside its own."""
+    def place(self, tensor: Tensor) -> object | None:
+        """Which parameter ``tensor`` views, and how; None if it views none."""
+        param = self._cache.resident.find(tensor)
+        return None if param is None else (param.unit.name, param.index, *form_of(tensor))
+
+    def hide(self, tensor: Tensor, own: list[Unit]) -> object:
+        """As `pack`, for a tensor of a second run by a frame whose ``own`` units stay; see `show`."""
+        param = self._cache.resident.find(tensor)
+        # What a unit that was only visited has is not held: a view of it would hold its buffer, one for each visit.
+        return tensor.detach() if param is None or param.unit in own else self.pack(tensor)
+
+    def show(self, frame: Frame, view: Any) -> Tensor:
+        """The tensor that `hide` was given; of the units that are not the frame's own, one at a time is held."""
+        if not isinstance(view, ParameterView):
+            return cast(Tensor, view)
         self._require_unchanged(view.unit, view.generation)
         hold = self._held.setdefault(id(frame), _Hold(frame, []))
         if hold.guest is not view.unit:
@@ -296,8 +262,7 @@ class BackwardPass:
     def _end(self) -> None:
         self._is_running = False
         self._end_holds()
-        for complete in self._grads.end_backward():
-            self._update(complete)
+        self._grads.end_backward()
         if self._is_of_trainer:
             self._on_device.end_backward()
 
@@ -324,44 +289,3 @@ class _Hold:
     def all_units(self) -> list[Unit]:
         """Each is held once."""
         return self._units if self.guest is None else [*self._units, self.guest]
-
-
-class _FrameUnits:
-    """See `FrameUnits`."""
-
-    def __init__(self, backward: BackwardPass, cache: ParamCache, units: list[Unit], inside: list[Unit]) -> None:
-        self._backward = backward
-        self._cache = cache
-        self._units = units
-        self._inside = inside
-        self._versions = self._current_versions()
-
-    def has_written(self) -> bool:
-        return self._versions != self._current_versions()
-
-    def _current_versions(self) -> list[int]:
-        return [param._version for unit in (*self._units, *self._inside) for param in unit.params]
-
-    def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
-        self._backward.rerun(frame, call)
-
-    def try_again(self, frame: Frame, call: Callable[[], object]) -> None:
-        self._backward.run_again(frame, call)
-
-    def keep(self, tensor: Tensor) -> object:
-        return self._backward.pack(tensor)
-
-    def kept(self, packed: Any) -> Tensor:
-        return self._backward.unpack(packed)
-
-    def place(self, tensor: Tensor) -> object | None:
-        param = self._cache.resident.find(tensor)
-        return None if param is None else (param.unit.name, param.index, *form_of(tensor))
-
-    def hide(self, tensor: Tensor) -> object:
-        param = self._cache.resident.find(tensor)
-        # What a unit that was only visited has is not held: a view of it would hold its buffer, one for each visit.
-        return tensor.detach() if param is None or param.unit in self._units else self._backward.pack(tensor)
-
-    def show(self, frame: Frame, packed: Any) -> Tensor:
-        return self._backward.show(frame, packed) if isinstance(packed, ParameterView) else cast(Tensor, packed)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.unit import Unit
-from lightning_ssd.units.user_writes import UserWrites
 
 
 class DirectUse:
@@ -17,12 +16,10 @@ class DirectUse:
 
     Args:
         cache: Fetches.
-        writes: Is told what the user's code can write to.
     """
 
-    def __init__(self, cache: ParamCache, writes: UserWrites) -> None:
+    def __init__(self, cache: ParamCache) -> None:
         self._cache = cache
-        self._writes = writes
 
     def touch(self, units: Sequence[Unit], operands: Sequence[Tensor]) -> None:
         """Fetch ``units`` all at the same time, and keep the units that ``operands`` view.
@@ -37,7 +34,7 @@ class DirectUse:
                 self._cache.fetch(unit)
                 self._move_aside(unit)
                 stack.callback(self._release, unit)
-                self._writes.touch(unit)
+                unit.touch()
 
     @contextmanager
     def hold(self, units: Sequence[Unit]) -> Iterator[None]:
@@ -50,8 +47,8 @@ class DirectUse:
 
     def _release(self, unit: Unit) -> None:
         unit.num_holds -= 1
-        if unit.num_holds == 0 and unit not in self._cache.touched:
-            self._cache.touched.add(unit)
+        if unit.num_holds == 0:
+            self._cache.let_stay(unit)
 
     def _move_aside(self, unit: Unit) -> None:
         """Let ``unit`` not lie where it leaves no room for a second operand.

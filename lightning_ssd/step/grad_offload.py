@@ -1,9 +1,10 @@
-"""Where gradients of a GPU land: memory of a pool that copies run into while compute goes on; sizes in bytes."""
+"""Gradients on their way off a GPU: copies run into memory of a pool while compute goes on; sizes in bytes."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,21 +12,40 @@ from lightning_ssd.device.streams import Event, Streams, WaitFor
 from lightning_ssd.memory.pool import Pool
 
 
+@dataclass(eq=False)
 class OffloadedGrad:
     """A gradient on the host, or on its way there.
 
     Attributes:
         tensor: Of the gradient's shape and dtype; holds it once `wait` has returned.
+        copied: When it does; None if it does already.
     """
 
-    def __init__(self, tensor: Tensor, event: Event | None = None) -> None:
-        self.tensor = tensor
-        self._event = event
+    tensor: Tensor
+    copied: Event | None = None
 
     def wait(self) -> None:
         """Return when the tensor holds the gradient; any thread may ask."""
-        if self._event is not None:
-            self._event.wait(WaitFor.GRAD)  # sync: a copy from the device, and the compute before it
+        if self.copied is not None:
+            self.copied.wait(WaitFor.GRAD)  # sync: a copy from the device, and the compute before it
+
+
+@dataclass(eq=False)
+class OffloadedSums:
+    """Gradients of one unit that are on their way to the host, or add to others that are there.
+
+    Attributes:
+        sums: What holds each sum, and what is added to it, which may be the same tensor.
+    """
+
+    sums: Sequence[tuple[Tensor, OffloadedGrad]]
+
+    def wait(self) -> None:
+        """Return when the sums are there; called once, by any thread."""
+        for total, part in self.sums:
+            part.wait()
+            if part.tensor is not total:
+                total.add_(part.tensor)
 
 
 class GradOffloader:
@@ -52,7 +72,7 @@ class GradOffloader:
 
         Args:
             grad: On the device.
-            make_room: Called where the pool has no room; lets go of what landed earlier, if it can.
+            make_room: Called where the pool has no room; lets go of what was offloaded earlier, if it can.
         """
         self._let_go()
         while self._on_the_way and sum(g.nbytes for _, g, _ in self._on_the_way) + grad.nbytes > self._most_nbytes:

@@ -1,57 +1,40 @@
 """Where gradients go: off the device as they arrive, then to their update or, until the step, to ``.grad``.
 
-[Note: gradients] Where nothing reads gradients before the optimizer's step, a unit is updated as soon as all its
-gradients are there (`Mode.UPDATE_IN_BACKWARD`), and their memory is freed. Otherwise they wait as ``.grad``
-(`Mode.ACCUMULATE`): in memory or, past the budget, on a mapped file that the kernel may write back.
+[Note: gradients] Where nothing reads gradients before the optimizer's step, a backward has an optimizer: a unit is
+updated as soon as all its gradients are there, and their memory is freed. Otherwise they wait as ``.grad``: in memory
+or, past the budget, on a mapped file that the kernel may write back.
 
 Off the device they are copied to the host as they arrive, and nobody waits for that before he must: the update for
-those that are handed on, the end of backward for those that stay visible. ``.grad`` is on the host then. As autograd
+those that are submitted, the end of backward for those that stay visible. ``.grad`` is on the host then. As autograd
 could not add to it there, it is hidden when a further gradient comes, and the host adds the two: whoever runs the
 backward, ``.grad`` has the sum when it returns.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from enum import Enum, auto
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ssd.device.streams import HostStreams
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.heap import HeapWatch
-from lightning_ssd.step.grad_offload import GradOffloader, OffloadedGrad
+from lightning_ssd.optim.adapter import OptimizerAdapter
+from lightning_ssd.step.grad_offload import GradOffloader, OffloadedGrad, OffloadedSums
 from lightning_ssd.step.spilled_grads import SpilledGrads
 from lightning_ssd.units.lazy_param import set_grad
 from lightning_ssd.units.unit import Unit
 
-
-class CompleteGrads(NamedTuple):
-    """Gradients of one unit to which this backward adds nothing more.
-
-    Attributes:
-        unit: Whose they are.
-        grads: By parameter index.
-        land: Returns when they are there, called once by any thread before they are read; None if they are there.
-    """
-
-    unit: Unit
-    grads: dict[int, Tensor]
-    land: Callable[[], None] | None
-
-
-class Mode(Enum):
-    """What becomes of a gradient."""
-
-    ACCUMULATE = auto()  # it stays ``.grad`` until the user's zero_grad
-    UPDATE_IN_BACKWARD = auto()  # its unit is updated as soon as all of its gradients are there
+if TYPE_CHECKING:
+    from lightning_ssd.step.backward import BackwardPass
 
 
 class GradientStore:
@@ -78,21 +61,21 @@ class GradientStore:
         verify: bool = False,
     ) -> None:
         self._verify = verify
-        self.mode = Mode.ACCUMULATE
+        self._optimizer: OptimizerAdapter | None = None  # updates units in the backward that runs
+        self._hooks: dict[nn.Parameter, list[RemovableHandle]] = {}
         self._off_device = off_device
         self._offloader = GradOffloader(HostStreams()) if offloader is None else offloader
         self._heap = heap
-        self._is_gated = waits_for_all_grads
-        self._arriving: dict[nn.Parameter, list[tuple[Unit, int, OffloadedGrad]]] = {}  # not yet in `_hidden`
+        self._waits_for_all_grads = waits_for_all_grads
+        self._in_flight: dict[nn.Parameter, list[tuple[Unit, int, OffloadedGrad]]] = {}  # not yet in `_hidden`
         self._hidden: dict[nn.Parameter, Tensor] = {}  # off the device, sums that backward adds to
         self._scratch = scratch
-        self._arrived: dict[str, set[int]] = {}  # parameters whose gradient this backward has brought, by unit
+        self._arrived: dict[Unit, set[int]] = {}  # parameters whose gradient this backward has brought, by unit
         self._uses: dict[str, int] = {}  # forwards of each unit whose backward has not ended
         self._users: Counter[tuple[Unit, nn.Module | None]] = Counter()  # the same, by who runs it
         self._uses_without_grad: Counter[str] = Counter()  # forwards of each unit in this step
         self._late: set[str] = set()  # units with a forward inside backward: of a reentrant checkpoint
         self._is_in_backward = False
-        self._units: dict[str, Unit] = {}
         self._spills: dict[str, SpilledGrads] = {}
         self._numbers = itertools.count()
 
@@ -128,60 +111,64 @@ class GradientStore:
 
     @property
     def is_off_device(self) -> bool:
-        """Whether ``.grad`` is elsewhere than the gradients that autograd makes; then `hide` is called before each."""
+        """Whether ``.grad`` is elsewhere than the gradients that autograd makes."""
         return self._off_device
 
-    def hide(self, param: nn.Parameter) -> None:
+    def watch(self, unit: Unit, backward: BackwardPass) -> None:
+        """From now on take the gradients of ``unit``; parameters that start to require grad later are taken up then."""
+        for index, param in enumerate(unit.params):
+            if param.requires_grad and param not in self._hooks:
+                after = param.register_post_accumulate_grad_hook(partial(self._arrive, unit, index, backward))  # type: ignore[no-untyped-call]
+                self._hooks[param] = [after]
+                if self._off_device:
+                    before = param.register_hook(partial(self._hide, param, backward))  # type: ignore[no-untyped-call]
+                    self._hooks[param].append(before)
+
+    def unwatch(self) -> None:
+        """Remove the hooks."""
+        for handle in itertools.chain.from_iterable(self._hooks.values()):
+            handle.remove()
+        self._hooks.clear()
+
+    def _hide(self, param: nn.Parameter, backward: BackwardPass, _: Tensor) -> None:
         """Autograd is about to add to ``.grad``, which is on the host: until `end_backward` it has none."""
+        backward.note()
         with torch._C.DisableTorchFunctionSubclass():
             if param.grad is not None:
                 self._hidden[param] = param.grad
                 param.grad = None
 
-    def arrive(self, unit: Unit, index: int, param: Tensor, *, is_needed: bool) -> CompleteGrads | None:
-        """The gradient of parameter ``index`` is complete for this pass of autograd.
-
-        Args:
-            unit: Whose parameter it is.
-            index: Of the parameter.
-            param: The parameter.
-            is_needed: Backward has yet to read values of the unit, so it must not be updated.
-
-        Returns:
-            The gradients of the unit, which the caller now owns, in `Mode.UPDATE_IN_BACKWARD` and if all are there.
-        """
+    def _arrive(self, unit: Unit, index: int, backward: BackwardPass, param: Tensor) -> None:
+        """The gradient of parameter ``index`` is complete for this pass of autograd."""
+        backward.note()
         grad = param.grad
         if grad is None:  # a hook of the user's has used it up, as an optimizer in backward does
-            return None
+            return
         if grad.layout != torch.strided:
             raise ConfigurationError(
                 f"parameter {unit.names[index]!r} has a sparse gradient; strategy='ssd_offload' needs dense ones: "
                 "use sparse=False in its nn.Embedding"
             )
-        self._units[unit.name] = unit
-        arrived = self._arrived.setdefault(unit.name, set())
-        arrived.add(index)
+        self._arrived.setdefault(unit, set()).add(index)
         if self._off_device:
-            self._take_off(unit, index, grad)
-        complete = None if is_needed else self.complete(unit)
-        if self.mode is Mode.ACCUMULATE and not self._off_device:
-            param.grad = self._kept(unit, index, grad)
+            self._offload(unit, index, grad)
+        elif self._optimizer is None:
+            param.grad = self._held(unit, index, grad)
         if self._heap is not None:
             self._heap.note_freed(grad.nbytes)
-        return complete
+        self.update_complete(unit)
 
-    def complete(self, unit: Unit) -> CompleteGrads | None:
-        """The gradients of ``unit``, as `arrive` returns them, if backward has no more use for its values."""
-        arrived = self._arrived.get(unit.name)
-        if self.mode is Mode.ACCUMULATE or not arrived or not self._is_complete(unit, len(arrived)):
-            return None
-        return self._take(unit)
+    def update_complete(self, unit: Unit) -> None:
+        """Submit the update of ``unit`` if all its gradients are there, and backward has no more use for its values."""
+        arrived = self._arrived.get(unit)
+        if self._optimizer is not None and arrived and not unit.saved_views and self._is_complete(unit, len(arrived)):
+            self._update(unit, self._optimizer)
 
-    def end_backward(self) -> Iterator[CompleteGrads]:
-        """No more gradients come from this backward: those of units that were not complete yet, one by one."""
-        if self.mode is Mode.UPDATE_IN_BACKWARD:
-            for name in list(self._arrived):
-                yield self._take(self._units[name])
+    def end_backward(self) -> None:
+        """No more gradients come from this backward: units that were not complete yet are updated now."""
+        if self._optimizer is not None:
+            for unit in list(self._arrived):
+                self._update(unit, self._optimizer)
         self._arrived.clear()
         self._uses.clear()
         self._users.clear()
@@ -191,14 +178,14 @@ class GradientStore:
 
     def show(self) -> None:
         """Backward is over, or failed: what was taken off the device is ``.grad``, as far as no update has it."""
-        self._land()
+        self._end_copies()
         while self._hidden:
             set_grad(*self._hidden.popitem())
 
     @contextmanager
-    def backward(self, units: Iterable[Unit], mode: Mode) -> Iterator[None]:
-        """Around a backward of the Trainer's."""
-        self.mode, self._is_in_backward = mode, True
+    def backward(self, units: Iterable[Unit], optimizer: OptimizerAdapter | None) -> Iterator[None]:
+        """Around a backward of the Trainer's: ``optimizer`` updates units in it; None: gradients wait."""
+        self._optimizer, self._is_in_backward = optimizer, True
         for spill in self._spills.values():
             spill.require_written()
         if not self._off_device:
@@ -206,26 +193,7 @@ class GradientStore:
         try:
             yield
         finally:
-            self.mode = Mode.ACCUMULATE
-
-    def check(self, unit: Unit, grads: Mapping[int, Tensor], is_final: bool) -> None:
-        """Refuse gradients of ``unit``, by parameter index, that waited on disk and were damaged there.
-
-        Args:
-            unit: Whose.
-            grads: Those that are read next.
-            is_final: They must be what they were at the call before; else they may have been changed.
-
-        Raises:
-            IOFailure: The system could not write some of them.
-            CorruptionError: They are not what was written.
-        """
-        spill = self._spills.get(unit.name)
-        if spill is not None:
-            spill.require_written()
-            for index, grad in grads.items():
-                if self._verify and spill.holds(index, grad):
-                    spill.check(index, grad, is_final=is_final)
+            self._optimizer = None
 
     def close(self) -> None:
         """Let go of mapped files, and of copies from the device. Waiting gradients stay visible."""
@@ -250,46 +218,44 @@ class GradientStore:
             return False  # autograd runs a backward of its own for each of these
         return is_all and self._uses.get(unit.name, 0) == 1
 
-    def _take(self, unit: Unit) -> CompleteGrads:
-        """The gradients of ``unit``; ``.grad`` is None from now on."""
-        self._arrived.pop(unit.name, None)
+    def _update(self, unit: Unit, optimizer: OptimizerAdapter) -> None:
+        """Submit the update of ``unit``; ``.grad`` of its parameters is None from now on."""
+        self._arrived.pop(unit, None)
         grads: dict[int, Tensor] = {}
         sums: list[tuple[Tensor, OffloadedGrad]] = []
         for index, param in enumerate(unit.params):
             grad = self._hidden.pop(param, param.grad)
             param.grad = None
-            for _, _, landed in self._arriving.pop(param, ()):
-                grad = landed.tensor if grad is None else grad
-                sums.append((grad, landed))
+            for _, _, copy in self._in_flight.pop(param, ()):
+                grad = copy.tensor if grad is None else grad
+                sums.append((grad, copy))
             if grad is not None:
                 grads[index] = grad
-        return CompleteGrads(unit, grads, functools.partial(_add_up, sums) if sums else None)
+        optimizer.update(unit, grads, is_last=True, in_flight=OffloadedSums(sums) if sums else None)
+        unit.is_submitted = True  # what was written to it until now is in the store
 
-    def _take_off(self, unit: Unit, index: int, grad: Tensor) -> None:
+    def _offload(self, unit: Unit, index: int, grad: Tensor) -> None:
         param = unit.params[index]
         param.grad = None
-        landed = self._offloader.offload(grad, self._land if self.mode is Mode.ACCUMULATE else lambda: None)
-        self._arriving.setdefault(param, []).append((unit, index, landed))
+        copy = self._offloader.offload(grad, self._end_copies if self._optimizer is None else lambda: None)
+        self._in_flight.setdefault(param, []).append((unit, index, copy))
 
-    def _land(self) -> None:
+    def _end_copies(self) -> None:
         """Wait for all copies; gradients go where they can stay."""
-        while self._arriving:
-            param, arrivals = self._arriving.popitem()
-            for unit, index, landed in arrivals:
-                landed.wait()
+        while self._in_flight:
+            param, copies = self._in_flight.popitem()
+            for unit, index, copy in copies:
+                copy.wait()
                 waiting = self._hidden.get(param)
                 if waiting is not None:
-                    waiting.add_(landed.tensor)
+                    waiting.add_(copy.tensor)
+                elif self._optimizer is not None:
+                    self._hidden[param] = copy.tensor
                 else:
-                    kept = (
-                        landed.tensor
-                        if self.mode is Mode.UPDATE_IN_BACKWARD
-                        else self._kept(unit, index, landed.tensor)
-                    )
-                    self._hidden[param] = kept
+                    self._hidden[param] = self._held(unit, index, copy.tensor)
 
     def _prepare_spills(self, units: Iterable[Unit]) -> None:
-        if not self._is_gated or self._scratch is None:
+        if not self._waits_for_all_grads or self._scratch is None:
             return
         for unit in units:
             if unit.name in self._uses:
@@ -297,7 +263,7 @@ class GradientStore:
                     i for i, p in enumerate(unit.params) if p.requires_grad
                 )
 
-    def _kept(self, unit: Unit, index: int, grad: Tensor) -> Tensor:
+    def _held(self, unit: Unit, index: int, grad: Tensor) -> Tensor:
         """``grad`` where it can wait: itself, or past the budget a copy in a mapped file."""
         if self._scratch is None or grad.numel() == 0:
             return grad
@@ -312,12 +278,6 @@ class GradientStore:
     def _spill_of(self, unit: Unit, dtype: torch.dtype, scratch: Scratch) -> SpilledGrads:
         """The spill that ``unit`` has, else a new one for gradients of ``dtype``."""
         if unit.name not in self._spills:
-            self._spills[unit.name] = SpilledGrads(scratch, next(self._numbers), unit, dtype)
+            number = next(self._numbers)
+            self._spills[unit.name] = SpilledGrads(scratch, number, unit, dtype, verify=self._verify)
         return self._spills[unit.name]
-
-
-def _add_up(sums: list[tuple[Tensor, OffloadedGrad]]) -> None:
-    for grad, landed in sums:
-        landed.wait()
-        if landed.tensor is not grad:
-            grad.add_(landed.tensor)

@@ -66,7 +66,7 @@ class ModuleHooks:
     ) -> None:
         self.cache = cache
         self.model = model
-        self._direct_use = DirectUse(cache, model.writes)
+        self._direct_use = DirectUse(cache)
         self._grads = grads
         self._headroom = headroom
         self._device = device
@@ -102,7 +102,7 @@ class ModuleHooks:
         """Remove the hooks; no unit is held any more."""
         with Ending() as ending:  # the last one first
             ending.callback(self._unhook)
-            ending.callback(self._backward.close)
+            ending.callback(self._grads.unwatch)
             ending.callback(self.abort_step)
             ending.callback(self.end_step)  # what the last step wrote is kept
 
@@ -114,7 +114,7 @@ class ModuleHooks:
 
     def inherit(self) -> None:
         """This is a forked process: modules run with what parameters were at the fork, and nothing else is done."""
-        self._backward.close()
+        self._grads.unwatch()
         self.model.streaming = None
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class ModuleHooks:
             self._direct_use.touch(units, operands)
         for unit in units:
             self._backward.touched(unit)
-            self._backward.watch_grads(unit)
+            self._grads.watch(unit, self._backward)
             if torch.is_grad_enabled() and self._backward.rerunning is None:
                 self._grads.used(unit)
                 if self._num_steps > 0:
@@ -269,7 +269,9 @@ class ModuleHooks:
             args,
             kwargs,
             device=self._device,
-            units=self._backward.units(units, inside),
+            units=units,
+            inside=inside,
+            backward=self._backward,
             verdicts=self._verdicts,
         )
         if frame.opaque is None:
@@ -284,7 +286,7 @@ class ModuleHooks:
                 is_new = self.cache.fetch(unit)
                 call.num_fetched += 1
                 if is_new:
-                    self._backward.watch_grads(unit)
+                    self._grads.watch(unit, self._backward)
                     self._headroom.look()
         except BaseException:
             for unit in units[: call.num_fetched]:

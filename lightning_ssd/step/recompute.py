@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.utils.checkpoint
@@ -28,42 +28,11 @@ from lightning_ssd.step.ambient import Ambient
 from lightning_ssd.step.module_buffers import ModuleBuffers
 from lightning_ssd.step.python_state import PythonState, mapped
 from lightning_ssd.step.trial import REMEDY, Trial, Verdicts
+from lightning_ssd.units.lazy_param import tensors_in
+from lightning_ssd.units.unit import Unit
 
-
-class FrameUnits(Protocol):
-    """The units that one frame needs."""
-
-    def rerun(self, frame: Frame, call: Callable[[], object]) -> None:
-        """Run a frame's module again in backward; hold its units until the frame's backward is over."""
-        ...
-
-    def try_again(self, frame: Frame, call: Callable[[], object]) -> None:
-        """Run a frame's module again right after its forward, while its units are held."""
-        ...
-
-    def has_written(self) -> bool:
-        """Whether the first forward wrote to parameters."""
-        ...
-
-    def keep(self, tensor: Tensor) -> object:
-        """What a frame holds of a saved tensor: itself, or a stand-in for a view of a parameter, fetched again."""
-        ...
-
-    def kept(self, packed: Any) -> Tensor:
-        """The tensor that was given to `keep`."""
-        ...
-
-    def place(self, tensor: Tensor) -> object | None:
-        """Which parameter ``tensor`` views, and how; None if it views none."""
-        ...
-
-    def hide(self, tensor: Tensor) -> object:
-        """As `keep`, for a tensor of a second run: stand-ins are made only for parameters of other units."""
-        ...
-
-    def show(self, frame: Frame, packed: Any) -> Tensor:
-        """The tensor that was given to `hide`."""
-        ...
+if TYPE_CHECKING:
+    from lightning_ssd.step.backward import BackwardPass
 
 
 class Frame:
@@ -75,7 +44,9 @@ class Frame:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         device: Where it computes.
-        units: The units that it needs.
+        units: The units that it needs, which are resident.
+        inside: Those that modules in it need.
+        backward: Fetches them again.
         verdicts: Which modules can be run again; the frame adds what it finds.
 
     Attributes:
@@ -96,7 +67,9 @@ class Frame:
         kwargs: dict[str, Any],
         *,
         device: torch.device,
-        units: FrameUnits,
+        units: list[Unit],
+        inside: list[Unit],
+        backward: BackwardPass,
         verdicts: Verdicts,
     ) -> None:
         self.name = name
@@ -105,8 +78,11 @@ class Frame:
         self._kwargs = kwargs
         self._saved_inputs: FrameInputs | None = None
         self._units = units
+        self._inside = inside
+        self._backward = backward
+        self._versions = self._current_versions()
         self._verdicts = verdicts
-        self._trial = None if verdicts.is_equal(module) else Trial(units.keep, units.place)
+        self._trial = None if verdicts.is_equal(module) else Trial(backward.pack, backward.place)
         self._is_open = True
         self._inputs = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
         self._ambient = Ambient(device)
@@ -139,7 +115,7 @@ class Frame:
         self._buffers.end_forward(is_first=trial is not None)
         if trial is None:
             self._require_same_inputs("its own forward changed a tensor in place, and did not in its first one")
-            if self._units.has_written():
+            if self._has_written():
                 self._refuse("its own forward wrote to its parameters, and did not in its first one")
         elif self._saved:
             reason = self._reason_to_keep(trial)
@@ -153,11 +129,11 @@ class Frame:
         """Why the module cannot be run again; see [Note: trial]."""
         if not self._has_same_inputs:
             return "it changes a tensor in place that was there before"
-        if self._units.has_written():
+        if self._has_written():
             return "it writes to its own parameters"
         self.is_trying = True
         try:
-            self._run_again(trial.compare, self._units.try_again)
+            self._run_again(trial.compare, self._backward.run_again)
         except SSDOffloadError:
             raise
         except Exception as error:
@@ -209,12 +185,12 @@ class Frame:
         if self._is_open and self._trial is None:
             raise RecomputeError(self._inner_backward())
         if self._trial is not None:
-            return self._units.kept(self._trial.kept[index])
+            return self._backward.unpack(self._trial.kept[index])
         if self._values is None:
             self._require_same_inputs("a later operation changed an input of it in place")
             self._values = self._recompute()
         value = self._values[index]
-        return self._units.kept(value) if self.is_kept else self._units.show(self, value)
+        return self._backward.unpack(value) if self.is_kept else self._backward.show(self, value)
 
     def drop(self) -> None:
         """Drop the recomputed tensors; if autograd unpacks again, they are recomputed again."""
@@ -230,7 +206,7 @@ class Frame:
 
         def pack(tensor: Tensor) -> int:
             if not self.is_stopped:
-                values.append(self._units.hide(tensor))
+                values.append(self._backward.hide(tensor, self._units))
                 found.append((tensor.shape, tensor.dtype, tensor.device))
             self.is_stopped = len(values) == len(self._saved)
             if self.is_stopped:
@@ -238,7 +214,7 @@ class Frame:
             return len(values) - 1
 
         try:
-            self._run_again(pack, self._units.rerun)
+            self._run_again(pack, self._backward.rerun)
         except SSDOffloadError:
             raise
         except Exception as error:
@@ -305,6 +281,13 @@ class Frame:
         is_state_same = not (self._given.is_written or self._own.is_written)
         return is_kept_same and is_state_same and all(t._version == version for t, version in self._inputs)
 
+    def _has_written(self) -> bool:
+        """Whether the forward wrote to parameters."""
+        return self._versions != self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        return [param._version for unit in (*self._units, *self._inside) for param in unit.params]
+
     def _require_same_inputs(self, what: str) -> None:
         if not self._has_same_inputs:
             self._refuse(what)
@@ -355,15 +338,3 @@ class _Saved:
 def keeps_activations(module: nn.Module) -> bool:
     """Whether ``module`` must keep its activations: it works in place and may change its own inputs."""
     return any(getattr(m, "inplace", False) is True for m in module.modules())
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors inside nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)

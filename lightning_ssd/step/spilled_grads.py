@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ from lightning_ssd.units.unit import Unit
 class SpilledGrads:
     """A mapped, unlinked file as large as the gradients of one unit."""
 
-    def __init__(self, scratch: Scratch, number: int, unit: Unit, dtype: torch.dtype) -> None:
+    def __init__(self, scratch: Scratch, number: int, unit: Unit, dtype: torch.dtype, *, verify: bool) -> None:
         self.dtype = dtype
+        self._verify = verify
         self._unit = unit
         self._checks: dict[int, list[int]] = {}  # of gradients at the step, by parameter index
         self._shapes = [shape.shape for shape in unit.shapes]
@@ -45,6 +46,7 @@ class SpilledGrads:
         self._base = address_of(self._memory)
         self._views = [Views(self._memory) for _ in unit.shapes]
         self._ready: dict[int, Tensor] = {}  # nobody has seen them
+        unit.spilled_grads = self
 
     def prepare(self, indices: Iterable[int]) -> None:
         """Make the tensors of parameters whose gradients may arrive."""
@@ -62,8 +64,8 @@ class SpilledGrads:
 
     def copy(self, index: int, grad: Tensor) -> Tensor:
         """A copy of ``grad`` that lives here."""
-        kept = self._ready.pop(index, None)
-        return (self._tensor(index) if kept is None else kept).copy_(grad.detach())
+        ready = self._ready.pop(index, None)
+        return (self._tensor(index) if ready is None else ready).copy_(grad.detach())
 
     def _tensor(self, index: int) -> Tensor:
         return self._views[index].tensor(self._offsets[index], self.dtype, self._shapes[index])
@@ -73,16 +75,28 @@ class SpilledGrads:
         with as_io_failure(self._file.path, 0, self._file.nbytes, f"write of gradients of unit {self._unit.name!r}"):
             wait_for_write_back(self._file.tail_fd)
 
-    def check(self, index: int, grad: Tensor, *, is_final: bool) -> None:
-        """Take the checksums of a gradient that lives here, or compare it with them."""
-        found = crc32c_each(self._base + self._offsets[index], grad.nbytes, CHECK_NBYTES)
-        if is_final and self._checks.get(index, found) != found:
-            raise CorruptionError(
-                f"the gradient of parameter {self._unit.names[index]!r}, which waited in {self._file.path!r}, is not "
-                "what it was at the step; the disk or its controller corrupts data: stop using it and resume from the "
-                "last checkpoint. (Or somebody wrote to the gradient after the step, by way of .data or numpy.)"
-            )
-        self._checks[index] = found
+    def check(self, grads: Mapping[int, Tensor], *, is_final: bool) -> None:
+        """Refuse those of ``grads``, by parameter index, that wait here and were damaged.
+
+        Args:
+            grads: Gradients of the unit that are read next.
+            is_final: They must be what they were at the call before; else they may have been changed.
+
+        Raises:
+            IOFailure: The system could not write some of them.
+            CorruptionError: They are not what was written.
+        """
+        self.require_written()
+        for index in [i for i, grad in grads.items() if self._verify and self.holds(i, grad)]:
+            found = crc32c_each(self._base + self._offsets[index], grads[index].nbytes, CHECK_NBYTES)
+            if is_final and self._checks.get(index, found) != found:
+                raise CorruptionError(
+                    f"the gradient of parameter {self._unit.names[index]!r}, which waited in {self._file.path!r}, is "
+                    "not what it was at the step; the disk or its controller corrupts data: stop using it and resume "
+                    "from the last checkpoint. (Or somebody wrote to the gradient after the step, by way of .data or "
+                    "numpy.)"
+                )
+            self._checks[index] = found
 
     def refuse(self) -> None:
         """In a forked process: gradients that live here are the parent's, which goes on to write them."""
@@ -94,6 +108,7 @@ class SpilledGrads:
 
     def close(self) -> None:
         """Close the file; its bytes live as long as a gradient views them."""
+        self._unit.spilled_grads = None
         self._file.close()
 
 

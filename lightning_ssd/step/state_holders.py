@@ -73,38 +73,6 @@ class _Dict(Holder):
         return values
 
 
-class _Class(Holder):
-    """Attributes of a class."""
-
-    def __init__(self, cls: type, names: tuple[str, ...]) -> None:
-        self._cls = cls
-        self._names = names
-
-    def read(self) -> Any:
-        return tuple(vars(self._cls).get(name, _MISSING) for name in self._names)
-
-    def write(self, contents: Any) -> None:
-        for name, value in zip(self._names, contents, strict=True):
-            if value is not _MISSING:
-                setattr(self._cls, name, value)
-
-
-class _Slots(Holder):
-    """Attributes of an object that are slots of its class."""
-
-    def __init__(self, held: object, names: tuple[str, ...]) -> None:
-        self._held = held
-        self._names = names
-
-    def read(self) -> Any:
-        return tuple(getattr(self._held, name, _MISSING) for name in self._names)
-
-    def write(self, contents: Any) -> None:
-        for name, value in zip(self._names, contents, strict=True):
-            if value is not _MISSING:
-                object.__setattr__(self._held, name, value)
-
-
 class _Cell(Holder):
     """A variable that a function uses of a function around it."""
 
@@ -148,7 +116,18 @@ def dict_holder(held: dict[Any, Any]) -> Holder:
 def slots_holder(value: object) -> Holder | None:
     """A holder of the attributes of ``value`` that are slots of its class; None if there are none."""
     slots = _slots(type(value))
-    return _Slots(value, slots) if slots else None
+    return _attributes(slots, partial(getattr, value), partial(object.__setattr__, value)) if slots else None
+
+
+def _attributes(names: tuple[str, ...], get: Callable[[str, Any], Any], put: Callable[[str, Any], None]) -> Holder:
+    """A holder of attributes of an object; those that it lacks stay as they are."""
+
+    def write(contents: Any) -> None:
+        for name, value in zip(names, contents, strict=True):
+            if value is not _MISSING:
+                put(name, value)
+
+    return _Calls(lambda: tuple(get(name, _MISSING) for name in names), write, has_items=True)
 
 
 def holder_of(value: Any) -> Holder | None:
@@ -197,7 +176,7 @@ def surroundings(module: nn.Module) -> list[Holder]:
                 others.append(name)
         waiting += functions
         if others:
-            found[id(cls), ""] = _Class(cls, tuple(others))
+            found[id(cls), ""] = _attributes(tuple(others), vars(cls).get, partial(setattr, cls))
     while waiting:
         function = waiting.pop()
         if id(function) in seen:

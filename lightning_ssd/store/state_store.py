@@ -104,6 +104,10 @@ class StateStore:
             raise StoreError(f"unit {unit!r} has no {kind} in the store: the disk failed before it was written")
         return generation
 
+    def state_kinds(self, unit: str) -> list[str]:
+        """Kinds of optimizer state of which a unit has a generation."""
+        return [kind for kind in self.kinds(unit) if kind not in ("param", "master")]
+
     def kinds(self, unit: str) -> list[str]:
         """Kinds of which ``unit`` has a generation."""
         with self._lock:

@@ -12,7 +12,6 @@ from functools import partial
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.optim.pipeline import master_dtype
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.units.mapped import MappedParams
 from lightning_ssd.units.masters import master_of
@@ -88,10 +87,9 @@ def take_masters(session: Session, masters: Mapping[nn.Parameter, Tensor]) -> li
     """
     changed: list[str] = []
     for unit in session.units:
-        dtype = master_dtype(unit, keep_master=session.settings.keep_master)
-        if dtype != unit.layout.dtype and any(param in masters for param in unit.params):
+        if unit.has_master and any(param in masters for param in unit.params):
             session.write_back(unit)  # masters would follow what was written to it a second time
-            session.store.put(unit.layout_of("master", dtype), partial(_master, unit, masters, changed))
+            session.store.put(unit.layout_of("master"), partial(_master, unit, masters, changed))
     return changed
 
 

@@ -30,10 +30,9 @@ from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing
 from lightning_ssd.trace.recorder import Trace
-from lightning_ssd.units.model_units import ModelUnits
+from lightning_ssd.units.model_units import ModelUnits, chains
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.placement import InPlace, Placement
-from lightning_ssd.units.unit import chains
 
 
 class Runtime:
@@ -102,7 +101,7 @@ class Runtime:
             placement = self._make_placement(module)
             self.cache = self._make_cache(placement)
             undo.append(self.cache.close)
-            self.updates = Updates(pipeline, self.cache, self.updater, self.grads)
+            self.updates = Updates(pipeline, self.cache, self.updater)
             if plan.recomputes:
                 self._activations = self._make_activations(budget, placement)
                 undo.append(self._activations.close)
@@ -202,7 +201,6 @@ class Runtime:
             self.pools.updates,
             chunk_numel=self.plan.chunk_numel,
             depth=self.plan.depth,
-            keep_master=self._settings.keep_master,
             trace=self._trace,
         )
 

@@ -120,11 +120,14 @@ class Session:
 
     def place(self, module: nn.Module) -> None:
         """Cut ``module`` into units and write their values into the store; initialises what is on the meta device."""
+        settings = self.settings
         self.materializer.materialize(module)
-        specs = partition(module, policy=self.settings.units, min_numel=self.settings.min_unit_numel)
+        specs = partition(module, policy=settings.units, min_numel=settings.min_unit_numel)
         if not specs:
             raise ConfigurationError("the model has no parameters to stream")
-        self.model = self._make_model([Unit(spec, self.settings.param_dtype) for spec in specs])
+        self.model = self._make_model(
+            [Unit(spec, settings.param_dtype, keep_master=settings.keep_master) for spec in specs]
+        )
         nbytes = sum(unit.layout.file_nbytes for unit in self.units)
         self.store.disks.require_free(nbytes, "placing the parameters", num_files=len(self.units))
         adam = handles(3 * len(self.units), len(self.units), 0, direct=self.store.disks.are_direct).num_files
@@ -161,7 +164,7 @@ class Session:
         params = {param for group in optimizer.param_groups for param in group["params"]}
         taken = {other.suffix for other in self.optimizers if not params.isdisjoint(other.params())}
         suffix = next(s for s in (f"@{n}" if n else "" for n in count()) if s not in taken)
-        adopted = kind(optimizer, rule, self.units, self.store, keep_master=self.settings.keep_master, suffix=suffix)
+        adopted = kind(optimizer, rule, self.units, self.store, suffix=suffix)
         adopted.adopt()
         if self.runtime is not None:
             adopted.connect(self.runtime.updates)

@@ -9,14 +9,14 @@ from torch import nn
 from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import pool_nbytes
 from lightning_ssd.optim.adapter import OptimizerAdapter
-from lightning_ssd.optim.pipeline import master_dtype, state_nbytes_per_numel
 from lightning_ssd.optim.temporaries import temporary_share
 from lightning_ssd.optim.whole import WholeRule
 from lightning_ssd.step.recompute import keeps_activations
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.strategy.settings import AUTO_FILE_NBYTES, Settings
-from lightning_ssd.units.unit import Unit, chains
+from lightning_ssd.units.model_units import chains
+from lightning_ssd.units.unit import Unit
 
 
 class Sizing:
@@ -101,15 +101,14 @@ class Sizing:
 
     def state_layouts(self, unit: Unit) -> list[UnitLayout]:
         """Layouts of the optimizer state and the master of ``unit``."""
-        dtype = master_dtype(unit, keep_master=self._settings.keep_master)
-        kinds = sorted(self._state_kinds(unit)) + (["master"] if dtype != unit.layout.dtype else [])
-        return [unit.layout_of(kind, dtype) for kind in kinds]
+        kinds = sorted(self._state_kinds(unit)) + (["master"] if unit.has_master else [])
+        return [unit.layout_of(kind) for kind in kinds]
 
     def _state_nbytes(self, unit: Unit, num_kinds: int | None = None) -> int:
         """Bytes per element of a unit's state beyond the parameter itself."""
         if num_kinds is None:
             num_kinds = len(self._state_kinds(unit))
-        return state_nbytes_per_numel(unit, num_kinds, keep_master=self._settings.keep_master) - unit.layout.itemsize
+        return dtype_of(unit.state_dtype).itemsize * (num_kinds + unit.has_master)
 
     def plan(self, module: nn.Module, *, waits_for_all_grads: bool) -> MemoryPlan:
         """The plan of host memory.
@@ -181,7 +180,7 @@ class Sizing:
         """Bytes that an optimizer class allocates itself to update the largest parameter of ``unit``."""
         if not any(self._temporary_share(param.dim()) for param in unit.params):
             return 0
-        dtype = dtype_of(master_dtype(unit, keep_master=self._settings.keep_master))
+        dtype = dtype_of(unit.state_dtype)
         widened = 0 if dtype == unit.dtype else 1  # its gradient
         return max(int((self._temporary_share(p.dim()) + widened) * p.numel() * dtype.itemsize) for p in unit.params)
 

@@ -56,7 +56,7 @@ def lazy_class(owner: ParamLoader) -> type[nn.Parameter]:
             if func == _SET_GRAD:
                 return set_grad(*args)
             if func not in METADATA:
-                tensors = list(_tensors((args, kwargs)))
+                tensors = list(tensors_in((args, kwargs)))
                 lazy = [p for p in tensors if type(p) is LazyParameter]
                 owner.load(lazy, [p for p in tensors if type(p) is not LazyParameter])
             with torch._C.DisableTorchFunctionSubclass():
@@ -113,7 +113,7 @@ def _differentiate(
     Both take edges of the graph instead of tensors. Unlike other functions they are called with ``__torch_function__``
     on, since hooks and recomputes in them run forwards.
     """
-    load_all([p for p in _tensors((outputs, kwargs.get("grad_outputs"), kwargs.get("grad_tensors"))) if _is_lazy(p)])
+    load_all([p for p in tensors_in((outputs, kwargs.get("grad_outputs"), kwargs.get("grad_tensors"))) if _is_lazy(p)])
     load_all([p for p in inputs or () if _is_lazy(p) and not p.requires_grad])  # torch refuses it
     with torch._C.DisableTorchFunctionSubclass():
         places = inputs and [torch.autograd.graph.get_gradient_edge(p) if _is_lazy(p) else p for p in inputs]
@@ -159,14 +159,16 @@ def require_loaded(module: nn.Module) -> None:
             )
 
 
-def _tensors(value: Any) -> Iterator[Any]:
+def tensors_in(value: Any) -> Iterator[Any]:
+    """Tensors inside nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        for item in value.values():
+            yield from tensors_in(item)
 
 
 def _accessors() -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
 
@@ -127,13 +127,12 @@ class ModelUnits:
         self.store.flush_in_memory()
 
     def write_back(self, unit: Unit) -> bool:
-        """Bring what the user wrote to ``unit`` into the store; if it is mapped, make its parameters lazy again.
+        """If ``unit`` is mapped, bring what the user wrote to it into the store, and make its parameters lazy again.
 
         Returns:
-            Whether it was mapped and written to: what else of it is in memory is out of date.
+            Whether it was written to: what else of it is in memory is out of date.
         """
         if unit.mapped is None:
-            self.writes.collect_in_step(unit)
             return False
         with self.lock:
             mapped, is_written = unit.mapped, self.writes.collect_mapped(unit, unit.mapped)
@@ -187,3 +186,22 @@ class ModelUnits:
                     for param, tensor in zip(unit.params, self.inherited.values(unit), strict=True):
                         if type(param) is self.lazy_class:
                             give(param, tensor, nn.Parameter)
+
+
+def chains(root: nn.Module, units: Iterable[Unit]) -> list[list[str]]:
+    """Names of units that nested modules need at the same time, one list per chain of nested modules."""
+    users: dict[nn.Module, list[Unit]] = {}
+    for unit in units:
+        for user in unit.modules:
+            users.setdefault(user, []).append(unit)
+    found: list[list[str]] = []
+
+    def call(module: nn.Module, held: list[str]) -> None:
+        here = held + [unit.name for unit in users.get(module, []) if unit.name not in held]
+        if len(here) > len(held):
+            found.append(here)
+        for child in module.children():
+            call(child, here)
+
+    call(root, [])
+    return found

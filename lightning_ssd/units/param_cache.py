@@ -10,13 +10,12 @@ from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.trace.recorder import Lane, Trace
 from lightning_ssd.units.execution_order import ExecutionOrder
+from lightning_ssd.units.host_copy import UpdateTarget
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.placement import Placement
 from lightning_ssd.units.prefetch import PrefetchPolicy
 from lightning_ssd.units.resident_params import ResidentParams
-from lightning_ssd.units.touched import TouchedUnits
 from lightning_ssd.units.unit import Unit
-from lightning_ssd.units.update_target import UpdateTarget
 
 
 class ParamCache:
@@ -37,7 +36,6 @@ class ParamCache:
         units: All units.
         step: Whether a step runs.
         pool: Memory for host copies.
-        touched: Units that stay resident without a hold.
         order: In which a step uses them.
         resident: The parameters of resident units.
         keeps_buffer: See `Placement.keeps_buffer`.
@@ -57,7 +55,6 @@ class ParamCache:
         self.units = model.units
         self.step = model.step
         self.pool = pool
-        self.touched = TouchedUnits()
         self.order = ExecutionOrder()
         self.resident = ResidentParams()
         self.keeps_buffer = placement.keeps_buffer
@@ -68,6 +65,8 @@ class ParamCache:
         self._placement = placement
         self._keep_cache = keep_cache
         self._trace = trace
+        self._num_calls = 0  # of modules, running now, one inside the other
+        self._staying: dict[Unit, int] = {}  # resident without a hold, until this many calls run
         max_ahead = len(self.units) if max_ahead is None else max_ahead
         self._policy = PrefetchPolicy(
             self.units, model.store, self.order, max_ahead=max_ahead, prefetch_batch=prefetch_batch
@@ -94,31 +93,43 @@ class ParamCache:
         with self._trace.label("fetch", unit.name):
             if self._model.inherited is not None:
                 self._model.inherited.refuse_fetch(unit)
-            if unit.num_holds == 0:
-                unit.wait_for_update()
             self._begin_fetch(unit)
             try:
-                self._wait_for_read(unit)
+                host_copy = unit.host_copy
+                if host_copy is not None and host_copy.transfer is not None:
+                    with self._trace.span(Lane.WAIT, "wait for parameters", unit.name):
+                        host_copy.end_read()  # sync: the disk
                 with self._lock:
-                    return self._end_fetch(unit)
+                    is_new = unit.device_copy is None
+                    if is_new:
+                        with self._trace.span(Lane.COPY, "to the device", unit.name):
+                            self.resident.add(unit, unit.show(self._store, self._placement))
+                        if not self.keeps_buffer:
+                            unit.give_back(self.pool)
+                        self._trace.mark("fetch", unit.name)
+                    self._staying.pop(unit, None)
+                    self._prefetch()
+                return is_new
             except BaseException:
                 self._abort_fetch(unit)
                 raise
 
     def _begin_fetch(self, unit: Unit) -> None:
         """Hold ``unit``, and start to read it unless its newest values are in memory."""
+        if unit.num_holds == 0:
+            unit.wait_for_update()
         with self._lock:
             if unit.num_holds == 0:
                 self.order.use(unit.name)
-            if unit in self.touched:
-                self._writes.collect_in_step(unit)  # its module runs on what the user wrote before
+            if unit in self._staying:
+                self.write_back(unit)  # its module runs on what the user wrote before
             unit.num_holds += 1
             try:
-                if unit.mapped is not None or (unit.num_holds == 1 and self._is_stale(unit)):
+                if unit.mapped is not None or (unit.num_holds == 1 and unit.is_stale(self._store)):
                     self._evict(unit)
                 if unit.mapped is not None:
                     self.write_back(unit)
-                if unit.is_on_disk and not self._has_released_copy(unit):
+                if unit.is_on_disk and not unit.is_released(self._store):
                     self._read_now(unit)
             except BaseException:
                 unit.num_holds -= 1
@@ -127,32 +138,12 @@ class ParamCache:
     def _read_now(self, unit: Unit) -> None:
         """Start to read ``unit``. While room is waited for, the thread of updates may have it, and read it ahead."""
         self._placement.poll()
-        buffer = self.pool.try_lend(*_need(unit), lambda: unit.host_copy is None and self._make_room())
+        nbytes, label = unit.layout.buffer_nbytes, unit.label
+        buffer = self.pool.try_lend(nbytes, label, lambda: unit.host_copy is None and self._make_room())
         if unit.host_copy is None:
-            self._read([unit], [self.pool.lend(*_need(unit)) if buffer is None else buffer])
+            self._read([unit], [self.pool.lend(nbytes, label) if buffer is None else buffer])
         elif buffer is not None:
             self.pool.give_back(buffer)
-
-    def _wait_for_read(self, unit: Unit) -> None:
-        host_copy = unit.host_copy
-        if host_copy is not None and host_copy.transfer is not None:
-            with self._trace.span(Lane.WAIT, "wait for parameters", unit.name):
-                host_copy.end_read()  # sync: the disk
-
-    def _end_fetch(self, unit: Unit) -> bool:
-        """Let the parameters of ``unit`` view its device copy; returns whether they did not before."""
-        is_new = unit.device_copy is None
-        if is_new:
-            with self._trace.span(Lane.COPY, "to the device", unit.name):
-                device_copy = unit.show(self._store, self._placement)
-            self.resident.add(unit, device_copy)
-            self._writes.begin(unit)
-            if not self.keeps_buffer:
-                unit.give_back(self.pool)
-            self._trace.mark("fetch", unit.name)
-        self.touched.remove(unit)
-        self._prefetch()
-        return is_new
 
     def _abort_fetch(self, unit: Unit) -> None:
         with self._lock:
@@ -164,33 +155,34 @@ class ParamCache:
         """Undo one `fetch`; after the last, ``unit`` is offloaded, unless it is persistent and stays for the step."""
         with self._lock:
             unit.num_holds -= 1
-            stays = unit.persistent and self.step.is_running and not self._is_stale(unit)
+            stays = unit.persistent and self.step.is_running and not unit.is_stale(self._store)
             if unit.num_holds == 0 and not stays:
                 self._let_go(unit)
 
     def begin_backward(self) -> None:
         """Updates of this step are still to come."""
         with self._lock:
-            self._policy.begin_backward()
+            for unit in self.units:
+                unit.is_updated = False
 
     def end_step(self) -> None:
         """The step is over: units that stayed for it are offloaded."""
         self.offload_idle()
         for unit in self.units:
-            unit.is_handed_on = False
+            unit.is_submitted = False
 
     def offload_idle(self) -> None:
         """Units that nobody holds are offloaded."""
         with self._lock:
             for unit in (unit for unit in self.units if unit.num_holds == 0):
                 self._release_memory(unit)
-            self.touched.clear()
+            self._staying.clear()
 
     def drop_holds(self) -> None:
         """Forget who holds what, after a failure."""
         with self._lock:
             for unit in self.units:
-                self._writes.forget(unit)
+                unit.forget_writes()
                 unit.num_holds = 0
             self.end_step()
 
@@ -198,14 +190,6 @@ class ParamCache:
 
     def _newest(self, unit: Unit) -> Generation:
         return self._store.newest(unit.name, "param")
-
-    def _is_stale(self, unit: Unit) -> bool:
-        """Whether the copy of ``unit`` in memory, if it has one, is not of its newest values."""
-        copy = unit.device_copy or unit.host_copy
-        return copy is not None and copy.generation is not self._newest(unit)
-
-    def _has_released_copy(self, unit: Unit) -> bool:
-        return unit.released_copy is not None and unit.released_copy.has(self._newest(unit))
 
     def _prefetch(self, *, beyond: bool = False) -> None:
         """Start reads of what is needed next, as far as free memory goes; see `PrefetchPolicy.wanted`."""
@@ -223,7 +207,7 @@ class ParamCache:
         buffers: list[Buffer] = []
         for unit in group:
             make_room = partial(self._evict_one, needed_after=self._policy.need(unit))
-            buffer = self.pool.try_lend(*_need(unit), make_room)
+            buffer = self.pool.try_lend(unit.layout.buffer_nbytes, unit.label, make_room)
             if buffer is None:
                 for lent in buffers:
                     self.pool.give_back(lent)
@@ -245,7 +229,7 @@ class ParamCache:
     def _let_go(self, unit: Unit) -> None:
         """Release the memory of a unit without a hold; not while the user may write to it through a view."""
         if unit.is_touched and unit.is_viewed:
-            self.touched.add(unit)
+            self.let_stay(unit)
         else:
             self._release_memory(unit)
 
@@ -253,16 +237,18 @@ class ParamCache:
         """Offload a resident unit; keep its host copy if that is wanted and the newest."""
         if unit.device_copy is None:
             return
-        self._offload(unit)
+        self._hide(unit)
         # A block that is needed next, at the turn of forward to backward, is not read again.
         is_wanted = self._keep_cache or next(self.order.upcoming(), "") == unit.name
-        if unit.num_pins == 0 and not (is_wanted and not self._is_stale(unit)):
+        if unit.num_pins == 0 and not (is_wanted and not unit.is_stale(self._store)):
             unit.give_back(self.pool)
         self._trace.mark("release", unit.name)
 
-    def _offload(self, unit: Unit) -> None:
-        self._writes.end(unit)
-        self.resident.remove(unit)
+    def _hide(self, unit: Unit) -> None:
+        if unit.may_be_written():
+            self._writes.collect_in_step(unit)
+        if unit.is_touched and unit.device_copy is not None and not unit.is_in_place:
+            self._writes.leave(unit, unit.device_copy.tensors)
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 torch.clear_autocast_cache()  # it holds casts of parameters that are going
@@ -272,7 +258,7 @@ class ParamCache:
     def _evict(self, unit: Unit) -> None:
         """Hold no memory for ``unit``, whatever copies it has; what the plan holds in memory stays there."""
         if unit.device_copy is not None:
-            self._offload(unit)
+            self._hide(unit)
         unit.give_back(self.pool)
 
     def _make_room(self) -> bool:
@@ -298,56 +284,67 @@ class ParamCache:
 
     # -- updates -------------------------------------------------------------------------------------------------
 
-    def before_update(self, unit: Unit) -> None:
-        """Bring in what the user wrote to ``unit``, which will be updated; see `UserWrites.before_update`."""
-        self.write_back(unit)
-        self._writes.before_update(unit)
+    def prepare_update(self, unit: Unit) -> bool:
+        """Bring in what the user wrote to ``unit``, which will be updated; see `UserWrites.before_update`.
 
-    def pin(self, unit: Unit) -> bool:
-        """Whether ``unit`` has a host copy of its newest values; if so it stays until `unpin`."""
+        Returns:
+            Whether it has a host copy that the update will read, which is pinned: it stays until `reserve` or `unpin`.
+
+        Raises:
+            BaseException: An earlier update failed, or the update would not reach all that it should.
+        """
+        unit.wait_for_update()
         with self._lock:
-            if unit.host_copy is None or self._is_stale(unit):
-                return False
-            unit.num_pins += 1
-            return True
+            self.write_back(unit)
+            self._writes.before_update(unit)
+            is_pinned = not unit.has_master and unit.host_copy is not None and not unit.is_stale(self._store)
+            unit.num_pins += is_pinned
+            return is_pinned
 
-    def reserve(self, unit: Unit, *, reads: bool) -> UpdateTarget | None:
+    def reserve(self, unit: Unit, *, is_pinned: bool = False) -> UpdateTarget | None:
         """Reserve the host copy of ``unit`` for an update of it; None if there is none, or it is of no use.
 
         What is needed next, and would be read after the update, is lent a buffer if there is room.
 
         Args:
             unit: What will be updated.
-            reads: The update works on the newest values themselves, not on a master of them.
+            is_pinned: What `prepare_update` returned.
         """
+        unit.end_copies()
         with self._lock:
-            if unit.host_copy is not None:
-                unit.host_copy.end_read()  # sync: the disk; the update will replace the file
-            elif unit.is_on_disk and self._policy.is_next(unit):
-                make_room = partial(self._evict_one, needed_after=self._policy.position(unit))
-                buffer = self.pool.try_lend(*_need(unit), make_room)
-                if buffer is not None:
-                    unit.lend(buffer)
-            host_copy = unit.host_copy
-            if host_copy is None:
-                return None
-            is_current = host_copy.generation is self._newest(unit)
-            # A view that the user kept shows the values it had.
-            is_writable = unit.device_copy is None and unit.num_holds == 0 and not host_copy.buffer.in_use
-            if not is_writable and not (reads and is_current):
-                return None
-            unit.num_pins += 1
-            if is_writable:
-                host_copy.generation = None  # whose values they are is known at the end
-            values = host_copy.buffer.tensor(0, unit.dtype, (unit.layout.numel,))
+            try:
+                return self._reserve(unit)
+            finally:
+                if is_pinned:
+                    self.unpin(unit)
+
+    def _reserve(self, unit: Unit) -> UpdateTarget | None:
+        if unit.host_copy is not None:
+            unit.host_copy.end_read()  # sync: the disk; the update will replace the file
+        elif unit.is_on_disk and self._policy.is_next(unit):
+            make_room = partial(self._evict_one, needed_after=self._policy.position(unit))
+            buffer = self.pool.try_lend(unit.layout.buffer_nbytes, unit.label, make_room)
+            if buffer is not None:
+                unit.lend(buffer)
+        host_copy = unit.host_copy
+        if host_copy is None:
+            return None
+        is_current = host_copy.generation is self._newest(unit)
+        # A view that the user kept shows the values it had.
+        is_writable = unit.device_copy is None and unit.num_holds == 0 and not host_copy.buffer.in_use
+        if not is_writable and not (is_current and not unit.has_master):
+            return None
+        unit.num_pins += 1
+        if is_writable:
+            host_copy.generation = None  # whose values they are is known at the end
+        values = host_copy.buffer.tensor(0, unit.dtype, (unit.layout.numel,))
         return UpdateTarget(self, unit, host_copy, values, is_current=is_current, is_writable=is_writable)
 
     def unreserve(self, target: UpdateTarget, *, is_new: bool) -> None:
         """Undo `reserve`; if ``is_new``, its values are those of the generation that is the current one now."""
         unit = target.unit
         with self._lock:
-            is_wanted = self._keep_cache or self._policy.is_next(unit)
-            if target.is_writable and is_new and is_wanted:
+            if target.is_writable and is_new and (self._keep_cache or self._policy.is_next(unit)):
                 target.host_copy.generation = self._newest(unit)
             self.unpin(unit)
 
@@ -362,23 +359,30 @@ class ParamCache:
         """``unit`` has a new generation: a host copy that nobody uses now is given back."""
         with self._lock:
             self._drop_stale(unit)
-            self._policy.updated(unit)
+            unit.is_updated = True
             self._prefetch(beyond=True)
 
     def _drop_stale(self, unit: Unit) -> None:
-        if unit.num_holds == unit.num_pins == 0 and unit.device_copy is None and self._is_stale(unit):
+        is_idle = unit.num_holds == unit.num_pins == 0 and unit.device_copy is None
+        if is_idle and unit.is_stale(self._store):
             unit.give_back(self.pool)
 
     def begin_module(self) -> None:
         """A module runs: lazy parameters that are touched inside stay resident until `end_module`."""
-        self.touched.begin_module()
+        self._num_calls += 1
 
     def end_module(self) -> None:
         """The module has run."""
         with self._lock:
-            for unit in self.touched.end_module():
+            self._num_calls -= 1
+            for unit in [unit for unit, num_calls in self._staying.items() if num_calls > self._num_calls]:
+                del self._staying[unit]
                 if unit.num_holds == 0:
                     self._let_go(unit)
+
+    def let_stay(self, unit: Unit) -> None:
+        """``unit``, which nobody holds, stays resident until the module that runs now is over, or the step."""
+        self._staying.setdefault(unit, self._num_calls)
 
     def evict_idle(self) -> None:
         """Evict every unit that nobody uses."""
@@ -390,11 +394,7 @@ class ParamCache:
         """Bring what the user wrote to ``unit`` into the store; if it is mapped, offload it."""
         with self._lock:
             if unit.mapped is None:
-                self._writes.collect_in_step(unit)
+                if unit.may_be_written():
+                    self._writes.collect_in_step(unit)
             elif self._model.write_back(unit):
                 self._evict(unit)  # its host copy may have the bytes that the file had before
-
-
-def _need(unit: Unit) -> tuple[int, str]:
-    """Bytes of the host copy of ``unit``, and what messages call it."""
-    return unit.layout.buffer_nbytes, f"unit {unit.name!r}"

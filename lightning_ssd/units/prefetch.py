@@ -41,15 +41,6 @@ class PrefetchPolicy:
         self._order = order
         self._max_ahead = max_ahead
         self._prefetch_batch = prefetch_batch
-        self._renewed: set[str] = set()  # updated since the last backward began
-
-    def begin_backward(self) -> None:
-        """Updates of this step are still to come."""
-        self._renewed.clear()
-
-    def updated(self, unit: Unit) -> None:
-        """The update of this step has come."""
-        self._renewed.add(unit.name)
 
     def wanted(self, *, beyond: bool) -> Iterator[list[Unit]]:
         """Groups of units to read now, soonest needed first; to be asked for one by one, as each takes memory.
@@ -104,11 +95,8 @@ class PrefetchPolicy:
     def _ahead(self, following: Iterable[str]) -> Iterator[Unit]:
         """Units that need a buffer before they are used, soonest needed first: in this step, then in the next."""
         units = (self._by_name[name] for name in dict.fromkeys((*self._order.upcoming(), *following)))
-        return (u for u in units if u.device_copy is None and u.in_memory is None and not self._is_on_device(u))
-
-    def _is_on_device(self, unit: Unit) -> bool:
-        copy = unit.released_copy
-        return copy is not None and copy.has(self._store.newest(unit.name, "param"))
+        return (u for u in units if u.device_copy is None and u.in_memory is None and not u.is_released(self._store))
 
     def _is_renewed(self, name: str) -> bool:
-        return name in self._renewed or not any(param.requires_grad for param in self._by_name[name].params)
+        unit = self._by_name[name]
+        return unit.is_updated or not any(param.requires_grad for param in unit.params)

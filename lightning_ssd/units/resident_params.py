@@ -39,19 +39,17 @@ class ResidentParams:
             if tensor.numel():
                 self._params[tensor.untyped_storage().data_ptr()] = ResidentParam(unit, index, device_copy)
 
-    def remove(self, unit: Unit) -> None:
-        """``unit`` is resident no longer."""
-        self._params = {address: param for address, param in self._params.items() if param.unit is not unit}
-
     def find(self, tensor: Tensor) -> ResidentParam | None:
         """The parameter that ``tensor`` views, or None."""
         if not self._params or tensor.layout is not torch.strided:
             return None
         with torch._C.DisableTorchFunctionSubclass():
             try:
-                return self._params.get(tensor.untyped_storage().data_ptr())
+                param = self._params.get(tensor.untyped_storage().data_ptr())
             except (RuntimeError, NotImplementedError):
                 return None  # a tensor without storage of its own, such as one under functorch
+        # What was released leaves its entry, until something else is placed there.
+        return param if param is not None and param.unit.device_copy is param.device_copy else None
 
     def units_of(self, tensors: Iterable[Tensor]) -> list[Unit]:
         """The units that ``tensors`` view, each once."""

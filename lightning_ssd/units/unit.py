@@ -24,26 +24,32 @@ parameters]). These moves change the forms, and refuse what would lose one:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.codec import float32
 from lightning_ssd.device.param_copies import DeviceCopy
 from lightning_ssd.device.streams import WaitFor
 from lightning_ssd.errors import ResidencyError, SSDOffloadError
-from lightning_ssd.io.engine import Transfer
 from lightning_ssd.memory.pool import Buffer, Pool
 from lightning_ssd.store.dtypes import dtype_of, name_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Shape, UnitLayout, file_order, lay_out
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units import transforms
+from lightning_ssd.units.fingerprint import fingerprint
+from lightning_ssd.units.holders import is_held, is_saved
+from lightning_ssd.units.host_copy import HostCopy
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams
 from lightning_ssd.units.partition import UnitSpec
 from lightning_ssd.units.placement import Placement
+
+_NUM_WATCHED = 2
+"""Uses of a unit, in training and in evaluation, after which it is known whether its modules write to it."""
 
 
 class Waitable(Protocol):
@@ -58,30 +64,20 @@ class Waitable(Protocol):
         ...
 
 
-class HostCopy:
-    """The values of one unit in a buffer.
+class SpilledGrads(Protocol):
+    """Gradients of a unit that wait on disk."""
 
-    Attributes:
-        buffer: Lent by the pool of parameters.
-        generation: Whose values the bytes are, or will be when they are read; None while they are undefined.
-        transfer: The read of the bytes while it is under way; None before and after.
-    """
+    def check(self, grads: Mapping[int, Tensor], *, is_final: bool) -> None:
+        """Refuse those of ``grads``, by parameter index, that were damaged there.
 
-    def __init__(self, buffer: Buffer, generation: Generation | None = None, transfer: Transfer | None = None) -> None:
-        self.buffer = buffer
-        self.generation = generation
-        self.transfer = transfer
-
-    def end_read(self) -> None:
-        """Return when the bytes are there.
+        Args:
+            grads: Those that are read next.
+            is_final: False at the step, which takes checksums; True before the update reads them, which compares.
 
         Raises:
-            IOFailure: The disk failed.
+            SSDOffloadError: Some were.
         """
-        transfer = self.transfer  # the other thread may end it too
-        if transfer is not None:
-            transfer.wait()
-            self.transfer = None
+        ...
 
 
 class Unit:
@@ -89,10 +85,13 @@ class Unit:
 
     Attributes:
         name: Unique name.
+        label: What messages call it.
         names: Full names of the parameters, in file order.
         params: The parameters, in file order.
         shapes: Their names and shapes.
         dtype: Dtype of the parameters.
+        state_dtype: Safetensors dtype of the values that an update works on, and of its states.
+        has_master: Updates work on masters, not on the values of the parameters themselves.
         layout: Of the kind ``param``: what a fetch reads.
         modules: Modules that need the unit in their forward.
         block: The repeated block it belongs to, or None.
@@ -104,19 +103,23 @@ class Unit:
         mapped: See the note.
         placeholders: See the note; one tensor per parameter.
         update: Its pending update, or one that failed; None if there is none. Set under the lock of the `ModelUnits`.
+        spilled_grads: Gradients that wait on disk, or None.
+        saved_views: Stand for tensors that running graphs saved and that view its parameters.
         num_holds: How many users want it resident now.
         num_pins: How many updates have its host copy, or will want the bytes in it.
         is_touched: Code outside its own modules can reach it while it is resident, and may hold views of it.
         seen: Checksums of its values when it became resident or touched; None if only ``versions`` are compared.
         versions: ``_version`` of each parameter when it became resident.
         num_writes: How often the user's writes to it outside of steps were found; its generation may be the same.
-        is_handed_on: Its gradients of this step were handed to its optimizer in backward.
+        is_submitted: Its update of this step was submitted in backward.
+        is_updated: The update of this step is done.
         is_ahead: It became resident after that, with the values of after the step.
         writes_itself: Its own modules write to it by ``.data`` in their forward, which no version tells.
     """
 
-    def __init__(self, spec: UnitSpec, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, spec: UnitSpec, dtype: torch.dtype | None = None, *, keep_master: bool = False) -> None:
         self.name = spec.name
+        self.label = f"unit {spec.name!r}"
         if dtype is None or not spec.params[0].is_floating_point():
             dtype = spec.params[0].dtype
         by_name = dict(zip(spec.names, spec.params, strict=True))
@@ -126,6 +129,8 @@ class Unit:
         self.shapes = tuple(shapes)
         self.layout = lay_out(self.name, "param", shapes, name_of(dtype))
         self.dtype = dtype_of(self.layout.dtype)
+        self.state_dtype = float32.state_dtype(self.layout.dtype, keep_master=keep_master)
+        self.has_master = self.state_dtype != self.layout.dtype
         self.modules = list(spec.modules)
         self.block = spec.block
         self.persistent = spec.persistent
@@ -136,6 +141,8 @@ class Unit:
         self.mapped: MappedParams | InMemoryParams | None = None
         self.placeholders: tuple[Tensor, ...] = ()
         self.update: Waitable | None = None
+        self.spilled_grads: SpilledGrads | None = None
+        self.saved_views = WeakSet[object]()
         self.num_holds = 0
         self.num_pins = 0
         self.is_touched = False
@@ -143,7 +150,9 @@ class Unit:
         self.versions: tuple[int, ...] = ()
         self.num_writes = 0
         self.writes_itself = False
-        self.is_handed_on = False
+        self._num_watched = {False: 0, True: 0}  # times that it was resident in evaluation, in training
+        self.is_submitted = False
+        self.is_updated = False
         self.is_ahead = False
 
     # -- moves ---------------------------------------------------------------------------------------------------
@@ -193,14 +202,15 @@ class Unit:
         """
         if self.device_copy is not None or self.mapped is not None:
             raise ResidencyError(f"{self} was to be made resident")
-        device_copy, newest = self.released_copy, store.newest(self.name, "param")
-        if device_copy is None or not (device_copy.has(newest) and placement.reuse(device_copy)):
+        device_copy = self.released_copy
+        if device_copy is None or not (self.is_released(store) and placement.reuse(device_copy)):
             if self.in_memory is not None:
-                device_copy = placement.place_tensors(self.in_memory, newest)
+                device_copy = placement.place_tensors(self.in_memory, store.newest(self.name, "param"))
             else:
                 device_copy = placement.place(self.layout, *self._host_values())
         self._view(device_copy.tensors, nn.Parameter)
         self.device_copy, self.released_copy = device_copy, None
+        self._begin_watch()
         return device_copy
 
     def hide(self, placement: Placement, lazy_class: type[nn.Parameter]) -> None:
@@ -214,6 +224,7 @@ class Unit:
         self._view(self.placeholders, lazy_class)
         device_copy, self.device_copy = self.device_copy, None
         self.released_copy = placement.release(device_copy)
+        self.is_touched = False
 
     def map(self, mapped: MappedParams | InMemoryParams) -> None:
         """Its parameters are plain ones that view ``mapped``.
@@ -264,6 +275,64 @@ class Unit:
             raise ResidencyError(f"{self} was to be made resident, and has no values in memory")
         return host_copy.buffer, host_copy.generation
 
+    # -- what the user writes to it while it is resident: [Note: in a step, written] ------------------------------
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it is resident where the store keeps its values, and nothing beside it depends on them."""
+        copy = self.device_copy
+        return self.in_memory is not None and copy is not None and copy.copied is None and self.layout.itemsize >= 4
+
+    def touch(self) -> None:
+        """From now on the user's code can write to it; it is resident."""
+        self.is_touched = True
+        if self.seen is None and not self.is_in_place:
+            self.seen = fingerprint(self.params)
+
+    def may_be_written(self) -> bool:
+        """Whether the store may lack what was written to it since it became resident."""
+        return self.is_in_place or self.is_changed()
+
+    def is_changed(self) -> bool:
+        """Whether its parameters are not what they were when it became resident."""
+        if self.device_copy is None or (self.seen is None and self.versions == self._versions()):
+            return False
+        found = fingerprint(self.params)
+        before = self.seen
+        if before is None:
+            before = self.device_copy.generation.fingerprint  # a second forward writes what the first wrote
+        elif found != before and not self.is_touched and self.versions == self._versions():
+            self.writes_itself = True
+        return found != before
+
+    def note_stored(self, generation: Generation) -> None:
+        """What its parameters hold now is in the store, as ``generation``."""
+        generation.fingerprint = fingerprint(self.params)
+        self.versions = self._versions()
+        self.seen = None if self.seen is None else generation.fingerprint
+
+    def forget_writes(self) -> None:
+        """What was written to it so far does not count: its step failed."""
+        self.is_ahead = False
+        if self.device_copy is not None and not self.is_in_place:
+            self.versions, self.seen = self._versions(), None
+
+    def _begin_watch(self) -> None:
+        """It has become resident."""
+        self.is_ahead = self.is_submitted
+        if self.is_in_place and not self.is_ahead:
+            return
+        self.is_touched = self.persistent  # it stays resident to the end of the step, and everybody can use it
+        is_training = any(module.training for module in self.modules)
+        is_watched = self._num_watched[is_training] < _NUM_WATCHED
+        self._num_watched[is_training] += is_watched
+        is_summed = is_watched or self.writes_itself or self.is_touched or self.is_ahead
+        self.versions, self.seen = self._versions(), fingerprint(self.params) if is_summed else None
+
+    def _versions(self) -> tuple[int, ...]:
+        """``_version`` of each parameter; an operation in place on the parameter itself raises it."""
+        return tuple(param._version for param in self.params)
+
     # -- what is asked of it -------------------------------------------------------------------------------------
 
     @property
@@ -271,12 +340,21 @@ class Unit:
         """Whether it has no copy in host memory, and is not resident."""
         return self.device_copy is None and self.host_copy is None and self.in_memory is None
 
+    def is_stale(self, store: StateStore) -> bool:
+        """Whether the copy that it has in memory, if it has one, is not of its newest values."""
+        copy = self.device_copy or self.host_copy
+        return copy is not None and copy.generation is not store.newest(self.name, "param")
+
+    def is_released(self, store: StateStore) -> bool:
+        """Whether it has a released copy of its newest values."""
+        return self.released_copy is not None and self.released_copy.has(store.newest(self.name, "param"))
+
     @property
     def is_viewed(self) -> bool:
         """Whether the unit, which is resident, must stay: the user can write through a view, or a graph holds it."""
         if not self.is_touched or self.device_copy is None:
             return False
-        return any(map(is_held, self.params, self.device_copy.tensors)) or any(map(_is_saved, self.params))
+        return any(map(is_held, self.params, self.device_copy.tensors)) or any(map(is_saved, self.params))
 
     def wait_for_update(self) -> None:
         """Return when no update is pending.
@@ -294,9 +372,9 @@ class Unit:
             if copy is not None and copy.copied is not None:
                 copy.copied.wait(WaitFor.IN_MEMORY_PARAMS)  # sync: a copy to the device
 
-    def layout_of(self, kind: str, dtype: str) -> UnitLayout:
-        """Layout of another kind of this unit: the same parameters in the same order."""
-        return lay_out(self.name, kind, self.shapes, dtype)
+    def layout_of(self, kind: str) -> UnitLayout:
+        """Layout of an optimizer state or the master: the same parameters in the same order."""
+        return lay_out(self.name, kind, self.shapes, self.state_dtype)
 
     def __repr__(self) -> str:
         forms = [
@@ -314,52 +392,9 @@ def give(param: nn.Parameter, data: Tensor, cls: type[nn.Parameter]) -> None:
     param.__class__ = cls
 
 
-def _is_saved(param: nn.Parameter) -> bool:
-    """Whether a graph holds ``param`` itself, whose values then may not go: no hooks were set when it was saved.
-
-    So it is under torch.func, which allows none, and under ``gathered()``.
-    """
-    accumulator = None  # of gradients; it holds the parameter too
-    if param.requires_grad:
-        # In inference mode no view of a parameter has a history.
-        with torch._C.DisableTorchFunctionSubclass(), transforms.suspended(), torch.inference_mode(False):
-            accumulator = torch.autograd.graph.get_gradient_edge(param)
-    num_holders: int = param._use_count()  # type: ignore[attr-defined]
-    return num_holders > (1 if accumulator is None else 2)
-
-
-def is_held(param: nn.Parameter, tensor: Tensor) -> bool:
-    """Whether anybody but these two has a tensor on the storage of ``tensor``, which ``param`` views or once viewed."""
-    if not tensor.numel():
-        return False
-    storage = tensor.untyped_storage()
-    # This storage object, the tensor, the one that it was made a view of, and the parameter.
-    own = 2 + (tensor._base is not None) + (param.data_ptr() == tensor.data_ptr())
-    return int(torch._C._storage_Use_Count(storage._cdata)) > own
-
-
 def params_with_grad(units: Iterable[Unit]) -> Iterable[tuple[Unit, dict[int, Tensor]]]:
     """Units that have a visible gradient, with their gradients by parameter index."""
     for unit in units:
         grads = {i: p.grad for i, p in enumerate(unit.params) if p.grad is not None}
         if grads:
             yield unit, grads
-
-
-def chains(root: nn.Module, units: Iterable[Unit]) -> list[list[str]]:
-    """Names of units that nested modules need at the same time, one list per chain of nested modules."""
-    users: dict[nn.Module, list[Unit]] = {}
-    for unit in units:
-        for user in unit.modules:
-            users.setdefault(user, []).append(unit)
-    found: list[list[str]] = []
-
-    def call(module: nn.Module, held: list[str]) -> None:
-        here = held + [unit.name for unit in users.get(module, []) if unit.name not in held]
-        if len(here) > len(held):
-            found.append(here)
-        for child in module.children():
-            call(child, here)
-
-    call(root, [])
-    return found

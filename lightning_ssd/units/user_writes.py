@@ -20,13 +20,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units.fingerprint import fingerprint
+from lightning_ssd.units.holders import is_held
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams, is_assigned
 from lightning_ssd.units.masters import follow_values
-from lightning_ssd.units.unit import Unit, is_held
-
-_NUM_WATCHED = 2
-"""Uses of a unit, in training and in evaluation, after which it is known whether its modules write to it."""
+from lightning_ssd.units.unit import Unit
 
 
 class UserWrites:
@@ -41,7 +38,6 @@ class UserWrites:
     def __init__(self, store: StateStore, units: Sequence[Unit], *, keeps_buffer: bool) -> None:
         self._store = store
         self._units = units
-        self._num_watched: dict[tuple[str, bool], int] = {}
         self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
         self._left: dict[int, tuple[str, Any]] = {}  # memory that was a parameter's, while somebody else views it
         self._told: set[str] = set()
@@ -49,48 +45,8 @@ class UserWrites:
 
     # -- inside a step -------------------------------------------------------------------------------------------
 
-    def begin(self, unit: Unit) -> None:
-        """``unit`` has become resident."""
-        unit.is_ahead = unit.is_handed_on
-        if self._is_in_place(unit) and not unit.is_ahead:
-            return
-        unit.is_touched = unit.persistent  # it stays resident to the end of the step, and everybody can use it
-        unit.seen = None
-        unit.versions = _versions(unit.params)
-        use = unit.name, any(module.training for module in unit.modules)
-        is_watched = self._num_watched.get(use, 0) < _NUM_WATCHED
-        self._num_watched[use] = self._num_watched.get(use, 0) + is_watched
-        if is_watched or unit.writes_itself or unit.is_touched or unit.is_ahead:
-            unit.seen = fingerprint(unit.params)
-
-    def touch(self, unit: Unit) -> None:
-        """From now on the user's code can write to ``unit``, which is resident."""
-        unit.is_touched = True
-        if not self._is_in_place(unit):
-            unit.seen = fingerprint(unit.params) if unit.seen is None else unit.seen
-
-    def end(self, unit: Unit) -> None:
-        """``unit``, which is resident, is about to be released: `collect_in_step`, the last time.
-
-        Raises:
-            ResidencyError: See there.
-            SSDOffloadError: See there.
-        """
-        self.collect_in_step(unit)
-        if unit.is_touched and unit.device_copy is not None and not self._is_in_place(unit):
-            self.leave(unit, unit.device_copy.tensors)
-        unit.is_touched = False
-        unit.seen = None
-
-    def forget(self, unit: Unit) -> None:
-        """What was written to ``unit`` so far does not count: its step failed."""
-        unit.is_ahead = False
-        if unit.device_copy is not None and not self._is_in_place(unit):
-            unit.versions = _versions(unit.params)
-            unit.seen = None
-
     def collect_in_step(self, unit: Unit) -> None:
-        """Bring in what was written to ``unit``, if it is resident; [Note: in a step, written].
+        """Bring in what was written to ``unit``, which is resident and `Unit.may_be_written`.
 
         Raises:
             ResidencyError: It was written to while its optimizer updated it, or while it shared memory with another.
@@ -98,39 +54,26 @@ class UserWrites:
         """
         if unit.device_copy is None:
             return
-        # A unit in place is updated when it is not resident, so after what is written now.
-        is_late = unit.is_ahead or (unit.is_handed_on and not self._is_in_place(unit))
-        if is_late and self._is_written(unit):
-            self._refuse_late(unit)
-        if self._is_in_place(unit):  # the device copy is what is in memory
-            if is_assigned(unit.params, unit.device_copy.tensors):
-                self._put(unit, unit.device_copy.tensors)
-            self._drop_file(unit)
-        elif self._is_written(unit):
-            if unit.device_copy.generation is not self._store.newest(unit.name, "param"):
+        tensors = unit.device_copy.tensors
+        if unit.is_in_place:  # the device copy is what is in memory; it is updated when it is not resident
+            if unit.is_ahead and unit.is_changed():
                 self._refuse_late(unit)
-            self._put(unit, unit.device_copy.tensors)
-            follow_values(self._store, unit)
+            if is_assigned(unit.params, tensors):
+                self._put(unit, tensors)
+            self._drop_file(unit)
+            return
+        if unit.is_ahead or unit.is_submitted or unit.is_stale(self._store):
+            self._refuse_late(unit)
+        self._put(unit, tensors)
+        follow_values(self._store, unit)
 
     @staticmethod
     def _refuse_late(unit: Unit) -> NoReturn:
-        unit.is_ahead = unit.is_handed_on = False  # said once
+        unit.is_ahead = unit.is_submitted = False  # said once
         raise ResidencyError(
             f"parameters of unit {unit.name!r} were written to in a step while their optimizer updated them: write to "
             "them before the step's forward, or after optimizer.step(), or set overlap='off' in the strategy"
         )
-
-    def _is_written(self, unit: Unit) -> bool:
-        versions = _versions(unit.params)
-        if unit.device_copy is None or (unit.seen is None and versions == unit.versions):
-            return False
-        found = fingerprint(unit.params)
-        before = unit.seen
-        if before is None:
-            before = unit.device_copy.generation.fingerprint  # a second forward writes what the first wrote
-        elif found != before and versions == unit.versions and not unit.is_touched:
-            unit.writes_itself = True
-        return found != before
 
     # -- outside a step ------------------------------------------------------------------------------------------
 
@@ -185,10 +128,6 @@ class UserWrites:
 
     # -- both ----------------------------------------------------------------------------------------------------
 
-    def _is_in_place(self, unit: Unit) -> bool:
-        """Whether resident parameters are what the store keeps, and nothing beside them depends on their values."""
-        return unit.in_memory is not None and self._keeps_buffer and unit.layout.itemsize >= 4
-
     def _put(self, unit: Unit, tensors: Sequence[Tensor]) -> None:
         """Bring the parameters of ``unit`` into the store; before they were written they viewed ``tensors``."""
         for name, param, shape in zip(unit.names, unit.params, unit.shapes, strict=True):
@@ -204,11 +143,9 @@ class UserWrites:
             unit.in_memory = self._store.replace_in_memory(unit.layout, _memory_of(unit.params, unit.in_memory))
         generation = self._store.put(unit.layout, lambda i: unit.params[i].data)
         generation.lineage = before.lineage  # no update
-        if unit.device_copy is None or self._is_in_place(unit):
+        if unit.device_copy is None or unit.is_in_place:
             return
-        generation.fingerprint = fingerprint(unit.params)
-        unit.versions = _versions(unit.params)
-        unit.seen = None if unit.seen is None else generation.fingerprint
+        unit.note_stored(generation)
         if not moved:  # what is in memory is what was put
             unit.became(generation)
 
@@ -247,11 +184,6 @@ class UserWrites:
 
     def _drop_file(self, unit: Unit) -> None:
         self._store.drop_file(self._store.newest(unit.name, "param"))
-
-
-def _versions(params: Sequence[nn.Parameter]) -> tuple[int, ...]:
-    """``_version`` of each; an operation in place on the parameter itself raises it."""
-    return tuple(param._version for param in params)
 
 
 def _memory_of(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from lightning_ssd.optim.update import ParameterUpdate, PendingUpdate, Updates
 from lightning_ssd.optim.updater import Updater
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.partition import UnitSpec
-from lightning_ssd.units.unit import Unit
+from lightning_ssd.units.unit import Unit, Waitable
 
 
 def make_unit(name: str) -> Unit:
@@ -59,17 +58,17 @@ class FakeWorld:
         self.order = self
         self._writing: PendingUpdate | None = None
         self.updater = Updater(lock=self.lock, budget=self.budget, is_async=is_async, trace=Trace())
-        self.updates = Updates(cast(Any, self), cast(Any, self), self.updater, self)
+        self.updates = Updates(cast(Any, self), cast(Any, self), self.updater)
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)
 
     def make(
-        self, name: str, *, is_last: bool = True, grad: Tensor | None = None, land: Callable[[], None] | None = None
+        self, name: str, *, is_last: bool = True, grad: Tensor | None = None, in_flight: Waitable | None = None
     ) -> PendingUpdate:
         grad = torch.ones(4) if grad is None else grad
         parts = {0: ParameterUpdate(grad, grad._version, {}, {}, set())}
-        return PendingUpdate(self.updates, self.unit(name), SGDRule(), parts, is_last=is_last, land=land)
+        return PendingUpdate(self.updates, self.unit(name), SGDRule(), parts, is_last=is_last, in_flight=in_flight)
 
     def submit(self, *names: str) -> list[PendingUpdate]:
         made = [self.make(name) for name in names]
@@ -95,29 +94,22 @@ class FakeWorld:
     def position(self, name: str, pass_: str) -> int:
         return [unit.name for unit in self.units].index(name)
 
-    def pin(self, unit: Unit) -> bool:
+    def prepare_update(self, unit: Unit) -> bool:
         unit.num_pins += 1
         return True
 
     def unpin(self, unit: Unit) -> None:
         unit.num_pins -= 1
 
-    def reserve(self, unit: Unit, *, reads: bool) -> None:
-        assert unit.num_pins == 1  # until then the values may not go
+    def reserve(self, unit: Unit, *, is_pinned: bool) -> None:
+        assert unit.num_pins == 1  # until now the values may not go
+        unit.num_pins -= is_pinned
         self.events.append(f"reserve {unit.name}")
 
     def updated(self, unit: Unit) -> None:
         self.events.append(f"updated {unit.name}")
 
-    # -- of the gradients ----------------------------------------------------------------------------------------
-
-    def check(self, unit: Unit, grads: Mapping[int, Tensor], is_final: bool) -> None:
-        self.events.append(f"check {unit.name}")
-
     # -- of the pipeline -----------------------------------------------------------------------------------------
-
-    def updates_values_of(self, unit: Unit) -> bool:
-        return True
 
     def update(self, update: PendingUpdate, target: None) -> None:
         name = update.unit.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -27,6 +28,21 @@ LEGAL = {
 }
 
 
+class Waiting:
+    """Gradients that are in flight, or on disk."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+
+    def wait(self) -> None:
+        self._call()
+
+    def check(self, grads: Mapping[int, torch.Tensor], *, is_final: bool) -> None:
+        assert is_final
+        assert list(grads) == [0]
+        self._call()
+
+
 @pytest.mark.parametrize(("start", "to"), list(itertools.product(UpdateState, UpdateState)), ids=str)
 def test_each_move_is_legal_or_refused(start: UpdateState, to: UpdateState) -> None:
     update = FakeWorld("a").make("a")
@@ -46,7 +62,9 @@ def test_each_move_is_legal_or_refused(start: UpdateState, to: UpdateState) -> N
 def test_the_way_of_an_update(writes_behind: bool) -> None:
     world = FakeWorld("a")
     world.writes_behind = writes_behind
-    update = world.make("a", land=lambda: world.events.append("land"))
+    unit = world.unit("a")
+    unit.spilled_grads = Waiting(lambda: world.events.append("check"))
+    update = world.make("a", in_flight=Waiting(lambda: world.events.append("wait")))
     assert update.nbytes == 16
     assert update.unit.num_pins == 1
     update.run()
@@ -55,7 +73,7 @@ def test_the_way_of_an_update(writes_behind: bool) -> None:
     assert update.state is (UpdateState.WRITING if writes_behind else UpdateState.DONE)
     update.finish()
     assert update.state is UpdateState.DONE
-    assert world.events == ["check a", "land", "reserve a", "update a", "updated a"]
+    assert world.events == ["check", "wait", "reserve a", "update a", "updated a"]
     for method in (PendingUpdate.run, PendingUpdate.complete, PendingUpdate.cancel):
         with pytest.raises(ResidencyError):
             method(update)
@@ -75,11 +93,8 @@ def test_one_that_is_cancelled_lets_go_of_what_it_pinned() -> None:
 def test_a_gradient_that_arrives_from_a_device_is_checked_when_it_is_there() -> None:
     grad = torch.ones(4)
 
-    def land() -> None:
-        grad.fill_(torch.nan)
-
     world = FakeWorld("a")
-    update = world.make("a", grad=grad, land=land)
+    update = world.make("a", grad=grad, in_flight=Waiting(lambda: grad.fill_(torch.nan)))
     with pytest.raises(NonFiniteGradientError, match=r"'a\.weight'"):
         update.run()
     assert (update.state, update.unit.num_pins) == (UpdateState.FAILED, 0)

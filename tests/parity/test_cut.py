@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ssd.step.gradients import CompleteGrads, GradientStore
+from lightning_ssd.step.gradients import GradientStore
 from tests.helpers.skeletons import SKELETONS, FusedMixture, Mixture, SharedPart
 from tests.helpers.training import assert_equal, streamed, train
 
@@ -47,10 +46,10 @@ def test_experts_are_updated_while_backward_goes_on(tmp_path: Path, monkeypatch:
     """Their gradients do not wait for the end of backward, which would be those of all experts."""
     end_backward, waiting = GradientStore.end_backward, list[str]()
 
-    def watch(self: GradientStore) -> Iterator[CompleteGrads]:
-        for complete in end_backward(self):
-            waiting.append(complete.unit.name)
-            yield complete
+    def watch(self: GradientStore) -> None:
+        if self._optimizer is not None:
+            waiting.extend(unit.name for unit in self._arrived)
+        end_backward(self)
 
     monkeypatch.setattr(GradientStore, "end_backward", watch)
     train(tmp_path, Mixture, streamed(), max_steps=2)

@@ -126,7 +126,7 @@ class CacheWorld:
     def update(self, number: int, value: float) -> None:
         """An update of a unit is made: a new generation, through the host copy if there is one."""
         unit = self.units[number]
-        target = self.cache.reserve(unit, reads=False)
+        target = self.cache.reserve(unit)
         if target is not None and target.is_writable:
             target.values.fill_(value)
         self.store.put(unit.layout, lambda i: torch.full((NUMEL,), value))

@@ -165,12 +165,14 @@ def test_an_update_writes_into_memory_only_where_nobody_reads(make: Make) -> Non
     world.step(0, 1)
     used, idle = world.units
     world.cache.fetch(used)
-    assert world.cache.reserve(used, reads=False) is None  # its values would be of no use to it
-    reader = world.cache.reserve(used, reads=True)
+    used.has_master = True
+    assert world.cache.reserve(used) is None  # its values would be of no use to it
+    used.has_master = False
+    reader = world.cache.reserve(used)
     assert reader is not None
     assert (reader.is_current, reader.is_writable) == (True, False)
     reader.end(is_new=False)
-    writer = world.cache.reserve(idle, reads=False)
+    writer = world.cache.reserve(idle)
     assert writer is not None
     assert (writer.is_current, writer.is_writable) == (True, True)
     with pytest.raises(ResidencyError, match="update has"):
@@ -194,7 +196,7 @@ def test_pinned_bytes_stay_until_the_update_has_them(make: Make) -> None:
     world.step(0, 1, 2)
     unit = world.units[0]
     world.cache.fetch(unit)
-    assert world.cache.pin(unit)
+    assert world.cache.prepare_update(unit)
     world.cache.release(unit)
     assert world.use(1, 2) == [1.0, 2.0]
     assert unit.host_copy is not None

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_ssd.cut.largest import remark
 from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.strategy.sizing import chains
+from lightning_ssd.units.model_units import chains
 from lightning_ssd.units.partition import UnitSpec, partition
 from lightning_ssd.units.unit import Unit
 from tests.helpers import skeletons

@@ -97,11 +97,10 @@ def test_what_the_device_still_has_is_not_read_unless_it_is_old_or_its_memory_wa
 
 def test_the_next_step_is_read_ahead_as_far_as_its_units_are_updated() -> None:
     world = World("abc", "abc")
-    world.policy.begin_backward()
     assert world.wanted(beyond=True) == []
-    world.policy.updated(world.units["a"])
+    world.units["a"].is_updated = True
     assert world.wanted(beyond=True) == ["a"]
-    world.policy.updated(world.units["c"])
+    world.units["c"].is_updated = True
     assert world.wanted(beyond=True) == ["a"]  # b comes before
     world.units["b"].params[0].requires_grad_(False)  # no update of it will come
     assert world.wanted(beyond=True) == ["a", "b", "c"]

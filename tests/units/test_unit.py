@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -39,7 +41,7 @@ class FakeStore:
     """Generation n has the value n everywhere."""
 
     def __init__(self) -> None:
-        self.generations = [object()]
+        self.generations: list[object] = [SimpleNamespace(fingerprint=None)]
         self.error: Exception | None = None
 
     def newest(self, name: str, kind: str) -> object:
@@ -51,9 +53,9 @@ class FakeStore:
         return FakeTransfer(address, nbytes // 4, float(self.generations.index(generation)))
 
 
-def make_unit(dtype: torch.dtype | None = None) -> Unit:
+def make_unit(dtype: torch.dtype | None = None, *, keep_master: bool = False) -> Unit:
     params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4, 8)), nn.Parameter(torch.zeros(()))]
-    unit = Unit(UnitSpec("blocks.0", ["a", "b", "c"], params), dtype)
+    unit = Unit(UnitSpec("blocks.0", ["a", "b", "c"], params), dtype, keep_master=keep_master)
     unit.placeholders = tuple(torch.full(shape.shape, torch.nan, dtype=unit.dtype) for shape in unit.shapes)
     return unit
 
@@ -173,6 +175,48 @@ def test_what_is_in_memory_is_shown_as_it_is() -> None:
     assert world.unit.is_on_disk
 
 
+def test_what_is_written_to_it_is_noticed_by_versions_and_where_they_do_not_tell_by_checksums() -> None:
+    world = World()
+    unit = world.unit
+    world.make_resident()  # in the first two uses checksums are compared too
+    unit.hide(world.placement, Lazy)
+
+    def is_noticed(write: Callable[[torch.Tensor], object], *, touches: bool = False) -> bool:
+        unit.show(world.store, world.placement)
+        if touches:
+            unit.touch()
+        assert not unit.may_be_written()
+        write(unit.params[0])
+        found = unit.may_be_written()
+        unit.forget_writes()
+        assert not unit.may_be_written()
+        unit.hide(world.placement, Lazy)
+        return found
+
+    def by_operation(param: torch.Tensor) -> None:
+        param.detach().add_(1)
+
+    def by_data(param: torch.Tensor) -> None:
+        param.data.add_(1)
+
+    assert is_noticed(by_operation)
+    assert not is_noticed(by_data)
+    assert is_noticed(by_operation)
+    assert is_noticed(by_data, touches=True)
+    assert not unit.writes_itself
+    unit.writes_itself = True
+    assert is_noticed(by_data)
+
+
+def test_what_is_in_memory_may_always_have_been_written() -> None:
+    world = World()
+    world.unit.hold_in_memory(tuple(torch.zeros(shape.shape) for shape in world.unit.shapes))
+    assert not world.unit.may_be_written()
+    world.unit.show(world.store, world.placement)
+    assert world.unit.is_in_place
+    assert world.unit.may_be_written()
+
+
 def test_a_buffer_that_an_update_has_is_not_given_back() -> None:
     world = World()
     world.unit.read(world.store, world.lend())
@@ -236,12 +280,13 @@ def test_what_was_written_into_the_store_is_what_is_in_memory() -> None:
 
 
 def test_parameters_stand_in_file_order_in_every_kind() -> None:
-    made = make_unit(torch.bfloat16)
+    made = make_unit(torch.bfloat16, keep_master=True)
     assert made.names == ("b", "a", "c")  # the one that keeps the others aligned comes first
     assert [tuple(param.shape) for param in made.params] == [(4, 8), (3,), ()]
     assert made.layout.dtype == "BF16"
     assert made.dtype == torch.bfloat16
-    master = made.layout_of("master", "F32")
+    master = made.layout_of("master")
+    assert (made.has_master, master.dtype) == (True, "F32")
     assert [entry.name for entry in master.entries] == list(made.names)
     assert master.numel == made.layout.numel == 36
 
