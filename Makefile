@@ -58,6 +58,7 @@ soak: $(VENV)/.test $(VENV)/.simulated_cuda
 	$(PY) -m pytest -q -m soak $(TEST_ARGS)
 	$(MAKE) soak-device
 	$(PY) -m tests.soak.versions
+	$(PY) -m tests.soak.fresh_examples --torch '$(TORCH)' --folder .examples
 
 soak-device: $(VENV)/.test $(VENV)/.simulated_cuda
 	@failed=0; for turn in $(TURNS); do echo "TEST_DEVICE=simulated_cuda:$$turn/20"; \

@@ -201,6 +201,23 @@ def test_the_api_reference_is_made_from_the_docstrings() -> None:
     assert is_same, "docs/api.md is stale: run `python -m tests.helpers.api_page`"
 
 
+def test_the_figures_of_choosing_are_measured() -> None:
+    """What a reader decides by is what the lines in `docs/results` say."""
+    text = " ".join((DOCS / "choosing.md").read_text().split())
+    peers = {line["model"]: line for line in picture.lines_of("peers.jsonl") if line["cpu"] == "AMD EPYC"}
+    demo = picture.lines_of("demo.jsonl")[0]["figures"]["io"]
+    step, plain = peers["350m"]["step_s"], peers["350m"]["in_memory_step_s"]
+    times = [min(v for k, v in p["speedup"]["same_memory"].items()) for p in peers.values()]
+    for said in (
+        f"in 512 MiB a step takes {step['small']:.2f} s, and {plain:.2f} s in plain PyTorch",
+        f"In {peers['350m']['peak_rss_mb']['same_memory'] / 1000:.1f} GB it takes {step['same_memory']:.2f} s",
+        f"reads {demo['read_nbytes'] / 1e9:.2f} GB and writes {demo['written_nbytes'] / 1e9:.2f} GB",
+        f"1,000 steps write {demo['written_nbytes'] / 1e9:.2f} TB",
+        f"a step was {min(times):.1f} to {max(times):.1f} times as fast",
+    ):
+        assert said in text, said
+
+
 def test_the_picture_shows_what_was_measured() -> None:
     shown = picture.PICTURE.read_text()
     assert all(f">{label}<" in shown for label in picture.labels()), "run `python -m tests.benchmarks.picture`"

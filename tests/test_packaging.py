@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.message import Message
 from email.parser import Parser
@@ -60,6 +61,31 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     tracked = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*") if p.suffix in (".py", ".typed")}
     assert names - {"lightning_ssd/_native.pyi"} == tracked
     assert "lightning_ssd/py.typed" in names
+
+
+def test_the_source_distribution_holds_what_the_page_names(tmp_path: Path) -> None:
+    """Documents, examples and tests too, and nothing that was built."""
+    build = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        "README.md",
+        "LICENSE",
+        "PKG-INFO",
+        "docs/README.md",
+        "examples/README.md",
+        "tests/test_packaging.py",
+    } <= names
+    assert {"docs/results/memory_and_speed.svg", "native/CMakeLists.txt", "lightning_ssd/py.typed"} <= names
+    assert not [
+        name for name in names if name.endswith((".so", ".pyc")) or name.startswith((".venv", "build", ".demo"))
+    ]
+
+
+def test_what_is_installed_fits_together() -> None:
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_every_module_of_the_package_is_used_by_it() -> None:

@@ -35,8 +35,8 @@ COLORS = {
 
 def panels() -> tuple[Panel, Panel]:
     """What the picture shows: the first lines of each model in ``memory.jsonl`` and ``peers.jsonl``, on an EPYC."""
-    memory = [line for line in _lines("memory.jsonl") if line["precision"] == "bf16-true"]
-    peers = [line for line in _lines("peers.jsonl") if line["cpu"] == "AMD EPYC"]
+    memory = [line for line in lines_of("memory.jsonl") if line["precision"] == "bf16-true"]
+    peers = [line for line in lines_of("peers.jsonl") if line["cpu"] == "AMD EPYC"]
     gib = 2**30
     first = Panel(
         "peak memory, GiB",
@@ -72,7 +72,8 @@ def labels() -> list[str]:
     ]
 
 
-def _lines(name: str) -> list[dict[str, Any]]:
+def lines_of(name: str) -> list[dict[str, Any]]:
+    """What a file of ``docs/results`` says."""
     return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
 
 
