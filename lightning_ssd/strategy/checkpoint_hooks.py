@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from lightning_ssd.checkpoint.dictionary import MASTERS, NAMES, open_dictionary, with_masters
 from lightning_ssd.convert.param_names import in_order_of
 from lightning_ssd.errors import CheckpointError, ConfigurationError, listed
+from lightning_ssd.optim.dumped import Dumped, are_unchanged
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
 from lightning_ssd.saving.link_staging import remove_checkpoint
 from lightning_ssd.store.mapped_safetensors import SeenFiles
-from lightning_ssd.strategy.dumped import Dumped, are_unchanged
 from lightning_ssd.strategy.guards import require_set
 from lightning_ssd.strategy.handover import Handover, take_masters
 from lightning_ssd.strategy.lightning_classes import LightningModule, StrategyBase
