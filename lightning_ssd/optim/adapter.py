@@ -46,6 +46,7 @@ class OptimizerAdapter(OptimizerState):
         self._updates: Updates | None = None  # while steps can be made
         self._is_half_made = False  # the run ended within a step
         self._has_used_grads = False  # updates consumed gradients that plain torch would still have
+        self._streamed_step = self._make_step()
         for group in optimizer.param_groups:
             self._require_known(group["params"])
 
@@ -54,9 +55,7 @@ class OptimizerAdapter(OptimizerState):
     def adopt(self) -> None:
         """Take over the optimizer's step, and the state it has from an earlier run or from the user."""
         earlier = self.optimizer.state_dict()
-        step = self._make_step()
-        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-        self.optimizer.step = step  # type: ignore[method-assign]
+        self.optimizer.step = self._streamed_step  # type: ignore[method-assign]
         self.optimizer.zero_grad = self._make_zero_grad()  # type: ignore[method-assign]
         self.optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
         self.optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
@@ -64,6 +63,11 @@ class OptimizerAdapter(OptimizerState):
         self.optimizer.state = self._view  # type: ignore[assignment]
         if earlier["state"]:
             self.load_state_dict(earlier)
+
+    @property
+    def makes_steps(self) -> bool:
+        """Whether ``step`` of the optimizer is ours; the user may have put another one in its place."""
+        return vars(self.optimizer).get("step") is self._streamed_step
 
     def connect(self, updates: Updates) -> None:
         """From now on steps can be made, with ``updates``."""
@@ -189,7 +193,7 @@ class OptimizerAdapter(OptimizerState):
                 self.rule.clear()
             self._take_edits()
             loss, were_used = None, self._has_used_grads
-            if closure is not None:
+            if closure is not None and self.rule.calls_closure:
                 with torch.enable_grad():
                     loss = closure()
                 self._take_edits()
@@ -202,6 +206,7 @@ class OptimizerAdapter(OptimizerState):
             optimizer._opt_called = True  # type: ignore[attr-defined]
             return loss
 
+        step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         return step
 
     def _make_zero_grad(self) -> Callable[..., None]:

@@ -66,7 +66,9 @@ class WholeOptimizer(OptimizerAdapter):
         """Nothing: see `optimizer_state`."""
         return {}
 
-    def _step(self, own: Callable[..., Any], closure: Callable[[], Any] | None = None, *args: Any, **kw: Any) -> Any:
+    def _step(self, own: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        is_named = "closure" in kw
+        closure = kw.pop("closure") if is_named else (args[0] if args else None)
         self._is_stepping = False
         cache = self._require_updates().cache
         cache.end_step()
@@ -74,9 +76,10 @@ class WholeOptimizer(OptimizerAdapter):
             if closure is None:
                 self._require_written()
                 self._is_stepping = True
-                loss = own(*args, **kw)
+                loss = own(*args, **kw, closure=None) if is_named else own(*args, **kw)
             else:
-                loss = own(partial(self._evaluate, closure, cache), *args, **kw)
+                evaluate = partial(self._evaluate, closure, cache)  # given as the user gave it
+                loss = own(*args, **kw, closure=evaluate) if is_named else own(evaluate, *args[1:], **kw)
         self._is_stepping = False
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss

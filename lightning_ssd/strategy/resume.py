@@ -15,6 +15,8 @@ callbacks.
 
 from __future__ import annotations
 
+import math
+from copy import deepcopy
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -90,8 +92,12 @@ class Resume:
             epoch_loop.automatic_optimization.optim_progress.reset_on_run()
         if epoch_loop.restarted_on_train_batch_end and epoch_loop._should_check_val_fx(fit_loop._data_fetcher):
             trainer.validating = True
-            epoch_loop.val_loop.restarting = False
-            epoch_loop.val_loop.run()
+            val_loop = epoch_loop.val_loop
+            val_loop.restarting = False
+            counted = deepcopy(val_loop.batch_progress.state_dict())
+            val_loop.run()
+            if any(map(math.isfinite, val_loop.max_batches)):  # Lightning is going to count it as if it had been run
+                val_loop.batch_progress.load_state_dict(counted)
             trainer.training = True
             restart.generators = generator_states()
 
