@@ -53,7 +53,7 @@ class StrategyMixin(CheckpointMixin):
     __doc__: str | None = f"{(__doc__ or '').rstrip()}\n{argument_docs()}\n    "
 
     strategy_name = "ssd_offload"
-    global_rank, local_rank, world_size = 0, 0, 1
+    global_rank, local_rank, node_rank, world_size = 0, 0, 0, 1
     # Set in `for_lightning` and its twin: Lightning's own precision classes, by name, and the root of its logger names.
     _stock_precision: Mapping[str, Any]
     _precision_class: type[PrecisionMixin]
@@ -328,6 +328,7 @@ class StrategyMixin(CheckpointMixin):
 
     def on_exception(self, exception: BaseException) -> None:
         """Release what the failed step held."""
+        super().on_exception(exception)
         if self._runtime is not None:
             try:
                 self._runtime.abort_step()
