@@ -41,6 +41,10 @@ class CheckpointError(SSDOffloadError):
     """A checkpoint is incomplete, malformed, or does not fit the model."""
 
 
+class MissingCheckpointError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint of that name."""
+
+
 class TraceError(SSDOffloadError):
     """A trace cannot be written, or what was given as one cannot be read."""
 

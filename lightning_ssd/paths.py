@@ -54,14 +54,20 @@ def home_path(path: Any, what: str) -> str:
     return found
 
 
+def is_url(path: Any) -> bool:
+    """Whether ``path`` is a URL, also one that has lost a slash in `pathlib.Path` (``s3:/bucket``)."""
+    text = os.fsdecode(path)
+    url = _URL.match(text)
+    return url is not None and (url[0].endswith("//") or not os.path.isdir(url[0]))
+
+
 def require_no_url(path: str, what: str) -> None:
-    """Refuse URLs, also those that have lost a slash in `pathlib.Path` (``s3:/bucket``).
+    """Refuse URLs.
 
     Raises:
         ConfigurationError: Names it.
     """
-    url = _URL.match(path)
-    if url is not None and (url[0].endswith("//") or not os.path.isdir(url[0])):
+    if is_url(path):
         raise ConfigurationError(
             f"{what}={path!r} is a URL; strategy='ssd_offload' works on this machine's disks only: name a local "
             "one, and upload what `lightning-ssd export` makes of a checkpoint"

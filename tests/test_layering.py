@@ -14,7 +14,7 @@ ORDER = (
     "kernels",
     "io",
     "memory",
-    "codec",
+    "codec data",
     "store",
     "device",
     "cut",

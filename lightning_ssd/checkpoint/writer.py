@@ -22,6 +22,8 @@ from lightning_ssd.sizes import MiB
 from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
 from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry, encode_header
 
+_save = torch.save
+
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
@@ -126,14 +128,20 @@ def write_tensors(
         writer.write(as_bytes(tensor_of(entry.name)))
 
 
-def write_pickle(writer: StreamWriter, content: Mapping[str, Any]) -> None:
+def write_pickle(writer: StreamWriter, content: Mapping[str, Any], *, is_result: bool = False) -> None:
     """Write what ``torch.load`` reads; tensors go from where they lie to the file.
+
+    Args:
+        writer: Of the file.
+        content: What is written.
+        is_result: It is the file that the user asked for, which ``torch.save`` writes, whoever has wrapped or replaced
+            that function meanwhile; what is read again here is written by torch's own.
 
     Raises:
         CheckpointError: If something in ``content`` cannot be pickled.
     """
     try:
-        torch.save(content, cast(IO[bytes], writer))
+        (torch.save if is_result else _save)(content, cast(IO[bytes], writer))
     except (RuntimeError, pickle.PicklingError, AttributeError, TypeError) as error:
         # After a failed write torch closes its archive, which fails too, and raises only the second error.
         failure = writer.error

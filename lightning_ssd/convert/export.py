@@ -93,7 +93,7 @@ def consolidate(
             content |= own_entries(reader)
         with staged_file(target) as (fd, take_name):
             writer = _Writer(fd, ReadPages(reader, spill, progress))
-            write_pickle(writer, content)
+            write_pickle(writer, content, is_result=True)
             writer.finish()
             take_name()
         sync_directory(os.path.dirname(target))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.optim.probe import probe
+from lightning_ssd.optim.probe import UNKNOWN_NBYTES, probe
 from lightning_ssd.optim.rules import NATIVE_RULES, Rule, TorchRule
 from lightning_ssd.optim.whole import WholeRule
 
@@ -39,6 +41,8 @@ def choose_rule(optimizer: Optimizer, update: str, *, keep_master: bool) -> Rule
 
 def _rule_of_class(optimizer: Optimizer, *, keep_master: bool) -> Rule:
     name = type(optimizer).__name__
+    if _is_replaced_on_class(optimizer):  # a trial would be counted among the calls of what replaces it
+        return WholeRule("its step was replaced on its class", UNKNOWN_NBYTES)
     found = probe(optimizer, keep_master=keep_master)
     if found.moves is False:
         raise ConfigurationError(
@@ -51,7 +55,7 @@ def _rule_of_class(optimizer: Optimizer, *, keep_master: bool) -> Rule:
     elif type(optimizer).state_dict is not Optimizer.state_dict:  # it saves more than state and groups
         why = "it has a state_dict of its own"
     if not why:
-        return TorchRule(optimizer, found.kinds)
+        return TorchRule(optimizer, found.kinds, calls_closure=found.calls_closure)
     narrow = (torch.bfloat16, torch.float16)
     if keep_master and any(p.dtype in narrow for group in optimizer.param_groups for p in group["params"]):
         raise ConfigurationError(
@@ -68,12 +72,18 @@ def _is_replaced_step(optimizer: Optimizer) -> bool:
     return step is not None and not hasattr(step, "_wrapped_by_lr_sched")
 
 
+def _is_replaced_on_class(optimizer: Optimizer) -> bool:
+    return not inspect.isfunction(inspect.getattr_static(optimizer, "step")) and "step" not in vars(optimizer)
+
+
 def _why_not_native(optimizer: Optimizer, *, keep_master: bool) -> str:
     if type(optimizer) not in NATIVE_RULES:
         *names, last = (cls.__name__ for cls in NATIVE_RULES)
         return f"only {', '.join(names)} and {last} have native kernels"
     if _is_replaced_step(optimizer):
         return "its step was replaced on the object"
+    if _is_replaced_on_class(optimizer):
+        return "its step was replaced on its class"
     for group in optimizer.param_groups:
         for option in ("amsgrad", "differentiable", "capturable"):
             if group.get(option):

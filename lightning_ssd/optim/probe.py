@@ -26,6 +26,9 @@ from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.optim.rules import TorchRule, is_full
 from lightning_ssd.optim.shared import SharedOptions, same
 
+UNKNOWN_NBYTES = 4.0
+"""Bytes of state for each byte of parameters, where nothing could be tried."""
+
 
 @dataclass(frozen=True)
 class _Trial:
@@ -53,7 +56,6 @@ _LARGE = _Trial(num_steps=3, size=64, num_params=6)
 _MAX_GROUPS = 2  # that are alike
 _MAX_ALIKE = 2  # parameters of one shape in a group
 _MAX_COPY_NUMEL = 1 << 16  # of a tensor that is no state
-_UNKNOWN_NBYTES = 4.0  # of state for each byte of parameters, where nothing could be tried
 _REPLACED = ("step", "zero_grad", "state_dict", "load_state_dict", "add_param_group")  # on the object
 _NOT_COPIED = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", *_REPLACED)
 
@@ -67,12 +69,14 @@ class Findings:
         why_whole: Why the class cannot be run parameter by parameter; empty if it can.
         moves: Whether a parameter changed in any step; None if that could not be tried.
         state_ratio: Bytes of state for each byte of parameters, when it is run whole.
+        calls_closure: Whether its step evaluates the closure that it is given.
     """
 
     kinds: tuple[str, ...]
     why_whole: str
     moves: bool | None
     state_ratio: float
+    calls_closure: bool = True
 
 
 def probe(optimizer: Optimizer, *, keep_master: bool = False) -> Findings:
@@ -100,7 +104,7 @@ def _try(optimizer: Optimizer, keep_master: bool, trial: _Trial) -> Findings:
     try:
         whole, apart = (_Small(optimizer, keep_master, trial) for _ in range(2))
     except Exception as error:  # the user's class may refuse to be copied in any way
-        return Findings((), f"it cannot be copied for a trial ({_text(error)})", None, _UNKNOWN_NBYTES)
+        return Findings((), f"it cannot be copied for a trial ({_text(error)})", None, UNKNOWN_NBYTES)
     return _compare(whole, apart, trial.num_steps)
 
 
@@ -121,10 +125,10 @@ def _compare(whole: _Small, apart: _Small, num_steps: int) -> Findings:
             by_parts = None if why else by_parts
     except Exception as error:  # the user's class may fail in any way
         if by_parts is None or not moves:
-            return Findings((), why or f"its step fails on small parameters ({_text(error)})", None, _UNKNOWN_NBYTES)
+            return Findings((), why or f"its step fails on small parameters ({_text(error)})", None, UNKNOWN_NBYTES)
         raise
     kinds = () if by_parts is None else tuple(by_parts.kinds)
-    return Findings(kinds, why, moves, whole.state_ratio())
+    return Findings(kinds, why, moves, whole.state_ratio(), whole.calls_closure)
 
 
 class _Small:
@@ -140,6 +144,7 @@ class _Small:
             self.optimizer = self._copy(optimizer, memo)
         self.params = list(small.values())
         self.holds_another = len(self._copies) > 1
+        self.calls_closure = False
         chosen = set(self.params)
         for copied in self._copies:
             for group in copied.param_groups:
@@ -179,7 +184,7 @@ class _Small:
                 for param in self.params:
                     param.grad = None
                 loss = torch.stack([(p - t).square().sum() for p, t in zip(self.params, targets, strict=True)]).sum()
-                loss.backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(loss)  # users count calls of `Tensor.backward`
             return loss.detach()
 
         return evaluate
@@ -189,7 +194,12 @@ class _Small:
         closure = self.closure(number)
         closure()  # a class for manual optimization may not call it
         states = torch.get_rng_state(), random.getstate()
-        type(self.optimizer).step(self.optimizer, closure)  # type: ignore[arg-type]
+
+        def evaluate() -> Tensor:
+            self.calls_closure = True
+            return closure()
+
+        type(self.optimizer).step(self.optimizer, evaluate)  # type: ignore[arg-type]
         return not (torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate())
 
     def values(self) -> list[Tensor]:

@@ -26,10 +26,12 @@ class Rule:
     Attributes:
         is_elementwise: It may be applied to any piece of a parameter by itself.
         has_kernel: It is a kernel of `kernels.api`; else it is torch's operations.
+        calls_closure: The optimizer's step evaluates the closure that it is given.
     """
 
     is_elementwise: ClassVar[bool]
     has_kernel: ClassVar[bool] = False
+    calls_closure = True
 
     def kinds(self, options: Options) -> tuple[str, ...]:
         """Names of the states of the parameter's shape, as ``torch.optim`` names them."""
@@ -169,6 +171,7 @@ class TorchRule(Rule):
     Args:
         optimizer: The user's; its class and its attributes serve, its parameters and state do not.
         kinds: Names of states of the parameter's shape that it is known to make.
+        calls_closure: Its step evaluates the closure that it is given.
     """
 
     is_elementwise = False
@@ -176,9 +179,10 @@ class TorchRule(Rule):
         {"step", "zero_grad", "state_dict", "load_state_dict", "add_param_group", "param_groups", "state"}
     )
 
-    def __init__(self, optimizer: Optimizer, kinds: Collection[str] = ()) -> None:
+    def __init__(self, optimizer: Optimizer, kinds: Collection[str] = (), *, calls_closure: bool = True) -> None:
         self._optimizer = optimizer
         self._kinds = tuple(kinds)
+        self.calls_closure = calls_closure
         self._left: list[dict[str, Any]] = []  # attributes that updates of this step set, one entry an update
 
     def kinds(self, options: Options) -> tuple[str, ...]:

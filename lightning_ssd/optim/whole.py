@@ -6,8 +6,9 @@ parameters view that memory, so what the optimizer writes is their value; a clos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from lightning_ssd.optim.adapter import OptimizerAdapter
@@ -35,19 +36,24 @@ class WholeOptimizer(OptimizerAdapter):
     """Runs the step of such an optimizer."""
 
     _is_stepping = False
+    _replaced: Mapping[str, Any] = MappingProxyType({})  # what the user had put in the place of the class's step
 
     def adopt(self) -> None:
         """Take over the optimizer's step; all else stays as it is."""
         own = self.optimizer.step
         step = partial(self._step, own)
         step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        self._methods = {"step": step}
+        self._replaced = {name: value for name, value in vars(self.optimizer).items() if name == "step"}
         self.optimizer.step = step  # type: ignore[method-assign]
 
     def release(self) -> None:
         """Give the optimizer its own step back."""
         self._is_half_made = self.is_mid_step
         self._updates = None
-        self.optimizer.__dict__.pop("step", None)
+        if self.makes_steps:
+            del self.optimizer.__dict__["step"]
+            vars(self.optimizer).update(self._replaced)
 
     def dismiss(self, others: Iterable[OptimizerAdapter]) -> None:
         """Another optimizer replaces it; its state is its own already."""
@@ -66,7 +72,9 @@ class WholeOptimizer(OptimizerAdapter):
         """Nothing: see `optimizer_state`."""
         return {}
 
-    def _step(self, own: Callable[..., Any], closure: Callable[[], Any] | None = None, *args: Any, **kw: Any) -> Any:
+    def _step(self, own: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        is_named = "closure" in kw
+        closure = kw.pop("closure") if is_named else (args[0] if args else None)
         self._is_stepping = False
         cache = self._require_updates().cache
         cache.end_step()
@@ -74,9 +82,10 @@ class WholeOptimizer(OptimizerAdapter):
             if closure is None:
                 self._require_written()
                 self._is_stepping = True
-                loss = own(*args, **kw)
+                loss = own(*args, **kw, closure=None) if is_named else own(*args, **kw)
             else:
-                loss = own(partial(self._evaluate, closure, cache), *args, **kw)
+                evaluate = partial(self._evaluate, closure, cache)  # given as the user gave it
+                loss = own(*args, **kw, closure=evaluate) if is_named else own(evaluate, *args[1:], **kw)
         self._is_stepping = False
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss

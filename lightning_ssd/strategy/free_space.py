@@ -21,7 +21,7 @@ from typing import Any
 from lightning_ssd.checkpoint.directory import INNER_NBYTES
 from lightning_ssd.errors import ConfigurationError, StoreError
 from lightning_ssd.io.folder import device_of
-from lightning_ssd.paths import home_path, too_long
+from lightning_ssd.paths import home_path, is_url, too_long
 from lightning_ssd.saving.probe_save import probe_save
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.disks import free_nbytes
@@ -83,7 +83,7 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
 
     Raises:
         CheckpointError: If a directory cannot be written.
-        ConfigurationError: If a callback saves to a URL, or its path is too long.
+        ConfigurationError: If the path of a callback is too long.
         StoreError: If not one checkpoint fits.
     """
     callbacks = find_saving_callbacks(trainer)
@@ -106,16 +106,16 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
 
 
 def find_saving_callbacks(trainer: Any) -> list[SavingCallback]:
-    """The callbacks that will save during ``fit``, as far as their attributes tell.
+    """The callbacks that will save to a disk during ``fit``, as far as their attributes tell.
 
     Raises:
-        ConfigurationError: If one saves to a URL, or its path is too long.
+        ConfigurationError: If its path is too long.
     """
     found: list[SavingCallback] = []
     for callback in [] if trainer.fast_dev_run else trainer.checkpoint_callbacks:
         folder = getattr(callback, "dirpath", None)
         saves_nothing = getattr(callback, "save_top_k", None) == 0 and not _num_last(callback)
-        if saves_nothing or not isinstance(folder, (str, os.PathLike)):
+        if saves_nothing or not isinstance(folder, (str, os.PathLike)) or is_url(folder):
             continue
         name = type(callback).__name__
         where = os.path.abspath(home_path(folder, f"{name}: dirpath"))

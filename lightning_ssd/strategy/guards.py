@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from typing import Any, TypeVar
 
 import torch
@@ -26,8 +25,12 @@ def require_set(value: T | None, what: str) -> T:
     return value
 
 
-def require_one_process(world_size: int, num_devices: int, num_nodes: int) -> None:
+def require_one_process(environment: Any, num_devices: int, num_nodes: int) -> None:
     """Refuse more than one process: units are not sharded over ranks yet."""
+    try:
+        world_size = 1 if environment is None else environment.world_size()
+    except KeyError:  # an environment of a scheduler, given by hand outside of its jobs
+        world_size = 1
     if max(world_size, num_devices, num_nodes) > 1:
         raise ConfigurationError(
             f"strategy='ssd_offload' runs one process on one device in this version, the Trainer asks for "
@@ -67,33 +70,6 @@ def require_no_compile(module: nn.Module) -> None:
             f"module {scripted!r} is compiled by TorchScript, whose forward would not run the hooks by which "
             "strategy='ssd_offload' moves parameters: use the module that it was made from"
         )
-
-
-ASYNC_IS_NOT_NEEDED = (
-    "ssd_offload: AsyncCheckpointIO has nothing to do: a save makes hard links instead of copies, and the checkpoint "
-    "is complete when it returns"
-)
-
-
-def is_async_checkpoint_plugin(plugin: Any) -> bool:
-    """Whether ``plugin`` is an ``AsyncCheckpointIO`` over Lightning's own format, which is accepted and not used.
-
-    Raises:
-        ConfigurationError: If it is another checkpoint plugin, which would write files of its own.
-    """
-    if plugin is None:
-        return False
-    inner = getattr(plugin, "checkpoint_io", None)
-    for namespace in ("lightning.pytorch", "pytorch_lightning"):
-        plugins = sys.modules.get(f"{namespace}.plugins")
-        if plugins is not None and isinstance(plugin, plugins.AsyncCheckpointIO):
-            if inner is None or type(inner) is plugins.TorchCheckpointIO:
-                return True
-            plugin = inner
-    raise ConfigurationError(
-        f"the checkpoint plugin {type(plugin).__name__} cannot be used with strategy='ssd_offload', whose checkpoints "
-        "are directories of hard links: remove it from plugins"
-    )
 
 
 def keep_bus_errors_handled(trainer: Any) -> None:

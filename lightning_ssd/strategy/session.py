@@ -6,7 +6,6 @@ the next session begins or the process ends.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,8 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.checkpoint.directory import remove, sibling
-from lightning_ssd.convert.export import save_file
 from lightning_ssd.errors import CheckpointError, ConfigurationError, Ending, ResidencyError, SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import Engine
@@ -123,8 +120,6 @@ class Session:
         settings = self.settings
         self.materializer.materialize(module)
         specs = partition(module, policy=settings.units, min_numel=settings.min_unit_numel)
-        if not specs:
-            raise ConfigurationError("the model has no parameters to stream")
         self.model = self._make_model(
             [Unit(spec, settings.param_dtype, keep_master=settings.keep_master) for spec in specs]
         )
@@ -267,13 +262,14 @@ class Session:
                 stack.enter_context(suppress(SSDOffloadError))
             self.stop()
 
-    def save(self, checkpoint: Mapping[str, Any], path: str, *, is_linked: bool) -> None:
-        """Save Lightning's dictionary as a checkpoint, in the form that the settings say.
+    def save_links(self, checkpoint: Mapping[str, Any], path: str, *, is_linked: bool, with_file: bool) -> None:
+        """Save Lightning's dictionary as a checkpoint of links.
 
         Args:
             checkpoint: The dictionary.
-            path: Of the new file; one of that name is replaced.
+            path: Of the checkpoint; one of that name is replaced.
             is_linked: See `Saver.save`.
+            with_file: See `Saver.save`.
 
         Raises:
             CheckpointError: A step failed midway, or the checkpoint could not be saved.
@@ -286,17 +282,14 @@ class Session:
                 "resume from the last checkpoint"
             )
         with self.written_back(), within(self.engine.patience):
-            save = partial(self._saver.save, units=self.units, optimizers=self.optimizers, is_linked=is_linked)
-            if not self.sizing.saves_files:
-                save(checkpoint, path, with_file=True)
-                return
-            # Links in the store cost nothing, and what is made of them is compared with its checksums.
-            links = os.path.join(self.store.disks.all[0].path, sibling("file", "tmp"))
-            save(checkpoint, links, with_file=False)
-            try:
-                save_file(links, path)
-            finally:
-                remove(links)
+            self._saver.save(
+                checkpoint,
+                path,
+                units=self.units,
+                optimizers=self.optimizers,
+                is_linked=is_linked,
+                with_file=with_file,
+            )
 
     @contextmanager
     def written_back(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, Union, cast
 
 import torch
 from torch import Tensor
@@ -26,11 +26,13 @@ from lightning_ssd.step.moving import move_all_but_params
 from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy import guards
 from lightning_ssd.strategy.checkpoint_hooks import CheckpointMixin
+from lightning_ssd.strategy.checkpoint_plugin import ASYNC_IS_NOT_NEEDED
 from lightning_ssd.strategy.free_space import prepare_checkpoints
 from lightning_ssd.strategy.grad_consumers import find_grad_consumer
 from lightning_ssd.strategy.handover import Handover
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.resume import Resume
+from lightning_ssd.strategy.runtime import Runtime
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.strategy.settings import Options, Settings, argument_docs
 from lightning_ssd.strategy.summary import summary
@@ -43,14 +45,15 @@ class StrategyMixin(CheckpointMixin):
         accelerator: As in every Lightning strategy; so are the next four.
         parallel_devices: The one device to use.
         cluster_environment: Where ranks come from; one process in this version.
-        checkpoint_io: Leave it unset: checkpoints are hard links to the store. ``AsyncCheckpointIO`` is accepted and
-            does nothing; any other is refused.
+        checkpoint_io: A plugin that writes checkpoints in its own way, to which ``checkpoint="file"`` applies. Where
+            checkpoints are links, ``AsyncCheckpointIO`` is accepted and does nothing, and any other is refused.
         precision_plugin: The precision plugin; `Trainer(precision=...)` sets it.
     """
 
     __doc__: str | None = f"{(__doc__ or '').rstrip()}\n{argument_docs()}\n    "
 
     strategy_name = "ssd_offload"
+    global_rank, local_rank, node_rank, world_size = 0, 0, 0, 1
     # Set in `for_lightning` and its twin: Lightning's own precision classes, by name, and the root of its logger names.
     _stock_precision: Mapping[str, Any]
     _precision_class: type[PrecisionMixin]
@@ -96,6 +99,8 @@ class StrategyMixin(CheckpointMixin):
         self._handover = Handover()
         self._dumped = {}
         self._opened = SeenFiles({})
+        self._own_entries = {}
+        self._loss: Tensor | None = None  # whose backward runs
 
     # -- one process -------------------------------------------------------------------------------------------
 
@@ -155,13 +160,13 @@ class StrategyMixin(CheckpointMixin):
     def setup_environment(self) -> None:
         """Check the options and the Trainer's arguments, and make the run directory."""
         options = Options(**self._given)
-        guards.require_one_process(self.world_size, len(self.parallel_devices or []), self.num_nodes)
+        guards.require_one_process(self.cluster_environment, len(self.parallel_devices or []), self.num_nodes)
         guards.require_device(self.root_device)
         plugin = self.precision_plugin
         if isinstance(plugin, PrecisionMixin):
             plugin.prepare(self._stock_precision, self.root_device.type)
-        if guards.is_async_checkpoint_plugin(self._checkpoint_io):
-            self._log(guards.ASYNC_IS_NOT_NEEDED)
+        if self._checkpoint_plugin.is_async and options.checkpoint == "links":
+            self._log(ASYNC_IS_NOT_NEEDED)
         super().setup_environment()
         guards.require_not_streamed(self._pl_module)
         self._resume.begin()
@@ -208,7 +213,8 @@ class StrategyMixin(CheckpointMixin):
             map(self._may_update_in_backward, self.optimizers)
         )
         with within(self.session.engine.patience):
-            checkpoints = prepare_checkpoints(self.session, trainer) if trainer.state.fn == "fit" else []
+            is_tried = trainer.state.fn == "fit" and self._checkpoint_plugin.is_ours
+            checkpoints = prepare_checkpoints(self.session, trainer) if is_tried else []
         self.session.start(module, waits_for_all_grads=waits_for_all_grads)
         self._log("\n".join([summary(self.session), *checkpoints]))
 
@@ -234,8 +240,8 @@ class StrategyMixin(CheckpointMixin):
         """Run the user's step; its parameters stream."""
         with self._stepping("train"):
             output = super().training_step(*args, **kwargs)
-        if self._pl_module.automatic_optimization:
-            self.session.running.hooks.await_backward()
+        if self._runtime is not None and self._pl_module.automatic_optimization:
+            self._runtime.hooks.await_backward()
         return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -255,29 +261,47 @@ class StrategyMixin(CheckpointMixin):
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run backward: units are fetched again, gradients are taken."""
-        with self.session.backward():
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        if self._runtime is None or self._loss is closure_loss:  # whoever wraps Lightning's `backward` calls ours again
+            module, plugin = self._pl_module, self.precision_plugin
+            loss = plugin.pre_backward(closure_loss, module)
+            plugin.backward(loss, module, optimizer, *args, **kwargs)
+            return cast(Tensor, plugin.post_backward(loss, module))
+        self._loss = closure_loss
+        try:
+            with self.session.backward():
+                return super().backward(closure_loss, optimizer, *args, **kwargs)
+        finally:
+            self._loss = None
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """Run the step. If no code may read gradients, units are updated during its backward."""
+        if self._runtime is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
         with self.session.step_of(optimizer if self._may_update_in_backward(optimizer) else None):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     @contextmanager
     def _stepping(self, kind: str, *, ends: bool = False) -> Iterator[None]:
-        hooks = self.session.running.hooks
+        if self._runtime is None:  # called by the user outside of a run, when all values are in the parameters
+            yield
+            return
+        hooks = self._runtime.hooks
         with hooks.step(kind):
             yield
         if ends:
             hooks.end_step()
 
+    @property
+    def _runtime(self) -> Runtime | None:
+        return None if self._session is None else self._session.runtime
+
     def _may_update_in_backward(self, optimizer: Optimizer) -> bool:
-        module = self._pl_module
+        module, adopted = self._pl_module, self.session.adopted(optimizer)
         return (
             self.session.settings.is_overlapped
             and module.automatic_optimization
             and len(self.optimizers) == 1
-            and not isinstance(self.session.adopted(optimizer), WholeOptimizer)
+            and (adopted is None or (not isinstance(adopted, WholeOptimizer) and adopted.makes_steps))
             and self.precision_plugin.scaler is None
             and find_grad_consumer(module.trainer, module) is None
         )
@@ -304,10 +328,10 @@ class StrategyMixin(CheckpointMixin):
 
     def on_exception(self, exception: BaseException) -> None:
         """Release what the failed step held."""
-        runtime = None if self._session is None else self._session.runtime
-        if runtime is not None:
+        super().on_exception(exception)
+        if self._runtime is not None:
             try:
-                runtime.abort_step()
+                self._runtime.abort_step()
             except SSDOffloadError as error:  # raised from here it would hide the exception, which is the cause
                 warnings.warn(f"after the error of this run, ending its step failed as well: {error}", stacklevel=2)
 
@@ -321,8 +345,21 @@ class StrategyMixin(CheckpointMixin):
             move_all_but_params(self.lightning_module, torch.device("cpu"))
         self.precision_plugin.teardown()
         guards.require_set(self.accelerator, "accelerator").teardown()
+        self.checkpoint_io.teardown()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy streams nothing: it holds no store, and begins as a new strategy does."""
+        return {
+            **super().__getstate__(),
+            "_session": None,
+            "_resume": Resume(),
+            "_handover": Handover(),
+            "_dumped": {},
+            "_opened": SeenFiles({}),
+            "_own_entries": {},
+        }
 
     def _log(self, text: str) -> None:
         logging.getLogger(f"{self._namespace}.ssd_offload").info(text)

@@ -33,6 +33,8 @@ def summary(session: Session) -> str:
 
 def _plan_lines(session: Session, plan: MemoryPlan) -> list[str]:
     settings, num = session.settings, len(session.units)
+    if not session.units:
+        return ["ssd_offload: the model has no parameters, so nothing streams"]
     largest = max((unit.layout for unit in session.units), key=lambda layout: layout.data_nbytes)
     numel = sum(unit.layout.numel for unit in session.units)
     nbytes = settings.budget_nbytes

@@ -97,7 +97,7 @@ def test_async_checkpoint_io_has_nothing_to_do(tmp_path: Path, caplog: pytest.Lo
 
     saver, reads = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1), Reads()
     options: dict[str, Any] = {"plugins": [AsyncCheckpointIO()], "callbacks": [reads, saver]}
-    trainer = make_trainer(tmp_path, streamed(), max_steps=4, enable_checkpointing=True, **options)
+    trainer = make_trainer(tmp_path, streamed(checkpoint="links"), max_steps=4, enable_checkpointing=True, **options)
     with caplog.at_level("INFO"):
         trainer.fit(Module(GPT()), DataLoader(Tokens(40), batch_size=4))
     assert reads.step == 3

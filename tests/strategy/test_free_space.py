@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
-from lightning_ssd.errors import CheckpointError, ConfigurationError, StoreError
+from lightning_ssd.errors import CheckpointError, StoreError
 from lightning_ssd.strategy import free_space
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.models import GPT
@@ -184,11 +184,6 @@ def test_a_directory_that_cannot_be_written_is_refused_before_the_first_step(tmp
     with pytest.raises(CheckpointError, match=r"no checkpoint can be saved in '.*file/saved'.*dirpath"):
         fit(tmp_path, saver(tmp_path / "file" / "saved"))
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_url_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"dirpath='memory://there'.*local one"):
-        fit(tmp_path, ModelCheckpoint("memory://there"))
 
 
 def test_nothing_is_tried_where_nothing_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
