@@ -49,8 +49,6 @@ class ModelUnits:
         keeps_buffer: Whether resident parameters view host memory; see `Placement.keeps_buffer`.
 
     Attributes:
-        units: All units.
-        store: Where their values are.
         step: Whether a step runs.
         lazy_class: Of parameters that are offloaded.
         lock: Guards who has a unit; the thread that trains and the thread of updates take it.
