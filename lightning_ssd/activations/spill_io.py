@@ -35,10 +35,7 @@ class SpillIO:
         trace: Gets the transfers, and the waits for them.
 
     Attributes:
-        budget: As given.
         writing_nbytes: Counted memory that is being written.
-        streams: As given.
-        verify: As given.
         read_ahead: States with pieces that were read ahead, the last started last.
     """
 

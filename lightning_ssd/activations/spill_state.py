@@ -27,7 +27,6 @@ class HostBuffer:
 
     Attributes:
         bytes: 1D uint8, 4096-aligned.
-        is_counted: As given.
         copied: The end of the last copy between it and the device; None if there was none.
     """
 

@@ -345,8 +345,6 @@ class _Writes:
         tensors: The kinds of its unit.
 
     Attributes:
-        update: The update.
-        tensors: The kinds of its unit.
         buffers: Its chunk buffers; the one whose writes began first is at the front.
     """
 

@@ -100,16 +100,12 @@ class PendingUpdate:
         updates: What it runs with.
         unit: What it updates.
         rule: How.
-        parts: Gradients and hyper-parameters by parameter index.
+        parts: Gradients and hyper-parameters by parameter index; empty once it has run.
         suffix: Of the kinds that belong to the optimizer; [Note: suffix].
         is_last: Nobody else holds the gradients: their memory counts.
         in_flight: Copies of gradients to the host, for which the thread that updates waits; None if all are there.
 
     Attributes:
-        unit: What it updates.
-        rule: How.
-        parts: Gradients and hyper-parameters by parameter index; empty once it has run.
-        suffix: Of the kinds that belong to the optimizer.
         state: Where it is on its way.
         nbytes: Bytes of gradients that nobody else holds.
         position: Place of the unit in the next forward; the lowest is updated first.

@@ -277,15 +277,14 @@ class _Used:
     fingerprint: tuple[int, ...] | None = None  # what it held when code outside of modules first touched it after that
 
 
+@dataclass(eq=False)
 class _Hold:
-    """Units that are held for the backward of one frame."""
+    """Units that are held for the backward of one frame, each once."""
 
-    def __init__(self, frame: Frame, units: list[Unit]) -> None:
-        self.frame = frame
-        self.guest: Unit | None = None  # one that it shares with others
-        self._units = units
+    frame: Frame
+    units: list[Unit]
+    guest: Unit | None = None  # one that it shares with others
 
     @property
     def all_units(self) -> list[Unit]:
-        """Each is held once."""
-        return self._units if self.guest is None else [*self._units, self.guest]
+        return self.units if self.guest is None else [*self.units, self.guest]

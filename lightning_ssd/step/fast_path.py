@@ -10,24 +10,15 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from lightning_ssd.units.lazy_param import load_all
 
-
-class ForwardHooks(Protocol):
-    """The two functions that are called around the forward of a module."""
-
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """As a forward pre-hook with keyword arguments."""
-        ...
-
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """As a forward hook with keyword arguments; also called when the forward raises."""
-        ...
+if TYPE_CHECKING:
+    from lightning_ssd.step.module_hooks import HooksOfModule
 
 
 class Removable(Protocol):
@@ -38,7 +29,7 @@ class Removable(Protocol):
         ...
 
 
-def hook(module: nn.Module, hooks: ForwardHooks) -> list[Removable]:
+def hook(module: nn.Module, hooks: HooksOfModule) -> list[Removable]:
     """Call ``hooks`` around every forward of ``module``; returns the handles that remove them."""
     if isinstance(module, nn.TransformerEncoderLayer):
         return [_Forward(module, hooks)]
@@ -61,7 +52,7 @@ def _fetch_first_layer(encoder: nn.TransformerEncoder, args: Any) -> None:
 class _Forward:
     """Wraps the forward of one module, so that torch sees no hooks. Copies of the module have the plain forward."""
 
-    def __init__(self, module: nn.Module, hooks: ForwardHooks) -> None:
+    def __init__(self, module: nn.Module, hooks: HooksOfModule) -> None:
         self._module = module
         self._hooks = hooks
         self._before: Callable[..., Any] | None = vars(module).get("forward")

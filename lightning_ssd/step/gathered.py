@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from lightning_ssd.step.module_hooks import models_of
-from lightning_ssd.units.lazy_param import ParamLoader, by_loader
+from lightning_ssd.units.lazy_param import by_loader
+from lightning_ssd.units.model_units import ModelUnits
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
     """
     params = list(module.parameters())
     # A loaded parameter does not refer to its loader; the hooks of its module do.
-    owners: dict[ParamLoader, None] = dict.fromkeys((*(owner for owner, _ in by_loader(params)), *models_of(module)))
+    owners: dict[ModelUnits, None] = dict.fromkeys((*(owner for owner, _ in by_loader(params)), *models_of(module)))
     with ExitStack() as stack:
         for owner in owners:
             stack.enter_context(owner.gather(params))

@@ -19,8 +19,6 @@ class ModuleCall:
         units: The units.
 
     Attributes:
-        module: The module.
-        units: The units.
         inner: Units that modules inside of it have fetched, if it has a frame.
         num_fetched: How many of ``units`` are fetched.
         frame: Of a module that will be recomputed; None for others.

@@ -95,7 +95,7 @@ class ModuleHooks:
             self._inside[block] = list(dict.fromkeys(inside))
         handles = hook_encoders(module)
         for user, units in users.items():
-            handles += hook(user, _HooksOfModule(self, units))
+            handles += hook(user, HooksOfModule(self, units))
         return handles
 
     def close(self) -> None:
@@ -363,11 +363,11 @@ def models_of(root: nn.Module) -> list[ModelUnits]:
     """The units of which a module of ``root`` has hooks now."""
     hooks = [hook for module in root.modules() for hook in module._forward_pre_hooks.values()]
     owners = [getattr(hook, "__self__", None) for hook in hooks]
-    found = [owner.hooks for owner in owners if isinstance(owner, _HooksOfModule) and owner.hooks is not None]
+    found = [owner.hooks for owner in owners if isinstance(owner, HooksOfModule) and owner.hooks is not None]
     return list({hooks: hooks.model for hooks in found}.values())
 
 
-class _HooksOfModule:
+class HooksOfModule:
     """Forward hooks of one module. On a copy of the module, whose parameters are plain, they do nothing."""
 
     def __init__(self, hooks: ModuleHooks | None, units: list[Unit]) -> None:
@@ -376,13 +376,15 @@ class _HooksOfModule:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """As a forward pre-hook with keyword arguments."""
         if self.hooks is not None:
             self.hooks.before_forward(module, self._units, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled caller stops here, and goes on after
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """As a forward hook with keyword arguments; also called when the forward raises."""
         if self.hooks is not None:
             self.hooks.after_forward(module)
 
     def __reduce__(self) -> Any:
-        return _HooksOfModule, (None, [])  # `copy` and `pickle` both ask here
+        return HooksOfModule, (None, [])  # `copy` and `pickle` both ask here

@@ -50,8 +50,6 @@ class Frame:
         verdicts: Which modules can be run again; the frame adds what it finds.
 
     Attributes:
-        name: The unit's name, for messages.
-        module: The module.
         opaque: Why the module cannot be run again, if that is known before it runs; None otherwise.
         is_kept: The frame keeps what autograd saved, since its module cannot be run again.
         is_trying: The second run of [Note: trial] is in progress.

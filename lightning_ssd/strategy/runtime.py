@@ -50,7 +50,6 @@ class Runtime:
         waits_for_all_grads: No update runs before all gradients are there.
 
     Attributes:
-        plan: The memory.
         streams: Of the device, and what the host waited for.
         pools: Its pools.
         grads: Takes gradients.

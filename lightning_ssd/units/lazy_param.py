@@ -2,19 +2,18 @@
 
 [Note: lazy parameters] While a unit is offloaded, its parameters view one shared placeholder of NaN bytes that costs no
 memory, and have the class made here. Metadata (shape, dtype, device, ``requires_grad``, ``grad``, hooks) is answered
-without values. Any other operation first calls `ParamLoader.load`, which makes the parameters that it is given plain
+without values. Any other operation first calls `ModelUnits.load`, which makes the parameters that it is given plain
 `nn.Parameter`s on their values: inside a step by fetching their units, outside by mapping their files.
 
 On a GPU a placeholder has stride 0, and is on the device, outside of a step too, where values come to the host. What
-depends on strides or on the device is therefore asked of a tensor that has the form of what `ParamLoader.load` brings.
+depends on strides or on the device is therefore asked of a tensor that has the form of what `ModelUnits.load` brings.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +21,11 @@ from torch import Tensor, nn
 from lightning_ssd.errors import ResidencyError
 from lightning_ssd.units import transforms
 
-
-class ParamLoader(Protocol):
-    """Loads the values of lazy parameters."""
-
-    @property
-    def loads_to_host(self) -> bool:
-        """Whether values that are loaded now come to the host, wherever compute runs."""
-        ...
-
-    def gather(self, params: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """Inside, ``params`` are plain parameters on their current values, and saved tensors are not watched."""
-        ...
-
-    def load(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
-        """Make ``params`` plain parameters on their current values, all at the same time; ``operands`` stay usable."""
-        ...
+if TYPE_CHECKING:
+    from lightning_ssd.units.model_units import ModelUnits
 
 
-def lazy_class(owner: ParamLoader) -> type[nn.Parameter]:
+def lazy_class(owner: ModelUnits) -> type[nn.Parameter]:
     """The class of offloaded parameters whose values ``owner`` loads."""
 
     class LazyParameter(nn.Parameter):
@@ -134,9 +119,9 @@ def load_all(params: Sequence[nn.Parameter]) -> None:
         owner.load(lazy)
 
 
-def by_loader(params: Sequence[nn.Parameter]) -> list[tuple[ParamLoader, list[nn.Parameter]]]:
+def by_loader(params: Sequence[nn.Parameter]) -> list[tuple[ModelUnits, list[nn.Parameter]]]:
     """The lazy ones of ``params``, by their loader."""
-    found: dict[int, tuple[ParamLoader, list[nn.Parameter]]] = {}
+    found: dict[int, tuple[ModelUnits, list[nn.Parameter]]] = {}
     for param in params:
         owner = getattr(type(param), "_loader", None)
         if owner is not None:

@@ -49,8 +49,6 @@ class ModelUnits:
         keeps_buffer: Whether resident parameters view host memory; see `Placement.keeps_buffer`.
 
     Attributes:
-        units: All units.
-        store: Where their values are.
         step: Whether a step runs.
         lazy_class: Of parameters that are offloaded.
         lock: Guards who has a unit; the thread that trains and the thread of updates take it.
@@ -78,11 +76,11 @@ class ModelUnits:
 
     @property
     def loads_to_host(self) -> bool:
-        """See `ParamLoader.loads_to_host`."""
+        """Whether values that are loaded now come to the host, wherever compute runs."""
         return self.inherited is not None or not self.step.is_running or self.streaming is None
 
     def load(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
-        """See `ParamLoader.load`."""
+        """Make ``params`` plain parameters on their current values, all at the same time; ``operands`` stay usable."""
         units = self._units_of(params)
         if self.inherited is not None:
             self.load_inherited(units)
@@ -95,7 +93,7 @@ class ModelUnits:
 
     @contextmanager
     def gather(self, params: Sequence[nn.Parameter]) -> Iterator[None]:
-        """See `ParamLoader.gather`; inside a step their units are held."""
+        """Inside, ``params`` are plain parameters on their current values; in a step, saved tensors are not watched."""
         mine = [param for param in params if param in self._unit_of]
         if self.step.is_running and self.streaming is not None:
             with self.streaming.hold(self._units_of(mine)):

@@ -35,7 +35,6 @@ class ParamCache:
     Attributes:
         units: All units.
         step: Whether a step runs.
-        pool: Memory for host copies.
         order: In which a step uses them.
         resident: The parameters of resident units.
         keeps_buffer: See `Placement.keeps_buffer`.

@@ -16,7 +16,7 @@ from lightning_ssd.store.layout import UnitLayout
 
 
 class Placement(Protocol):
-    """Makes the device copy of a unit from its host copy, or from what is in memory."""
+    """Makes the device copy of a unit from its host copy, or from what is in memory. By default there are no copies."""
 
     keeps_buffer: bool
     """Whether the device copy views the host copy, which therefore stays as long as the unit is resident."""
@@ -35,30 +35,30 @@ class Placement(Protocol):
 
     def reuse(self, device_copy: DeviceCopy) -> bool:
         """Whether what was released is still there; if so it is in use as if it had just been placed."""
-        ...
+        return False
 
     def poll(self) -> None:
         """Let go of host memory whose copy is over."""
-        ...
+        return
 
     def wait_for_one(self) -> bool:
         """Let go of host memory after waiting for its copy; False if no copy is under way."""
-        ...
+        return False
 
     def try_lend(self, nbytes: int) -> bool:
         """Take device memory that parameters in use leave free; False if there is less."""
-        ...
+        return False
 
     def take_back(self, nbytes: int) -> None:
         """Undo `try_lend`."""
-        ...
+        return
 
     def close(self) -> None:
         """Let go of everything; every copy is over."""
-        ...
+        return
 
 
-class InPlace:
+class InPlace(Placement):
     """The device is the CPU: parameters view the buffer that the disk was read into."""
 
     keeps_buffer = True
@@ -77,27 +77,6 @@ class InPlace:
     def release(self, device_copy: DeviceCopy) -> None:
         """See `Placement.release`; a tensor that lived on would keep the buffer in use."""
         device_copy.tensors.clear()
-
-    def reuse(self, device_copy: DeviceCopy) -> bool:
-        """See `Placement.reuse`; the host copy has the values."""
-        return False
-
-    def poll(self) -> None:
-        """See `Placement.poll`; there are no copies."""
-
-    def wait_for_one(self) -> bool:
-        """See `Placement.wait_for_one`; there are no copies."""
-        return False
-
-    def try_lend(self, nbytes: int) -> bool:
-        """See `Placement.try_lend`; ``host_memory`` bounds everything."""
-        return False
-
-    def take_back(self, nbytes: int) -> None:
-        """See `Placement.take_back`."""
-
-    def close(self) -> None:
-        """See `Placement.close`."""
 
 
 def _tensors(layout: UnitLayout, buffer: Buffer) -> list[Tensor]:
