@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,9 @@ class Sparse(Model):
 
 
 def fit(module: LightningModule, num: int = 16, **options: Any) -> Trainer:
-    ours = {name: options.pop(name) for name in list(options) if name in ("host_memory", "overlap", "units")}
+    ours = {
+        name: options.pop(name) for name in list(options) if name in ("host_memory", "overlap", "units", "checkpoint")
+    }
     resume = options.pop("ckpt_path", None)
     trainer = Trainer(strategy=SSDOffloadStrategy(**ours), **QUIET | options)
     trainer.fit(module, DataLoader(torch.randn(num, 64), batch_size=4), ckpt_path=resume)
@@ -69,15 +73,22 @@ def resumed_with_less_data() -> None:
     fit(Model(), 12, max_steps=20, ckpt_path="seven.ckpt")
 
 
+def left_its_folder_behind() -> None:
+    fit(Model(), checkpoint="links").save_checkpoint("x.ckpt")
+    os.mkdir("away")
+    torch.load(shutil.copy("x.ckpt", "away"))
+
+
 CASES: dict[str, Callable[[], object]] = {
     "the budget is too small": lambda: fit(Model(), host_memory="1KiB"),
     "the budget is too large": lambda: fit(Model(), host_memory="900TiB"),
-    "a gradient is NaN": lambda: fit(NaN()),
+    "a gradient is NaN": lambda: fit(NaN(), overlap="off"),
     "an unknown word": lambda: fit(Model(), overlap="on"),
     "an unknown class": lambda: fit(Model(), units=["Blok"]),
     "two devices": lambda: fit(Model(), devices=2),
     "sparse gradients": lambda: fit(Sparse()),
     "other data": resumed_with_less_data,
+    "a file without its folder": left_its_folder_behind,
 }
 
 
