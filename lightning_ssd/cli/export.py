@@ -41,7 +41,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max-shard", type=_size, default="5GB", metavar="SIZE", help="bytes per safetensors file (default 5GB)"
     )
     parser.add_argument(
-        "--strip-prefix", default="", metavar="PREFIX", help="front of the names to remove, such as 'model.'"
+        "--strip-prefix",
+        metavar="PREFIX",
+        help="front of the names to remove, such as 'model.' (default: the attribute of the LightningModule that holds "
+        "all parameters, if there is one and a Trainer saved the checkpoint; '' removes nothing)",
     )
     parser.add_argument(
         "--config-from", type=path, metavar="FOLDER", help="copy configuration and tokenizer files from here"
@@ -62,9 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
     for file in report.files:
         line(file)
     error_line(f"exported {fmt(report.nbytes)} in {len(report.files)} file(s)")
+    if report.prefix:
+        error_line(f"names are those inside of {report.prefix.rstrip('.')!r}")
     if report.left_out:
         names = ", ".join(report.left_out[:8]) + (", ..." if len(report.left_out) > 8 else "")
-        error_line(f"left out, as they do not begin with {arguments.strip_prefix!r}: {names}")
+        error_line(f"left out, as they do not begin with {report.prefix!r}: {names}")
     return 0
 
 

@@ -6,6 +6,7 @@ with the model.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from lightning_ssd.checkpoint.dictionary import dictionary_of, own_entries, with
 from lightning_ssd.checkpoint.directory import check_replaceable, free_name, is_checkpoint, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.progress import byte_bar
-from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView
+from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, valued
 from lightning_ssd.checkpoint.writer import (
     Progress,
     StreamWriter,
@@ -34,7 +35,7 @@ from lightning_ssd.checkpoint.writer import (
     write_tensors,
 )
 from lightning_ssd.convert.export_staging import publish, staged_file, staged_folder
-from lightning_ssd.convert.shards import HF_INDEX, Shard, cut_shards, index_text, strip_prefix
+from lightning_ssd.convert.shards import HF_INDEX, Shard, attribute_of_all, cut_shards, index_text, pretrained_names
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import parse_nbytes, round_up
@@ -50,12 +51,14 @@ class ExportReport:
     Attributes:
         files: Paths of the written weight files.
         nbytes: Their bytes.
-        left_out: Names of tensors that are not among ``prefix_to_strip`` and were not exported.
+        left_out: Names of tensors that do not begin with ``prefix`` and were not exported.
+        prefix: What the names in a folder have no more.
     """
 
     files: tuple[str, ...]
     nbytes: int
     left_out: tuple[str, ...] = ()
+    prefix: str = ""
 
 
 def consolidate(
@@ -130,20 +133,23 @@ def to_safetensors(
     out_folder: str | os.PathLike[str],
     *,
     max_shard: int | str = "5GB",
-    prefix_to_strip: str = "",
+    prefix_to_strip: str | None = None,
     config_from: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write a folder that ``from_pretrained`` reads: one safetensors file, or shards and an index.
 
-    Tied tensors are written under each of their names, so the folder is right whatever the model's configuration says.
+    The names are those that ``save_pretrained`` writes: without the LightningModule's attribute, without what
+    torch.compile adds, and a tied tensor once, under its first name. If the configuration says
+    ``"tie_word_embeddings": false``, it is written under each of its names.
 
     Args:
         directory: The checkpoint.
         out_folder: Where; must not exist, or be empty.
         max_shard: Bytes per file; a larger tensor gets a file of its own.
         prefix_to_strip: Front of the names inside the LightningModule, such as ``"model."``; tensors without it are
-            left out and reported.
+            left out and reported. None: the attribute that holds all parameters, if there is one and a Trainer has
+            saved the checkpoint; what was imported from a Hugging Face folder has its names already.
         config_from: Folder whose other files (configuration, tokenizer) are copied along.
         progress: Called with bytes done and bytes in all.
 
@@ -154,11 +160,10 @@ def to_safetensors(
     with CheckpointReader(directory) as reader, os_errors(target), staged_folder(target) as folder:
         reader.verify_files(kinds=VALUE_KINDS)
         view = StateDictView(reader)
-        names, left_out = strip_prefix(view, prefix_to_strip)
-        if not names:
-            raise CheckpointError(
-                f"no tensor of {reader.directory!r} begins with {prefix_to_strip!r}; there is {next(iter(view), '')!r}"
-            )
+        prefix = _attribute(reader) if prefix_to_strip is None else prefix_to_strip
+        is_tied = config_from is None or _ties(os.fspath(config_from))
+        written = [name for name in view if not is_tied or view.stored_name(name) == name]
+        names, left_out = pretrained_names(written, prefix, reader.directory)
         sizes = {source: view.nbytes_of(source) for source in names.values()}
         shards = cut_shards(sizes, names, parse_nbytes(max_shard))
         total = sum(shard.nbytes for shard in shards)
@@ -172,7 +177,8 @@ def to_safetensors(
         folder.sync()
         publish(folder, target)
         sync_directory(os.path.dirname(target))
-    return ExportReport(tuple(os.path.join(target, shard.file) for shard in shards), total, left_out)
+    files = tuple(os.path.join(target, shard.file) for shard in shards)
+    return ExportReport(files, total, left_out, prefix)
 
 
 def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool | None) -> dict[str, Tensor]:
@@ -293,6 +299,28 @@ def _write_shard(
         write_tensors(writer, entries, tensor_of, {"format": "pt"})
         writer.finish()
     return done + shard.nbytes
+
+
+def _attribute(reader: CheckpointReader) -> str:
+    """The attribute of the LightningModule that holds all parameters, with a dot; empty if there is none."""
+    try:  # a Trainer saved it, or it was imported for one (``--like``)
+        is_of_a_trainer = bool(reader.manifest.optimizers) or "loops" in reader.state()
+    except CheckpointError:  # classes of the user's own are in the state
+        is_of_a_trainer = True
+    return attribute_of_all(valued(reader.manifest)) if is_of_a_trainer else ""
+
+
+def _ties(config_from: str) -> bool:
+    """Whether the model's configuration has ``from_pretrained`` tie what was tied."""
+    path = os.path.join(config_from, "config.json")
+    if not os.path.isfile(path):
+        return True
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except ValueError as error:
+        raise CheckpointError(f"{path!r} is no JSON: {error}") from error
+    return not isinstance(config, dict) or config.get("tie_word_embeddings") is not False
 
 
 def _copy_configuration(source: str, folder: Folder) -> None:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_ssd.errors import CheckpointError
+
 HF_INDEX = "model.safetensors.index.json"
 HF_SINGLE = "model.safetensors"
 
@@ -19,13 +21,41 @@ class Shard:
     nbytes: int
 
 
-def strip_prefix(names: Iterable[str], prefix: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Names without the prefix -> with it, and those that do not have it."""
-    every = tuple(names)
-    return (
-        {name[len(prefix) :]: name for name in every if name.startswith(prefix) and name != prefix},
-        tuple(name for name in every if not name.startswith(prefix) or name == prefix),
-    )
+_COMPILED = "_orig_mod."
+"""What `torch.compile` puts before the names of the module that it wraps."""
+
+
+def attribute_of_all(names: Iterable[str]) -> str:
+    """The front ``"NAME."`` of all ``names``: the one attribute of a LightningModule that holds them; else empty."""
+    fronts = {name.partition(".")[0] + "." for name in names}
+    front = fronts.pop() if len(fronts) == 1 else ""
+    return front if all(name.startswith(front) for name in names) else ""
+
+
+def pretrained_names(names: Sequence[str], prefix: str, where: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The names that ``save_pretrained`` writes -> those of the state dict, and the ones that have no ``prefix``.
+
+    Args:
+        names: Of the state dict.
+        prefix: What they begin with.
+        where: What messages call the state dict.
+
+    Raises:
+        CheckpointError: Two tensors get one name, or none begins with the prefix.
+    """
+    found: dict[str, str] = {}
+    left_out = []
+    for name in names:
+        if not name.startswith(prefix) or name == prefix:
+            left_out.append(name)
+            continue
+        plain = name[len(prefix) :].replace(_COMPILED, "")
+        if plain in found:
+            raise CheckpointError(f"{found[plain]!r} and {name!r} are both {plain!r} without {_COMPILED!r}")
+        found[plain] = name
+    if not found:
+        raise CheckpointError(f"no tensor of {where!r} begins with {prefix!r}; there is {next(iter(names), '')!r}")
+    return found, tuple(left_out)
 
 
 def cut_shards(sizes: Mapping[str, int], names: Mapping[str, str], max_nbytes: int) -> list[Shard]:

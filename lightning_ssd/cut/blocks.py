@@ -27,6 +27,10 @@ _MIN_ATTRIBUTES = 3
 """Alike attributes from which a module is a stage."""
 
 
+_MIN_LAYERS = 4
+"""Alike modules without parts in a list from which a module is a stage: a deep MLP, one of several."""
+
+
 class _Held(Enum):
     """How a module holds some of its children."""
 
@@ -72,23 +76,28 @@ class _Search:
         """Whether ``module`` consists mostly of blocks that are smaller, embeddings apart."""
         if module not in self._stages:
             total = numel_of([module]) - numel_of(m for m in module.modules() if isinstance(m, nn.Embedding))
-            is_large = has_parts(module) and total >= self._min_numel
-            parts = (
-                self._repeated_in(module, {m for experts in experts_in(module) for m in experts}) if is_large else ()
-            )
+            parts: Iterable[nn.Module] = ()
+            if has_parts(module) and total >= self._min_numel:
+                experts = {inner for run in experts_in(module) for expert in run for inner in expert.modules()}
+                parts = self._repeated_in(module, experts)
             self._stages[module] = 2 * numel_of(parts) > total
         return self._stages[module]
 
     def _repeated_in(self, module: nn.Module, experts: set[nn.Module]) -> Iterator[nn.Module]:
-        """Alike modules inside ``module`` with several matrices each: one and a norm are a layer of a block."""
+        """Alike modules inside ``module`` that are blocks if it is a stage."""
         for children, held in _siblings(module):
             num_alike = Counter(map(_form, children))
-            enough = _MIN_ATTRIBUTES if held is _Held.ATTRIBUTES else 2
             for child in (child for child in children if child not in experts):
-                if num_alike[_form(child)] >= enough and has_parts(child) and _num_matrices(child) > 1:
+                if self._is_part(child, num_alike[_form(child)], held):
                     yield child
                 else:
                     yield from self._repeated_in(child, experts)
+
+    def _is_part(self, module: nn.Module, num_alike: int, held: _Held) -> bool:
+        if has_parts(module):  # one matrix and a norm are a layer of a block
+            return num_alike >= (_MIN_ATTRIBUTES if held is _Held.ATTRIBUTES else 2) and _num_matrices(module) > 1
+        is_large = numel_of([module]) >= self._min_numel
+        return held is not _Held.ATTRIBUTES and num_alike >= _MIN_LAYERS and is_large and _num_matrices(module) > 0
 
 
 def is_list(module: nn.Module) -> bool:

@@ -167,14 +167,74 @@ def test_transformers_loads_an_exported_folder(tmp_store: Path) -> None:
         assert {t.dtype for n, t in content["state_dict"].items() if n in wrapped} == {dtype}
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bert", "bart", "albert", "opt"])
+def test_names_are_those_of_save_pretrained(tmp_store: Path, kind: str) -> None:
+    """With the LightningModule's attribute and torch.compile's in them; read by `AutoModel` as what was saved."""
+    transformers = pytest.importorskip("transformers")
+    small: dict[str, Any] = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, dict[str, Any]] = {
+        "gpt2": {"vocab_size": 40, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2},
+        "llama": small | {"intermediate_size": 12, "num_key_value_heads": 2},
+        "t5": {"vocab_size": 40, "d_model": 8, "d_ff": 12, "d_kv": 4, "num_layers": 2, "num_heads": 2},
+        "bert": small | {"intermediate_size": 12, "max_position_embeddings": 16},
+        "albert": small | {"intermediate_size": 12, "max_position_embeddings": 16, "embedding_size": 8},
+        "opt": small | {"ffn_dim": 12, "max_position_embeddings": 16, "word_embed_proj_dim": 8},
+        "bart": {
+            "vocab_size": 40, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 12,
+            "decoder_ffn_dim": 12, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+            "max_position_embeddings": 16,
+        },
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **sizes[kind], pad_token_id=0)
+    auto = transformers.AutoModelForMaskedLM if kind in ("bert", "albert") else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForSeq2SeqLM if kind in ("t5", "bart") else auto
+    model = auto.from_config(config)
+    model.save_pretrained(tmp_store / "saved")
+    front = "net._orig_mod."
+    tensors = {f"{front}{n}": t for n, t in model.state_dict(keep_vars=True).items()}
+    first: dict[torch.Tensor, str] = {}
+    aliases = {n: first[t] for n, t in tensors.items() if first.setdefault(t, n) != n}
+    params = {n: t.detach() for n, t in tensors.items() if isinstance(t, nn.Parameter) and n not in aliases}
+    buffers = {n: t for n, t in tensors.items() if not isinstance(t, nn.Parameter)}
+    unit = write_generation(tmp_store / "u", params, unit="all", kind="param")
+    content = CheckpointContent(
+        [unit], {"metric.count": torch.ones(1)} | buffers, {"loops": {}}, [], step=1, aliases=aliases
+    )
+    write_checkpoint(tmp_store / "c", content)
+    report = to_safetensors(tmp_store / "c", tmp_store / "hf", config_from=tmp_store / "saved")
+    assert (report.prefix, report.left_out) == ("net.", ("metric.count",))
+    with safe_open(report.files[0], "pt") as ours, safe_open(tmp_store / "saved" / "model.safetensors", "pt") as theirs:
+        assert set(ours.keys()) == set(theirs.keys())
+        assert all(torch.equal(ours.get_tensor(n), theirs.get_tensor(n)) for n in theirs.keys())  # noqa: SIM118
+    loaded, info = auto.from_pretrained(tmp_store / "hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_tied_tensor_has_all_its_names_where_the_configuration_unties_it(tmp_store: Path) -> None:
+    unit = write_generation(tmp_store / "u", {"net.a._orig_mod.w": torch.ones(2)}, unit="all", kind="param")
+    content = CheckpointContent([unit], {}, {"loops": {}}, [], step=1, aliases={"net.b.w": "net.a._orig_mod.w"})
+    write_checkpoint(tmp_store / "c", content)
+    (tmp_store / "config").mkdir()
+    for tied, expected in (("true", {"a.w"}), ("false", {"a.w", "b.w"}), ("Infinity", {"a.w"})):
+        (tmp_store / "config" / "config.json").write_text(f'{{"tie_word_embeddings": {tied}}}')
+        report = to_safetensors(tmp_store / "c", tmp_store / tied, config_from=tmp_store / "config")
+        with safe_open(report.files[0], "pt") as file:
+            assert set(file.keys()) == expected
+    (tmp_store / "config" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json' is no JSON"):
+        to_safetensors(tmp_store / "c", tmp_store / "x", config_from=tmp_store / "config")
+
+
 def test_one_file_if_it_fits(training: Training, tmp_store: Path) -> None:
     training.save(tmp_store / "c")
     report = to_safetensors(tmp_store / "c", tmp_store / "hf")
     assert [os.path.basename(path) for path in report.files] == ["model.safetensors"]
     with safe_open(report.files[0], "pt") as file:
         assert file.metadata() == {"format": "pt"}
-        assert set(file.keys()) == {"a.weight", "a.none", "b.scale", "b.bias", "head.weight", "buffer"}
-        assert torch.equal(file.get_tensor("head.weight"), training.tensors("a", "master", 1)["a.weight"])
+        assert set(file.keys()) == {"a.weight", "a.none", "b.scale", "b.bias", "buffer"}  # head.weight is tied
+        assert torch.equal(file.get_tensor("a.weight"), training.tensors("a", "master", 1)["a.weight"])
     with pytest.raises(CheckpointError, match="no tensor"):
         to_safetensors(tmp_store / "c", tmp_store / "other", prefix_to_strip="nothing.")
     with pytest.raises(CheckpointError, match=r"exists|not replaced"):

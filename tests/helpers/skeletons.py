@@ -230,6 +230,58 @@ class FusedMixture(Mixture):
     fused = True
 
 
+class StudentAndTeacher(Skeleton):
+    """Two deep MLPs of one class, of which one is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = DeepMLP(), DeepMLP()
+        self.teacher.requires_grad_(False)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.student(x) - self.teacher(x)
+
+
+class DeepMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(WIDTH, WIDTH), nn.Tanh())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Dense(nn.ModuleDict):
+    """A list with a forward of its own, as DenseNet has: a stage."""
+
+    def __init__(self) -> None:
+        super().__init__({f"layer{i}": Block() for i in range(3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.values():
+            x = layer(x)
+        return x
+
+
+class DenseStages(Skeleton):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(Dense(), nn.Linear(WIDTH, WIDTH), Dense())
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+
+class SequentialExperts(Mixture):
+    """Experts without a class of their own, chosen by a bare matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers:
+            experts = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(7))
+            layer.experts = nn.ModuleList(experts)
+
+
 class Functional(Skeleton):
     """Blocks whose parameters another module uses, and lists of parameters that no module runs."""
 
@@ -248,4 +300,5 @@ class Functional(Skeleton):
 
 SKELETONS: list[type[nn.Module]] = [
     Stages, InDict, Attributes, ListOfModels, OneOfAKind, SharedBlock, SharedPart, Mixture, FusedMixture, Functional,
+    StudentAndTeacher, DenseStages, SequentialExperts,
 ]  # fmt: skip

@@ -140,6 +140,10 @@ CUTS: dict[type[nn.Module], str] = {
     skeletons.Mixture: "tok head layers.{0-1} layers.{0-1}.experts.{0-6}",
     skeletons.FusedMixture: "tok head layers.{0-1} layers.{0-1}.experts",
     skeletons.Functional: "tok head blocks.{0-2} extra",
+    skeletons.StudentAndTeacher: "tok head student.layers.0 student.layers.2 student.layers.4 "
+    "student.layers.6 teacher.layers.0+frozen teacher.layers.2+frozen teacher.layers.4+frozen teacher.layers.6+frozen",
+    skeletons.DenseStages: "tok head features.0.layer{0-2} features.1 features.2.layer{0-2}",
+    skeletons.SequentialExperts: "tok head layers.{0-1} layers.{0-1}.experts.{0-6}",
 }
 
 
@@ -160,7 +164,7 @@ def test_the_cut_finds_the_blocks(skeleton: type[nn.Module], expected: str) -> N
     assert names(specs) == names(partition(skeleton(), min_numel=0))  # whatever the values
     blocks = [spec for spec in specs if spec.block is not None]
     assert len({spec.block for spec in blocks}) == len({spec.block for spec in specs} - {None}) > 0
-    assert {type(spec.block).__name__ for spec in blocks} <= {"Block", "MixtureBlock", "WithPart"}
+    assert {type(spec.block).__name__ for spec in blocks} <= {"Block", "MixtureBlock", "WithPart", "Linear"}
 
 
 def test_experts_are_fetched_inside_of_their_block() -> None:
