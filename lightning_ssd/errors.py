@@ -45,6 +45,16 @@ class MissingCheckpointError(CheckpointError, FileNotFoundError):
     """There is no checkpoint of that name."""
 
 
+class OptimizerStateError(CheckpointError, ValueError, KeyError):
+    """The optimizer state of a checkpoint does not fit the optimizer.
+
+    Torch raises a ValueError for groups that do not fit, and a KeyError for a value that is not there.
+    """
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError shows quotes around it
+
+
 class TraceError(SSDOffloadError):
     """A trace cannot be written, or what was given as one cannot be read."""
 

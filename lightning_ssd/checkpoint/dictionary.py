@@ -72,7 +72,9 @@ def dictionary_of(reader: Contents, tensors: Mapping[str, Tensor], weights_only:
     content = reader.state(weights_only)
     join_state_dict(content, tensors)
     whole = content.pop(WHOLE_STATES, {})
-    if "optimizer_states" not in content and (reader.manifest.optimizers or "lr_schedulers" in content):
+    # Older checkpoints, which have no id, do not say whether a hook has deleted an empty list.
+    is_old = not reader.manifest.id and "lr_schedulers" in content
+    if "optimizer_states" not in content and (reader.manifest.optimizers or is_old):
         states = optimizer_states(reader, weights_only)
         content["optimizer_states"] = [whole.get(index, state) for index, state in enumerate(states)]
     return content

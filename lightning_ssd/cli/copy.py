@@ -16,8 +16,8 @@ HELP = "Copy a checkpoint and compare every byte with its checksums; resumes an 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("checkpoint", type=path, help="checkpoint directory")
-    parser.add_argument("target", type=path, help="the copy's directory; must not exist")
+    parser.add_argument("checkpoint", type=path, help="a checkpoint with links")
+    parser.add_argument("target", type=path, help="the copy's name; must not exist")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ _FILE_SUFFIXES = (".ckpt", ".pt", ".pth")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("checkpoint", type=path, help="checkpoint directory")
+    parser.add_argument("checkpoint", type=path, help="a checkpoint with links")
     parser.add_argument("output", type=path, help="a file that ends in .ckpt, .pt or .pth; anything else is a folder")
     parser.add_argument(
         "--format",

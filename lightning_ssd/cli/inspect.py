@@ -16,7 +16,7 @@ HELP = "Show what a checkpoint holds: step, units, kinds, parameters, sizes."
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("checkpoint", type=path, help="checkpoint directory")
+    parser.add_argument("checkpoint", type=path, help="a checkpoint with links")
     parser.add_argument("--parameters", action="store_true", help="list every parameter as well")
 
 

@@ -16,7 +16,7 @@ HELP = "Read every byte of a checkpoint and compare it with its checksums; exit 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("checkpoint", type=path, help="checkpoint directory")
+    parser.add_argument("checkpoint", type=path, help="a checkpoint with links")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ The directory takes the target's name after every byte has been read back and co
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
+from lightning_ssd.checkpoint.directory import sync_directory
 from lightning_ssd.checkpoint.discard import UNIT_FILE
+from lightning_ssd.checkpoint.link_file import LINKS, folder_id, mark_of
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import MANIFEST, UNITS, FileRecord
 from lightning_ssd.checkpoint.manifest_json import decode_manifest
-from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress
-from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.checkpoint.writer import FLUSH_NBYTES, Progress, StreamWriter
+from lightning_ssd.convert.export_staging import staged_file
+from lightning_ssd.errors import CheckpointError, CorruptionError, naming
 from lightning_ssd.io.folder import Folder, close_fd, closing_fd
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.mapped_safetensors import read_exactly
@@ -46,9 +50,11 @@ def copy_checkpoint(
 ) -> CopyReport:
     """Copy a checkpoint through a buffer of 1 MiB. After an interruption, the same call resumes the copy.
 
+    Of a file of links, its folder is copied and compared, and then the file: see [Note: links].
+
     Args:
         source: The checkpoint.
-        target: The copy's directory; must not exist.
+        target: The copy's file or directory; must not exist.
         progress: Called with bytes done and bytes in all: each byte counts when it is copied and when it is read back.
 
     Raises:
@@ -57,7 +63,32 @@ def copy_checkpoint(
     """
     to = os.path.abspath(os.fspath(target))
     if os.path.lexists(to):
-        raise CheckpointError(f"{to!r} exists; name a directory that does not")
+        raise CheckpointError(f"{to!r} exists; choose a name that does not")
+    mark = mark_of(os.fspath(source))
+    if mark is None:
+        return _copy_directory(source, to, progress)
+    done = CopyReport(0, 0)
+    if not _has_links(to + LINKS, mark.id):  # else they were copied, and the process died before it copied the file
+        done = _copy_directory(source, to + LINKS, progress)
+    with open(os.fspath(source), "rb") as file, staged_file(to) as (fd, take_name), naming(to):
+        writer = StreamWriter(fd)
+        shutil.copyfileobj(file, writer)
+        writer.finish()
+        take_name()
+    sync_directory(os.path.dirname(to))
+    return CopyReport(done.nbytes_copied + writer.nbytes, done.nbytes_reused)
+
+
+def _has_links(path: str, checkpoint_id: str) -> bool:
+    if not os.path.isdir(path):
+        return False
+    with Folder.open(path) as folder:
+        return folder_id(folder) == checkpoint_id
+
+
+def _copy_directory(source: str | os.PathLike[str], to: str, progress: Progress | None) -> CopyReport:
+    if os.path.lexists(to):
+        raise CheckpointError(f"{to!r} exists; choose a name that does not")
     try:
         with CheckpointReader(source) as reader, ExitStack() as stack:
             text = _manifest_of(reader)

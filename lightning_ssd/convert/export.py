@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_ssd.checkpoint.dictionary import dictionary_of, own_entries, without_empty_loader_states
-from lightning_ssd.checkpoint.directory import check_replaceable, free_name, is_checkpoint, sync_directory
+from lightning_ssd.checkpoint.dictionary import dictionary_of, without_empty_loader_states
+from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, valued
 from lightning_ssd.checkpoint.writer import (
     Progress,
@@ -67,7 +65,6 @@ def consolidate(
     *,
     overwrite: bool = False,
     weights_only: bool | None = None,
-    is_resumable: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write a single file that ``LightningModule.load_from_checkpoint`` and ``Trainer.fit(ckpt_path=...)`` read.
@@ -77,7 +74,6 @@ def consolidate(
         out_file: Where.
         overwrite: Replace an existing file.
         weights_only: False if the state holds classes of your own; see `CheckpointReader.state`.
-        is_resumable: With entries of our own, which other strategies pass over: a run of ours resumes to the bit.
         progress: Called with bytes done and bytes in all.
 
     Raises:
@@ -91,41 +87,13 @@ def consolidate(
         os.makedirs(os.path.dirname(target), exist_ok=True)
         spill = Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
         content = dictionary_of(reader, mapped_state_dict(reader, spill, weights_only), weights_only)
-        content = without_empty_loader_states(content)
-        if is_resumable:
-            content |= own_entries(reader)
         with staged_file(target) as (fd, take_name):
-            writer = _Writer(fd, ReadPages(reader, spill, progress))
-            write_pickle(writer, content, is_result=True)
+            writer = Writer(fd, ReadPages(reader, spill, progress))
+            write_pickle(writer, without_empty_loader_states(content), is_result=True)
             writer.finish()
             take_name()
         sync_directory(os.path.dirname(target))
     return ExportReport((target,), writer.nbytes)
-
-
-def save_file(directory: str, path: str) -> None:
-    """Write a checkpoint of a run as one file in the form of plain Lightning, from which our runs resume to the bit.
-
-    Args:
-        directory: The checkpoint.
-        path: Of the file. A file of that name is replaced, a checkpoint directory is renamed to ``NAME.replaced``.
-
-    Raises:
-        CheckpointError: If it could not be saved; what had the name is then untouched.
-        CorruptionError: A byte of the checkpoint differs from what was written to it.
-    """
-    aside = free_name(f"{path}.replaced") if is_checkpoint(path) and not os.path.islink(path) else None
-    if aside is not None:
-        os.rename(path, aside)
-    try:
-        with byte_bar(f"saving {os.path.basename(path)!r}") as bar:
-            consolidate(directory, path, overwrite=True, weights_only=False, is_resumable=True, progress=bar)
-    except BaseException:
-        if aside is not None:
-            os.rename(aside, path)
-        raise
-    if aside is not None:
-        warnings.warn(f"a checkpoint directory had the checkpoint's name and is now {aside!r}", stacklevel=2)
 
 
 def to_safetensors(
@@ -268,7 +236,7 @@ class ReadPages:
             self._progress(min(written_nbytes, total), total)
 
 
-class _Writer(StreamWriter):
+class Writer(StreamWriter):
     """Drops pages that were read together with those that were written."""
 
     def __init__(self, fd: int, pages: ReadPages) -> None:
@@ -276,6 +244,7 @@ class _Writer(StreamWriter):
         self._pages = pages
 
     def drop(self) -> None:
+        """Drop both."""
         super().drop()
         self._pages.drop(self.nbytes)
 

@@ -47,6 +47,15 @@ def _take_name(parent: Folder, own: str, name: str, fd: int) -> None:
     os.replace(own, name, src_dir_fd=parent.fd, dst_dir_fd=parent.fd)
 
 
+def remove_unfinished(parent: Folder, name: str) -> None:
+    """Remove the unfinished files of this name that dead processes have left."""
+    pattern = re.compile(re.escape(f".{name}.export-") + r"\d+-[0-9a-f]{8,}")
+    for stale in filter(pattern.fullmatch, parent.names()):
+        with suppress(FileNotFoundError), Folder(parent.open_file(stale, os.O_RDONLY), stale) as found:
+            if stat.S_ISREG(os.fstat(found.fd).st_mode) and is_unfinished_export(found) and found.try_lock():
+                parent.unlink(stale)
+
+
 @contextmanager
 def staged_folder(target: str) -> Iterator[Folder]:
     """A new locked folder; removed on leaving unless `publish` has renamed it."""

@@ -19,7 +19,7 @@ from typing import Any
 from lightning_ssd.checkpoint.contents import CheckpointContent
 from lightning_ssd.checkpoint.dictionary import STATE_DICT_EXTRA
 from lightning_ssd.checkpoint.directory import is_checkpoint
-from lightning_ssd.checkpoint.link_file import mark_of
+from lightning_ssd.checkpoint.link_file import LINKS, mark_of
 from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX, VALUE_KINDS
 from lightning_ssd.checkpoint.unit_file import ComposedFile
 from lightning_ssd.checkpoint.writer import Progress
@@ -102,7 +102,7 @@ def import_checkpoint(
     Args:
         source: A Hugging Face folder, a ``.safetensors`` file, a plain ``.ckpt`` or other torch file, a folder of
             ``torch.distributed.checkpoint``, a DeepSpeed universal checkpoint, or a checkpoint of ours.
-        target: The new checkpoint's directory; must not exist, or be empty.
+        target: The new checkpoint, a small file with its links beside it; must not exist.
         options: How to import; the defaults of `ImportOptions` if None.
         progress: Called with bytes done and bytes in all.
 
@@ -111,8 +111,9 @@ def import_checkpoint(
     """
     options = options or ImportOptions()
     to = os.path.abspath(os.fspath(target))
-    if os.path.lexists(to) and not (os.path.isdir(to) and not os.listdir(to)):
-        raise CheckpointError(f"{to!r} exists; name a directory that does not exist or is empty")
+    for path in (to, to + LINKS):
+        if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
+            raise CheckpointError(f"{path!r} exists; choose a name that does not exist")
     with ExitStack() as stack:
         found = stack.enter_context(open_source(source, trust=options.trust))
         like = None if options.like is None else stack.enter_context(open_checkpoint(options.like))
@@ -134,7 +135,7 @@ def import_checkpoint(
         buffers |= {f"{OPTIMIZER_PREFIX}{index}.{name}.{key}": value for index, name, key, value in extra}
         dtypes, aliases = plan.dtypes(files), plan.aliases
         content = CheckpointContent(files, buffers, state, records, report.step, dtypes, aliases)
-        done = write_checkpoint(to, content, progress=progress)
+        done = write_checkpoint(to, content, with_file=True, progress=progress)
     report.nbytes_linked, report.nbytes_written = done.nbytes_linked, done.nbytes_written
     return report
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ssd.errors import CheckpointError, listed
+from lightning_ssd.errors import CheckpointError, OptimizerStateError, listed
 
 Shape = tuple[int, ...]
 
@@ -77,11 +77,11 @@ def in_order_of(
         The content, numbers in the order of ``shapes``; and sentences about what was not where it had been.
 
     Raises:
-        CheckpointError: If there are more or fewer groups, or parameters without state that was saved for them, or the
-            other way round.
+        OptimizerStateError: If there are more or fewer groups, or parameters without state that was saved for them, or
+            the other way round.
     """
     if len(saved) != len(shapes):
-        raise CheckpointError(
+        raise OptimizerStateError(
             f"{where}: the checkpoint has {len(saved)} parameter group(s), configure_optimizers made {len(shapes)}; it "
             "must make as many as when the checkpoint was saved, or import it with lightning-ssd import --like"
         )
@@ -115,7 +115,7 @@ def _take_places(
     pairs = list(zip(gone, new, strict=False))
     fit = all(_fits(state.get(number_of[old]), shapes[name]) for old, name in pairs)
     if len(new) != len(gone) or not fit:
-        raise CheckpointError(
+        raise OptimizerStateError(
             f"{where}: parameters {listed(new)} of the model are not in the checkpoint, and {listed(gone)} of the "
             "checkpoint are not in the model or not in this optimizer; bring it to the model with lightning-ssd import "
             "--map (renamed) or --like ... --partial (added, left out)"

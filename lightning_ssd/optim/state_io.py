@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.errors import CheckpointError, ConfigurationError, StoreError
+from lightning_ssd.errors import CheckpointError, ConfigurationError, OptimizerStateError, StoreError
 from lightning_ssd.optim.rules import Rule, is_full
 from lightning_ssd.optim.state_view import StateView
 from lightning_ssd.store.dtypes import dtype_of
@@ -131,7 +131,7 @@ class OptimizerState(ABC):
         """As `torch.optim.Optimizer.load_state_dict`; tensors are streamed into the store unit by unit.
 
         Raises:
-            CheckpointError: If the state does not fit the optimizer.
+            OptimizerStateError: If the state does not fit the optimizer.
         """
         self.drain()
         state_dict = dict(state_dict)
@@ -142,7 +142,7 @@ class OptimizerState(ABC):
         groups = self.optimizer.param_groups
         sizes, saved_sizes = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
         if sizes != saved_sizes:
-            raise CheckpointError(
+            raise OptimizerStateError(
                 f"the optimizer state is for groups of {saved_sizes} parameters, {type(self.optimizer).__name__} has "
                 f"groups of {sizes}; configure_optimizers must be as it was when the checkpoint was saved"
             )
@@ -180,8 +180,8 @@ class OptimizerState(ABC):
                     raise self._is_of_another_class(key)
         return {param: optimizer.state[param] for param in loaded}
 
-    def _is_of_another_class(self, key: object) -> CheckpointError:
-        return CheckpointError(
+    def _is_of_another_class(self, key: object) -> OptimizerStateError:
+        return OptimizerStateError(
             f"the optimizer state is of another class than {type(self.optimizer).__name__}, or of another version of "
             f"it: it has no {key!r}. Let configure_optimizers make what the checkpoint was saved with, or begin with "
             "the weights alone (save_weights_only, or lightning-ssd import --weights-only)"

@@ -113,7 +113,9 @@ class Saver:
 def _without_linked_states(checkpoint: Mapping[str, Any], optimizers: Sequence[OptimizerAdapter]) -> dict[str, Any]:
     """A copy of ``checkpoint`` with only those optimizer states that are not in the store."""
     small = dict(checkpoint)
-    states = small.pop("optimizer_states", None) or ()
+    if not checkpoint.get("optimizer_states"):  # what is deleted, or empty, stays so
+        return small
+    states = small.pop("optimizer_states")
     for number, (state, adopted) in enumerate(zip(states, optimizers, strict=False)):
         if isinstance(adopted, WholeOptimizer):
             small.setdefault(WHOLE_STATES, {})[number] = state

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_ssd.checkpoint.dictionary import open_dictionary, without_empty_loader_states
 from lightning_ssd.checkpoint.directory import remove, sibling
-from lightning_ssd.convert.export import save_file
+from lightning_ssd.convert.save_file import save_file
 from lightning_ssd.io.deadline import within
 from lightning_ssd.strategy.session import Session
 

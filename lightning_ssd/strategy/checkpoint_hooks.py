@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_ssd.checkpoint.dictionary import MASTERS, NAMES, open_dictionary, with_masters
 from lightning_ssd.convert.param_names import in_order_of
-from lightning_ssd.errors import CheckpointError, MissingCheckpointError, listed
+from lightning_ssd.errors import MissingCheckpointError, listed
 from lightning_ssd.optim.dumped import Dumped, are_unchanged
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
@@ -138,12 +138,13 @@ class CheckpointMixin(StrategyBase):
             return
         states = checkpoint["optimizer_states"]
         if len(states) != len(self.optimizers):
-            raise CheckpointError(
+            warnings.warn(
                 f"the checkpoint has the state of {len(states)} optimizer(s), configure_optimizers made "
-                f"{len(self.optimizers)}; it must be as it was when the checkpoint was saved"
+                f"{len(self.optimizers)}: as in plain Lightning the first ones are paired, and others begin anew",
+                stacklevel=2,
             )
         names = self._own_entries.get(NAMES, [])
-        for number, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True)):
+        for number, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=False)):
             saved = names[number] if len(names) == len(states) else []
             optimizer.load_state_dict(self._by_name(optimizer, state, saved))
         # Float32 values of the checkpoint are the masters of a run whose parameters are 16-bit.

@@ -102,7 +102,7 @@ def prepare_checkpoints(session: Session, trainer: Any) -> list[str]:
     for folder, share in shares.items():
         if share == 0 and is_linked:
             _warn_of_copies(folder, stores, max(c.each_nbytes for c in costs if c.callback.folder == folder))
-    return [_line(session, cost) for cost in costs]
+    return [_form_line(session), *(_line(session, cost) for cost in costs)]
 
 
 def find_saving_callbacks(trainer: Any) -> list[SavingCallback]:
@@ -212,6 +212,12 @@ def _warn_of_copies(folder: str, stores: Sequence[str], nbytes: int) -> None:
         "on one file system, and copy what you want elsewhere with `lightning-ssd copy`",
         stacklevel=2,
     )
+
+
+def _form_line(session: Session) -> str:
+    how = "one file" if session.sizing.saves_files else "a small file and a folder of hard links"
+    size = fmt(session.sizing.checkpoint_nbytes(with_state=True)[0])
+    return f"  a checkpoint is {how} (checkpoint={session.settings.checkpoint!r}, {size} of parameters and state)"
 
 
 def _line(session: Session, cost: CheckpointCost) -> str:

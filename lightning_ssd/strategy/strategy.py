@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, cast
 
@@ -22,6 +22,7 @@ from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.optim.whole import WholeOptimizer
+from lightning_ssd.saving.uploads import form_for_loggers
 from lightning_ssd.step.moving import move_all_but_params
 from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy import guards
@@ -199,6 +200,8 @@ class StrategyMixin(CheckpointMixin):
         """Write the model to the store, adopt the optimizers, plan the memory, install the hooks."""
         module = self._pl_module
         guards.require_no_compile(module)
+        settings = self.session.settings
+        self.session.settings = replace(settings, checkpoint=form_for_loggers(trainer, settings.checkpoint))
         guards.require_set(self.accelerator, "accelerator").setup(trainer)
         self.model = self.precision_plugin.convert_module(module)
         self._handover.before_placing()

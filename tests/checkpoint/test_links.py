@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ import torch
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.link_file import folder_id, mark_of
 from lightning_ssd.checkpoint.load import CheckpointReader
+from lightning_ssd.cli.main import main
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.saving import link_staging
@@ -408,3 +410,70 @@ def test_the_folder_is_a_checkpoint_by_itself(saved: Path, training: Training) -
     assert_whole(links(saved), training, 1)
     saved.unlink()
     assert_whole(links(saved), training, 1)
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_commands_take_the_file_or_its_folder(saved: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    for path in (saved, links(saved)):
+        assert main([command, str(path)]) == 0
+        assert "exp_avg" in capsys.readouterr().out or command == "verify"
+
+
+def test_it_is_copied_with_its_links(saved: Path, training: Training, tmp_path: Path) -> None:
+    target = tmp_path / "elsewhere" / "y.ckpt"
+    assert main(["copy", str(saved), str(target)]) == 0
+    remove_checkpoint(saved)
+    assert_loads(target, training, 1)
+    assert_whole(target, training, 1)
+    assert sorted(p.name for p in target.parent.iterdir()) == ["y.ckpt", "y.ckpt.links"]
+    assert main(["copy", str(target), str(target)]) == 1
+    target.rename(tmp_path / "aside.ckpt")  # as if the copy had been killed before the file
+    links(target).rename(tmp_path / "y.links")
+    shutil.copytree(tmp_path / "y.links", links(target))
+    assert main(["copy", str(tmp_path / "aside.ckpt"), str(target)]) == 0
+    assert_loads(target, training, 1)
+
+
+def test_it_is_exported_and_imported(saved: Path, training: Training, tmp_path: Path) -> None:
+    assert main(["export", str(saved), str(tmp_path / "plain.ckpt")]) == 0
+    shutil.rmtree(links(saved))
+    assert_loads(tmp_path / "plain.ckpt", training, 1, mmap=True)
+    plain = torch.load(tmp_path / "plain.ckpt")["state_dict"]
+    torch.save(plain, tmp_path / "weights.pt")
+    for source, target in (("weights.pt", "again.ckpt"), ("again.ckpt", "third.ckpt")):
+        assert main(["import", str(tmp_path / source), str(tmp_path / target)]) == 0
+        found = torch.load(tmp_path / target)["state_dict"]
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[name], value) for name, value in plain.items())
+
+
+def test_clean_removes_what_no_file_needs(
+    saved: Path, training: Training, tmp_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed, moved = saved.with_name("killed.ckpt"), saved.with_name("moved.ckpt")
+    for path in (killed, moved):
+        training.save(path, with_file=True)
+    killed.rename(links(killed) / "link.ckpt")  # before the file took its name, or after its removal began
+    moved.rename(tmp_store / "moved.ckpt")
+    replaced = saved.with_name("replaced.ckpt")
+    training.save(replaced, with_file=True)
+    shutil.copytree(links(replaced), tmp_store / "old")
+    training.advance()
+    training.save(replaced, with_file=True)
+    links(replaced).rename(saved.with_name("replaced.ckpt.links.new"))  # killed before the folder took its name
+    (tmp_store / "old").rename(links(replaced))
+    capsys.readouterr()
+    assert main(["clean", str(tmp_store), "--yes", "--json"]) == 0
+    found = {Path(each["path"]).name: each for each in json.loads(capsys.readouterr().out)}
+    assert {name: each["removed"] for name, each in found.items()} == {
+        "killed.ckpt.links": True,
+        "moved.ckpt.links": False,
+        "replaced.ckpt.links": True,
+    }
+    assert not links(killed).exists()
+    assert "moved away may need it" in found["moved.ckpt.links"]["kept_because"]
+    assert_loads(saved, training, 1)
+    assert_loads(replaced, training, 2)

@@ -91,7 +91,7 @@ def test_a_killed_copy_goes_on_where_it_was(checkpoint: Path, training: Training
         found = find_stale(str(unfinished))
         assert found is not None
         assert found.what == "unfinished copy"
-        assert not found.is_needed
+        assert not found.kept_because
         report = copy_checkpoint(checkpoint, elsewhere / "d")
         assert report.nbytes_copied + report.nbytes_reused == nbytes
         kept.append(report.nbytes_reused)

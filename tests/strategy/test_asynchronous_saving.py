@@ -77,7 +77,7 @@ def test_what_is_read_while_training_goes_on_is_the_checkpoint(tmp_path: Path) -
     weights = Weights(logger)
     saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=2, save_top_k=-1)
     options: dict[str, Any] = {"logger": logger, "callbacks": [weights, saver], "enable_checkpointing": True}
-    trainer = make_trainer(tmp_path, streamed(), max_steps=6, **options)
+    trainer = make_trainer(tmp_path, streamed(checkpoint="links"), max_steps=6, **options)
     trainer.fit(Module(GPT()), DataLoader(Tokens(40), batch_size=4))
     logger.threads[0].join()
     with CheckpointReader(tmp_path / "uploaded") as reader:

@@ -12,12 +12,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.cli.main import main
-from lightning_ssd.errors import CheckpointError, CorruptionError
+from lightning_ssd.errors import CheckpointError, ConfigurationError, CorruptionError
 from lightning_ssd.strategy import sizing
 from lightning_ssd.strategy.session import Session
 from tests.helpers.models import GPT
@@ -199,3 +200,76 @@ def test_it_is_what_the_start_up_lines_say(tmp_path: Path, caplog: pytest.LogCap
     caplog.set_level("INFO")
     saved_at(tmp_path, 1, streamed(checkpoint="file"))
     assert "of one file each" in caplog.text
+    assert "a checkpoint is one file (checkpoint='file'," in caplog.text
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_its_mode_is_that_of_other_files(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        path, _ = saved_at(tmp_path, 1, streamed(checkpoint="file"))
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    left, foreign = (
+        tmp_path / ".saved.ckpt.export-1-0123456789abcdef",
+        tmp_path / ".saved.ckpt.export-1-fedcba9876543210",
+    )
+    left.touch(0o600)
+    left.write_bytes(b"PK\x03\x04 half a file")
+    foreign.write_bytes(b"somebody's notes")
+    saved_at(tmp_path, 1, streamed(checkpoint="file"))
+    assert not left.exists()
+    assert foreign.exists()
+
+
+def test_a_file_and_links_replace_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    for form in ("links", "file", "links", "file"):
+        train(tmp_path, GPT, streamed(checkpoint=form), max_steps=1).trainer.save_checkpoint(path)
+        names = sorted(p.name for p in tmp_path.iterdir() if p.name != ".ssd_offload")
+        assert names == ["saved.ckpt", *(["saved.ckpt.links"] if form == "links" else [])]
+        assert torch.load(path, weights_only=True)["global_step"] == 1
+
+
+class Uploads(Logger):
+    """A logger that says that it uploads checkpoints, as those of Lightning do."""
+
+    name, version = "uploads", "0"
+
+    def __init__(self, log_model: object) -> None:
+        super().__init__()
+        self._log_model = log_model
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        pass
+
+
+class Told(Uploads):
+    """One of the user's own that is told of each checkpoint, and does not say what it does."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        del self._log_model
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        self.seen = torch.load(checkpoint_callback.best_model_path, weights_only=True)["global_step"]
+
+
+@pytest.mark.parametrize("log_model", [True, "all"])
+def test_what_is_uploaded_is_one_file(tmp_path: Path, log_model: object) -> None:
+    path, _ = saved_at(tmp_path, 1, streamed(), logger=Uploads(log_model))
+    assert mark_of(str(path)) is None
+    with pytest.raises(ConfigurationError, match=r"Uploads would upload the file alone: set checkpoint='file'"):
+        saved_at(tmp_path, 1, streamed(checkpoint="links"), logger=Uploads(log_model))
+    path, _ = saved_at(tmp_path / "links", 1, streamed(checkpoint="links"), logger=Uploads(False))
+    assert mark_of(str(path)) is not None
+    told = Told()
+    path, _ = saved_at(tmp_path / "told", 1, streamed(), logger=told)
+    assert (mark_of(str(path)), told.seen) == (None, 1)

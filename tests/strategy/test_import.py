@@ -214,7 +214,7 @@ def test_renamed_parameters_are_links_under_new_names(tmp_path: Path) -> None:
     assert (
         main(["import", str(tmp_path / "old.ckpt"), str(tmp_path / "new.ckpt"), f"--map={tmp_path / 'map.json'}"]) == 0
     )
-    for file in (tmp_path / "new.ckpt" / "units").iterdir():
+    for file in (tmp_path / "new.ckpt.links" / "units").iterdir():
         assert file.stat().st_nlink >= 2
     with CheckpointReader(tmp_path / "new.ckpt") as reader:
         assert not [name for name in reader.parameter_names if "blocks" in name]
