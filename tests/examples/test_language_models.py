@@ -33,6 +33,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_threads_of_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would outlive a test that encodes texts."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
 def write_model(folder: Path, model_type: str, **config: Any) -> None:
     """Matrices of 512 KiB and more: smaller parameters stay where they were made and would not show a lost weight."""
     tiny_model.write_model(folder, model_type, **CONFIGS[model_type], **config)
@@ -97,8 +103,7 @@ def test_an_unknown_treatment_of_logits_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # its threads would outlive the test
+def tokenizer(tmp_path: Path) -> Any:
     write_model(tmp_path / "model", "llama", width=16, depth=1)
     return AutoTokenizer.from_pretrained(tmp_path / "model")
 
