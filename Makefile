@@ -70,10 +70,11 @@ soak-device: $(VENV)/.test $(VENV)/.simulated_cuda
 versions: $(VENV)/.test
 	$(PY) -m tests.soak.versions $(VERSIONS)
 
-# What is made of docstrings and of docs/results: the API reference, and the README's picture.
+# What is made of docstrings and of docs/results: the API reference, the table of compatibility, the README's picture.
 docs: $(VENV)/.test
 	$(PIP_INSTALL) matplotlib
 	$(PY) -m tests.helpers.api_page
+	$(PY) -m tests.helpers.compatibility_page
 	$(PY) -m tests.benchmarks.picture
 
 # Each example in a fresh environment, by the commands of its own page. The one of DALI takes 600 MB more.

@@ -22,7 +22,7 @@ from lightning_ssd.strategy import session
 from lightning_ssd.strategy.settings import Options, argument_docs
 from lightning_ssd.units import unit
 from tests.benchmarks import picture
-from tests.helpers import api_page
+from tests.helpers import api_page, compatibility_page
 from tests.helpers.docs import DOCS, code_blocks, message_patterns, quoted_messages, runnable_blocks
 
 # Used by name, not by argument: sessions end with the test, and small models train on one thread.
@@ -199,6 +199,11 @@ def test_quoted_messages_are_those_of_the_code() -> None:
 def test_the_api_reference_is_made_from_the_docstrings() -> None:
     is_same = (DOCS / "api.md").read_text() == api_page.page()
     assert is_same, "docs/api.md is stale: run `python -m tests.helpers.api_page`"
+
+
+def test_the_table_of_compatibility_is_made_from_the_tests() -> None:
+    is_same = (DOCS / "compatibility.md").read_text() == compatibility_page.page()
+    assert is_same, "docs/compatibility.md is stale: run `python -m tests.helpers.compatibility_page`"
 
 
 def test_the_figures_of_choosing_are_measured() -> None:

@@ -25,6 +25,9 @@ def find_grad_consumer(trainer: Any, module: Any) -> str | None:
         if _is_overridden(module, name):
             return f"{type(module).__name__}.{name}"
     for callback in trainer.callbacks:
+        if any(cls.__name__ == "StochasticWeightAveraging" for cls in type(callback).__mro__):
+            # Its last pass, which renews statistics of batch norm, makes a step on the gradients of the step before.
+            return type(callback).__name__
         for name in _CALLBACK_HOOKS:
             if _is_overridden(callback, name):
                 return f"{type(callback).__name__}.{name}"

@@ -55,15 +55,8 @@ def require_not_streamed(module: nn.Module) -> None:
         )
 
 
-def require_no_compile(module: nn.Module) -> None:
-    """Refuse compiled modules: their forward does not run our hooks."""
-    compiled = getattr(module, "_compiler_ctx", None) is not None
-    inner = any(type(m).__name__ == "OptimizedModule" for m in module.modules())
-    if compiled or inner:
-        raise ConfigurationError(
-            "the module is wrapped by torch.compile; strategy='ssd_offload' moves parameters by hooks that a compiled "
-            "forward would not run: pass the module without torch.compile"
-        )
+def require_no_script(module: nn.Module) -> None:
+    """Refuse TorchScript modules: their forward does not run our hooks."""
     scripted = next((name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
     if scripted is not None:
         raise ConfigurationError(

@@ -51,6 +51,7 @@ class PrecisionMixin(PrecisionBase):
     ) -> None:
         self.inner = inner
         self._is_ours = inner is None
+        self.is_custom = False  # the plugin is a class of the user's, or of another library
         self.precision = precision if inner is None else inner.precision  # type: ignore[assignment]
         self.device = device
         self.master_dtype = master_dtype
@@ -67,16 +68,12 @@ class PrecisionMixin(PrecisionBase):
         """
         if self._is_ours and device_type is not None and device_type != self.device:
             self.device, self.inner = device_type, None
-        if self.inner is not None and type(self.inner) not in stock.values():
-            raise ConfigurationError(
-                f"the precision plugin {type(self.inner).__name__} may convert the module in its own way, which "
-                f"streamed parameters would not see; use precision= with one of {', '.join(_SUPPORTED)}"
-            )
+        self.is_custom = self.inner is not None and type(self.inner) not in stock.values()
         if self.master_dtype not in ("auto", "fp32", "param"):
             raise ConfigurationError(
                 f"master_dtype={self.master_dtype!r} is unknown; it may be 'auto', 'fp32' or 'param'"
             )
-        if self.precision not in _SUPPORTED:
+        if self.precision not in _SUPPORTED and not self.is_custom:
             raise ConfigurationError(
                 f"precision={self.precision!r} is not supported by strategy='ssd_offload'; use one of "
                 f"{', '.join(_SUPPORTED)}"
@@ -94,7 +91,7 @@ class PrecisionMixin(PrecisionBase):
     @property
     def param_dtype(self) -> torch.dtype | None:
         """Dtype that floating parameters get in the store; None leaves them as they are."""
-        return _TRUE_DTYPES.get(self.precision)
+        return None if self.is_custom else _TRUE_DTYPES.get(self.precision)
 
     @property
     def keeps_master(self) -> bool:
@@ -107,7 +104,12 @@ class PrecisionMixin(PrecisionBase):
         return getattr(self.inner, "scaler", None)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Convert buffers now; a parameter is converted when it is written to the store, so no second model is made."""
+        """Convert buffers now; a parameter is converted when it is written to the store, so no second model is made.
+
+        A plugin of another class converts all by itself.
+        """
+        if self.is_custom:
+            return self.inner.convert_module(module)  # type: ignore[no-any-return]
         dtype = self.param_dtype
         if dtype is not None:
             for m in module.modules():

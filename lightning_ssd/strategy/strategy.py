@@ -199,7 +199,7 @@ class StrategyMixin(CheckpointMixin):
     def setup(self, trainer: Any) -> None:
         """Write the model to the store, adopt the optimizers, plan the memory, install the hooks."""
         module = self._pl_module
-        guards.require_no_compile(module)
+        guards.require_no_script(module)
         settings = self.session.settings
         self.session.settings = replace(settings, checkpoint=form_for_loggers(trainer, settings.checkpoint))
         guards.require_set(self.accelerator, "accelerator").setup(trainer)
@@ -306,6 +306,7 @@ class StrategyMixin(CheckpointMixin):
             and len(self.optimizers) == 1
             and (adopted is None or (not isinstance(adopted, WholeOptimizer) and adopted.makes_steps))
             and self.precision_plugin.scaler is None
+            and not self.precision_plugin.is_custom  # it may read gradients
             and find_grad_consumer(module.trainer, module) is None
         )
 

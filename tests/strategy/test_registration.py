@@ -303,6 +303,8 @@ assert "lightning_ssd" in sys.modules
 # ------------------------------------------------------------------------------------------- with the real Lightning
 
 
+@pytest.mark.compatibility("Namespaces", "lightning.pytorch")
+@pytest.mark.compatibility("Refused", 'Fabric(strategy="ssd_offload"): the Trainer, or another strategy')
 def test_lightning(fresh_python: Run) -> None:
     out = fresh_python("""
 import sys
@@ -343,6 +345,7 @@ assert not isinstance(other, (ParallelStrategy, SingleDeviceStrategy))
     assert "Trainer(strategy='ssd_offload')" in out
 
 
+@pytest.mark.compatibility("Namespaces", "pytorch_lightning")
 def test_pytorch_lightning_alone(fresh_python: Run) -> None:
     fresh_python("""
 import sys

@@ -67,6 +67,7 @@ class OwnFormat(TorchCheckpointIO):
         super().remove_checkpoint(path)
 
 
+@pytest.mark.compatibility("Checkpoints", "a CheckpointIO plugin, with storage_options")
 def test_a_plugin_saves_loads_and_removes(tmp_path: Path) -> None:
     results = []
     for name, strategy in (("plain", "auto"), ("ours", streamed(checkpoint="auto"))):
@@ -84,6 +85,7 @@ def test_a_plugin_saves_loads_and_removes(tmp_path: Path) -> None:
     assert all(torch.equal(weights[0]["state_dict"][key], value) for key, value in weights[1]["state_dict"].items())
 
 
+@pytest.mark.compatibility("Checkpoints", "URLs of fsspec")
 def test_a_url_goes_to_the_plugin(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, streamed(), max_steps=4)
     trainer.fit(small(), DATA)
@@ -120,6 +122,7 @@ def test_what_replaces_the_stock_functions_is_called(tmp_path: Path) -> None:
     assert save.call_count == 1
 
 
+@pytest.mark.compatibility("Checkpoints", "AsyncCheckpointIO")
 def test_asynchronous_saves_are_complete_after_the_run(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
     options: dict[str, Any] = {"plugins": [AsyncCheckpointIO()], "callbacks": [saver], "enable_checkpointing": True}
@@ -144,6 +147,7 @@ def test_links_are_refused_where_none_can_be(tmp_path: Path, use: Callable[..., 
 # --------------------------------------------------------------------------------------------------- around the run
 
 
+@pytest.mark.compatibility("Checkpoints", "a save before a run")
 def test_a_save_before_a_run(tmp_path: Path) -> None:
     def use(trainer: pl.Trainer, module: Module) -> Any:
         trainer.strategy.connect(module)
@@ -155,6 +159,7 @@ def test_a_save_before_a_run(tmp_path: Path) -> None:
     assert all(torch.equal(plain[key], ours[key]) for key in plain)
 
 
+@pytest.mark.compatibility("Loops", "a step of a loop that is called after the run")
 def test_a_step_after_the_run(tmp_path: Path) -> None:
     def use(trainer: pl.Trainer, module: Module) -> Any:
         trainer.fit(module, DATA)
@@ -184,6 +189,7 @@ class Nothing(pl.LightningModule):
 
 @pytest.mark.filterwarnings("ignore:.*training_step. returned .None.")
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None.")
+@pytest.mark.compatibility("LightningModule", "no parameters: fit and predict")
 def test_a_model_without_parameters(tmp_path: Path) -> None:
     found = []
     for strategy in ("auto", streamed()):
@@ -195,6 +201,7 @@ def test_a_model_without_parameters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+@pytest.mark.compatibility("Trainer", "deepcopy and pickle, then fit")
 def test_copies_of_a_trainer(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
     def use(trainer: pl.Trainer, module: Module) -> Any:
         trainer.fit(module, DATA)
@@ -208,6 +215,7 @@ def test_copies_of_a_trainer(tmp_path: Path, copied: Callable[[Any], Any]) -> No
     assert plain == ours
 
 
+@pytest.mark.compatibility("LightningModule", "torch.save(module) in a run")
 def test_a_model_saved_whole_in_its_run(tmp_path: Path) -> None:
     class Saves(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, module: Module, *args: Any) -> None:
@@ -240,6 +248,7 @@ class StepsItself(Module):
         optimizer.zero_grad()
 
 
+@pytest.mark.compatibility("Optimizers", "a step that is mocked on the class")
 def test_a_step_replaced_on_the_class_is_called_as_often(tmp_path: Path) -> None:
     def use(trainer: pl.Trainer, _: Module) -> Any:
         module = StepsItself()
@@ -265,6 +274,7 @@ class ReplacesStep(pl.Callback):
         trainer.optimizers[0].step = counted  # type: ignore[method-assign]
 
 
+@pytest.mark.compatibility("Optimizers", "a step that is wrapped on the object")
 def test_a_step_replaced_in_the_run(tmp_path: Path) -> None:
     def use(trainer: pl.Trainer, module: Module) -> Any:
         trainer.fit(module, DATA)
@@ -281,6 +291,7 @@ class Forgets(torch.optim.SGD):
         return super().step()
 
 
+@pytest.mark.compatibility("Optimizers", "a step that does not call its closure: Lightning's error")
 def test_a_step_that_forgets_the_closure_fails_as_with_plain_lightning(tmp_path: Path) -> None:
     def use(trainer: pl.Trainer, module: Module) -> Any:
         module._make_optimizer = lambda m: Forgets(m.parameters(), 0.1)

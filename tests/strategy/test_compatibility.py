@@ -1,0 +1,569 @@
+"""The surface of the Trainer, pattern by pattern: under the strategy everything is what it is in plain Lightning.
+
+Each pattern is trained with plain Lightning and with the strategy, in the smallest memory and with all of it. Losses,
+logged values, the order of hooks, weights and the content of a checkpoint are compared to the bit; then plain Lightning
+resumes from both checkpoints. `docs/compatibility.md` lists the patterns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch import callbacks as cb
+from lightning.pytorch import loggers, profilers
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
+
+WIDTH = 6
+
+
+class Points(Dataset[Tensor]):
+    def __init__(self, size: int) -> None:
+        self._x = torch.randn(size, WIDTH, generator=torch.Generator().manual_seed(5))
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._x[index]
+
+
+class Net(pl.LightningModule):
+    """Two linear layers; it logs, and notes the names of the hooks that are called."""
+
+    def __init__(self, lr: float = 0.05, batch_size: int = 2) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.batch_size, self.lr = batch_size, lr
+        self.first, self.norm, self.last = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 1)
+        self.notes: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.norm(self.first(x)).tanh())
+        return y
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return (self(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val", self.loss(batch))
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("test", self.loss(batch))
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self(batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(Points(12), batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(Points(4), batch_size=2)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+class Momentum(Net):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2), "interval": "step"}]
+
+
+class Plateau(Net):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val"}}
+
+
+class Quasi(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+class Insists(torch.optim.SGD):
+    """Its step cannot be called without a closure."""
+
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+        loss = closure()
+        super().step()
+        return loss
+
+
+class Closing(Net):
+    def configure_optimizers(self) -> Any:
+        return Insists(self.parameters(), lr=self.lr)
+
+
+class Manual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        for optimizer in (first, second):
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            optimizer.step()
+        self.log("loss", loss)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.first.parameters(), 0.05), torch.optim.SGD(self.last.parameters(), 0.05)
+
+
+class ManualClosure(Manual):
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()[0]
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            return loss
+
+        self.log("loss", optimizer.step(closure=closure))
+
+
+class Draws(Net):
+    """Takes the iterator of the loader."""
+
+    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+        batch, batch_idx, _ = next(dataloader_iter)
+        loss = self.loss(batch)
+        self.log("loss", loss, batch_size=2)
+        self.notes.append(batch_idx)
+        return loss
+
+
+class ReturnsDictionary(Net):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return {"loss": super().training_step(batch, batch_idx), "seen": batch}
+
+
+class TwoLoaders(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(torch.cat([batch["a"], batch["b"]]), batch_idx)
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+
+    def train_dataloader(self) -> Any:
+        return {"a": super().train_dataloader(), "b": super().val_dataloader()}
+
+    def val_dataloader(self) -> Any:
+        return [DataLoader(Points(4), batch_size=2), DataLoader(Points(6), batch_size=3)]
+
+
+class ConfiguresModel(Net):
+    def configure_model(self) -> None:
+        if not hasattr(self, "extra"):
+            self.extra = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.extra(super().forward(x))
+        return y
+
+
+class ConfiguresCallbacks(Net):
+    def configure_callbacks(self) -> Any:
+        return [cb.EarlyStopping("val", patience=1)]
+
+
+class Freezes(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+class Backbone(Freezes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = self.first
+
+
+class KeepsState(Net):
+    """What hooks add to a checkpoint is there again."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = {"steps": self.global_step}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.notes.append(checkpoint["mine"])
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {**super().state_dict(*args, **kwargs), "counter": torch.tensor(3)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict({k: v for k, v in state_dict.items() if k != "counter"}, *args, **kwargs)
+
+
+class Transfers(Net):
+    def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        return batch * 0.5
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        return batch + 1
+
+
+class Clips(Net):
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="value")
+
+
+class ScalesLoss(Net):
+    def backward(self, loss: Tensor, *args: Any) -> None:  # type: ignore[override]
+        (2 * loss).backward()
+
+
+class ZeroesItself(Net):
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=False)
+
+
+class StepsSchedulers(Momentum):
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step()
+        self.notes.append(scheduler.get_last_lr())
+
+
+class HalfOfIt(pl.plugins.HalfPrecision):
+    """A precision plugin of the user's."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module.to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One row of the page.
+
+    Attributes:
+        area: Its table.
+        what: The row.
+        module: The module.
+        trainer: Arguments of the Trainer, made anew for each run.
+        callbacks: Further callbacks.
+        same_checkpoint: The whole checkpoint is compared; else weights only.
+        resumes: Plain Lightning can resume from it.
+    """
+
+    area: str
+    what: str
+    module: Callable[[], Net] = Net
+    trainer: Callable[[], dict[str, Any]] = dict
+    callbacks: Callable[[], list[pl.Callback]] = list
+    same_checkpoint: bool = True
+    resumes: bool = True
+
+
+def flag(name: str, value: Any, module: Callable[[], Net] = Net, **others: Any) -> Pattern:
+    return Pattern("Trainer", f"{name}={value!r}", module, lambda: {name: value, **others})
+
+
+def callback(make: Callable[[], pl.Callback], module: Callable[[], Net] = Net, **trainer: Any) -> Pattern:
+    return Pattern("Callbacks", type(make()).__name__, module, lambda: trainer, lambda: [make()])
+
+
+FLAGS = [
+    flag("max_epochs", 3, max_steps=-1),
+    flag("min_steps", 5, max_epochs=1, max_steps=-1),
+    flag("max_time", {"hours": 1}),
+    flag("limit_train_batches", 0.5, max_epochs=2, max_steps=-1),
+    flag("limit_val_batches", 1),
+    flag("overfit_batches", 2),
+    flag("val_check_interval", 0.5),
+    flag("val_check_interval", 4, check_val_every_n_epoch=None),
+    flag("check_val_every_n_epoch", 2, max_epochs=2, max_steps=-1),
+    flag("num_sanity_val_steps", 1),
+    flag("log_every_n_steps", 1),
+    flag("accumulate_grad_batches", 3),
+    flag("gradient_clip_val", 0.1),
+    flag("gradient_clip_algorithm", "value", gradient_clip_val=0.01),
+    flag("deterministic", True),
+    flag("benchmark", True),
+    flag("inference_mode", False),
+    flag("detect_anomaly", True),
+    flag("reload_dataloaders_every_n_epochs", 1, max_epochs=2, max_steps=-1),
+    flag("use_distributed_sampler", False),
+    flag("sync_batchnorm", True),
+    flag("barebones", True, logger=None, enable_checkpointing=None),
+    flag("enable_model_summary", True),
+    flag("enable_autolog_hparams", False),
+    flag("profiler", "simple"),
+    Pattern("Profilers", "AdvancedProfiler", trainer=lambda: {"profiler": profilers.AdvancedProfiler()}),
+]
+PRECISIONS = [
+    Pattern("Precision", name, trainer=lambda name=name: {"precision": name})
+    for name in ("32-true", "bf16-mixed", "64-true")
+] + [Pattern("Precision", "a plugin of one's own", trainer=lambda: {"plugins": [HalfOfIt("bf16-true")]})]
+HOOKS = [
+    Pattern("LightningModule", "training_step that returns a dictionary", ReturnsDictionary),
+    Pattern("LightningModule", "training_step(dataloader_iter)", Draws, same_checkpoint=False),
+    Pattern("LightningModule", "several loaders", TwoLoaders),
+    Pattern("LightningModule", "manual optimization, several optimizers", Manual),
+    Pattern("LightningModule", "manual optimization, step(closure)", ManualClosure),
+    Pattern("LightningModule", "configure_model", ConfiguresModel),
+    Pattern("LightningModule", "configure_callbacks", ConfiguresCallbacks, resumes=False),  # nothing to monitor yet
+    Pattern("LightningModule", "on_save_checkpoint, on_load_checkpoint, state_dict", KeepsState),
+    Pattern("LightningModule", "on_before_batch_transfer, on_after_batch_transfer", Transfers),
+    Pattern("LightningModule", "configure_gradient_clipping", Clips),
+    Pattern("LightningModule", "backward", ScalesLoss),
+    Pattern("LightningModule", "optimizer_zero_grad", ZeroesItself),
+    Pattern("LightningModule", "lr_scheduler_step", StepsSchedulers),
+    Pattern("LightningModule", "frozen parameters", Freezes),
+    Pattern("Optimizers", "SGD with momentum, a scheduler by step", Momentum),
+    Pattern("Optimizers", "ReduceLROnPlateau", Plateau),
+    Pattern("Optimizers", "LBFGS", Quasi),
+    Pattern("Optimizers", "a step that cannot be called without a closure", Closing),
+]
+CALLBACKS = [
+    Pattern("Callbacks", "EarlyStopping", callbacks=lambda: [cb.EarlyStopping("val", patience=1)], resumes=False),
+    callback(lambda: cb.StochasticWeightAveraging(1e-2, 1), Momentum, max_epochs=3, max_steps=-1),
+    callback(lambda: cb.EMAWeightAveraging(decay=0.9)),
+    callback(lambda: cb.GradientAccumulationScheduler({0: 2, 1: 1}), max_epochs=2, max_steps=-1),
+    callback(lambda: cb.BackboneFinetuning(1, verbose=False), Backbone, max_epochs=2, max_steps=-1),
+    callback(lambda: cb.LearningRateMonitor("step"), Momentum),
+    callback(lambda: cb.DeviceStatsMonitor()),
+    callback(lambda: cb.Timer("00:01:00:00")),
+    callback(lambda: cb.LambdaCallback(on_train_start=lambda trainer, module: module.notes.append("start"))),
+    callback(lambda: cb.ModelSummary(max_depth=2)),
+    callback(lambda: cb.RichModelSummary(max_depth=2)),
+    callback(lambda: cb.TQDMProgressBar(), enable_progress_bar=True),
+    callback(lambda: cb.RichProgressBar(), enable_progress_bar=True),
+    callback(lambda: cb.ModelPruning("l1_unstructured", use_lottery_ticket_hypothesis=False, amount=0.3)),
+    callback(lambda: cb.LearningRateFinder(num_training_steps=4)),
+    callback(lambda: cb.BatchSizeFinder(steps_per_trial=1, max_trials=2)),
+    callback(lambda: cb.ModelCheckpoint(monitor="val", save_top_k=2, every_n_train_steps=2), enable_checkpointing=True),
+    callback(lambda: cb.OnExceptionCheckpoint("."), enable_checkpointing=True),
+]
+LOGGERS = [
+    Pattern("Loggers", "CSVLogger", trainer=lambda: {"logger": loggers.CSVLogger("logs")}),
+    Pattern("Loggers", "several", trainer=lambda: {"logger": [loggers.CSVLogger("a"), loggers.CSVLogger("b")]}),
+]
+PATTERNS = {f"{each.area}: {each.what}": each for each in (*FLAGS, *PRECISIONS, *HOOKS, *CALLBACKS, *LOGGERS)}
+
+_TIMES = ("Timer", "DeviceStatsMonitor", "BatchSizeFinder", "LearningRateFinder")  # they note times, or file names
+
+
+class Watch(pl.Callback):
+    """Notes what is logged, batch by batch."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.logged.append({key: float(value) for key, value in trainer.callback_metrics.items()})
+
+    on_validation_end = on_train_batch_end
+
+
+def fit(folder: Path, pattern: Pattern, strategy: Any, ckpt_path: Path | None = None, **more: Any) -> Any:
+    pl.seed_everything(2, verbose=False)
+    folder.mkdir(exist_ok=True)
+    options: dict[str, Any] = {
+        "max_steps": 6,
+        "logger": loggers.logger.DummyLogger(),
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    module, watch = pattern.module(), Watch()
+    trainer = pl.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=folder,
+        callbacks=[watch, *pattern.callbacks()],
+        **(options | pattern.trainer() | more),
+    )
+    trainer.fit(module, ckpt_path=ckpt_path)
+    return trainer, module, watch.logged
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def ours(memory: str) -> SSDOffloadStrategy:
+    return SSDOffloadStrategy(host_memory=memory, min_unit_numel=0, update="torch", checkpoint="file")
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.not_simulated(reason="the smallest models; tests/parity has the device")
+@pytest.mark.parametrize("name", PATTERNS)
+def test_is_as_in_plain_lightning(tmp_path: Path, name: str) -> None:
+    pattern = PATTERNS[name]
+    trainer, module, logged = fit(tmp_path / "plain", pattern, "auto")
+    saves = not trainer.barebones
+    if saves:
+        trainer.save_checkpoint(tmp_path / "plain.ckpt")
+        saved = torch.load(tmp_path / "plain.ckpt", weights_only=False)
+    for memory in ("min", "auto"):
+        our_trainer, our_module, our_logged = fit(tmp_path / memory, pattern, ours(memory))
+        if not name.endswith(_TIMES):
+            assert our_logged == logged
+        assert our_module.notes == module.notes
+        assert same(dict(our_module.state_dict()), dict(module.state_dict()))
+        if saves:
+            our_trainer.save_checkpoint(tmp_path / f"{memory}.ckpt")
+            found = torch.load(tmp_path / f"{memory}.ckpt", weights_only=False)
+            parts = {"state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"} & set(saved)
+            assert saved.keys() <= found.keys()
+            for part in parts if pattern.same_checkpoint else {"state_dict"}:
+                assert same(found[part], saved[part]), part
+    if saves and pattern.resumes and not name.endswith(_TIMES):
+        more = {"max_steps": trainer.global_step + 2, "max_epochs": 10}
+        _, plain_again, _ = fit(tmp_path / "plain", pattern, "auto", tmp_path / "plain.ckpt", **more)
+        _, ours_again, _ = fit(tmp_path / "plain", pattern, "auto", tmp_path / "min.ckpt", **more)
+        assert same(dict(ours_again.state_dict()), dict(plain_again.state_dict()))
+
+
+# ------------------------------------------------------------------------------------------------- beyond one fit
+
+
+def each_strategy(use: Callable[[Any], Any]) -> None:
+    """``use`` returns the same with plain Lightning, and with the strategy in each memory."""
+    expected = use(lambda: "auto")
+    for memory in ("min", "auto"):
+        assert same(use(lambda memory=memory: ours(memory)), expected), memory
+
+
+def make(tmp_path: Path, strategy: Any, **options: Any) -> pl.Trainer:
+    pl.seed_everything(2, verbose=False)
+    defaults = {"max_steps": 4, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return pl.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=tmp_path,
+        enable_model_summary=False,
+        **(defaults | options),
+    )
+
+
+@pytest.mark.compatibility("Loops", "fit, validate, test, predict, each with ckpt_path, then fit again")
+def test_loops_one_after_the_other(tmp_path: Path) -> None:
+    def use(strategy: Callable[[], Any]) -> Any:
+        trainer, module = make(tmp_path, strategy()), Net()
+        trainer.fit(module)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        path, other = str(tmp_path / "x.ckpt"), Net()
+        found = [
+            trainer.validate(other, ckpt_path=path, verbose=False),
+            trainer.test(other, ckpt_path=path, verbose=False),
+            trainer.predict(other, ckpt_path=path),
+        ]
+        trainer.fit_loop.epoch_loop.max_steps = 6
+        trainer.fit(other)
+        return [*found, dict(other.state_dict())]
+
+    each_strategy(use)
+
+
+@pytest.mark.compatibility("Tuner", "lr_find, then fit")
+def test_learning_rate_is_found(tmp_path: Path) -> None:
+    def use(strategy: Callable[[], Any]) -> Any:
+        trainer, module = make(tmp_path, strategy()), Net()
+        found = Tuner(trainer).lr_find(module, num_training=6)
+        assert found is not None
+        trainer.fit(module)
+        return found.results, module.lr, dict(module.state_dict())
+
+    each_strategy(use)
+
+
+@pytest.mark.compatibility("Tuner", "scale_batch_size, then fit")
+def test_batch_size_is_scaled(tmp_path: Path) -> None:
+    def use(strategy: Callable[[], Any]) -> Any:
+        trainer, module = make(tmp_path, strategy()), Net()
+        size = Tuner(trainer).scale_batch_size(module, max_trials=2, steps_per_trial=1)
+        trainer.fit(module)
+        return size, dict(module.state_dict())
+
+    each_strategy(use)
+
+
+@pytest.mark.compatibility("Trainer", "fast_dev_run=2")
+def test_fast_development_run(tmp_path: Path) -> None:
+    def use(strategy: Callable[[], Any]) -> Any:
+        trainer, module = make(tmp_path, strategy(), fast_dev_run=2), Net()
+        trainer.fit(module)
+        return dict(module.state_dict())
+
+    each_strategy(use)
+
+
+@pytest.mark.compatibility("Callbacks", "BasePredictionWriter")
+def test_predictions_are_written(tmp_path: Path) -> None:
+    class Writer(cb.BasePredictionWriter):
+        def write_on_epoch_end(self, trainer: Any, module: Any, predictions: Any, indices: Any) -> None:
+            self.written = predictions
+
+    def use(strategy: Callable[[], Any]) -> Any:
+        writer = Writer("epoch")
+        make(tmp_path, strategy(), callbacks=[writer]).predict(Net())
+        return writer.written
+
+    each_strategy(use)
+
+
+@pytest.mark.compatibility("LightningModule", "load_from_checkpoint")
+def test_a_checkpoint_makes_the_module(tmp_path: Path) -> None:
+    def use(strategy: Callable[[], Any]) -> Any:
+        trainer = make(tmp_path, strategy())
+        trainer.fit(Net(lr=0.01))
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        made = Net.load_from_checkpoint(tmp_path / "x.ckpt")
+        return made.lr, dict(made.state_dict())
+
+    each_strategy(use)
+
+
+@pytest.mark.compatibility("Trainer", "save_checkpoint(weights_only=True)")
+def test_weights_alone(tmp_path: Path) -> None:
+    def use(strategy: Callable[[], Any]) -> Any:
+        trainer = make(tmp_path, strategy())
+        trainer.fit(Net())
+        trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+        found = torch.load(tmp_path / "x.ckpt", weights_only=True)
+        return found["state_dict"], "optimizer_states" in found
+
+    each_strategy(use)
