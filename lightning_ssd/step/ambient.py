@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 class Ambient:
@@ -22,7 +21,7 @@ class Ambient:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._generators = _generator_states(device)
+        self._generators = _generators(device)
         self._autocast = _autocast_states(device)
         self._default_dtype = torch.get_default_dtype()  # under bf16-true, that of the parameters
 
@@ -38,37 +37,28 @@ class Ambient:
             yield
 
 
-@dataclass(frozen=True)
-class _Generators:
-    """States of the global generators of Python, NumPy and torch."""
-
-    python: Any
-    numpy: Any
-    torch_cpu: Tensor
-    torch_cuda: Tensor | None
-
-
-def _generator_states(device: torch.device) -> _Generators:
-    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return _Generators(random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu)
-
-
-def _set_generator_states(states: _Generators, device: torch.device) -> None:
-    random.setstate(states.python)
-    np.random.set_state(states.numpy)
-    torch.set_rng_state(states.torch_cpu)
-    if states.torch_cuda is not None:
-        torch.cuda.set_rng_state(states.torch_cuda, device)
+def _generators(device: torch.device) -> list[tuple[Callable[[Any], object], Any]]:
+    """Of each global generator of Python, NumPy and torch: what sets its state, and the state that it has now."""
+    found: list[tuple[Callable[[Any], object], Any]] = [
+        (random.setstate, random.getstate()),
+        (np.random.set_state, np.random.get_state()),
+        (torch.set_rng_state, torch.get_rng_state()),
+    ]
+    if device.type == "cuda":
+        found.append((partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)))
+    return found
 
 
 @contextmanager
-def _generators_at(states: _Generators, device: torch.device) -> Iterator[None]:
-    before = _generator_states(device)
-    _set_generator_states(states, device)
+def _generators_at(states: list[tuple[Callable[[Any], object], Any]], device: torch.device) -> Iterator[None]:
+    before = _generators(device)
+    for put, state in states:
+        put(state)
     try:
         yield
     finally:
-        _set_generator_states(before, device)
+        for put, state in before:
+            put(state)
 
 
 def _autocast_states(device: torch.device) -> dict[str, tuple[bool, torch.dtype, bool]]:

@@ -60,7 +60,7 @@ class UserWrites:
                 self._refuse_late(unit)
             if is_assigned(unit.params, tensors):
                 self._put(unit, tensors)
-            self._drop_file(unit)
+            self._store.drop_file(self._store.newest(unit.name, "param"))
             return
         if unit.is_ahead or unit.is_submitted or unit.is_stale(self._store):
             self._refuse_late(unit)
@@ -92,7 +92,7 @@ class UserWrites:
         if was_assigned or was_written:
             unit.num_writes += 1
             follow_values(self._store, unit)
-        self._drop_file(unit)
+        self._store.drop_file(self._store.newest(unit.name, "param"))
         return was_assigned or was_written
 
     def before_update(self, unit: Unit) -> None:
@@ -181,9 +181,6 @@ class UserWrites:
             if is_held(param, tensor):
                 storage = tensor.untyped_storage()
                 self._left[storage._cdata] = name, StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-
-    def _drop_file(self, unit: Unit) -> None:
-        self._store.drop_file(self._store.newest(unit.name, "param"))
 
 
 def _memory_of(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> list[Tensor]:
