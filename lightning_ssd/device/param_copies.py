@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_ssd.device.allowance import LearnedAllowance
 from lightning_ssd.device.streams import Event, Streams, WaitFor
 from lightning_ssd.errors import ResidencyError
 from lightning_ssd.memory.device_plan import tensors_nbytes
@@ -39,6 +40,7 @@ class DeviceCopy:
         generation: Whose values they are.
         nbytes: What they take of device memory; 0 on the host.
         copied: When the host's bytes may change; None on the host, whose bytes these are.
+        is_stale: The values of ``generation`` may have changed since, in memory or where they were mapped.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class DeviceCopy:
         self.generation = generation
         self.nbytes = nbytes
         self.copied = copied
+        self.is_stale = False
 
     def has(self, generation: Generation) -> bool:
         """Whether it still holds the values of ``generation``."""
-        return self.generation is generation and bool(self.tensors)
+        return self.generation is generation and bool(self.tensors) and not self.is_stale
 
 
 class CopyToDevice:
@@ -62,21 +65,31 @@ class CopyToDevice:
         capacity_nbytes: Memory that units in use and released ones take together.
         reserve_nbytes: The part of it that is for units in use, and is not lent.
         is_limit: More than that for units in use is refused; else only released ones are held to it.
+        allowance: Tells the capacity of each step; None if it stays the same.
     """
 
     keeps_buffer = False
 
     def __init__(
-        self, streams: Streams, *, capacity_nbytes: int, reserve_nbytes: int | None = None, is_limit: bool
+        self,
+        streams: Streams,
+        *,
+        capacity_nbytes: int,
+        reserve_nbytes: int | None = None,
+        is_limit: bool,
+        allowance: LearnedAllowance | None = None,
     ) -> None:
         self._streams = streams
         self._capacity_nbytes = capacity_nbytes
         self._reserve_nbytes = capacity_nbytes if reserve_nbytes is None else reserve_nbytes
         self._is_limit = is_limit
         self._lock = threading.RLock()  # units are released by the thread of updates too
+        self._allowance = allowance
+        self._goes_back = True
         self._nbytes = 0
         self._lent_nbytes = 0
-        # The oldest first: in backward that is the one needed last. With what compute had queued at the release, and
+        self._most_nbytes = 0  # of both, until now
+        # The one that was released first comes first. With what compute had queued at the release, and
         # whether somebody else held one of the tensors then.
         self._released: dict[DeviceCopy, tuple[Event, bool]] = {}
         # Copies under way, the oldest first. The host's tensors are held, so that their buffers are not lent again.
@@ -97,6 +110,7 @@ class CopyToDevice:
             found, copied = self._streams.send(tensors)
             self._sending.append((copied, list(tensors)))
             self._nbytes += nbytes
+            self._most_nbytes = max(self._most_nbytes, self._nbytes + self._lent_nbytes)
         return DeviceCopy(found, generation, nbytes, copied)
 
     def release(self, device_copy: DeviceCopy) -> DeviceCopy:
@@ -105,10 +119,24 @@ class CopyToDevice:
             self._released[device_copy] = self._streams.mark(), any(map(_is_held_elsewhere, device_copy.tensors))
         return device_copy
 
-    def reuse(self, device_copy: DeviceCopy) -> bool:
-        """See `Placement.reuse`."""
+    def begin_step(self, kind: str) -> None:
+        """See `Placement.begin_step`."""
         with self._lock:
-            return self._released.pop(device_copy, None) is not None
+            self._goes_back = kind != "eval"
+            if self._allowance is not None:
+                self._capacity_nbytes = self._allowance.of_step(kind, self._most_nbytes)
+                self._drop_until(0)
+
+    def reuse(self, device_copy: DeviceCopy, generation: Generation) -> bool:
+        """See `Placement.reuse`; if it is there with other values, it is dropped."""
+        with self._lock:
+            if device_copy not in self._released:
+                return False
+            if device_copy.has(generation):
+                del self._released[device_copy]
+                return True
+            self._drop(device_copy)
+            return False
 
     def poll(self) -> None:
         """See `Placement.poll`."""
@@ -140,6 +168,7 @@ class CopyToDevice:
                 return False
             self._lent_nbytes += nbytes
             self._drop_until(0)
+            self._most_nbytes = max(self._most_nbytes, self._nbytes + self._lent_nbytes)
             return True
 
     def take_back(self, nbytes: int) -> None:
@@ -153,7 +182,7 @@ class CopyToDevice:
             pass
         with self._lock:
             while self._released:
-                self._drop_oldest()
+                self._drop(next(iter(self._released)))
 
     def _make_room(self, nbytes: int) -> None:
         self._drop_until(nbytes)
@@ -167,10 +196,11 @@ class CopyToDevice:
     def _drop_until(self, nbytes: int) -> None:
         """Drop released units until there is room for ``nbytes``, or none is left."""
         while self._released and self._nbytes + nbytes > self._capacity_nbytes - self._lent_nbytes:
-            self._drop_oldest()
+            # In a step that goes back, the one released first is needed last; in one that begins anew, the one
+            # released last: units that come first stay, where the others would drive each other out.
+            self._drop(next(iter(self._released)) if self._goes_back else next(reversed(self._released)))
 
-    def _drop_oldest(self) -> None:
-        device_copy = next(iter(self._released))
+    def _drop(self, device_copy: DeviceCopy) -> None:
         released, is_shared = self._released.pop(device_copy)
         self._streams.wait(self._streams.mark() if is_shared else released)
         if is_shared:

@@ -10,6 +10,9 @@ from lightning_ssd.sizes import MiB, fmt, round_up
 ALLOCATION_NBYTES = 512
 """torch's CUDA allocator rounds sizes up to multiples of this."""
 
+RESERVE_PART = 8
+"""An eighth of the device is left free at least."""
+
 
 def tensors_nbytes(sizes: Iterable[int]) -> int:
     """Device memory that tensors of these sizes take."""
@@ -38,3 +41,17 @@ def device_capacity(units: Mapping[str, int], chains: Sequence[Sequence[str]], b
             "units=... (activations and gradients on the device come on top of it)"
         )
     return budget_nbytes
+
+
+def device_allowance(total_nbytes: int, ours_nbytes: int, others_nbytes: int) -> int:
+    """What units and saved inputs may take of a device of which the rest of a step has been seen.
+
+    The reserve is once and a half of what that rest took at most, or, if it is more, that and an eighth of the device:
+    for longer batches, workspaces, and the pieces of free memory that torch's allocator cannot use.
+
+    Args:
+        total_nbytes: Memory of the device.
+        ours_nbytes: What this process has of it, or could have.
+        others_nbytes: The most that tensors other than units and inputs have taken.
+    """
+    return ours_nbytes - others_nbytes - max(others_nbytes // 2, total_nbytes // RESERVE_PART)

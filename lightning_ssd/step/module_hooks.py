@@ -129,7 +129,7 @@ class ModuleHooks:
         if kind and not self.model.step.is_running:
             self._backward.abort()  # one that failed outside our sight
             self._grads.begin_step()
-            self.cache.order.begin(kind)
+            self.cache.begin_step(kind)
         self._on_device.begin()
         self._num_steps += 1
         if not self._is_in_memory:

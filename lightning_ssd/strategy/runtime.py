@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_ssd.activations.spill_files import SpillFiles
 from lightning_ssd.activations.store import ActivationStore
+from lightning_ssd.device.allowance import LearnedAllowance
 from lightning_ssd.device.param_copies import CopyToDevice
 from lightning_ssd.device.streams import make_streams
 from lightning_ssd.errors import Ending, SSDOffloadError
@@ -221,11 +222,14 @@ class Runtime:
             return InPlace()
         nbytes = {unit.name: tensors_nbytes(entry.nbytes for entry in unit.layout.entries) for unit in units}
         nested = chains(module, units)
+        smallest_nbytes = device_capacity(nbytes, nested, None)
+        is_learned = settings.device_nbytes is None
         return CopyToDevice(
             self.streams,
             capacity_nbytes=device_capacity(nbytes, nested, settings.device_nbytes),
-            reserve_nbytes=device_capacity(nbytes, nested, None),
-            is_limit=settings.device_nbytes is not None,
+            reserve_nbytes=smallest_nbytes,
+            is_limit=not is_learned,
+            allowance=LearnedAllowance(settings.device, smallest_nbytes) if is_learned else None,
         )
 
     def _make_hooks(self, module: nn.Module, sizing: Sizing) -> ModuleHooks:

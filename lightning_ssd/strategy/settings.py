@@ -39,8 +39,9 @@ class Options:
             expanded. Default: ``$LIGHTNING_SSD_PATH``, else ``.ssd_offload`` under ``default_root_dir``.
         host_memory: Budget of host memory in bytes, or text such as ``"16GiB"``. ``"auto"``: half of what the machine
             and the control group leave; ``"min"``: the smallest plan that streams, with nothing held in memory.
-        device_memory: Budget of GPU memory for parameters, in bytes or text: those in use, and those held for their
-            next use. Activations and gradients come on top. ``"auto"``: what lets one unit arrive while others compute.
+        device_memory: Budget of GPU memory for parameters and inputs of recomputed blocks, in bytes or text: those in
+            use, and those held for their next use. Other activations and gradients come on top. ``"auto"``: what lets
+            one unit arrive while others compute; from the second step on, all that the first has left but a reserve.
         units: ``"auto"``, or class names of the modules that become one unit each.
         min_unit_numel: A module outside repeated blocks with at least this many parameters is a unit of its own;
             smaller ones share one unit, which stays in memory during a step.

@@ -158,6 +158,11 @@ class ParamCache:
             if unit.num_holds == 0 and not stays:
                 self._let_go(unit)
 
+    def begin_step(self, kind: str) -> None:
+        """A step of ``kind`` begins, such as ``"train"``."""
+        self.order.begin(kind)
+        self._placement.begin_step(kind)
+
     def begin_backward(self) -> None:
         """Updates of this step are still to come."""
         with self._lock:

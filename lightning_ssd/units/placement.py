@@ -33,8 +33,12 @@ class Placement(Protocol):
         """Parameters view its tensors no longer; returns what may be used again, if anything."""
         ...
 
-    def reuse(self, device_copy: DeviceCopy) -> bool:
-        """Whether what was released is still there; if so it is in use as if it had just been placed."""
+    def begin_step(self, kind: str) -> None:
+        """A step of ``kind`` begins, such as ``"train"``; no unit is in use."""
+        return
+
+    def reuse(self, device_copy: DeviceCopy, generation: Generation) -> bool:
+        """Whether what was released is there with the values of ``generation``; if so it is as if just placed."""
         return False
 
     def poll(self) -> None:

@@ -202,10 +202,10 @@ class Unit:
         """
         if self.device_copy is not None or self.mapped is not None:
             raise ResidencyError(f"{self} was to be made resident")
-        device_copy = self.released_copy
-        if device_copy is None or not (self.is_released(store) and placement.reuse(device_copy)):
+        device_copy, newest = self.released_copy, store.newest(self.name, "param")
+        if device_copy is None or not placement.reuse(device_copy, newest):
             if self.in_memory is not None:
-                device_copy = placement.place_tensors(self.in_memory, store.newest(self.name, "param"))
+                device_copy = placement.place_tensors(self.in_memory, newest)
             else:
                 device_copy = placement.place(self.layout, *self._host_values())
         self._view(device_copy.tensors, nn.Parameter)
@@ -235,7 +235,9 @@ class Unit:
         if self.device_copy is not None or self.mapped is not None:
             raise ResidencyError(f"{self} was to be mapped")
         self._view(mapped.tensors, nn.Parameter)
-        self.mapped, self.released_copy = mapped, None  # what is mapped may be written to
+        self.mapped = mapped
+        if self.released_copy is not None:
+            self.released_copy.is_stale = True  # what is mapped may be written to
 
     def offload(self, lazy_class: type[nn.Parameter]) -> None:
         """Its parameters, which viewed a mapping or memory of their own, are lazy; their values are in the store."""

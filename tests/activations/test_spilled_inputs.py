@@ -24,6 +24,9 @@ from tests.helpers.faulty import Fault, FaultyEngine, When
 from tests.helpers.models import GPT
 from tests.helpers.pools import num_lent
 from tests.helpers.training import Module, Tokens, assert_equal, make_trainer, train
+from tests.simulated_cuda import requested
+
+NUM_STAYING = 1 if requested() else 0  # on a device the input that was made last stays there
 
 NBYTES = 4 * 16 * 32 * 4  # input of a block of GPT
 Step = Callable[[Module, tuple[Tensor, Tensor]], Tensor]
@@ -87,7 +90,7 @@ def test_odd_steps_are_equal(
     made = spilling(budget=budget, verify=True)
     ours = train(tmp_path, GPT, streamed(update="torch"), callbacks=[Returned(made)])
     assert_equal(plain, ours)
-    assert made[0].num_spilled > 0
+    assert made[0].num_spilled > 0 or (NUM_STAYING and budget)
 
 
 class Returned(pl.Callback):
@@ -160,8 +163,8 @@ def test_no_more_inputs_are_in_memory_than_the_budget_allows(
     # That of the block itself is its caller's. In backward, those of the frame in work and what it was given.
     peaks = result.module.net.peaks
     assert len(peaks) == 3 * 2 * 8 + 8  # each block was tried once
-    assert max(peaks) <= num_inputs + 2
-    assert max(peaks[:8]) <= num_inputs + 1
+    assert max(peaks) <= num_inputs + 2 + NUM_STAYING
+    assert max(peaks[:8]) <= num_inputs + 1 + 2 * NUM_STAYING  # and one that leaves
 
 
 # -- steps that fail -----------------------------------------------------------------------------------------------
@@ -233,7 +236,9 @@ def test_a_disk_that_fails_is_named(
     budget: int,
 ) -> None:
     def make(options: Any) -> FaultyEngine:
-        rule = [When(Fault(error=errno.EIO), "*activations-*.spill", is_write=is_write, nth=2)]
+        # One read ahead may be given up and made again, since inputs that stay on a device change the order.
+        nth = None if requested() and not is_write else 2
+        rule = [When(Fault(error=errno.EIO), "*activations-*.spill", is_write=is_write, nth=nth)]
         return FaultyEngine(select.make_engine(options), rule, deadline_s=options.deadline_s)
 
     monkeypatch.setattr(session_module, "make_engine", make)
@@ -272,7 +277,7 @@ def test_small_inputs_and_what_is_no_block_are_not_kept(tmp_path: Path, spilling
 def test_every_input_is_written_and_read_once_a_step(tmp_path: Path, spilling: Spilling) -> None:
     made = spilling(budget=0)
     train(tmp_path, Measured, streamed(), max_steps=3)
-    assert made[0].num_spilled == 3 * 8
+    assert made[0].num_spilled == 3 * (8 - NUM_STAYING)
 
 
 def test_functional_use_is_equal(tmp_path: Path, spilling: Spilling) -> None:

@@ -209,7 +209,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> list[CopyToD
     routes: list[CopyToDevice] = []
 
     def make(*args: Any, **options: Any) -> CopyToDevice:
-        routes.append(CopyToDevice(*args, **options))
+        routes.append(CopyToDevice(*args, **(options | {"allowance": None})))
         return routes[-1]
 
     monkeypatch.setattr(runtime_module, "make_streams", lambda device: LateStreams(rng))

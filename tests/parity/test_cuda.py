@@ -176,7 +176,9 @@ def test_device_memory_follows_the_plan(tmp_path: Path) -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    strategy = SSDOffloadStrategy(host_memory="min", min_unit_numel=0, activations="recompute")
+    strategy = SSDOffloadStrategy(
+        host_memory="min", min_unit_numel=0, activations="recompute", device_memory=2 * block_nbytes + MiB
+    )
     run(tmp_path, make_net, strategy, max_steps=3, batch_size=1)
     peak = torch.cuda.max_memory_allocated() - before
     # Two blocks of parameters; gradients of one that is computed and of one on its way; activations are small.

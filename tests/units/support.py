@@ -117,7 +117,7 @@ class CacheWorld:
     def step(self, *numbers: int) -> tuple[list[float], list[str]]:
         """One step of the kind ``train``; what each unit held, and the events: ``fetch 0``, ``prefetch 1``, ..."""
         with Events() as events:
-            self.cache.order.begin("train")
+            self.cache.begin_step("train")
             with self.model.step.running():
                 found = self.use(*numbers)
             self.cache.end_step()

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from lightning_ssd.device.allowance import LearnedAllowance
 from lightning_ssd.device.param_copies import CopyToDevice, DeviceCopy
 from lightning_ssd.errors import MemoryPlanError, ResidencyError
 from lightning_ssd.memory.device_plan import device_capacity
@@ -71,7 +72,7 @@ def run_units(run: Run, *, num: int = 40, keep_view: bool = False) -> None:
     last: tuple[float, DeviceCopy] | None = None
     for i in range(num):
         value = float(i)
-        if last is not None and run.rng.random() < 0.3 and run.placement.reuse(last[1]):
+        if last is not None and run.rng.random() < 0.3 and run.placement.reuse(last[1], GENERATION):
             value, device_copy = last
         else:
             device_copy = run.fetch(value)
@@ -209,3 +210,50 @@ def test_a_gradient_that_nobody_wants_keeps_its_memory_until_it_has_landed() -> 
     assert offloader.offload(torch.ones(1024), lambda: None).tensor.data_ptr() == first
     offloader.close()
     assert all(event._finish is None for event in events)
+
+
+def test_what_a_step_may_take_is_known_after_the_first_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1,024 MiB the step takes 100 beside units; an eighth stays free, or half of what was taken if that is more."""
+    taken = {"peak": 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900 * MiB, 1024 * MiB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100 * MiB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: taken["peak"])
+    allowance = LearnedAllowance(torch.device("cuda"), 8 * MiB)
+    assert allowance.of_step("train", 0) == 8 * MiB
+    taken["peak"] = 108 * MiB
+    assert allowance.of_step("train", 8 * MiB) == (1000 - 100 - 128) * MiB
+    assert allowance.of_step("eval", 8 * MiB) == 8 * MiB
+    taken["peak"] = 700 * MiB  # a longer batch
+    assert allowance.of_step("train", 300 * MiB) == (1000 - 400 - 200) * MiB
+    assert allowance.of_step("eval", 300 * MiB) == 400 * MiB
+    taken["peak"] = 2000 * MiB
+    assert allowance.of_step("eval", 300 * MiB) == 8 * MiB
+
+
+@pytest.mark.parametrize(("kind", "dropped"), [("train", 0), ("eval", 1)])
+def test_what_goes_is_needed_last(kind: str, dropped: int) -> None:
+    run = Run(0, capacity=2)
+    run.placement.begin_step(kind)
+    copies = [run.fetch(float(i)) for i in range(2)]
+    for copy in copies:
+        run.placement.release(copy)
+    run.fetch(2.0)
+    assert [run.placement.reuse(copy, GENERATION) for copy in copies] == [i != dropped for i in range(2)]
+    run.end()
+
+
+def test_lent_memory_is_taken_from_released_units_and_not_from_the_reserve() -> None:
+    device = SimulatedDevice(1 << 20, random.Random(0))
+    placement = CopyToDevice(device, capacity_nbytes=3 * NBYTES, reserve_nbytes=2 * NBYTES, is_limit=True)
+    run = Run(0, capacity=3)
+    run.device, run.placement = device, placement
+    copies = [run.fetch(float(i)) for i in range(3)]
+    for copy in copies:
+        placement.release(copy)
+    assert not placement.try_lend(NBYTES + 1)
+    assert placement.try_lend(NBYTES)
+    assert [placement.reuse(copy, GENERATION) for copy in copies] == [False, True, True]
+    assert not placement.try_lend(1)
+    placement.take_back(NBYTES)
+    assert placement.try_lend(1)
+    run.end()

@@ -250,8 +250,8 @@ def test_a_copy_that_the_device_kept_is_used_again_only_for_the_newest_values() 
         def release(self, device_copy: Any) -> Any:  # type: ignore[override]
             return device_copy
 
-        def reuse(self, device_copy: Any) -> bool:
-            return True
+        def reuse(self, device_copy: Any, generation: Any) -> bool:
+            return bool(device_copy.has(generation))
 
     world = World()
     world.placement = Device()
