@@ -134,12 +134,7 @@ def to_safetensors(
         names, left_out = pretrained_names(written, prefix, reader.directory)
         sizes = {source: view.nbytes_of(source) for source in names.values()}
         shards = cut_shards(sizes, names, parse_nbytes(max_shard))
-        total = sum(shard.nbytes for shard in shards)
-        done = 0
-        for shard in shards:
-            done = _write_shard(folder, shard, view, done, total, progress)
-        if len(shards) > 1:
-            _write_text(folder, HF_INDEX, index_text(shards))
+        total = _write_shards(folder, shards, view, progress)
         if config_from is not None:
             _copy_configuration(os.fspath(config_from), folder)
         folder.sync()
@@ -247,6 +242,17 @@ class Writer(StreamWriter):
         """Drop both."""
         super().drop()
         self._pages.drop(self.nbytes)
+
+
+def _write_shards(folder: Folder, shards: list[Shard], view: StateDictView, progress: Progress | None) -> int:
+    """Write the files, and the index of several; returns the bytes of all tensors."""
+    total = sum(shard.nbytes for shard in shards)
+    done = 0
+    for shard in shards:
+        done = _write_shard(folder, shard, view, done, total, progress)
+    if len(shards) > 1:
+        _write_text(folder, HF_INDEX, index_text(shards))
+    return total
 
 
 def _write_shard(

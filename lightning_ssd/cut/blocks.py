@@ -150,8 +150,6 @@ def _form(module: nn.Module) -> object:
 
 
 def _can_be_block(module: nn.Module, held: _Held) -> bool:
-    if not has_forward(module):
-        return False
     return has_parts(module) or (held is not _Held.ATTRIBUTES and _num_matrices(module) > 0)
 
 

@@ -71,7 +71,7 @@ class Cut:
         self._blocks = set(_outermost(root, found | {m for m in root.modules() if isinstance(m, _ATOMIC)}))
         self._shared = _shared_by(self._blocks)
         self._taken: set[nn.Parameter] = set()
-        self.loading = set(self._blocks)
+        self.loading: set[nn.Module] = set()
 
     def groups(self) -> list[Group]:
         """All parameters, in the order of the model; the leftovers come last."""
@@ -105,7 +105,11 @@ class Cut:
             params = list(module.parameters(recurse=False))
             if self._is_worth_it(sum(param.numel() for param in params), block):
                 parts.insert(0, self._take(self._names[module], block, params, block=block))
-        return [self._take(self._names[block], block, block.parameters(), block=block), *parts]
+        own = self._take(self._names[block], block, (), block=block)
+        for module in [block] if has_forward(block) else [*_called_in(block), block]:
+            self.loading.add(module)
+            own.members += self._take(own.name, module, module.parameters()).members
+        return [own, *parts]
 
     def _take(
         self, name: str, module: nn.Module, params: Iterable[nn.Parameter], block: nn.Module | None = None
@@ -160,6 +164,15 @@ def _outermost(module: nn.Module, found: set[nn.Module]) -> Iterator[nn.Module]:
         return
     for child in module.children():
         yield from _outermost(child, found)
+
+
+def _called_in(module: nn.Module) -> Iterator[nn.Module]:
+    """Outermost modules inside ``module``, which has no forward, that can be called."""
+    for child in module.children():
+        if has_forward(child):
+            yield child
+        else:
+            yield from _called_in(child)
 
 
 def _shared_by(blocks: Iterable[nn.Module]) -> set[nn.Parameter]:

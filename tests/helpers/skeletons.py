@@ -230,6 +230,27 @@ class FusedMixture(Mixture):
     fused = True
 
 
+class Parts(nn.Module):
+    """What a block consists of, without a forward: the model calls the parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.out = nn.ModuleList([nn.Linear(WIDTH, WIDTH)])
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+
+class NotCalled(Skeleton):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Parts() for _ in range(3))
+
+    def body(self, x: Tensor) -> Tensor:
+        for parts in self.layers:
+            x = parts.out[0](parts.block(x)) * parts.scale
+        return x
+
+
 class StudentAndTeacher(Skeleton):
     """Two deep MLPs of one class, of which one is not trained."""
 
@@ -300,5 +321,5 @@ class Functional(Skeleton):
 
 SKELETONS: list[type[nn.Module]] = [
     Stages, InDict, Attributes, ListOfModels, OneOfAKind, SharedBlock, SharedPart, Mixture, FusedMixture, Functional,
-    StudentAndTeacher, DenseStages, SequentialExperts,
+    NotCalled, StudentAndTeacher, DenseStages, SequentialExperts,
 ]  # fmt: skip

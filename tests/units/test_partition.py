@@ -140,6 +140,7 @@ CUTS: dict[type[nn.Module], str] = {
     skeletons.Mixture: "tok head layers.{0-1} layers.{0-1}.experts.{0-6}",
     skeletons.FusedMixture: "tok head layers.{0-1} layers.{0-1}.experts",
     skeletons.Functional: "tok head blocks.{0-2} extra",
+    skeletons.NotCalled: "tok head layers.{0-2}",
     skeletons.StudentAndTeacher: "tok head student.layers.0 student.layers.2 student.layers.4 "
     "student.layers.6 teacher.layers.0+frozen teacher.layers.2+frozen teacher.layers.4+frozen teacher.layers.6+frozen",
     skeletons.DenseStages: "tok head features.0.layer{0-2} features.1 features.2.layer{0-2}",
@@ -164,7 +165,7 @@ def test_the_cut_finds_the_blocks(skeleton: type[nn.Module], expected: str) -> N
     assert names(specs) == names(partition(skeleton(), min_numel=0))  # whatever the values
     blocks = [spec for spec in specs if spec.block is not None]
     assert len({spec.block for spec in blocks}) == len({spec.block for spec in specs} - {None}) > 0
-    assert {type(spec.block).__name__ for spec in blocks} <= {"Block", "MixtureBlock", "WithPart", "Linear"}
+    assert {type(spec.block).__name__ for spec in blocks} <= {"Block", "MixtureBlock", "WithPart", "Linear", "Parts"}
 
 
 def test_experts_are_fetched_inside_of_their_block() -> None:
@@ -184,6 +185,13 @@ def test_experts_are_fetched_inside_of_their_block() -> None:
         "layers.0",
         "layers.1",
     ]
+
+
+def test_the_parts_of_a_block_without_a_forward_fetch_its_unit() -> None:
+    net = skeletons.NotCalled()
+    layer = net.layers[1]
+    spec = next(spec for spec in partition(net, min_numel=0) if spec.name == "layers.1")
+    assert spec.modules == [layer.block, layer.out[0], layer]  # the last for what it has itself
 
 
 def test_the_rest_has_a_bound() -> None:
