@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -118,6 +119,10 @@ class PrecisionMixin(PrecisionBase):
                         m._buffers[name] = buffer.to(dtype)
         return module
 
+    def backward(self, tensor: Tensor, model: Any, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        with getattr(model.trainer.strategy, "streaming_backward", nullcontext)():
+            self.inner.backward(tensor, model, *args, **kwargs)
+
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         if self.scaler is not None:
             unscale_on_host(self.scaler, optimizer)
@@ -131,7 +136,7 @@ class PrecisionMixin(PrecisionBase):
 for _name in (
     "connect", "tensor_init_context", "module_init_context", "forward_context", "train_step_context",
     "val_step_context", "test_step_context", "predict_step_context", "convert_input", "convert_output", "pre_backward",
-    "backward", "post_backward", "clip_gradients", "main_params", "state_dict", "load_state_dict",
+    "post_backward", "clip_gradients", "main_params", "state_dict", "load_state_dict",
     "on_save_checkpoint", "on_load_checkpoint",
 ):  # fmt: skip
     setattr(PrecisionMixin, _name, _stock(_name))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, Union, cast
+from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor
@@ -101,7 +101,6 @@ class StrategyMixin(CheckpointMixin):
         self._dumped = {}
         self._opened = SeenFiles({})
         self._own_entries = {}
-        self._loss: Tensor | None = None  # whose backward runs
 
     # -- one process -------------------------------------------------------------------------------------------
 
@@ -262,19 +261,12 @@ class StrategyMixin(CheckpointMixin):
         with self._stepping("eval", ends=True):
             return super().predict_step(*args, **kwargs)
 
-    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run backward: units are fetched again, gradients are taken."""
-        if self._runtime is None or self._loss is closure_loss:  # whoever wraps Lightning's `backward` calls ours again
-            module, plugin = self._pl_module, self.precision_plugin
-            loss = plugin.pre_backward(closure_loss, module)
-            plugin.backward(loss, module, optimizer, *args, **kwargs)
-            return cast(Tensor, plugin.post_backward(loss, module))
-        self._loss = closure_loss
-        try:
-            with self.session.backward():
-                return super().backward(closure_loss, optimizer, *args, **kwargs)
-        finally:
-            self._loss = None
+    def streaming_backward(self) -> AbstractContextManager[None]:
+        """Around the backward of a step: units are fetched again, gradients are taken. The precision plugin enters it.
+
+        Lightning's ``backward`` is not overridden, so that whoever wraps or counts it finds what it finds elsewhere.
+        """
+        return nullcontext() if self._runtime is None else self.session.backward()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         """Run the step. If no code may read gradients, units are updated during its backward."""

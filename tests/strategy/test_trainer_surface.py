@@ -260,6 +260,19 @@ def test_a_step_replaced_on_the_class_is_called_as_often(tmp_path: Path) -> None
     assert plain[0]["step"] == ours[0]["step"] == 4
 
 
+@pytest.mark.compatibility("Trainer", "a mock around Strategy.backward")
+def test_backward_of_the_strategy_can_be_counted(tmp_path: Path) -> None:
+    def use(trainer: pl.Trainer, module: Module) -> Any:
+        strategy = trainer.strategy
+        with mock.patch.object(pl.strategies.Strategy, "backward", wraps=strategy.backward) as counted:
+            trainer.fit(module, DATA)
+            assert strategy.backward is counted
+        return counted.call_count, module.losses
+
+    plain, ours = both(tmp_path, use)
+    assert plain == ours
+
+
 class ReplacesStep(pl.Callback):
     """Puts a function in the place of the optimizer's step."""
 
