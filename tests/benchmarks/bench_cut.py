@@ -22,8 +22,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lightning_ssd.memory.plan import Demand, UnitSize, make_plan
+from lightning_ssd.units.model_units import chains
 from lightning_ssd.units.partition import partition
-from lightning_ssd.units.unit import Unit, chains
+from lightning_ssd.units.unit import Unit
 from tests.benchmarks.support import emit, facts, say
 
 BIG = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336}
