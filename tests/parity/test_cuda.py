@@ -121,6 +121,22 @@ def test_no_wait_is_missing_where_compute_is_slow(tmp_path: Path, monkeypatch: p
     assert_same(plain, run(tmp_path, lambda: lagging(WIDE()), strategy, max_steps=5))
 
 
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_a_resumed_run_draws_what_the_first_would_have_drawn(tmp_path: Path, activations: str) -> None:
+    """Dropout on the device, whose generator is saved and restored; recompute draws the same numbers twice."""
+    make_net = functools.partial(GPT, dropout=0.2)
+
+    def strategy() -> SSDOffloadStrategy:
+        return SSDOffloadStrategy(host_memory="min", min_unit_numel=0, update="torch", activations=activations)
+
+    whole = run(tmp_path, make_net, strategy(), max_steps=6)
+    first = run(tmp_path, make_net, strategy(), max_steps=3)
+    path = str(tmp_path / "checkpoint")
+    first.trainer.save_checkpoint(path)
+    assert whole.losses[:3] == first.losses
+    assert whole.losses[3:] == run(tmp_path, make_net, strategy(), max_steps=6, ckpt_path=path).losses
+
+
 # -- streams and memory ----------------------------------------------------------------------------------------------
 
 
