@@ -23,7 +23,7 @@ from lightning_ssd.optim.state_io import OptimizerState
 from lightning_ssd.optim.update import ParameterUpdate, PendingUpdate, Updates, require_finite
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.inherited import Refused
-from lightning_ssd.units.unit import Unit, Waitable, params_with_grad
+from lightning_ssd.units.unit import Unit, Waitable
 
 
 class OptimizerAdapter(OptimizerState):
@@ -230,7 +230,7 @@ class OptimizerAdapter(OptimizerState):
             ConfigurationError: It would change nothing, where plain torch changes every parameter again.
         """
         is_new = self._options.is_used or not self._has_used_grads
-        if not is_new and not any(True for _ in params_with_grad(self._units())):
+        if not is_new and not any(True for _ in self._units_with_grad()):
             raise ConfigurationError(
                 f"{type(self.optimizer).__name__}.step() was called again on the gradients of the step before, which "
                 "went into that step's update as they came and are gone; keep them with overlap='off', or override "
@@ -239,7 +239,7 @@ class OptimizerAdapter(OptimizerState):
 
     def _finish_step(self) -> None:
         self._require_updates().cache.end_step()  # from now on an access to a parameter waits for its new value
-        for unit, grads in params_with_grad(self._units()):
+        for unit, grads in self._units_with_grad():
             self.update(unit, grads)
         if isinstance(self.rule, TorchRule):
             self.drain()

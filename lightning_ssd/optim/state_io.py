@@ -54,6 +54,13 @@ class OptimizerState(ABC):
     def _units(self) -> Iterable[Unit]:
         return {self._places[p][0].name: self._places[p][0] for p in self.params() if p in self._places}.values()
 
+    def _units_with_grad(self) -> Iterable[tuple[Unit, dict[int, Tensor]]]:
+        """Units that have a visible gradient, with their gradients by parameter index."""
+        for unit in self._units():
+            grads = {i: p.grad for i, p in enumerate(unit.params) if p.grad is not None}
+            if grads:
+                yield unit, grads
+
     def _groups(self) -> dict[nn.Parameter, int]:
         return {p: i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
 

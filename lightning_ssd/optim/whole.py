@@ -14,7 +14,6 @@ from typing import Any
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.rules import Rule
 from lightning_ssd.units.param_cache import ParamCache
-from lightning_ssd.units.unit import params_with_grad
 
 
 class WholeRule(Rule):
@@ -102,6 +101,6 @@ class WholeOptimizer(OptimizerAdapter):
         return loss
 
     def _require_written(self) -> None:
-        for unit, grads in params_with_grad(self._units()):
+        for unit, grads in self._units_with_grad():
             if unit.spilled_grads is not None:
                 unit.spilled_grads.check(grads, is_final=False)

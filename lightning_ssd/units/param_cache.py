@@ -7,7 +7,6 @@ from functools import partial
 import torch
 
 from lightning_ssd.memory.pool import Buffer, Pool
-from lightning_ssd.store.generation import Generation
 from lightning_ssd.trace.recorder import Lane, Trace
 from lightning_ssd.units.execution_order import ExecutionOrder
 from lightning_ssd.units.host_copy import UpdateTarget
@@ -192,9 +191,6 @@ class ParamCache:
 
     # -- moves ---------------------------------------------------------------------------------------------------
 
-    def _newest(self, unit: Unit) -> Generation:
-        return self._store.newest(unit.name, "param")
-
     def _prefetch(self, *, beyond: bool = False) -> None:
         """Start reads of what is needed next, as far as free memory goes; see `PrefetchPolicy.wanted`."""
         self._placement.poll()
@@ -333,7 +329,7 @@ class ParamCache:
         host_copy = unit.host_copy
         if host_copy is None:
             return None
-        is_current = host_copy.generation is self._newest(unit)
+        is_current = host_copy.generation is self._store.newest(unit.name, "param")
         # A view that the user kept shows the values it had.
         is_writable = unit.device_copy is None and unit.num_holds == 0 and not host_copy.buffer.in_use
         if not is_writable and not (is_current and not unit.has_master):
@@ -349,7 +345,7 @@ class ParamCache:
         unit = target.unit
         with self._lock:
             if target.is_writable and is_new and (self._keep_cache or self._policy.is_next(unit)):
-                target.host_copy.generation = self._newest(unit)
+                target.host_copy.generation = self._store.newest(unit.name, "param")
             self.unpin(unit)
 
     def unpin(self, unit: Unit) -> None:

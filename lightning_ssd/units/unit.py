@@ -392,11 +392,3 @@ def give(param: nn.Parameter, data: Tensor, cls: type[nn.Parameter]) -> None:
     with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
         param.data = data
     param.__class__ = cls
-
-
-def params_with_grad(units: Iterable[Unit]) -> Iterable[tuple[Unit, dict[int, Tensor]]]:
-    """Units that have a visible gradient, with their gradients by parameter index."""
-    for unit in units:
-        grads = {i: p.grad for i, p in enumerate(unit.params) if p.grad is not None}
-        if grads:
-            yield unit, grads
