@@ -7,7 +7,7 @@ A GPT of random weights trains; some steps are not saved, then each is (the chec
 that of the next, so it has the save after the step in it, and what the save costs later: files that a checkpoint holds
 cannot be written again. ``wait_s`` are updates that were owed when the save began, which it did not cause.
 Afterwards the last checkpoint is copied twice: by reading and writing all its bytes, synced at the end, and by what
-``lightning-ssd copy`` does, which also compares.
+``lightning-ssd copy`` does, which also compares. Then the state is saved as one file, beside writing as many bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class Saver(pl.Callback):
         save_s = timed(lambda: trainer.save_checkpoint(path))
         older, self.newest = self.newest, path
         remove_s = 0.0 if older is None else timed(lambda: trainer.strategy.remove_checkpoint(older))
-        files = [(found.st_size, found.st_nlink) for found in map(Path.stat, path.rglob("*.*"))]
+        files = [(found.st_size, found.st_nlink) for found in map(Path.stat, files_of(path))]
         self.saves.append(
             {
                 "wait_s": wait_s,
@@ -120,7 +121,8 @@ def measure(args: argparse.Namespace) -> Line:
         trainer.fit(Module(args.sizes[0]), batches(num_steps))
         assert saver.newest is not None
         line = {"plan": plan_of(strategy.session), "engine": strategy.session.engine.name}
-        return line | of_steps(saver, first) | of_copies(saver.newest, saver.saves)
+        line |= of_steps(saver, first) | of_copies(links_of(saver.newest), saver.saves)
+        return line | of_one_file(trainer, saver.newest)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -142,6 +144,42 @@ def of_steps(saver: Saver, first: int) -> Line:
         "repeated_save_s": median(save["save_s"] for save in saver.saves[1:] or saver.saves),
         "stall_s": median(repeated) - median(plain),
     }
+
+
+def of_one_file(trainer: pl.Trainer, links: Path) -> Line:
+    """Seconds of a save of the same state as one file, and of writing as many bytes from memory, synced at the end."""
+    path = links.with_name("file.ckpt")
+    session = trainer.strategy.session
+    session.settings = replace(session.settings, checkpoint="file")
+    drop_cache(links_of(links))
+    save_s = timed(lambda: trainer.save_checkpoint(path))
+    nbytes = path.stat().st_size
+    path.unlink()
+    write_s = timed(lambda: write_bytes(path, nbytes))
+    path.unlink()
+    return {
+        "file_nbytes": nbytes,
+        "file_save_s": save_s,
+        "file_write_s": write_s,
+        "file_share_of_write": save_s / write_s,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def write_bytes(path: Path, nbytes: int) -> None:
+    buffer = os.urandom(PIECE_NBYTES)
+    with path.open("wb", buffering=0) as file:
+        for begin in range(0, nbytes, PIECE_NBYTES):
+            file.write(buffer[: nbytes - begin])
+        os.fsync(file.fileno())
+
+
+def links_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.links")
+
+
+def files_of(path: Path) -> list[Path]:
+    return [path, *links_of(path).rglob("*.*")]
 
 
 def of_copies(checkpoint: Path, saves: list[Line]) -> Line:

@@ -120,7 +120,7 @@ def plain(text: str, folder: Path) -> str:
 def good(folder: Path) -> list[Path]:
     """Checkpoints that verify, by step."""
     found = []
-    for path in sorted(folder.glob("[!.]*")):
+    for path in sorted(folder.glob("[!.]*.ckpt")):
         try:
             with CheckpointReader(path) as reader:
                 reader.verify()

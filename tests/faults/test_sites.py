@@ -232,7 +232,7 @@ def _damaged(saved: Path) -> dict[str, str]:
 def _goes_on(folder: Path, site: Site, engine: str, whole: Outcome) -> None:
     """From the newest checkpoint that verifies, or from the start, to the same end."""
     damaged = _damaged(folder / "saved")
-    good = sorted(path for path in (folder / "saved").glob("[!.]*") if path.name not in damaged)
+    good = sorted(path for path in (folder / "saved").glob("[!.]*.ckpt") if path.name not in damaged)
     if not good:
         return
     plain = Site(site.name, "", ("read",), "", (), settings=site.settings, trainer=site.trainer)

@@ -28,7 +28,7 @@ def storm(directory: Path, seed: int, count: int, *scenarios: str) -> dict[str, 
 
 
 def test_a_small_storm(tmp_store: Path) -> None:
-    report = storm(tmp_store, 1, 12, "accumulate, clip", "bf16-true", "in memory, clip")
+    report = storm(tmp_store, 1, 14, "accumulate, clip", "bf16-true", "in memory, clip", "file")
     assert report["finished"] >= 3
 
 

@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.convert.export import consolidate
 from lightning_ssd.io.select import make_engine
 from lightning_ssd.strategy import session as session_module
@@ -49,10 +50,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "bf16-true": {"precision": "bf16-true"},
     "bf16-true, accumulate": {"precision": "bf16-true", "accumulate_grad_batches": 2},
     "in memory, clip": {"gradient_clip_val": 0.5},
+    "file": {},
 }
 
-STRATEGY: dict[str, dict[str, Any]] = {"in memory, clip": {"host_memory": "64MiB"}}
-"""Settings other than the smallest memory. With more, units stay in memory; a checkpoint has them too."""
+STRATEGY: dict[str, dict[str, Any]] = {"in memory, clip": {"host_memory": "64MiB"}, "file": {"checkpoint": "file"}}
+"""Settings other than the smallest memory and links. With more, units stay in memory; a checkpoint has them too."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class Exporter(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         newest = newest_checkpoint(self._folder / "saved")
-        if trainer.global_step % 2 == 0 and newest is not None:
+        if trainer.global_step % 2 == 0 and newest is not None and mark_of(str(newest)) is not None:
             with self._hooks.phase("export"):
                 consolidate(newest, self._folder / "export.ckpt", overwrite=True)
 
