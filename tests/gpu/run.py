@@ -30,7 +30,7 @@ from tests.gpu.table import table  # isort: skip
 from tests.gpu.worker import NUM_LAST, Job  # isort: skip
 
 PARTS = ("machine", "tests", "sanitizer", "sizes")
-TESTS_S, SANITIZER_S = 240, 90
+TESTS_S, SANITIZER_S = (900 if IS_SIMULATED else 240), 90
 BATCH, BATCHES = 8, (1, 2 if IS_SIMULATED else 32)  # of every size; of the largest that ran, ours alone
 ORDER = ("350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
 
@@ -94,13 +94,13 @@ class Run:
     def tests(self) -> None:
         """Those marked cuda."""
         begin = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "--tb=short", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-v", "-m", "cuda", "--tb=short", "-p", "no:cacheprovider"]
         environment = {"TEST_DEVICE": "simulated_cuda"} if IS_SIMULATED else {}
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "tests.xml"
             command += ["tests/parity/test_cuda.py", f"--junitxml={report}", *self._args.tests]
             output, is_complete = call(command, min(TESTS_S, self.left_s()), **environment)
-            line = {"part": "tests", "is_complete": is_complete, **outcomes(report)}
+            line = {"part": "tests", "is_complete": is_complete, **outcomes(report, output)}
         (self._args.out / "gpu_tests.txt").write_text(output[-1_000_000:])
         self.has_failed |= not is_complete or not line["num_passed"] or bool(line["failed"])
         self.emit({**line, "took_s": time.monotonic() - begin})
@@ -134,10 +134,13 @@ class Run:
             self.has_failed |= not sizes.run(ran[-1], "ours", batch)
 
 
-def outcomes(report: Path) -> dict[str, Any]:
-    """Of a run of pytest, which leaves no report if it was killed."""
+def outcomes(report: Path, output: str) -> dict[str, Any]:
+    """Of a run of pytest by its report, or, if it was killed before it wrote one, by its ``output`` until then."""
     if not report.exists():
-        return {"num_passed": 0, "failed": {}, "skipped": []}
+        ended = [line.split() for line in output.splitlines() if "::" in line]
+        by_word = {word: [words[0] for words in ended if word in words[1:]] for word in ("PASSED", "FAILED", "SKIPPED")}
+        failed = dict.fromkeys(by_word["FAILED"], "")
+        return {"num_passed": len(by_word["PASSED"]), "failed": failed, "skipped": by_word["SKIPPED"]}
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = {case.get("name"): _text(case) for case in cases if case.find("failure") is not None}
     failed |= {case.get("name"): _text(case) for case in cases if case.find("error") is not None}

@@ -66,12 +66,13 @@ def test_a_guess_has_a_start_that_does_not_grow() -> None:
 
 
 def test_a_report_of_tests_is_read(tmp_path: Path) -> None:
-    assert outcomes(tmp_path / "none.xml")["num_passed"] == 0
+    killed = outcomes(tmp_path / "none.xml", "t.py::a[x] PASSED [ 3%]\nt.py::b FAILED [ 6%]\nt.py::c \n")
+    assert killed == {"num_passed": 1, "failed": {"t.py::b": ""}, "skipped": []}
     (tmp_path / "tests.xml").write_text(
         '<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure message="no">at</failure></testcase>'
         '<testcase name="c"><skipped/></testcase></testsuite></testsuites>'
     )
-    found = outcomes(tmp_path / "tests.xml")
+    found = outcomes(tmp_path / "tests.xml", "")
     assert (found["num_passed"], found["failed"], found["skipped"]) == (1, {"b": "no\nat"}, ["c"])
 
 
