@@ -124,24 +124,14 @@ bench: $(VENV)/.test $(VENV)/.simulated_cuda
 	$(BENCH)checkpoint $(BENCH_DIR) --out docs/results/checkpoint.jsonl
 
 # Everything that needs a GPU, within ten minutes and without a network, by any $(PYTHON) that has torch, Lightning, pytest and
-# what builds the package (nanobind, scikit-build-core, cmake, ninja); it is left as it is. A failed test ends in an error, but
-# the benchmark runs all the same. GPU_CHECK= GPU_ARGS='--device cpu --sizes tiny' tries the target itself out.
-GPU_BUILD := build/gpu
+# what builds the package (nanobind, scikit-build-core, cmake, ninja); it is left as it is. See tests/gpu/run.py. Results go
+# to $$OUT if that is set, else to docs/results. GPU_ARGS="--parts machine tests sanitizer" or "--parts machine sizes" where
+# tests and sizes have ten minutes each. GPU_DEVICE=simulated PYTHON=.venv/bin/python tries all of it out without a GPU.
 GPU_MINUTES := 9
-GPU_CHECK := import torch; torch.cuda.is_available() or exit("make gpu: torch sees no CUDA device")
 
 gpu: export GOMP_SPINCOUNT = 1000
-gpu:
-	$(PYTHON) -c '$(GPU_CHECK)'
-	mkdir -p $(BENCH_DIR)
-	@until=$$(( $$(date +%s) + 60 * $(GPU_MINUTES) )); set -e; \
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --upgrade --target $(GPU_BUILD) .; \
-	find $(GPU_BUILD)/lightning_ssd -name '_native*.so' -exec cp {} lightning_ssd/ ';'; \
-	tests=0; timeout --signal=INT --kill-after=10 240 \
-		$(PYTHON) -m pytest -q -m cuda tests/parity/test_cuda.py $(TEST_ARGS) || tests=$$?; \
-	left=$$(( (until - $$(date +%s)) / 60 )); \
-	$(PYTHON) -m tests.benchmarks.bench_gpu $(BENCH_DIR) --minutes $$left --out docs/results/gpu.jsonl $(GPU_ARGS); \
-	exit $$tests
+gpu: $(if $(GPU_DEVICE),$(VENV)/.test $(VENV)/.simulated_cuda)
+	$(PYTHON) -m tests.gpu $(BENCH_DIR) --out $(or $(OUT),docs/results) --minutes $(GPU_MINUTES) $(GPU_ARGS)
 
 # The C++ core alone: no Python, no pip.
 native-test:

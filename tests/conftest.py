@@ -26,6 +26,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 pytest_plugins = ["tests.simulated_cuda.plugin"] if requested() else []
 
+_HAS_NVIDIA = os.path.exists("/dev/nvidiactl")
 GRACE_S = 2.0  # a thread that was told to stop, or a child that was killed, may take this long to be gone
 
 
@@ -45,8 +46,21 @@ def _frozen_imports() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _device_is_open() -> None:
+    """What a GPU opens once, it opens before the first test: context, cuBLAS, autograd's thread and its own streams."""
+    torch = sys.modules.get("torch")  # a run that does not use it does not wait for its import
+    if torch is None or not torch.cuda.is_available():
+        return
+    x = torch.ones(64, 64, device="cuda", requires_grad=True)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.empty(1, pin_memory=True).to("cuda", non_blocking=True)
+    (x @ x).sum().backward()
+    torch.cuda.synchronize()
+
+
 @pytest.fixture(autouse=True)
-def _leaves_nothing_behind(_frozen_imports: None) -> Iterator[None]:
+def _leaves_nothing_behind(_frozen_imports: None, _device_is_open: None) -> Iterator[None]:
     """Fail a test that leaks a thread, a file descriptor or a child process."""
     before = _held()
     yield
@@ -96,11 +110,17 @@ def _files() -> dict[int, str]:
             target = os.readlink(f"/proc/self/fd/{entry}")
         except FileNotFoundError:  # the descriptor of this very listing
             continue
-        # multiprocessing's resource tracker, a process of its own, is started once and reached through a pipe. CUDA
-        # opens its devices once.
-        if int(entry) != resource_tracker._resource_tracker._fd and not target.startswith("/dev/nvidia"):
+        # multiprocessing's resource tracker, a process of its own, is started once and reached through a pipe.
+        if int(entry) != resource_tracker._resource_tracker._fd and not _is_of_the_driver(target):
             files[int(entry)] = target
     return files
+
+
+def _is_of_the_driver(target: str) -> bool:
+    """Whether CUDA may have opened it: its devices, and where these are, pipes, sockets and events of its threads."""
+    return target.startswith("/dev/nvidia") or (
+        _HAS_NVIDIA and target.startswith(("pipe:", "socket:", "anon_inode:[eventfd]", "anon_inode:[eventpoll]"))
+    )
 
 
 def _children() -> dict[int, str]:

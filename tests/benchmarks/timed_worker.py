@@ -26,7 +26,7 @@ import lightning.pytorch as pl  # isort: skip  # after the device: it imports to
 import torch  # isort: skip
 from lightning_ssd.trace.summary import summarize  # isort: skip
 from tests.benchmarks import bounds, step_worker  # isort: skip
-from tests.benchmarks.gpu_worker import quick_init  # isort: skip
+from tests.gpu.worker import quick_init  # isort: skip
 from tests.benchmarks.paced import paced  # isort: skip
 from tests.simulated_cuda.waits import HostWaits  # isort: skip
 

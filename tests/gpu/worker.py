@@ -1,9 +1,10 @@
-"""One timed training job on a device, in a process of its own: prints what it took as one JSON line.
+"""One timed training job on a GPU, in a process of its own: prints what it took as one JSON line.
 
-    python -m tests.benchmarks.gpu_worker '{"system": "ours", "size": "350m", "device": "cuda", ...}'
+    python -m tests.gpu.worker '{"system": "ours", "size": "350m", ...}'
 
 A step is timed from its begin to the next one's, the device being done with all before; so updates that a step leaves
-owed count once. The last step is not counted, nor the first, nor the last but one, which is traced.
+owed count once. The first step is not counted, nor the last three: a profiler starts, the next is profiled and traced,
+and the last has no end.
 """
 
 from __future__ import annotations
@@ -20,21 +21,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-from torch import Tensor, nn
+from tests.gpu.device import working
 
-import lightning_ssd
-from lightning_ssd.io.engine import IOStats
-from lightning_ssd.trace.summary import Summary, summarize
-from tests.benchmarks.bench_memory import sampled
-from tests.benchmarks.gpt import SIZES, VOCAB, Module, batches
-from tests.benchmarks.support import median, plan_of
-from tests.helpers.models import Block
-from tests.helpers.training import make_trainer
+import lightning.pytorch as pl  # isort: skip  # after the device: it imports torch
+import torch  # isort: skip
+from torch import nn  # isort: skip
 
-PROBE_NBYTES = 1 << 28
-LOW = torch.bfloat16
+import lightning_ssd  # isort: skip
+from lightning_ssd.io.engine import IOStats  # isort: skip
+from lightning_ssd.trace.summary import Summary, summarize  # isort: skip
+from tests.benchmarks.bench_memory import sampled  # isort: skip
+from tests.benchmarks.gpt import SIZES, VOCAB, Module, batches  # isort: skip
+from tests.benchmarks.support import median, plan_of  # isort: skip
+from tests.gpu.fsdp import train_by_fsdp  # isort: skip
+from tests.gpu.pieces import LOW, seconds  # isort: skip
+from tests.gpu.profile import Profile  # isort: skip
+from tests.helpers.models import Block  # isort: skip
+from tests.helpers.training import make_trainer  # isort: skip
+
+NUM_LAST = 3  # steps that are not counted: the profiler's start, the profiled one, and the last
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,12 @@ class Job:
     """What to run.
 
     Attributes:
-        system: "ours", "plain" (Lightning, all on the device, blocks recomputed), "zero-offload" or "zero-infinity".
+        system: "ours", "plain" (Lightning, all on the device, blocks recomputed), "fsdp2" (torch's, with
+            ``CPUOffloadPolicy``), "zero-offload" or "zero-infinity" (DeepSpeed).
         size: Of the model.
-        device: "cuda" or "cpu".
         batch: Sequences in a batch.
         seq: Tokens in a sequence.
-        steps: Steps; the first and the last two are not counted.
+        steps: Steps, of which the first and the last `NUM_LAST` are not counted.
         path: Where state goes.
         device_nbytes: What the process may take of the GPU's memory.
         host_memory: Setting of the strategy.
@@ -55,7 +60,6 @@ class Job:
 
     system: str
     size: str
-    device: str
     batch: int
     seq: int
     steps: int
@@ -67,47 +71,63 @@ class Job:
 class Clock(pl.Callback):
     """Overrides no hook that would make gradients visible, since that would change what is timed."""
 
-    def __init__(self, strategy: Any, traced_step: int) -> None:
+    def __init__(self, strategy: Any, steps: int) -> None:
         self._strategy = strategy if hasattr(strategy, "stats") else None
-        self._traced_step = traced_step
+        self._profiled = steps - 2
+        self._profile: Profile
         self.begins: list[float] = []
         self.moved: list[IOStats] = []
         self.trace: Summary | None = None
+        self.profile: dict[str, Any] = {}
 
     def on_train_batch_start(self, *_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        """A step begins, when the device is done with those before."""
+        torch.cuda.synchronize()
+        step = len(self.begins)
+        if step == self._profiled + 1:
+            self.profile = self._profile.end()
+        self._trace(step)
         self.begins.append(time.perf_counter())
+        if self._strategy is not None:
+            self.moved.append(self._strategy.stats())
+        if step == self._profiled - 1:
+            self._profile = Profile()
+        elif step == self._profiled:
+            self._profile.begin()
+
+    def _trace(self, step: int) -> None:
         if self._strategy is None:
             return
-        self.moved.append(self._strategy.stats())
         trace = self._strategy.session.trace
         if trace.is_on:
             trace.stop()
             self.trace = summarize(dataclasses.replace(trace.collect(), num_steps=1))
-        elif len(self.begins) == self._traced_step + 1:
+        elif step == self._profiled:
             trace.start()
 
 
 def precision_of(system: str) -> str:
     """Lightning's, with float32 masters."""
-    return "bf16-mixed" if system == "plain" else "bf16-true"
+    return "bf16-mixed" if system in ("plain", "fsdp2") else "bf16-true"
 
 
 def main() -> None:
+    """Run the job."""
     warnings.simplefilter("ignore")
     job = Job(**json.loads(sys.argv[1]))
-    result: dict[str, Any] = {}
-    if job.device == "cuda":
+    with working():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(job.device_nbytes / total, 1.0))
-        result["device"] = torch.cuda.get_device_name(0)
-        result["device_total_nbytes"] = total
-    if job.system == "ours":
-        result |= pieces(job)
-        if job.device == "cuda":
-            torch.cuda.empty_cache()  # of what the pieces took
-    result |= train(job)
+        result: dict[str, Any] = {"device": torch.cuda.get_device_name(0), "device_total_nbytes": total}
+        if job.system == "ours":
+            result["compute_s"] = compute_alone(job)
+            torch.cuda.empty_cache()  # of what that took
+        torch.cuda.reset_peak_memory_stats()
+        with sampled() as peak, quick_init():
+            result |= train_by_fsdp(job) if job.system == "fsdp2" else train(job)
+        result["peak_host_nbytes"] = peak["base_anonymous_nbytes"] + peak["peak_anonymous_above_base_nbytes"]
+        result["peak_device_nbytes"] = torch.cuda.max_memory_allocated()
+        result["peak_device_reserved_nbytes"] = torch.cuda.max_memory_reserved()
     sys.stdout.write(json.dumps({"job": dataclasses.asdict(job), **result}) + "\n")
 
 
@@ -115,32 +135,26 @@ def train(job: Job) -> dict[str, Any]:
     """The job, by Lightning."""
     begin = time.perf_counter()
     strategy = make_strategy(job)
-    clock = Clock(strategy, job.steps - 2)
+    clock = Clock(strategy, job.steps)
     module = make_module(job)
-    if job.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(
         Path(job.path),
         strategy,
-        accelerator="gpu" if job.device == "cuda" else "cpu",
+        accelerator="gpu",
         precision=precision_of(job.system),
         max_steps=job.steps,
         callbacks=[clock],
     )
-    with quick_init(), sampled() as peak:
-        trainer.fit(module, batches(job.steps, job.batch, job.seq))
-    counted = slice(1, -1)  # of the pairs of begins, the last of which is the traced step
+    trainer.fit(module, batches(job.steps, job.batch, job.seq))
+    counted = slice(1, job.steps - NUM_LAST)  # of the pairs of begins
     steps = [b - a for a, b in itertools.pairwise(clock.begins)][counted]
     found: dict[str, Any] = {
         "step_s": median(steps),
         "steps_s": steps,
         "losses": module.losses,
         "setup_s": clock.begins[0] - begin,
-        **peak,
+        "profile": clock.profile,
     }
-    if job.device == "cuda":
-        found["peak_device_nbytes"] = torch.cuda.max_memory_allocated()
-        found["peak_device_reserved_nbytes"] = torch.cuda.max_memory_reserved()
     if clock.moved:
         found |= disk_use(list(itertools.pairwise(clock.moved))[counted])
         found |= {"plan": plan_of(strategy.session), "engine": strategy.session.engine.name}
@@ -207,49 +221,17 @@ def quick_init() -> Iterator[None]:
             cls.reset_parameters = reset  # type: ignore[method-assign]
 
 
-# -- pieces, each alone ----------------------------------------------------------------------------------------------
-
-
-def pieces(job: Job) -> dict[str, Any]:
-    """Compute of a step with its parameters on the device, and rates of copies, GB/s."""
-    device = torch.device(job.device)
-    found = {"compute_s": compute_alone(job, device)}
-    if device.type == "cuda":
-        on_device = torch.empty(PROBE_NBYTES, dtype=torch.uint8, device=device)
-        host = torch.empty(PROBE_NBYTES, dtype=torch.uint8, pin_memory=True)
-        to_s = seconds(lambda: on_device.copy_(host, non_blocking=True), device)
-        from_s = seconds(lambda: host.copy_(on_device, non_blocking=True), device)
-        found |= {"to_device_gbps": PROBE_NBYTES / to_s / 1e9, "to_host_gbps": PROBE_NBYTES / from_s / 1e9}
-    return found
-
-
-def compute_alone(job: Job, device: torch.device) -> float:
+def compute_alone(job: Job) -> float:
+    """Seconds of a step's compute with its parameters on the device."""
     layers, width, heads = SIZES[job.size]
+    device = torch.device("cuda")
     block = Block(width, heads).to(device, LOW)
     head = nn.Linear(width, VOCAB, bias=False).to(device, LOW)
     x = torch.randn(job.batch, job.seq, width, device=device, dtype=LOW, requires_grad=True)
-    forward_s = seconds(lambda: block(x), device)
-    both_s = seconds(lambda: block(x).sum().backward(), device)
-    head_s = seconds(lambda: head(x).float().sum().backward(), device)
+    forward_s = seconds(lambda: block(x))
+    both_s = seconds(lambda: block(x).sum().backward())
+    head_s = seconds(lambda: head(x).float().sum().backward())
     return layers * (forward_s + both_s) + head_s
-
-
-def seconds(work: Any, device: torch.device) -> float:
-    """Of one call, the median of five after two that do not count."""
-    times = []
-    for _ in range(7):
-        wait(device)
-        begin = time.perf_counter()
-        result: Tensor | None = work()
-        wait(device)
-        times.append(time.perf_counter() - begin)
-        del result
-    return median(times[2:])
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":
