@@ -100,7 +100,7 @@ def test_import_links_only_what_is_ours_alone(training: Training, tmp_store: Pat
     for name in ("theirs", "shared", "ours"):
         report = import_checkpoint(tmp_store / name, tmp_store / f"from-{name}")
         assert bool(report.nbytes_linked) == (name == "ours")
-        for file in (tmp_store / f"from-{name}" / "units").iterdir():
+        for file in (tmp_store / f"from-{name}.links" / "units").iterdir():
             found = file.stat()
             assert (found.st_uid, found.st_nlink) == (0, 2 if name == "ours" else 1)
 

@@ -291,14 +291,7 @@ def test_what_a_model_leaves_without_values_is_refused(tmp_path: Path, what: str
 # ------------------------------------------------------------------------------------------------------- refused
 
 
-def test_compiled_and_scripted_modules_are_refused(tmp_path: Path) -> None:
-    class Compiles(Module):
-        def configure_model(self) -> None:
-            self.net = torch.compile(self.net)
-
-    for module in (Compiles(GPT()), torch.compile(Module(GPT()))):
-        with pytest.raises(ConfigurationError, match=r"without torch\.compile"):
-            fit(tmp_path, module, streamed())
+def test_scripted_modules_are_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(nn.Linear(4, 4))

@@ -38,6 +38,8 @@ TOY = {
     "pytorch_lightning/trainer.py": "",
     "lightning_fabric/__init__.py": "",
     "lightning_fabric/strategies.py": REGISTRY + "STRATEGY_REGISTRY = Registry()\n",
+    "torch/__init__.py": "import torch.serialization",
+    "torch/serialization.py": "ADMITTED = []\nadd_safe_globals = ADMITTED.extend\n",
     "after.py": "",
 }
 NAMES = "['ssd_offload', 'ssdoffloadstrategy', 'lightning_ssd.ssdoffloadstrategy']"
@@ -105,7 +107,10 @@ class Spy:
 before = list(sys.meta_path)[1:]
 sys.meta_path.insert(1, Spy())
 import lightning.pytorch, lightning.fabric.strategies, pytorch_lightning, lightning_fabric.strategies
+import torch
 import after
+from lightning_ssd.links import linked
+assert torch.serialization.ADMITTED == [linked]
 assert sys.meta_path[1:] == before, sys.meta_path
 assert "after" in asked  # it was in the search for this module that ours left
 """)
@@ -251,7 +256,7 @@ def test_import_torch_registers_and_stays_fast(fresh_python: Run) -> None:
 import sys, time
 import torch
 ours = {name for name in sys.modules if name.startswith("lightning_ssd")}
-assert ours == {"lightning_ssd", "lightning_ssd._autoload"}, ours
+assert ours == {"lightning_ssd", "lightning_ssd._autoload", "lightning_ssd.links"}, ours
 from lightning_ssd._autoload import RegisteringFinder
 (finder,) = [f for f in sys.meta_path if isinstance(f, RegisteringFinder)]
 started = time.perf_counter()
@@ -312,7 +317,7 @@ import lightning.pytorch as pl
 from lightning.fabric import Fabric
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 ours = {name for name in sys.modules if name.startswith("lightning_ssd")}
-assert ours == {"lightning_ssd", "lightning_ssd._autoload"}, ours
+assert ours == {"lightning_ssd", "lightning_ssd._autoload", "lightning_ssd.links"}, ours
 import lightning.pytorch.cli
 assert "lightning_ssd.strategy.for_lightning" in sys.modules  # else the CLI does not know its short name
 for name in ("ssd_offload", "SSD_Offload", "SSDOffloadStrategy", "lightning_ssd.SSDOffloadStrategy"):
