@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ class ModuleHooks:
             ending.callback(self._unhook)
             ending.callback(self._grads.unwatch)
             ending.callback(self.abort_step)
+            ending.callback(partial(self._verdicts.written_buffers.check, is_end=True))
             ending.callback(self.end_step)  # what the last step wrote is kept
 
     def _unhook(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_ssd.device.streams import CudaStreams, WaitFor
+from lightning_ssd.errors import RecomputeError
 from tests.helpers.training import make_trainer, streamed
 from tests.simulated_cuda.device import begin, core
 from tests.simulated_cuda.waits import HostWaits
@@ -132,3 +133,30 @@ def test_copies_run_beside_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for part in (forward, rest):  # none is hidden
         assert set(part.places) <= {("event", place) for _, place in part.places if "streams.py" in place}
         assert sum(part.places.values()) == sum(part.waits.values())
+
+
+def halve_the_mask(block: nn.Module, args: Any) -> None:
+    block.mask.data.mul_(0.5)  # type: ignore[union-attr, operator]
+
+
+class WritesLate(Net):
+    """The third block writes to its mask without a version, in the third step and not before."""
+
+    def training_step(self, x: Tensor, index: int) -> Tensor:
+        if index == 2:
+            self.blocks[2].register_forward_pre_hook(halve_the_mask)
+        x = x.requires_grad_()
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("max_steps", [3, 4])
+def test_a_buffer_that_is_written_by_data_after_the_first_forward_is_refused(tmp_path: Path, max_steps: int) -> None:
+    begin(0, "late", 0.0)
+    trainer = make_trainer(tmp_path, streamed(activations="recompute"), max_steps=max_steps)
+    with pytest.raises(RecomputeError, match=r"wrote to buffer 'mask' of a Block by \.data"):
+        trainer.fit(WritesLate(), DataLoader(torch.randn(4 * 256, 128), batch_size=256))
