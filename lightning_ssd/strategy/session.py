@@ -138,7 +138,7 @@ class Session:
             self.model.offload(unit)
 
     def _make_model(self, units: list[Unit]) -> ModelUnits:
-        return ModelUnits(units, self.store, keeps_buffer=not self.settings.is_off_host)
+        return ModelUnits(units, self.store)
 
     def adopted(self, optimizer: Optimizer) -> OptimizerAdapter | None:
         """What ``optimizer`` was adopted as; None if it was not."""

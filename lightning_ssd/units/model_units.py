@@ -46,7 +46,6 @@ class ModelUnits:
     Args:
         units: All units.
         store: Where their values are.
-        keeps_buffer: Whether resident parameters view host memory; see `Placement.keeps_buffer`.
 
     Attributes:
         step: Whether a step runs.
@@ -57,12 +56,12 @@ class ModelUnits:
         inherited: In a forked process, where values are; None in the one that trains.
     """
 
-    def __init__(self, units: list[Unit], store: StateStore, *, keeps_buffer: bool) -> None:
+    def __init__(self, units: list[Unit], store: StateStore) -> None:
         self.units = units
         self.store = store
         self.step = StepState()
         self.lock = threading.Condition()
-        self.writes = UserWrites(store, units, keeps_buffer=keeps_buffer)
+        self.writes = UserWrites(store, units)
         self.streaming: Streaming | None = None
         self.inherited: Inherited | None = None
         self._unit_of = {param: unit for unit in units for param in unit.params}

@@ -32,16 +32,14 @@ class UserWrites:
     Args:
         store: Where values are.
         units: All units.
-        keeps_buffer: See `Placement.keeps_buffer`.
     """
 
-    def __init__(self, store: StateStore, units: Sequence[Unit], *, keeps_buffer: bool) -> None:
+    def __init__(self, store: StateStore, units: Sequence[Unit]) -> None:
         self._store = store
         self._units = units
         self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
         self._left: dict[int, tuple[str, Any]] = {}  # memory that was a parameter's, while somebody else views it
         self._told: set[str] = set()
-        self._keeps_buffer = keeps_buffer
 
     # -- inside a step -------------------------------------------------------------------------------------------
 
@@ -139,7 +137,7 @@ class UserWrites:
         moved = [i for i in range(len(tensors)) if is_assigned(unit.params[i : i + 1], tensors[i : i + 1])]
         self._note_ties(unit, moved)
         before = self._store.newest(unit.name, "param")
-        if unit.in_memory is not None and self._keeps_buffer:
+        if unit.in_memory is not None:
             unit.in_memory = self._store.replace_in_memory(unit.layout, _memory_of(unit.params, unit.in_memory))
         generation = self._store.put(unit.layout, lambda i: unit.params[i].data)
         generation.lineage = before.lineage  # no update

@@ -237,7 +237,6 @@ class Swap(Callback):
             param.data = values
 
 
-@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md")
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
 def test_values_that_are_swapped_in_for_validation_and_out_again(tmp_path: Path, precision: Any) -> None:
     settings: list[dict[str, Any]] = [{}, {"host_memory": "256MiB"}, {"host_memory": "256MiB", "overlap": "off"}]
@@ -267,7 +266,6 @@ class Tie(Callback):
             module.net[2].weight.data = self.before
 
 
-@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md", only=["256MiB"])
 @pytest.mark.parametrize("memory", ["min", "256MiB"])
 def test_a_parameter_may_borrow_the_memory_of_another_but_not_be_trained_so(tmp_path: Path, memory: str) -> None:
     assert_as_plain(tmp_path, Net, [{"host_memory": memory}], callbacks=lambda: [Tie(unties=True)])
