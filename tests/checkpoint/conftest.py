@@ -14,3 +14,11 @@ def training(tmp_store: Path) -> Training:
     training = Training(live)
     training.advance()
     return training
+
+
+@pytest.fixture
+def saved(tmp_store: Path, training: Training) -> Path:
+    """A checkpoint in the form ``links``."""
+    path = tmp_store / "c" / "x.ckpt"
+    training.save(path, with_file=True)
+    return path

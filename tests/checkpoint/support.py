@@ -105,3 +105,8 @@ def assert_whole(target: Path, training: Training, step: int) -> None:
         assert found_record.param_groups[0]["betas"] == record.param_groups[0]["betas"]
         assert found_record.param_groups[0]["limit"] == float("inf")
         assert torch.equal(found_record.param_groups[1]["lr_t"], torch.tensor(0.1))
+
+
+def links(path: Path) -> Path:
+    """The folder beside the small file at ``path``."""
+    return path.with_name(path.name + ".links")
