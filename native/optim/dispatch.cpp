@@ -36,7 +36,7 @@ std::atomic<const Kernels*>& active() {
   return kernels;
 }
 
-const Kernels& kernels() { return *active().load(std::memory_order_relaxed); }
+const Kernels& kernels() { return active_kernels(); }
 
 template <class Body>
 void each_range(size_t numel, const Body& body) {
@@ -89,6 +89,8 @@ bool gives_bits_of(SqrtForm form, ExternalSqrt function) {
 }
 
 }  // namespace
+
+const Kernels& active_kernels() { return *active().load(std::memory_order_relaxed); }
 
 void adam(const AdamUpdate& update) {
   each_range(update.numel, [&](size_t begin, size_t end) { kernels().adam(update, begin, end); });

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "codec/codec.hpp"
+
 namespace lightning_ssd::optim {
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
@@ -96,6 +98,7 @@ struct Kernels {  // ranges are in elements
   void (*add_squares)(const void* data, Dtype dtype, size_t begin, size_t end, double lanes[kNumLanes]);
   void (*convert)(void* dst, Dtype dst_dtype, const void* src, Dtype src_dtype, size_t begin, size_t end);
   void (*sqrt)(SqrtForm form, const float* in, float* out, size_t num);  // not for SqrtForm::external
+  const codec::Codecs* codecs;
 };
 
 extern const Kernels kScalarKernels;

@@ -82,6 +82,6 @@ struct Simd {
 
 namespace lightning_ssd::optim {
 
-const Kernels kAvx2Kernels = {"avx2", adam, sgd, add_squares, convert, sqrt_array};
+const Kernels kAvx2Kernels = {"avx2", adam, sgd, add_squares, convert, sqrt_array, &codec::kAvx2Codecs};
 
 }  // namespace lightning_ssd::optim

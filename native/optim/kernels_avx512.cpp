@@ -92,6 +92,6 @@ struct Simd {
 
 namespace lightning_ssd::optim {
 
-const Kernels kAvx512Kernels = {"avx512", adam, sgd, add_squares, convert, sqrt_array};
+const Kernels kAvx512Kernels = {"avx512", adam, sgd, add_squares, convert, sqrt_array, &codec::kAvx512Codecs};
 
 }  // namespace lightning_ssd::optim

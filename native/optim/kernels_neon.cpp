@@ -59,6 +59,6 @@ struct Simd {
 
 namespace lightning_ssd::optim {
 
-const Kernels kNeonKernels = {"neon", adam, sgd, add_squares, convert, sqrt_array};
+const Kernels kNeonKernels = {"neon", adam, sgd, add_squares, convert, sqrt_array, &codec::kNeonCodecs};
 
 }  // namespace lightning_ssd::optim

@@ -20,6 +20,7 @@ std::vector<uint32_t> crc32c_each(const void* data, size_t nbytes, size_t piece_
 // Which form gives the bits of this function for every float; SqrtForm::external if none of ours does.
 SqrtForm matching_sqrt(ExternalSqrt function);
 
+const Kernels& active_kernels();
 std::vector<std::string> levels();        // of this CPU, slowest first
 std::string level();                      // the active one; at first the fastest
 bool set_level(const std::string& name);  // false if this CPU has no such level

@@ -173,6 +173,6 @@ void convert(void* dst, Dtype dst_dtype, const void* src, Dtype src_dtype, size_
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", adam, sgd, add_squares, convert, sqrt_array};
+const Kernels kScalarKernels = {"scalar", adam, sgd, add_squares, convert, sqrt_array, &codec::kScalarCodecs};
 
 }  // namespace lightning_ssd::optim
