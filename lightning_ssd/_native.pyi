@@ -68,7 +68,16 @@ class SqrtForm(enum.Enum):
 
     external = 4
 
-def adam(param: int, grad: int, grad_dtype: Dtype, exp_avg: int, exp_avg_sq: int, out: int, out_dtype: Dtype, numel: int, *, grad_scale: float, maximize: bool, decay: float, penalty: float, beta1: float, beta2: float, step_size: float, bias2_sqrt: float, eps: float, sqrt_form: SqrtForm, external_sqrt: int, set_external_threads: int) -> None: ...
+class MomentForm(enum.Enum):
+    """How Adam's moments are kept; see native/codec/codec.hpp."""
+
+    float32 = 0
+
+    bfloat16 = 1
+
+    log8 = 2
+
+def adam(param: int, grad: int, grad_dtype: Dtype, exp_avg: int, exp_avg_sq: int, out: int, out_dtype: Dtype, numel: int, *, grad_scale: float, maximize: bool, decay: float, penalty: float, beta1: float, beta2: float, step_size: float, bias2_sqrt: float, eps: float, sqrt_form: SqrtForm, external_sqrt: int, set_external_threads: int, form: MomentForm = MomentForm.float32, high: int = 0, low: int = 0, exp_avg_scale: int = 0, exp_avg_sq_scale: int = 0, key: int = 0, first: int = 0) -> None: ...
 
 def sgd(param: int, grad: int, grad_dtype: Dtype, momentum: int, out: int, out_dtype: Dtype, numel: int, *, grad_scale: float, maximize: bool, penalty: float, momentum_factor: float, dampening: float, nesterov: bool, first_step: bool, lr: float) -> None: ...
 

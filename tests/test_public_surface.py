@@ -26,7 +26,7 @@ OPTIONS = {
     "activations": "auto",
     "overlap": "auto",
     "update": "auto",
-    "state": "fp32",
+    "state": "auto",
     "master": "auto",
     "window": "auto",
     "prefetch_batch": "auto",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_ssd.checkpoint.manifest import FileRecord, Manifest, OptimizerRecord
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
+from lightning_ssd.codec.encodings import DECODED_DTYPE, STORED_DTYPE, Encoding, decoded_kinds, encoding_of
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.safetensors_header import TensorEntry
@@ -80,8 +81,8 @@ class Contents(ABC):
         return tuple(self.manifest.parameters)
 
     def kinds(self, name: str) -> tuple[str, ...]:
-        """Which kinds of a parameter there are."""
-        return tuple(self._places(name))
+        """Which kinds of a parameter there are, stored as they are or encoded."""
+        return tuple(dict.fromkeys(decoded_kinds(self._places(name))))
 
     def value(self, name: str) -> Tensor:
         """A parameter in its own dtype: mapped if a file holds that dtype, else converted from the master."""
@@ -93,18 +94,51 @@ class Contents(ABC):
         """Safetensors dtype of `value`."""
         stored = self.manifest.aliases.get(name, name)
         kind, _ = self._form(name, "")
-        return self.manifest.dtypes.get(stored, self._places(name)[kind][1].dtype)
+        return self.manifest.dtypes.get(stored, self._dtype(name, kind))
 
     def is_in_place(self, name: str) -> bool:
         """Whether `value` needs no conversion; always true for tensors that are in no unit file."""
         stored = self.manifest.aliases.get(name, name)
-        return stored not in self.manifest.parameters or self._form(name, self.own_dtype(name))[1]
+        if stored not in self.manifest.parameters:
+            return True
+        kind, exact = self._form(name, self.own_dtype(name))
+        return exact and kind in self._places(name)
 
     def _place(self, name: str, kind: str) -> tuple[FileRecord, TensorEntry]:
         places = self._places(name)
         if kind not in places:
             raise CheckpointError(f"{self.directory}: parameter {name!r} has {', '.join(places)}, no {kind!r}")
         return places[kind]
+
+    def _dtype(self, name: str, kind: str) -> str:
+        """Safetensors dtype of the values of a kind."""
+        places = self._places(name)
+        return places[kind][1].dtype if kind in places else DECODED_DTYPE
+
+    def _encoded(self, name: str, kind: str) -> tuple[Encoding, dict[str, tuple[FileRecord, TensorEntry]]] | None:
+        """How a kind of a parameter is decoded, and where its parts are; None if it is stored as it is.
+
+        Raises:
+            CheckpointError: A part is missing, or not as it should be.
+        """
+        places = self._places(name)
+        encoding = None if kind in places else encoding_of(kind, places)
+        if encoding is None:
+            return None
+        found = {part: places[part] for part in encoding.parts if part in places}
+        shapes = {entry.shape for _, entry in found.values()}
+        wanted = {part: STORED_DTYPE.get(part, "BF16") for part in encoding.parts}
+        lacks = [part for part in encoding.needed if part not in found]
+        if lacks or len(shapes) > 1 or any(entry.dtype != wanted[part] for part, (_, entry) in found.items()):
+            raise CheckpointError(
+                f"{self.directory}: {kind} of {name!r} cannot be decoded from {', '.join(found)}: "
+                + (
+                    f"{', '.join(lacks)} is missing"
+                    if lacks
+                    else "they are of other dtypes or shapes than they should be"
+                )
+            )
+        return encoding, found
 
     def _places(self, name: str) -> Mapping[str, tuple[FileRecord, TensorEntry]]:
         places = self.manifest.parameters.get(self.manifest.aliases.get(name, name))
@@ -115,8 +149,8 @@ class Contents(ABC):
     def _form(self, name: str, dtype: str) -> tuple[str, bool]:
         """The kind that holds a parameter's value in ``dtype``, else the most exact one; and whether the dtype fits."""
         places = self._places(name)
-        forms = [kind for kind in ("master", "param") if kind in places]
+        forms = [kind for kind in ("master", "param") if kind in decoded_kinds(places)]
         if not forms:
             raise CheckpointError(f"{self.directory}: parameter {name!r} has neither param nor master")
-        exact = next((kind for kind in forms if places[kind][1].dtype == dtype), None)
+        exact = next((kind for kind in forms if self._dtype(name, kind) == dtype), None)
         return (forms[0], False) if exact is None else (exact, True)

@@ -17,6 +17,7 @@ from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.state_dict import StateDictView, split_buffers
+from lightning_ssd.codec.encodings import decoded_kinds
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.layout import suffix_of
 from lightning_ssd.store.mapped_safetensors import SeenFiles
@@ -149,7 +150,7 @@ def _named_state(reader: Contents, record: OptimizerRecord, extra: Mapping[str, 
     for name in dict.fromkeys(name for group in record.param_groups for name in group["params"]):
         entry = {key: _as_torch_keeps_it(key, value) for key, value in record.state.get(name, {}).items()}
         lacking = record.lacking.get(name, ())  # its unit's file of that kind has zeros for it
-        there = reader.manifest.parameters.get(name, {})
+        there = decoded_kinds(reader.manifest.parameters.get(name, {}))
         for kind in record.kinds if name in record.state else ():
             if kind in there and kind not in lacking:
                 entry[kind.removesuffix(suffix_of(kind))] = reader.tensor(name, kind)

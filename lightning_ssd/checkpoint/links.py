@@ -18,12 +18,17 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.link_file import LinkMark, find_links
+from lightning_ssd.codec.encodings import STORED_DTYPE, encoding_of
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder, closing_fd
 from lightning_ssd.io.safe_open import open_inside
-from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.decoded import decoded, values_of
+from lightning_ssd.store.dtypes import dtype_of, name_of
 from lightning_ssd.store.mapped_safetensors import MappedFile
 from lightning_ssd.store.safetensors_header import ITEMSIZE
+
+DECODED = "decoded"
+"""In the place of a path: what follows is decoded from several places."""
 
 
 class Links:
@@ -71,10 +76,33 @@ class Links:
         """
         if not place:
             return self.id
+        if place[0] == DECODED:
+            return _on_device(self._decoded(*place[1:]), self._map_location)
         types = (str, int, str, str)
         if not 3 <= len(place) <= 4 or not all(map(isinstance, place, types)):
-            raise CheckpointError(f"{self._folder.path}: {place!r:.300} is not the place of a tensor")
-        return self._tensor(*place)  # type: ignore[arg-type]  # checked above
+            raise self._malformed(place)
+        return _on_device(self._tensor(*place), self._map_location)  # type: ignore[arg-type]  # checked above
+
+    def _malformed(self, place: object) -> CheckpointError:
+        return CheckpointError(f"{self._folder.path}: {place!r:.300} is not the place of a tensor")
+
+    def _decoded(self, *place: object) -> Tensor:
+        """The values of a kind of a parameter of which files have parts: its name, then part and place of each."""
+        kind, *places = place
+        parts: dict[str, Tensor] = {}
+        for each in places:
+            match each:
+                case (str(part), str(path), int(nbytes), str(name)):
+                    parts[part] = self._tensor(path, nbytes, name)
+                case _:
+                    raise self._malformed(place)
+        encoding = encoding_of(str(kind), parts)
+        shapes = {tensor.shape for tensor in parts.values()}
+        if encoding is None or not parts.keys() >= set(encoding.needed) or len(shapes) != 1:
+            raise self._malformed(place)
+        if any(name_of(t.dtype) != STORED_DTYPE.get(part, "BF16") for part, t in parts.items()):
+            raise self._malformed(place)
+        return decoded(encoding, parts, shapes.pop())
 
     def _tensor(self, path: str, nbytes: int, name: str, dtype: str = "") -> Tensor:
         if path not in self._files:
@@ -88,7 +116,7 @@ class Links:
         tensor = self._files[path].tensor(name)
         if dtype in ITEMSIZE:
             tensor = tensor.to(dtype_of(dtype))
-        return _on_device(tensor, self._map_location)
+        return tensor
 
 
 def _torch_load() -> Mapping[str, Any]:
@@ -118,6 +146,7 @@ def _on_device(tensor: Tensor, map_location: Any) -> Tensor:
     """``tensor``, saved from the host, where ``map_location`` puts it."""
     if map_location is None or map_location == "cpu":
         return tensor
+    tensor = values_of(tensor)
     restore = torch.serialization._get_restore_location(map_location)  # type: ignore[no-untyped-call]
     storage = restore(tensor.untyped_storage(), "cpu")
     if storage.device == tensor.device and storage.data_ptr() == tensor.untyped_storage().data_ptr():

@@ -31,7 +31,9 @@ from lightning_ssd.errors import CheckpointError, CorruptionError, listed
 from lightning_ssd.io.folder import Folder, close_fd, closing_fd
 from lightning_ssd.io.safe_open import open_folder, open_inside
 from lightning_ssd.sizes import MiB
+from lightning_ssd.store.decoded import decoded
 from lightning_ssd.store.mapped_safetensors import MappedFile, SeenFiles, read_exactly
+from lightning_ssd.store.safetensors_header import TensorEntry
 from lightning_ssd.store.torch_file import load_pickle
 
 _MAX_MANIFEST_NBYTES = 512 * MiB  # a state of 10 TiB has a manifest of about 100 MiB
@@ -97,13 +99,19 @@ class CheckpointReader(Contents):
         self._folders.clear()
 
     def tensor(self, name: str, kind: str) -> Tensor:
-        """One kind of a parameter, in place; writing to it never reaches the file ([Note: private mapping]).
+        """One kind of a parameter, in place, or decoded when it is used; writing to it never reaches the file.
+
+        See [Note: private mapping].
 
         Raises:
             CheckpointError: If there is none, or its file is not as the manifest says.
         """
-        record, entry = self._place(name, kind)
-        return self._mapped_file(record).tensor(record.renamed.get(entry.name, entry.name))
+        encoded = self._encoded(name, kind)
+        if encoded is None:
+            return self._mapped_tensor(*self._place(name, kind))
+        encoding, places = encoded
+        parts = {part: self._mapped_tensor(*place) for part, place in places.items()}
+        return decoded(encoding, parts, places[encoding.parts[0]][1].shape)
 
     def folder_of(self, record: FileRecord) -> Folder:
         """The directory of a unit file, opened without following symlinks; the reader closes it."""
@@ -251,6 +259,9 @@ class CheckpointReader(Contents):
             close_fd(self._open(record))
         for name in self.manifest.small_files:
             close_fd(self._open_small(name, compare=False))
+
+    def _mapped_tensor(self, record: FileRecord, entry: TensorEntry) -> Tensor:
+        return self._mapped_file(record).tensor(record.renamed.get(entry.name, entry.name))
 
     def _mapped_file(self, record: FileRecord) -> MappedFile:
         if record.path in self._mapped:

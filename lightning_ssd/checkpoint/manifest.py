@@ -11,7 +11,10 @@ from lightning_ssd.errors import listed
 from lightning_ssd.store.safetensors_header import TensorEntry
 
 FORMAT = "lightning-ssd-checkpoint"
-VERSION = 2
+VERSION = 3
+"""The newest version of the format that is read."""
+PLAIN_VERSION = 2
+"""What is written where all files have values as they are computed, so that older versions of the library read it."""
 MANIFEST = "manifest.json"
 STATE = "state.pt"
 BUFFERS = "buffers.safetensors"

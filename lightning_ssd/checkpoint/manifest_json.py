@@ -37,7 +37,10 @@ from lightning_ssd.store.safetensors_header import (
     parse_json_object,
 )
 
-CODECS = (float32.NAME,)
+ENCODED = "encoded"
+"""What `Manifest.codec` says where some kinds of files have to be decoded; see `codec.encodings`."""
+
+CODECS = (float32.NAME, ENCODED)
 """Forms of the state on disk that can be read."""
 
 _NO_CHECKSUM = b'"crc32c":"00000000"'

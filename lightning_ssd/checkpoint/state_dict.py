@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_ssd.checkpoint.manifest import FileRecord, Manifest
+from lightning_ssd.codec.encodings import decoded_kinds
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.dtypes import name_of
 from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry
@@ -105,7 +106,7 @@ def require_whole(manifest: Manifest, buffers: Collection[str], where: str) -> N
             raise CheckpointError(f"{where}: {name!r} of the state dict is not stored")
     for number, record in enumerate(manifest.optimizers):
         for name in record.state if record.kinds else ():
-            kinds = manifest.parameters.get(name, {})
+            kinds = decoded_kinds(manifest.parameters.get(name, {}))
             # Older checkpoints (without names) do not say which kinds a parameter has.
             is_told = manifest.names is not None
             wanted = set(record.kinds).difference(record.lacking.get(name, ())) if is_told else set[str]()

@@ -19,6 +19,7 @@ from lightning_ssd.errors import CheckpointError, naming
 from lightning_ssd.io.deadline import in_time, sync
 from lightning_ssd.io.folder import Folder, closing_fd
 from lightning_ssd.sizes import MiB
+from lightning_ssd.store.decoded import values_of
 from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
 from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry, encode_header
 
@@ -165,5 +166,5 @@ def is_plain(tensor: Tensor) -> bool:
 def as_bytes(tensor: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     """The bytes of a tensor: where they lie, or of a contiguous copy on the host."""
     with torch.inference_mode(False):
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        flat = values_of(tensor).detach().to("cpu").contiguous().reshape(-1)
         return flat.view(torch.uint8).numpy()

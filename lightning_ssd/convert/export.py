@@ -13,11 +13,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_ssd.checkpoint.dictionary import dictionary_of, without_empty_loader_states
 from lightning_ssd.checkpoint.directory import check_replaceable, is_checkpoint, sync_directory
@@ -37,6 +39,7 @@ from lightning_ssd.convert.shards import HF_INDEX, Shard, attribute_of_all, cut_
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import parse_nbytes, round_up
+from lightning_ssd.store.decoded import DecodedTensor
 from lightning_ssd.store.mapped_safetensors import drop_pages, map_bytes
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json", ".h5", ".msgpack", ".gguf")
@@ -86,7 +89,7 @@ def consolidate(
         reader.verify_files()  # the export has no checksums, so damage could not be found later
         os.makedirs(os.path.dirname(target), exist_ok=True)
         spill = Spill(stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(target))).fileno())
-        content = dictionary_of(reader, mapped_state_dict(reader, spill, weights_only), weights_only)
+        content = plain_dictionary(reader, spill, weights_only)
         with staged_file(target) as (fd, take_name):
             writer = Writer(fd, ReadPages(reader, spill, progress))
             write_pickle(writer, without_empty_loader_states(content), is_result=True)
@@ -144,6 +147,14 @@ def to_safetensors(
     return ExportReport(files, total, left_out, prefix)
 
 
+def plain_dictionary(reader: CheckpointReader, spill: Spill, weights_only: bool | None) -> dict[str, Any]:
+    """Lightning's dictionary with mapped tensors; those that have to be converted or decoded are in ``spill``."""
+    content = dictionary_of(reader, mapped_state_dict(reader, spill, weights_only), weights_only)
+    if "optimizer_states" in content:
+        content["optimizer_states"] = without_decoded(content["optimizer_states"], spill)
+    return content
+
+
 def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool | None) -> dict[str, Tensor]:
     """All tensors of the module, mapped; names that are tied share one tensor."""
     view = StateDictView(reader, weights_only)
@@ -159,6 +170,16 @@ def mapped_state_dict(reader: CheckpointReader, spill: Spill, weights_only: bool
             view.drop(key)
     stored |= spill.map()
     return {name: stored[view.stored_name(name)] for name in view}
+
+
+def without_decoded(content: Any, spill: Spill) -> Any:
+    """``content`` with what would be decoded in memory when it is used in ``spill`` instead, mapped."""
+    found = [leaf for leaf in tree_leaves(content) if isinstance(leaf, DecodedTensor)]
+    for number, tensor in enumerate(found):
+        spill.write(f"decoded {number}", tensor)
+    mapped = spill.map() if found else {}
+    numbers = iter(range(len(found)))
+    return tree_map_only(DecodedTensor, lambda _: mapped[f"decoded {next(numbers)}"], content)
 
 
 def new_folder_path(out_folder: str | os.PathLike[str]) -> str:
@@ -181,13 +202,13 @@ class Spill:
         self._fd = fd
         self._nbytes = 0
         self._entries: list[tuple[str, int, Tensor]] = []
-        self._mapped: npt.NDArray[np.uint8] | None = None
+        self._mapped: list[npt.NDArray[np.uint8]] = []
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append a tensor."""
         os.lseek(self._fd, self._nbytes, os.SEEK_SET)
         StreamWriter(self._fd).write(as_bytes(tensor))
-        self._entries.append((name, self._nbytes, torch.empty_like(tensor, device="meta")))
+        self._entries.append((name, self._nbytes, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")))
         self._nbytes += round_up(tensor.nbytes)
 
     def map(self) -> dict[str, Tensor]:
@@ -195,17 +216,18 @@ class Spill:
         if not self._nbytes:
             return {name: torch.empty_like(like, device="cpu") for name, _, like in self._entries}
         os.ftruncate(self._fd, self._nbytes)
-        self._mapped = map_bytes(self._fd, self._nbytes)
+        mapped = map_bytes(self._fd, self._nbytes)
+        self._mapped.append(mapped)
         with torch.inference_mode(False):
             return {
-                name: torch.from_numpy(self._mapped[begin : begin + like.nbytes]).view(like.dtype).view(like.shape)
+                name: torch.from_numpy(mapped[begin : begin + like.nbytes]).view(like.dtype).view(like.shape)
                 for name, begin, like in self._entries
             }
 
     def drop(self) -> None:
         """Free the memory of the mapped pages."""
-        if self._mapped is not None:
-            drop_pages(self._mapped.ctypes.data, self._mapped.nbytes)
+        for mapped in self._mapped:
+            drop_pages(mapped.ctypes.data, mapped.nbytes)
 
 
 class ReadPages:

@@ -29,6 +29,7 @@ from lightning_ssd.convert.export import (
     mapped_state_dict,
     new_folder_path,
     os_errors,
+    without_decoded,
 )
 from lightning_ssd.convert.export_staging import publish, staged_folder
 from lightning_ssd.errors import CheckpointError
@@ -88,7 +89,7 @@ def _content(
             f"{reader.directory}: a hook changed its optimizer_states when it was saved, so they are not known by "
             "name; export it to a .ckpt instead"
         )
-    states = enumerate(named_optimizer_states(reader, weights_only))
+    states = enumerate(without_decoded(named_optimizer_states(reader, weights_only), spill))
     return {"model": meta.pop("state_dict", {}), **{f"optimizer_{index}": state for index, state in states}}, meta
 
 

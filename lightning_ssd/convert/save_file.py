@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lightning_ssd.checkpoint.dictionary import dictionary_of, own_entries, without_empty_loader_states
+from lightning_ssd.checkpoint.dictionary import own_entries, without_empty_loader_states
 from lightning_ssd.checkpoint.directory import free_name, is_checkpoint
 from lightning_ssd.checkpoint.link_file import mark_in
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.checkpoint.writer import write_pickle
-from lightning_ssd.convert.export import ReadPages, Spill, Writer, mapped_state_dict, os_errors
+from lightning_ssd.convert.export import ReadPages, Spill, Writer, os_errors, plain_dictionary, without_decoded
 from lightning_ssd.convert.export_staging import remove_unfinished, staged_file
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.saving.link_staging import discard_links, settle
@@ -50,10 +50,11 @@ def save_file(directory: str, path: str) -> None:
             settle(parent, name)
             reader.verify_files()  # the file has no checksums, so damage could not be found later
             spill = Spill(spilled.fileno())
-            content = dictionary_of(reader, mapped_state_dict(reader, spill, False), False)
+            own = without_decoded(own_entries(reader), spill)
+            content = without_empty_loader_states(plain_dictionary(reader, spill, False))
             with staged_file(target) as (fd, take_name):
                 writer = Writer(fd, ReadPages(reader, spill, bar))
-                write_pickle(writer, {**without_empty_loader_states(content), **own_entries(reader)}, is_result=True)
+                write_pickle(writer, {**content, **own}, is_result=True)
                 writer.finish()
                 with _replacing(parent, name):
                     take_name()

@@ -19,6 +19,7 @@ from lightning_ssd.checkpoint.dictionary import STATE_DICT_EXTRA
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.checkpoint.manifest import FileRecord, OptimizerRecord
 from lightning_ssd.checkpoint.state_dict import VALUE_KINDS, StateDictView, split_buffers
+from lightning_ssd.codec.encodings import DECODED_DTYPE
 from lightning_ssd.convert.match import Shape
 from lightning_ssd.convert.param_names import optimizer_from_torch
 from lightning_ssd.errors import CheckpointError, listed
@@ -122,13 +123,13 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
         for name, places in valued.items():
             source.parameters[name] = {
                 kind: TensorRef(
-                    place[1].shape,
-                    place[1].dtype,
+                    view.shapes[name],
+                    places[kind][1].dtype if kind in places else DECODED_DTYPE,
                     partial(reader.tensor, name, kind),
                     partial(reader.drop_parameter, name),
-                    place=place,
+                    place=places.get(kind),
                 )
-                for kind, place in places.items()
+                for kind in reader.kinds(name)
             }
         source.buffers = {name: tensor_ref(tensor) for name, tensor in buffers.items()}
         source.aliases = dict(reader.manifest.aliases)

@@ -45,8 +45,7 @@ def adam_(
         ValueError: A tensor's dtype, shape, device or layout does not fit, or the step is below 1.
     """
     _check_update(param, grad, out, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    if options.step < 1:
-        raise ValueError(f"step counts from 1, got {options.step}")
+    require_step(options)
     update = _native_adam_ if is_native() else reference.adam_
     update(param, grad, exp_avg, exp_avg_sq, options, out=out)
 
@@ -82,7 +81,7 @@ def sum_of_squares(t: Tensor) -> tuple[float, bool]:
     Raises:
         ValueError: The tensor's dtype, shape, device or layout does not fit.
     """
-    _check("t", t, None)
+    check("t", t, None)
     if not is_native():
         return reference.sum_of_squares(t)
     total = float(_native.sum_of_squares(t.data_ptr(), _code(t), t.numel()))
@@ -95,8 +94,8 @@ def convert_(dst: Tensor, src: Tensor) -> None:
     Raises:
         ValueError: A tensor's dtype, shape, device or layout does not fit.
     """
-    _check("src", src, None)
-    _check("dst", dst, src.numel())
+    check("src", src, None)
+    check("dst", dst, src.numel())
     if is_native():
         _native.convert(dst.data_ptr(), _code(dst), src.data_ptr(), _code(src), src.numel())
     else:
@@ -164,29 +163,29 @@ def describe() -> str:
 
 def _check_update(param: Tensor, grad: Tensor, out: Tensor | None, **states: Tensor) -> None:
     numel = param.numel()
-    _check("param", param, None, master=True)
-    _check("grad", grad, numel)
+    check("param", param, None, torch.float32)
+    check("grad", grad, numel)
     for name, state in states.items():
-        _check(name, state, numel, master=True)
+        check(name, state, numel, torch.float32)
     if out is not None:
-        _check("out", out, numel)
+        check("out", out, numel)
 
 
-def _check(name: str, t: Tensor, numel: int | None, *, master: bool = False) -> None:
+def check(name: str, t: Tensor, numel: int | None, dtype: torch.dtype | None = None) -> None:
     """Refuse a tensor that the kernels cannot work on.
 
     Args:
         name: What the message calls it.
         t: The tensor.
         numel: Elements it must have, if given.
-        master: It must be float32.
+        dtype: What it must be; None for any dtype that a gradient may have.
 
     Raises:
         ValueError: Names the tensor and the rule it breaks.
     """
-    if master and t.dtype != torch.float32:
-        raise ValueError(f"{name} must be float32, got {t.dtype}")
-    if t.dtype not in _DTYPES:
+    if dtype is not None and t.dtype != dtype:
+        raise ValueError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {t.dtype}")
+    if dtype is None and t.dtype not in _DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {t.dtype}")
     if t.device.type != "cpu":
         raise ValueError(f"{name} must be on the cpu, is on {t.device}")
@@ -196,32 +195,49 @@ def _check(name: str, t: Tensor, numel: int | None, *, master: bool = False) -> 
         raise ValueError(f"{name} must have {numel} elements like its partner, has {t.numel()}")
 
 
-def _native_adam_(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, options: AdamOptions, *, out: Tensor | None
-) -> None:
+def require_step(options: AdamOptions) -> None:
+    """Refuse a step that is none.
+
+    Raises:
+        ValueError: It is below 1.
+    """
+    if options.step < 1:
+        raise ValueError(f"step counts from 1, got {options.step}")
+
+
+def adam_arguments(grad: Tensor, options: AdamOptions, out: Tensor | None = None) -> dict[str, Any]:
+    """What the native kernel takes beside the state."""
     o, (beta1, beta2) = options, options.betas
     sqrt_form, external_sqrt, set_external_threads = torch_sqrt()
     # In Python floats, as torch.optim computes them; the kernel rounds each to float32 once.
+    return {
+        "grad": grad.data_ptr(),
+        "grad_dtype": _code(grad),
+        **dict(zip(("out", "out_dtype"), _out_arguments(out), strict=True)),
+        "grad_scale": o.grad_scale,
+        "maximize": o.maximize,
+        "decay": 1 - o.lr * o.weight_decay if o.decoupled else 1.0,
+        "penalty": 0.0 if o.decoupled else o.weight_decay,
+        "beta1": beta1,
+        "beta2": beta2,
+        "step_size": o.lr / (1 - beta1**o.step),
+        "bias2_sqrt": (1 - beta2**o.step) ** 0.5,
+        "eps": o.eps,
+        "sqrt_form": sqrt_form,
+        "external_sqrt": external_sqrt,
+        "set_external_threads": set_external_threads,
+    }
+
+
+def _native_adam_(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, options: AdamOptions, *, out: Tensor | None
+) -> None:
     _native.adam(
-        param.data_ptr(),
-        grad.data_ptr(),
-        _code(grad),
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        *_out_arguments(out),
-        param.numel(),
-        grad_scale=o.grad_scale,
-        maximize=o.maximize,
-        decay=1 - o.lr * o.weight_decay if o.decoupled else 1.0,
-        penalty=0.0 if o.decoupled else o.weight_decay,
-        beta1=beta1,
-        beta2=beta2,
-        step_size=o.lr / (1 - beta1**o.step),
-        bias2_sqrt=(1 - beta2**o.step) ** 0.5,
-        eps=o.eps,
-        sqrt_form=sqrt_form,
-        external_sqrt=external_sqrt,
-        set_external_threads=set_external_threads,
+        param=param.data_ptr(),
+        exp_avg=exp_avg.data_ptr(),
+        exp_avg_sq=exp_avg_sq.data_ptr(),
+        numel=param.numel(),
+        **adam_arguments(grad, options, out),
     )
 
 

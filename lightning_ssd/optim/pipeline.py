@@ -219,9 +219,12 @@ class UpdatePipeline:
                 states = {name: view(kind, segment) for name, kind in tensors.state_kinds.items()}
                 grad = flats[segment.index][segment.offset : segment.offset + segment.numel]
                 is_first = not part.initialised
-                for state in states.values() if is_first else ():
-                    state.zero_()  # the file may hold the state of an optimizer that was replaced
-                rule.update(master, grad, states, part.scalars, part.options, is_first=is_first, out=param)
+                if is_first:
+                    unit.form.reset(states)  # the file may hold the state of an optimizer that was replaced
+                if unit.form.is_plain:
+                    rule.update(master, grad, states, part.scalars, part.options, is_first=is_first, out=param)
+                else:
+                    rule.update_encoded(unit.form, master, grad, states, part.scalars, part.options)
 
     # -- any rule ------------------------------------------------------------------------------------------------
 
@@ -307,12 +310,10 @@ class UpdatePipeline:
     def _tensors(self, update: PendingUpdate, target: UpdateTarget | None) -> UpdateTensors:
         unit, suffix = update.unit, update.suffix
         kinds = [kind for kind in self._store.state_kinds(unit.name) if suffix_of(kind) == suffix]
-        for part in update.parts.values():
-            kinds += [kind + suffix for kind in update.rule.kinds(part.options) if kind + suffix not in kinds]
-        layouts = {"param": unit.layout}
-        for kind in [*(["master"] if unit.has_master else []), *kinds]:
-            layouts[kind] = unit.layout_of(kind)
-        return UpdateTensors(self._store, layouts, target, suffix=suffix)
+        made = [kind + suffix for part in update.parts.values() for kind in update.rule.kinds(part.options)]
+        files = unit.form.layouts([*(["master"] if unit.has_master else []), *made])
+        layouts = {kind: unit.layout_of(kind) for kind in dict.fromkeys([*files, *kinds])}
+        return UpdateTensors(self._store, {"param": unit.layout, **layouts}, target, suffix=suffix)
 
 
 class _Chunking(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lightning_ssd.codec.forms import Form
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.kernels.options import AdamOptions, SGDOptions
@@ -66,6 +67,27 @@ class Rule:
         """
         raise NotImplementedError(f"{type(self).__name__} does not update parameters one by one")
 
+    def update_encoded(
+        self,
+        form: Form,
+        param: Tensor,
+        grad: Tensor,
+        states: dict[str, Tensor],
+        scalars: dict[str, Any],
+        options: Options,
+    ) -> None:
+        """Update a piece of one parameter whose master and states have another form than plain values.
+
+        Args:
+            form: Which.
+            param: The parameter; updated in place.
+            grad: As of `update`.
+            states: What the files of the form have, by kind; updated in place.
+            scalars: As of `update`.
+            options: As of `update`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} updates plain values only")
+
 
 class AdamRule(Rule):
     """`torch.optim.Adam` and `AdamW` by the fused kernel.
@@ -100,21 +122,30 @@ class AdamRule(Rule):
         out: Tensor | None = None,
     ) -> None:
         """See `Rule.update`."""
-        kernels.adam_(
-            param,
-            grad,
-            states["exp_avg"],
-            states["exp_avg_sq"],
-            AdamOptions(
-                step=int(scalars["step"]),
-                lr=float(options["lr"]),
-                betas=(float(options["betas"][0]), float(options["betas"][1])),
-                eps=float(options["eps"]),
-                weight_decay=float(options["weight_decay"]),
-                decoupled=self._decoupled or bool(options.get("decoupled_weight_decay", False)),
-                maximize=bool(options["maximize"]),
-            ),
-            out=out,
+        settings = self._settings(scalars, options)
+        kernels.adam_(param, grad, states["exp_avg"], states["exp_avg_sq"], settings, out=out)
+
+    def update_encoded(
+        self,
+        form: Form,
+        param: Tensor,
+        grad: Tensor,
+        states: dict[str, Tensor],
+        scalars: dict[str, Any],
+        options: Options,
+    ) -> None:
+        """See `Rule.update_encoded`."""
+        form.adam_(param, grad, states, self._settings(scalars, options))
+
+    def _settings(self, scalars: dict[str, Any], options: Options) -> AdamOptions:
+        return AdamOptions(
+            step=int(scalars["step"]),
+            lr=float(options["lr"]),
+            betas=(float(options["betas"][0]), float(options["betas"][1])),
+            eps=float(options["eps"]),
+            weight_decay=float(options["weight_decay"]),
+            decoupled=self._decoupled or bool(options.get("decoupled_weight_decay", False)),
+            maximize=bool(options["maximize"]),
         )
 
 

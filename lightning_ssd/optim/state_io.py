@@ -20,8 +20,8 @@ from lightning_ssd.optim.state_view import StateView
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import suffix_of
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units.mapped import snapshot
 from lightning_ssd.units.unit import Unit
+from lightning_ssd.units.unit_state import forget, put, state_kinds_of, tensors_of
 
 
 class OptimizerState(ABC):
@@ -67,9 +67,7 @@ class OptimizerState(ABC):
     def _forget(self, units: Iterable[Unit]) -> None:
         """Drop the stored state of ``units``."""
         for unit in units:
-            for kind in self._store.state_kinds(unit.name):
-                if suffix_of(kind) == self.suffix:
-                    self._store.forget(unit.name, kind)
+            forget(self._store, unit, [k for k in state_kinds_of(self._store, unit) if suffix_of(k) == self.suffix])
 
     def _require_known(self, params: Iterable[Any]) -> None:
         for entry in params:
@@ -127,11 +125,11 @@ class OptimizerState(ABC):
         groups = [{**g, "params": [next(numbers) for _ in g["params"]]} for g in self.optimizer.param_groups]
         return {"state": {n: state for n, state in enumerate(states) if state}, "param_groups": groups}
 
-    def _state_of(self, param: nn.Parameter, tensors_of: Callable[[str, str], tuple[Tensor, ...]]) -> dict[str, Any]:
-        """The state of ``param`` by name; ``tensors_of`` gives the tensors of a kind of a unit."""
+    def _state_of(self, param: nn.Parameter, show: Callable[[Unit, str], tuple[Tensor, ...]]) -> dict[str, Any]:
+        """The state of ``param`` by name; ``show`` gives the tensors of a kind of a unit."""
         unit, index = self._places[param]
         kinds = sorted(self._initialised.get(param, ()))
-        full = {kind: tensors_of(unit.name, kind + self.suffix)[index] for kind in kinds}
+        full = {kind: show(unit, kind + self.suffix)[index] for kind in kinds}
         return {**self._scalars.get(param, {}), **full}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -211,7 +209,7 @@ class OptimizerState(ABC):
             self._scalars[param] = {k: v for k, v in values.items() if k not in full}
         for unit in list(self._units()):
             kinds = {kind for p in unit.params for kind in self._initialised.get(p, ())}
-            there = [kind for kind in self._store.state_kinds(unit.name) if suffix_of(kind) == self.suffix]
+            there = [kind for kind in state_kinds_of(self._store, unit) if suffix_of(kind) == self.suffix]
             for kind in sorted(kinds | {kind.removesuffix(self.suffix) for kind in there}):
                 self._take_kind(unit, kind, loaded)
 
@@ -226,13 +224,10 @@ class OptimizerState(ABC):
                 )
 
     def _take_kind(self, unit: Unit, kind: str, loaded: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
-        layout = unit.layout_of(kind + self.suffix)
-        wanted = dtype_of(layout.dtype)
+        stored, wanted = kind + self.suffix, dtype_of(unit.state_dtype)
         mine = set(self.params())
         # Another optimizer may own some of the unit's parameters: their state stays.
-        before: tuple[Tensor | None, ...] = (None,) * len(unit.params)
-        if layout.kind in self._store.kinds(unit.name):
-            before = self._snapshot(unit.name, layout.kind)
+        before = tensors_of(self._store, unit, stored) or (None,) * len(unit.params)
         tensors: list[Tensor | None] = []
         for name, param, old in zip(unit.names, unit.params, before, strict=True):
             # One parameter's state of this name may have another shape; then it is not in the file.
@@ -244,7 +239,7 @@ class OptimizerState(ABC):
                     "with the precision and master_dtype it was saved with, or begin with the weights alone"
                 )
             tensors.append(tensor)
-        self._store.put(layout, tensors.__getitem__)
+        put(self._store, unit, stored, tensors.__getitem__)
 
     def params_with_state(self) -> list[nn.Parameter]:
         """Parameters that have any state, in the order of the groups."""
@@ -292,13 +287,13 @@ class OptimizerState(ABC):
                     self._take_kind(units[name], kind.removesuffix(self.suffix), shown)
         self._view.clear_shown()
 
-    def _snapshot(self, unit: str, kind: str) -> tuple[Tensor, ...]:
-        generation = self._store.current(unit, kind)
-        if generation is None:
+    def _snapshot(self, unit: Unit, kind: str) -> tuple[Tensor, ...]:
+        found = tensors_of(self._store, unit, kind)
+        if found is None:
             raise StoreError(
                 f"the state of {type(self.optimizer).__name__} is gone: its run is over and another one has begun"
             )
-        return snapshot(self._store, generation)
+        return found
 
     def _dtype(self, param: nn.Parameter) -> torch.dtype:
         unit, _ = self._places[param]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units.mapped import MappedParams
+from lightning_ssd.units.unit import Unit
+from lightning_ssd.units.unit_state import ShownState
 
 if TYPE_CHECKING:
     from lightning_ssd.optim.state_io import OptimizerState
@@ -32,13 +33,13 @@ class StateView(MutableMapping[nn.Parameter, dict[str, Any]]):
         self._store = store
         self._shown: dict[nn.Parameter, dict[str, Any]] = {}
         self._as_shown: dict[nn.Parameter, dict[str, Any]] = {}
-        self._maps: dict[tuple[str, str], MappedParams] = {}
+        self._maps: dict[tuple[str, str], ShownState] = {}
 
-    def map(self, unit: str, kind: str) -> tuple[Tensor, ...]:
+    def map(self, unit: Unit, kind: str) -> tuple[Tensor, ...]:
         """The tensors of a kind of a unit; what is written to them is found by `changes`."""
-        if (unit, kind) not in self._maps:
-            self._maps[unit, kind] = MappedParams(self._store, self._store.newest(unit, kind))
-        return self._maps[unit, kind].tensors
+        if (unit.name, kind) not in self._maps:
+            self._maps[unit.name, kind] = ShownState(self._store, unit, kind)
+        return self._maps[unit.name, kind].tensors
 
     @property
     def is_looked_at(self) -> bool:

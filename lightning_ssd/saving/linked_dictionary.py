@@ -10,11 +10,13 @@ from torch import Tensor
 from lightning_ssd.checkpoint.contents import CheckpointContent, Contents
 from lightning_ssd.checkpoint.dictionary import dictionary_of, own_entries, without_empty_loader_states
 from lightning_ssd.checkpoint.link_file import KEY, LinkMark
-from lightning_ssd.checkpoint.manifest import BUFFERS, Manifest, OptimizerRecord
+from lightning_ssd.checkpoint.links import DECODED
+from lightning_ssd.checkpoint.manifest import BUFFERS, FileRecord, Manifest, OptimizerRecord
 from lightning_ssd.checkpoint.state_dict import StateDictView
 from lightning_ssd.checkpoint.writer import is_plain
 from lightning_ssd.links import linked
 from lightning_ssd.store.dtypes import dtype_of
+from lightning_ssd.store.safetensors_header import TensorEntry
 
 
 class _Call:
@@ -82,15 +84,23 @@ class LinkedContents(Contents):
         """Do nothing: no tensor of this has memory."""
 
     def _of(self, name: str, kind: str, *dtype: str) -> Tensor:
-        record, entry = self._place(name, kind)
-        inside = record.renamed.get(entry.name, entry.name)
-        own = dtype_of(dtype[0] if dtype else entry.dtype)
-        return self._linked(entry.shape, own, record.path, record.nbytes, inside, *dtype)
+        encoded = self._encoded(name, kind)
+        own = dtype_of(dtype[0] if dtype else self._dtype(name, kind))
+        if encoded is None:
+            record, entry = self._place(name, kind)
+            return self._linked(entry.shape, own, *_place_in(record, entry), *dtype)
+        encoding, places = encoded
+        parts = [(part, *_place_in(*place)) for part, place in places.items()]
+        return self._linked(places[encoding.parts[0]][1].shape, own, DECODED, kind, *parts)
 
     def _linked(self, shape: tuple[int, ...], dtype: torch.dtype, *place: Any) -> Tensor:
         made = torch.empty(shape, dtype=dtype, device="meta").as_subclass(_LinkedTensor)
         made.call = _Call(self.folder, *place)
         return made
+
+
+def _place_in(record: FileRecord, entry: TensorEntry) -> tuple[str, int, str]:
+    return record.path, record.nbytes, record.renamed.get(entry.name, entry.name)
 
 
 def linked_dictionary(contents: LinkedContents) -> dict[str, Any]:

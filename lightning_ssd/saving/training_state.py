@@ -21,6 +21,7 @@ from lightning_ssd.checkpoint.dictionary import (
 from lightning_ssd.checkpoint.manifest import OptimizerRecord
 from lightning_ssd.checkpoint.state_dict import OPTIMIZER_PREFIX
 from lightning_ssd.checkpoint.unit_file import UnitFile
+from lightning_ssd.codec.encodings import decoded_kinds, files_with
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.whole import WholeOptimizer
@@ -105,8 +106,10 @@ class Saver:
         """What is linked: parameters that the state dict has, and the state to continue with."""
         for unit in units:
             wanted = {"param": unit.name in weights.units, "master": with_masters}
-            for kind in self._store.kinds(unit.name):
-                if wanted.get(kind, with_state):
+            there = self._store.kinds(unit.name)
+            files = files_with([kind for kind in decoded_kinds(there) if wanted.get(kind, with_state)], there)
+            for kind in there:
+                if kind in files:
                     yield self._store.on_disk(self._store.newest(unit.name, kind))
 
 

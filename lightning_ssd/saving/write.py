@@ -36,14 +36,16 @@ from lightning_ssd.checkpoint.manifest import (
     EXTRA_TENSORS,
     LINK_FILE,
     MANIFEST,
+    PLAIN_VERSION,
     STATE,
     UNITS,
+    VERSION,
     FileRecord,
     Manifest,
     OptimizerRecord,
     SmallFile,
 )
-from lightning_ssd.checkpoint.manifest_json import decode_manifest, encode_manifest
+from lightning_ssd.checkpoint.manifest_json import ENCODED, decode_manifest, encode_manifest
 from lightning_ssd.checkpoint.progress import byte_bar
 from lightning_ssd.checkpoint.state_dict import require_whole
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
@@ -59,6 +61,7 @@ from lightning_ssd.checkpoint.writer import (
     write_tensors,
 )
 from lightning_ssd.codec import float32
+from lightning_ssd.codec.encodings import is_encoded
 from lightning_ssd.errors import CheckpointError, CorruptionError, listed, naming, with_remedy
 from lightning_ssd.io.deadline import sync as sync_disk
 from lightning_ssd.io.folder import Folder, closing_fd, is_own_file
@@ -143,12 +146,14 @@ def _require_short(target: str) -> None:
 
 def _write_content(staged: Folder, content: CheckpointContent, job: _Job, target: str) -> Manifest:
     records = _place_units(staged, content.files, job)
+    has_encoded = is_encoded(record.kind for record in records)
     optimizers, small = _write_small_files(staged, content, job)
     manifest = Manifest(
         step=content.step,
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions(),
-        codec=float32.NAME,
+        codec=ENCODED if has_encoded else float32.NAME,
+        version=VERSION if has_encoded else PLAIN_VERSION,
         world_size=1,
         files=records,
         dtypes=content.dtypes,

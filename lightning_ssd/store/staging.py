@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ssd.memory.plan import STAGING_NBYTES
 from lightning_ssd.memory.pool import Pool
+from lightning_ssd.store.decoded import values_of
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.generation_files import GenerationFiles
@@ -73,7 +74,7 @@ class Staging:
                 for segment in layout.segments(begin, end):
                     if segment.index != index:
                         found = source(segment.index)
-                        index, flat = segment.index, None if found is None else found.detach().reshape(-1)
+                        index, flat = segment.index, None if found is None else values_of(found).detach().reshape(-1)
                     part = staged[segment.begin - begin : segment.end - begin]
                     if flat is None:
                         part.zero_()

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from lightning_ssd.codec.encodings import LOW
 from lightning_ssd.errors import Ending, StoreError
 from lightning_ssd.io.engine import Engine, IOOptions, Transfer
 from lightning_ssd.io.file import File
@@ -105,8 +106,8 @@ class StateStore:
         return generation
 
     def state_kinds(self, unit: str) -> list[str]:
-        """Kinds of optimizer state of which a unit has a generation."""
-        return [kind for kind in self.kinds(unit) if kind not in ("param", "master")]
+        """Kinds of files with optimizer state of which a unit has a generation."""
+        return [kind for kind in self.kinds(unit) if kind not in ("param", "master", LOW)]
 
     def kinds(self, unit: str) -> list[str]:
         """Kinds of which ``unit`` has a generation."""

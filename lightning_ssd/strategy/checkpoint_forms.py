@@ -6,12 +6,14 @@ All begin with links in the store, which cost nothing. What is made of them is c
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_ssd.checkpoint.dictionary import open_dictionary, without_empty_loader_states
+from lightning_ssd.checkpoint.dictionary import MASTERS, open_dictionary, without_empty_loader_states
 from lightning_ssd.checkpoint.directory import remove, sibling
+from lightning_ssd.convert.export import Spill, without_decoded
 from lightning_ssd.convert.save_file import save_file
 from lightning_ssd.io.deadline import within
 from lightning_ssd.strategy.session import Session
@@ -30,6 +32,9 @@ def mapped(session: Session, checkpoint: Mapping[str, Any], *, is_linked: bool) 
     """Lightning's dictionary as plain Lightning would save it, with tensors mapped from the store as it is now."""
     with _links(session, checkpoint, is_linked=is_linked) as links:
         content, _ = open_dictionary(links, weights_only=False)
+        with tempfile.TemporaryFile(dir=session.store.disks.all[0].path) as file:
+            spill = Spill(file.fileno())
+            content |= {k: without_decoded(content[k], spill) for k in ("optimizer_states", MASTERS) if k in content}
     return without_empty_loader_states(content)
 
 

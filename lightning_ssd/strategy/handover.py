@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ssd.strategy.session import Session
-from lightning_ssd.units.mapped import MappedParams
 from lightning_ssd.units.masters import master_of
 from lightning_ssd.units.unit import Unit
+from lightning_ssd.units.unit_state import put, tensors_of
 
 
 class Handover:
@@ -72,9 +72,9 @@ def masters_of(session: Session) -> dict[nn.Parameter, Tensor]:
     """Float32 masters of 16-bit parameters, mapped; also after `Session.stop`."""
     found: dict[nn.Parameter, Tensor] = {}
     for unit in session.units:
-        generation = session.store.current(unit.name, "master")
-        if generation is not None:
-            found.update(zip(unit.params, MappedParams(session.store, generation).tensors, strict=True))
+        masters = tensors_of(session.store, unit, "master")
+        if masters is not None:
+            found.update(zip(unit.params, masters, strict=True))
     return found
 
 
@@ -89,8 +89,8 @@ def take_masters(session: Session, masters: Mapping[nn.Parameter, Tensor]) -> li
     for unit in session.units:
         if unit.has_master and any(param in masters for param in unit.params):
             session.write_back(unit)  # masters would follow what was written to it a second time
-            session.store.put(unit.layout_of("master"), partial(_master, unit, masters, changed))
-    return changed
+            put(session.store, unit, "master", partial(_master, unit, masters, changed))
+    return list(dict.fromkeys(changed))
 
 
 def _master(unit: Unit, masters: Mapping[nn.Parameter, Tensor], changed: list[str], index: int) -> Tensor:

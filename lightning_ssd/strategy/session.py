@@ -26,6 +26,7 @@ from lightning_ssd.memory.mapped_file import handle_bus_errors
 from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.choice import choose_rule
+from lightning_ssd.optim.state_forms import choose_forms, keep_possible_forms
 from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
 from lightning_ssd.saving.training_state import Saver
 from lightning_ssd.store.handles import handles, require_handles
@@ -161,9 +162,11 @@ class Session:
         suffix = next(s for s in (f"@{n}" if n else "" for n in count()) if s not in taken)
         adopted = kind(optimizer, rule, self.units, self.store, suffix=suffix)
         adopted.adopt()
+        self.optimizers.append(adopted)
+        self.drain()
+        keep_possible_forms(self.store, self.units, self.optimizers)
         if self.runtime is not None:
             adopted.connect(self.runtime.updates)
-        self.optimizers.append(adopted)
         return adopted
 
     def adopt_all(self, optimizers: Sequence[Optimizer]) -> None:
@@ -194,6 +197,9 @@ class Session:
         headroom = Headroom(plan, sum(len(unit.params) for unit in self.units))
         if plan.fits:
             unbound_heap()
+        in_memory = plan.in_memory_params | plan.in_memory_states
+        with self.store.writable():
+            choose_forms(self.store, self.units, self.optimizers, self.settings.state, in_memory)
         self._require_room(plan, sizing)
         self.runtime = Runtime(
             module,

@@ -100,14 +100,14 @@ class Sizing:
         return kinds
 
     def state_layouts(self, unit: Unit) -> list[UnitLayout]:
-        """Layouts of the optimizer state and the master of ``unit``."""
+        """Layouts of the files of the optimizer state and the master of ``unit``."""
         kinds = sorted(self._state_kinds(unit)) + (["master"] if unit.has_master else [])
-        return [unit.layout_of(kind) for kind in kinds]
+        return [unit.layout_of(file) for file in unit.form.layouts(kinds)]
 
     def _state_nbytes(self, unit: Unit, num_kinds: int | None = None) -> int:
         """Bytes per element of a unit's state beyond the parameter itself."""
         if num_kinds is None:
-            num_kinds = len(self._state_kinds(unit))
+            return sum(layout.itemsize for layout in self.state_layouts(unit))
         return dtype_of(unit.state_dtype).itemsize * (num_kinds + unit.has_master)
 
     def plan(self, module: nn.Module, *, waits_for_all_grads: bool) -> MemoryPlan:

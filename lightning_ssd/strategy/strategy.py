@@ -76,7 +76,7 @@ class StrategyMixin(CheckpointMixin):
         activations: Literal["auto", "recompute", "keep"] = "auto",
         overlap: Literal["auto", "off"] = "auto",
         update: Literal["auto", "native", "torch"] = "auto",
-        state: Literal["fp32"] = "fp32",
+        state: Literal["auto", "fp32", "split"] = "auto",
         master: Literal["auto", "param", "fp32"] = "auto",
         window: Union[int, Literal["auto"]] = "auto",  # noqa: UP007
         prefetch_batch: Union[int, Literal["auto"]] = "auto",  # noqa: UP007

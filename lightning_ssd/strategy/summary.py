@@ -23,6 +23,11 @@ def summary(session: Session) -> str:
         keeps = session.settings.keep_master
         how = "on float32 masters" if keeps else "themselves (no float32 master)"
         lines.append(f"  16-bit parameters: updated {how}; master={session.settings.master!r}")
+    trained = session.sizing.trained()
+    forms = {name: sum(unit.form.name == name for unit in trained) for name in sorted({u.form.name for u in trained})}
+    if forms.keys() - {"fp32"}:
+        units = ", ".join(f"{name} in {num} units" for name, num in forms.items())
+        lines.append(f"  state on disk: {units}; state={session.settings.state!r}")
     if session.optimizers and session.settings.device.type == "cpu" and _spins() and not plan.fits:
         lines.append(
             "  hint: compute threads spin while they wait for each other, and take CPU time from updates; set "

@@ -1,4 +1,4 @@
-"""Who holds the memory of a parameter, besides the unit that it belongs to."""
+"""The memory that a parameter views, and who holds it besides the unit that the parameter belongs to."""
 
 from __future__ import annotations
 
@@ -30,3 +30,10 @@ def is_held(param: nn.Parameter, tensor: Tensor) -> bool:
     # This storage object, the tensor, the one that it was made a view of, and the parameter.
     own = 2 + (tensor._base is not None) + (param.data_ptr() == tensor.data_ptr())
     return int(torch._C._storage_Use_Count(storage._cdata)) > own
+
+
+def give(param: nn.Parameter, data: Tensor, cls: type[nn.Parameter]) -> None:
+    """Let ``param`` view ``data`` and be a ``cls``."""
+    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+        param.data = data
+    param.__class__ = cls

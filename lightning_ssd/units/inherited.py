@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_ssd.errors import ResidencyError
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units.lazy_param import METADATA
+from lightning_ssd.store.tensor_metadata import METADATA
 from lightning_ssd.units.mapped import snapshot
 from lightning_ssd.units.unit import Unit
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssd.errors import ResidencyError
+from lightning_ssd.store.tensor_metadata import METADATA, functions_of_form
 from lightning_ssd.units import transforms
 
 if TYPE_CHECKING:
@@ -156,42 +157,15 @@ def tensors_in(value: Any) -> Iterator[Any]:
             yield from tensors_in(item)
 
 
-def _accessors() -> Iterator[Any]:
-    read_only = (
-        "shape dtype device layout ndim itemsize nbytes grad_fn is_leaf is_cpu is_cuda is_meta is_mps is_mkldnn "
-        "is_nested is_quantized is_sparse is_sparse_csr is_vulkan is_xla is_xpu is_mtia is_ipu is_maia names name "
-        "output_nr retains_grad _version _base _has_symbolic_sizes_strides"
-    )
-    writable = "requires_grad grad _grad _backward_hooks _post_accumulate_grad_hooks grad_dtype"
-    for name in (read_only + " " + writable).split():
-        attribute: Any = getattr(Tensor, name, None)
-        if hasattr(attribute, "__get__"):
-            yield attribute.__get__
-        if name in writable.split() and hasattr(attribute, "__set__"):
-            yield attribute.__set__
-            yield attribute.__delete__
-
-
-def _functions() -> Iterator[Any]:
-    methods = (
-        "size dim ndimension numel nelement stride is_contiguous element_size storage_offset requires_grad_ "
-        "register_hook register_post_accumulate_grad_hook is_floating_point is_complex is_signed is_inference "
-        "get_device has_names dim_order __len__ _is_view new_zeros new_ones new_empty new_full new_tensor"
-    )
-    functions = (
-        "numel is_floating_point is_complex is_signed is_inference get_device empty_like zeros_like ones_like "
-        "full_like rand_like randn_like randint_like result_type can_cast promote_types"
-    )
-    yield from (getattr(Tensor, name) for name in methods.split() if hasattr(Tensor, name))
-    yield from (getattr(torch, name) for name in functions.split() if hasattr(torch, name))
-
-
-METADATA = frozenset([*_accessors(), *_functions()])
 _SET_GRAD = vars(torch._C.TensorBase)["grad"].__set__
 _OF_STRIDES = frozenset([Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.dim_order])
 _OF_DEVICE = frozenset(
     [
         *(getattr(Tensor, name).__get__ for name in ("device", "is_cpu", "is_cuda")),
-        *(f for f in _functions() if f.__name__.startswith(("new_", "get_device")) or f.__name__.endswith("_like")),
+        *(
+            f
+            for f in functions_of_form()
+            if f.__name__.startswith(("new_", "get_device")) or f.__name__.endswith("_like")
+        ),
     ]
 )

@@ -3,11 +3,11 @@
 [Note: mapped values] A file that no checkpoint names is mapped shared: what the user writes lands in it. Its
 modification time is set back by two to four seconds when it is mapped, to one that no write to come can have; so
 another one found later, after `msync`, means a write. A file that a checkpoint names, or that a forked process may
-read, is mapped private: what the user writes stays in memory, on pages that no longer belong to the file, which bit 61
-of ``/proc/self/pagemap`` tells. Assigning ``p.data`` is seen by the address. Optimizer state is always mapped private:
-it is shown, and a checkpoint must still be able to link its file. A unit in memory is
-shown as it is: what the user writes is its value. Only a 16-bit one, which has a master beside it, has to notice:
-its checksum is compared.
+read, or that is one half of masters, is mapped private: what the user writes stays in memory, on pages that no longer
+belong to the file, which bit 61 of ``/proc/self/pagemap`` tells. Assigning ``p.data`` is seen by the address.
+Optimizer state is always mapped private: it is shown, and a checkpoint must still be able to link its file. A unit in
+memory is shown as it is: what the user writes is its value. Only a 16-bit one, which has a master beside it, has to
+notice: its checksum is compared.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.codec.encodings import LOW
 from lightning_ssd.errors import as_io_failure
 from lightning_ssd.memory.forked import make_private
 from lightning_ssd.memory.mapped_file import flush
@@ -52,7 +53,11 @@ class MappedParams:
         self.generation = store.on_disk(generation)
         file = generation.file  # by its name, not its descriptor: after a run the store has closed its files
         found = store.stat(generation)
-        self.is_private = generation.layout.kind != "param" or found.st_nlink > 1 or generation.is_inherited
+        layout = generation.layout
+        is_half = (
+            store.current(layout.unit, LOW) is not None
+        )  # of masters, which the values before a write are needed for
+        self.is_private = layout.kind != "param" or is_half or found.st_nlink > 1 or generation.is_inherited
         self._was_written = False  # while it was shared
         self._checks = list(generation.checks)
         self._memory = store.map(generation, private=self.is_private)

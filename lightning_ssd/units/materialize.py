@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.mapped_file import map_file
 from lightning_ssd.memory.views import Views
 from lightning_ssd.sizes import MiB
+from lightning_ssd.store.decoded import DecodedTensor, values_of
 from lightning_ssd.units.own_initialisation import initialises_whole, mark, require_initialised
 
 MIN_NBYTES = MiB // 4
@@ -115,6 +117,7 @@ class ParamMaterializer:
             for key, param in module._parameters.items():
                 if param is not None and param.is_meta:
                     names.setdefault(param, []).append((module, key))
+        weights = self._undecoded(weights)
         # A module's own `load_state_dict` may take what Lightning gives it, and nothing more.
         options = {"assign": True} if names else {}
         root.load_state_dict(weights, strict=strict, **options)
@@ -122,6 +125,19 @@ class ParamMaterializer:
             module, key = places[0]
             for other, other_key in places[1:]:
                 other._parameters[other_key] = module._parameters[key]
+
+    def _undecoded(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``weights`` with what has to be decoded in files of its own, so that it does not fill memory."""
+        found: dict[str, Tensor] = {}
+        for name, value in weights.items():
+            if isinstance(value, DecodedTensor):
+                with torch.no_grad(), torch.inference_mode(False):
+                    found[name] = self._map(value).copy_(values_of(value))
+        if not found:
+            return weights
+        plain = copy(weights)  # with its versions
+        plain.update(found)  # type: ignore[attr-defined]
+        return plain
 
     def _on_register(self, module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
         if type(param) is not nn.Parameter or param.is_meta or param.nbytes < MIN_NBYTES:
@@ -135,7 +151,7 @@ class ParamMaterializer:
             param.data = values
         return None
 
-    def _map(self, param: nn.Parameter, dtype: torch.dtype | None = None) -> Tensor:
+    def _map(self, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the parameter's form in a file of its own, not initialised."""
         dtype = dtype or param.dtype
         nbytes = max(param.numel() * dtype.itemsize, 1)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units import transforms
+from lightning_ssd.units.holders import give
 from lightning_ssd.units.inherited import Inherited
 from lightning_ssd.units.lazy_param import lazy_class
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams
 from lightning_ssd.units.step_state import StepState
-from lightning_ssd.units.unit import Unit, give
+from lightning_ssd.units.unit import Unit
 from lightning_ssd.units.user_writes import UserWrites
 
 

@@ -297,7 +297,7 @@ class ParamCache:
         with self._lock:
             self.write_back(unit)
             self._writes.before_update(unit)
-            is_pinned = not unit.has_master and unit.host_copy is not None and not unit.is_stale(self._store)
+            is_pinned = unit.update_reads_param and unit.host_copy is not None and not unit.is_stale(self._store)
             unit.num_pins += is_pinned
             return is_pinned
 
@@ -332,7 +332,7 @@ class ParamCache:
         is_current = host_copy.generation is self._store.newest(unit.name, "param")
         # A view that the user kept shows the values it had.
         is_writable = unit.device_copy is None and unit.num_holds == 0 and not host_copy.buffer.in_use
-        if not is_writable and not (is_current and not unit.has_master):
+        if not is_writable and not (is_current and unit.update_reads_param):
             return None
         unit.num_pins += 1
         if is_writable:

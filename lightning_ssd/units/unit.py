@@ -33,6 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssd.codec import float32
+from lightning_ssd.codec.encodings import STORED_DTYPE
+from lightning_ssd.codec.forms import PLAIN, Form
 from lightning_ssd.device.param_copies import DeviceCopy
 from lightning_ssd.device.streams import WaitFor
 from lightning_ssd.errors import ResidencyError, SSDOffloadError
@@ -42,7 +44,7 @@ from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Shape, UnitLayout, file_order, lay_out
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.fingerprint import fingerprint
-from lightning_ssd.units.holders import is_held, is_saved
+from lightning_ssd.units.holders import give, is_held, is_saved
 from lightning_ssd.units.host_copy import HostCopy
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams
 from lightning_ssd.units.partition import UnitSpec
@@ -92,6 +94,7 @@ class Unit:
         dtype: Dtype of the parameters.
         state_dtype: Safetensors dtype of the values that an update works on, and of its states.
         has_master: Updates work on masters, not on the values of the parameters themselves.
+        form: Of its master and its states in files; `units.unit_state` reads and writes them.
         layout: Of the kind ``param``: what a fetch reads.
         modules: Modules that need the unit in their forward.
         block: The repeated block it belongs to, or None.
@@ -131,6 +134,7 @@ class Unit:
         self.dtype = dtype_of(self.layout.dtype)
         self.state_dtype = float32.state_dtype(self.layout.dtype, keep_master=keep_master)
         self.has_master = self.state_dtype != self.layout.dtype
+        self.form: Form = PLAIN
         self.modules = list(spec.modules)
         self.block = spec.block
         self.persistent = spec.persistent
@@ -375,8 +379,13 @@ class Unit:
                 copy.copied.wait(WaitFor.IN_MEMORY_PARAMS)  # sync: a copy to the device
 
     def layout_of(self, kind: str) -> UnitLayout:
-        """Layout of an optimizer state or the master: the same parameters in the same order."""
-        return lay_out(self.name, kind, self.shapes, self.state_dtype)
+        """Layout of a kind of file beside ``param``."""
+        return lay_out(self.name, kind, self.shapes, STORED_DTYPE.get(kind, self.state_dtype))
+
+    @property
+    def update_reads_param(self) -> bool:
+        """Whether an update reads the parameters themselves, not only a master."""
+        return not self.has_master or not self.form.is_plain
 
     def __repr__(self) -> str:
         forms = [
@@ -385,10 +394,3 @@ class Unit:
             if getattr(self, name) is not None
         ]
         return f"Unit({self.name!r}, {self.layout.numel} x {self.layout.dtype}, {' + '.join(forms) or 'offloaded'})"
-
-
-def give(param: nn.Parameter, data: Tensor, cls: type[nn.Parameter]) -> None:
-    """Let ``param`` view ``data`` and be a ``cls``."""
-    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
-        param.data = data
-    param.__class__ = cls

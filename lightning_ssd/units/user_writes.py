@@ -24,6 +24,7 @@ from lightning_ssd.units.holders import is_held
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams, is_assigned
 from lightning_ssd.units.masters import follow_values
 from lightning_ssd.units.unit import Unit
+from lightning_ssd.units.unit_state import tensors_of
 
 
 class UserWrites:
@@ -62,8 +63,9 @@ class UserWrites:
             return
         if unit.is_ahead or unit.is_submitted or unit.is_stale(self._store):
             self._refuse_late(unit)
+        masters = tensors_of(self._store, unit, "master")
         self._put(unit, tensors)
-        follow_values(self._store, unit)
+        follow_values(self._store, unit, masters)
 
     @staticmethod
     def _refuse_late(unit: Unit) -> NoReturn:
@@ -84,12 +86,13 @@ class UserWrites:
         """
         was_assigned = mapped.is_assigned(unit.params)
         was_written = mapped.was_written()
+        masters = tensors_of(self._store, unit, "master") if was_assigned or was_written else None
         if was_assigned or (was_written and mapped.is_private):
             self._put(unit, mapped.tensors)
         self.leave(unit, mapped.tensors)
         if was_assigned or was_written:
             unit.num_writes += 1
-            follow_values(self._store, unit)
+            follow_values(self._store, unit, masters)
         self._store.drop_file(self._store.newest(unit.name, "param"))
         return was_assigned or was_written
 

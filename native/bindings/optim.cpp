@@ -7,12 +7,14 @@
 #include <stdexcept>
 #include <utility>
 
+#include "codec/adam.hpp"
 #include "optim/crc32c.hpp"
 #include "optim/optim.hpp"
 #include "optim/thread_pool.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+namespace codec = lightning_ssd::codec;
 namespace optim = lightning_ssd::optim;
 
 namespace {
@@ -25,9 +27,11 @@ T* pointer(uintptr_t address) {
 void adam(uintptr_t param, uintptr_t grad, optim::Dtype grad_dtype, uintptr_t exp_avg, uintptr_t exp_avg_sq,
           uintptr_t out, optim::Dtype out_dtype, size_t numel, double grad_scale, bool maximize, double decay,
           double penalty, double beta1, double beta2, double step_size, double bias2_sqrt, double eps,
-          optim::SqrtForm sqrt_form, uintptr_t external_sqrt, uintptr_t set_external_threads) {
+          optim::SqrtForm sqrt_form, uintptr_t external_sqrt, uintptr_t set_external_threads, codec::MomentForm form,
+          uintptr_t high, uintptr_t low, uintptr_t exp_avg_scale, uintptr_t exp_avg_sq_scale, uint64_t key,
+          uint64_t first) {
   // Differences are computed in double and rounded once, as in Python and torch.
-  optim::adam({
+  const optim::AdamUpdate update{
       .param = pointer<float>(param),
       .grad = pointer<const void>(grad),
       .grad_dtype = grad_dtype,
@@ -50,7 +54,19 @@ void adam(uintptr_t param, uintptr_t grad, optim::Dtype grad_dtype, uintptr_t ex
       .sqrt_form = sqrt_form,
       .external_sqrt = reinterpret_cast<optim::ExternalSqrt>(external_sqrt),
       .set_external_threads = reinterpret_cast<optim::SetExternalThreads>(set_external_threads),
-  });
+  };
+  if (high == 0 && form == codec::MomentForm::float32) {
+    optim::adam(update);
+    return;
+  }
+  codec::adam(update, {
+                          .high = pointer<uint16_t>(high),
+                          .low = pointer<uint16_t>(low),
+                          .exp_avg = {pointer<void>(exp_avg), pointer<uint32_t>(exp_avg_scale)},
+                          .exp_avg_sq = {pointer<void>(exp_avg_sq), pointer<uint32_t>(exp_avg_sq_scale)},
+                          .form = form,
+                          .counter = {key, first},
+                      });
 }
 
 void sgd(uintptr_t param, uintptr_t grad, optim::Dtype grad_dtype, uintptr_t momentum, uintptr_t out,
@@ -133,9 +149,15 @@ void bind_optim(nb::module_& m) {
       .value("mkl_avx2", optim::SqrtForm::mkl_avx2)
       .value("mkl_avx512", optim::SqrtForm::mkl_avx512)
       .value("external", optim::SqrtForm::external);
+  nb::enum_<codec::MomentForm>(m, "MomentForm", "How Adam's moments are kept; see native/codec/codec.hpp.")
+      .value("float32", codec::MomentForm::float32)
+      .value("bfloat16", codec::MomentForm::bfloat16)
+      .value("log8", codec::MomentForm::log8);
   m.def("adam", adam, Released(), "param"_a, "grad"_a, "grad_dtype"_a, "exp_avg"_a, "exp_avg_sq"_a, "out"_a,
         "out_dtype"_a, "numel"_a, nb::kw_only(), "grad_scale"_a, "maximize"_a, "decay"_a, "penalty"_a, "beta1"_a,
-        "beta2"_a, "step_size"_a, "bias2_sqrt"_a, "eps"_a, "sqrt_form"_a, "external_sqrt"_a, "set_external_threads"_a);
+        "beta2"_a, "step_size"_a, "bias2_sqrt"_a, "eps"_a, "sqrt_form"_a, "external_sqrt"_a, "set_external_threads"_a,
+        "form"_a = codec::MomentForm::float32, "high"_a = 0, "low"_a = 0, "exp_avg_scale"_a = 0,
+        "exp_avg_sq_scale"_a = 0, "key"_a = 0, "first"_a = 0);
   m.def("sgd", sgd, Released(), "param"_a, "grad"_a, "grad_dtype"_a, "momentum"_a, "out"_a, "out_dtype"_a, "numel"_a,
         nb::kw_only(), "grad_scale"_a, "maximize"_a, "penalty"_a, "momentum_factor"_a, "dampening"_a, "nesterov"_a,
         "first_step"_a, "lr"_a);

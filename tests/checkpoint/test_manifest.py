@@ -110,7 +110,9 @@ def test_a_flipped_bit_is_found() -> None:
 
 def test_a_form_of_state_that_is_not_known_is_refused_by_name() -> None:
     text = encode_manifest(replace(MANIFEST, codec="int8-blocks"))
-    with pytest.raises(CheckpointError, match=r"the state is in the form 'int8-blocks', .* reads 'float32': update"):
+    with pytest.raises(
+        CheckpointError, match=r"the state is in the form 'int8-blocks', .* reads 'float32', 'encoded': update"
+    ):
         decode_manifest(text, "here")
 
 

@@ -1,0 +1,90 @@
+"""How kinds of state that are not stored as they are computed become numbers again: the one home of decoding.
+
+A kind that is stored as it is computed (``param``, ``master``, ``exp_avg``, ...) has a file of that name. An encoded
+one has a file of another name, so that no reader takes its bytes for values. All of them decode to float32.
+
+    master.low         uint16: the lower half of the master; the upper half is ``param``
+    exp_avg_sq.tie     float32: the second moment of Adam, whose sign is a part of the master
+
+See [Note: split] in ``native/codec/codec.hpp``. docs/checkpoints.md says how other programs read them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from lightning_ssd.kernels import bits
+
+LOW = "master.low"
+TIE = "exp_avg_sq.tie"
+
+STORED_DTYPE: Mapping[str, str] = {LOW: "U16", TIE: "F32"}
+"""Safetensors dtype of each kind of encoded file."""
+
+
+DECODED_DTYPE = "F32"
+"""Safetensors dtype of what is decoded."""
+
+
+class Encoding(ABC):
+    """How one kind is decoded.
+
+    Attributes:
+        kind: What is decoded.
+        parts: The kinds of files that have it; the first one says that it is there.
+        needed: Those that must be there.
+    """
+
+    kind: str
+    parts: tuple[str, ...]
+    needed: tuple[str, ...]
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The float32 values of one parameter, flat, in memory of their own.
+
+        Args:
+            parts: What there is of `parts`, flat.
+        """
+
+
+class _SplitMaster(Encoding):
+    kind, parts, needed = "master", (LOW, "param", TIE), (LOW, "param")
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return bits.split_decode(parts["param"], parts[LOW], parts.get(TIE))
+
+
+class _TiedMoment(Encoding):
+    kind, parts, needed = "exp_avg_sq", (TIE,), (TIE,)
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return bits.without_sign(parts[TIE])
+
+
+_ENCODINGS: Mapping[str, Encoding] = {each.parts[0]: each for each in (_SplitMaster(), _TiedMoment())}
+
+
+def encoding_of(kind: str, stored: Iterable[str]) -> Encoding | None:
+    """How ``kind`` is decoded where there are files of the kinds ``stored``; None if it is not encoded."""
+    return next((e for name in stored if (e := _ENCODINGS.get(name)) is not None and e.kind == kind), None)
+
+
+def decoded_kinds(stored: Iterable[str]) -> list[str]:
+    """The kinds whose values are in files of the kinds ``stored``, in that order."""
+    return [_ENCODINGS[name].kind if name in _ENCODINGS else name for name in stored]
+
+
+def files_with(kinds: Sequence[str], stored: Iterable[str]) -> set[str]:
+    """Those of ``stored`` without which the values of ``kinds`` are not known."""
+    there = list(stored)
+    encodings = [encoding_of(kind, there) for kind in kinds]
+    return {*kinds, *(part for e in encodings if e is not None for part in e.parts)}.intersection(there)
+
+
+def is_encoded(stored: Iterable[str]) -> bool:
+    """Whether one of these kinds of files has to be decoded."""
+    return not _ENCODINGS.keys().isdisjoint(stored)
