@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -37,9 +37,10 @@ from lightning_ssd.strategy.runtime import Runtime
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.strategy.settings import Options, Settings, argument_docs
 from lightning_ssd.strategy.summary import summary
+from lightning_ssd.strategy.trainer_parts import TrainerPartsMixin
 
 
-class StrategyMixin(CheckpointMixin):
+class StrategyMixin(TrainerPartsMixin, CheckpointMixin):
     """Streams parameters, optimizer state, gradients and activations through NVMe SSDs.
 
     Args:
@@ -55,10 +56,7 @@ class StrategyMixin(CheckpointMixin):
 
     strategy_name = "ssd_offload"
     global_rank, local_rank, node_rank, world_size = 0, 0, 0, 1
-    # Set in `for_lightning` and its twin: Lightning's own precision classes, by name, and the root of its logger names.
-    _stock_precision: Mapping[str, Any]
-    _precision_class: type[PrecisionMixin]
-    _namespace: str
+    _namespace: str  # root of Lightning's logger names; set in `for_lightning` and its twin
 
     def __init__(
         self,
@@ -87,6 +85,7 @@ class StrategyMixin(CheckpointMixin):
     ) -> None:
         given = locals()
         self._session: Session | None = None
+        self._of_trainer = {}
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -94,6 +93,7 @@ class StrategyMixin(CheckpointMixin):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
+        self._precision_plugin = self._of_trainer.pop("precision")  # Lightning's constructor has called the setter
         self.num_nodes = 1
         self._given = {field.name: given[field.name] for field in fields(Options)}
         self._resume = Resume()
@@ -139,19 +139,6 @@ class StrategyMixin(CheckpointMixin):
         return obj
 
     # -- setup -------------------------------------------------------------------------------------------------
-
-    @property
-    def precision_plugin(self) -> Any:
-        """The precision plugin. One of Lightning's own is wrapped in `PrecisionMixin`."""
-        return self._precision_plugin if self._precision_plugin is not None else self._stock_precision["Precision"]()
-
-    @precision_plugin.setter
-    def precision_plugin(self, plugin: Any) -> None:
-        if plugin is not None and not isinstance(plugin, PrecisionMixin):
-            plugin = self._precision_class(inner=plugin)
-        if plugin is not None:
-            plugin.prepare(self._stock_precision)
-        self._precision_plugin = plugin
 
     def stats(self) -> IOStats:
         """Bytes and seconds of disk reads and writes since the Trainer started."""

@@ -215,6 +215,24 @@ def test_copies_of_a_trainer(tmp_path: Path, copied: Callable[[Any], Any]) -> No
     assert plain == ours
 
 
+@pytest.mark.compatibility("Trainer", "one strategy object in several Trainers")
+def test_one_strategy_object_in_several_trainers(tmp_path: Path) -> None:
+    """As a package does that makes each of its Trainers from the same arguments; each has its own precision."""
+    results = []
+    for strategy in (None, streamed(update="torch")):
+        module = small()
+        for precision in ("bf16-mixed", "32-true"):
+            trainer = make_trainer(tmp_path, strategy or "auto", max_steps=4, precision=precision)
+            assert trainer.precision == precision
+            trainer.fit(module, DATA)
+            predictor = make_trainer(tmp_path, strategy or "auto", precision=precision)
+            predictions = predictor.predict(module, DATA)
+            trainer.validate(module, DATA, verbose=False)  # the first Trainer again
+        results.append((module.losses, module.val_losses, torch.cat(predictions), *module.state_dict().values()))
+    for plain, ours in zip(*results, strict=True):
+        assert torch.equal(torch.as_tensor(plain), torch.as_tensor(ours))
+
+
 @pytest.mark.compatibility("LightningModule", "torch.save(module) in a run")
 def test_a_model_saved_whole_in_its_run(tmp_path: Path) -> None:
     class Saves(pl.Callback):
