@@ -5,8 +5,12 @@ one has a file of another name, so that no reader takes its bytes for values. Al
 
     master.low         uint16: the lower half of the master; the upper half is ``param``
     exp_avg_sq.tie     float32: the second moment of Adam, whose sign is a part of the master
+    master.nudged      uint16: the lower half of the master, where a tie is never rounded down
+    exp_avg.bf16       bfloat16: the first moment of Adam, rounded
+    exp_avg_sq.bf16    bfloat16: the second moment of Adam, rounded
 
-See [Note: split] in ``native/codec/codec.hpp``. docs/checkpoints.md says how other programs read them.
+See [Note: split] and [Note: nudged split] in ``native/codec/codec.hpp``. docs/checkpoints.md says how other programs
+read them.
 """
 
 from __future__ import annotations
@@ -20,8 +24,13 @@ from lightning_ssd.kernels import bits
 
 LOW = "master.low"
 TIE = "exp_avg_sq.tie"
+NUDGED = "master.nudged"
+HALVES = (LOW, NUDGED)
+"""Kinds of files that are one half of masters, of which ``param`` is the other."""
+FIRST_BF16 = "exp_avg.bf16"
+SECOND_BF16 = "exp_avg_sq.bf16"
 
-STORED_DTYPE: Mapping[str, str] = {LOW: "U16", TIE: "F32"}
+STORED_DTYPE: Mapping[str, str] = {LOW: "U16", TIE: "F32", NUDGED: "U16", FIRST_BF16: "BF16", SECOND_BF16: "BF16"}
 """Safetensors dtype of each kind of encoded file."""
 
 
@@ -65,7 +74,32 @@ class _TiedMoment(Encoding):
         return bits.without_sign(parts[TIE])
 
 
-_ENCODINGS: Mapping[str, Encoding] = {each.parts[0]: each for each in (_SplitMaster(), _TiedMoment())}
+class _NudgedMaster(Encoding):
+    kind, parts, needed = "master", (NUDGED, "param"), (NUDGED, "param")
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return bits.nudged_decode(parts["param"], parts[NUDGED])
+
+
+class _NarrowMoment(Encoding):
+    def __init__(self, kind: str, file: str) -> None:
+        self.kind = kind
+        self.parts = self.needed = (file,)
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts[self.parts[0]].float()
+
+
+_ENCODINGS: Mapping[str, Encoding] = {
+    each.parts[0]: each
+    for each in (
+        _SplitMaster(),
+        _TiedMoment(),
+        _NudgedMaster(),
+        _NarrowMoment("exp_avg", FIRST_BF16),
+        _NarrowMoment("exp_avg_sq", SECOND_BF16),
+    )
+}
 
 
 def encoding_of(kind: str, stored: Iterable[str]) -> Encoding | None:

@@ -7,15 +7,37 @@ updates them. What is read from files is decoded in `codec.encodings`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_ssd.codec.encodings import LOW, TIE
+from lightning_ssd.codec.encodings import FIRST_BF16, LOW, NUDGED, SECOND_BF16, TIE
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.kernels import bits
 from lightning_ssd.kernels.options import AdamOptions
-from lightning_ssd.kernels.stored import split_adam_
+from lightning_ssd.kernels.stored import Counter, narrow_adam_, split_adam_
+
+
+class Piece(NamedTuple):
+    """A piece of one parameter in an update; tensors are flat and changed in place.
+
+    Attributes:
+        param: What the update changes: the parameter, or its master where that has a file of its own.
+        grad: The gradient; not changed.
+        states: What the other files have, by kind.
+        out: The parameter, if ``param`` is its master.
+        name: Of the parameter.
+        offset: Number of the first element in the parameter.
+    """
+
+    param: Tensor
+    grad: Tensor
+    states: Mapping[str, Tensor]
+    out: Tensor | None
+    name: str
+    offset: int
 
 
 class Form:
@@ -24,10 +46,12 @@ class Form:
     Attributes:
         name: The option ``state`` that asks for it.
         is_plain: Files have what is computed, so that any rule can update them.
+        has_halves: The parameter is one half of its master.
     """
 
     name = "fp32"
     is_plain = True
+    has_halves = False
     _files: Mapping[str, tuple[str, ...]] = {}
 
     def files(self, kind: str) -> tuple[str, ...]:
@@ -56,15 +80,8 @@ class Form:
         for state in states.values():
             state.zero_()
 
-    def adam_(self, param: Tensor, grad: Tensor, states: Mapping[str, Tensor], options: AdamOptions) -> None:
-        """One step of Adam on a piece of one parameter, in place.
-
-        Args:
-            param: What the file ``param`` has.
-            grad: The gradient.
-            states: What the other files have, by kind.
-            options: Of the step.
-        """
+    def adam_(self, piece: Piece, options: AdamOptions) -> None:
+        """One step of Adam, in place."""
         raise NotImplementedError(f"state={self.name!r} is updated by rules")
 
 
@@ -73,6 +90,7 @@ class Split(Form):
 
     name = "split"
     is_plain = False
+    has_halves = True
     _files: Mapping[str, tuple[str, ...]] = {"master": (LOW, TIE), "exp_avg_sq": (TIE,)}
 
     def encode(self, kind: str, value: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,11 +102,7 @@ class Split(Form):
             return {LOW: low, TIE: tied}
         if kind != "exp_avg_sq":
             return {kind: value}
-        if bool((value < 0).any()):
-            raise CheckpointError(
-                "a second moment of Adam is negative, which no run of Adam makes; state='split' keeps a bit in its "
-                "sign: use state='fp32', or begin with the weights alone"
-            )
+        _require_positive(value, self.name)
         plain = bits.without_sign(value)
         return {TIE: plain if tied is None else bits.with_sign(plain, tied)}
 
@@ -100,10 +114,69 @@ class Split(Form):
             elif kind != LOW:
                 state.zero_()
 
-    def adam_(self, param: Tensor, grad: Tensor, states: Mapping[str, Tensor], options: AdamOptions) -> None:
+    def adam_(self, piece: Piece, options: AdamOptions) -> None:
         """See `Form.adam_`."""
-        split_adam_(param, states[LOW], grad, states["exp_avg"], states[TIE], options)
+        states = piece.states
+        split_adam_(piece.param, states[LOW], piece.grad, states["exp_avg"], states[TIE], options)
+
+
+class NarrowMoments(Form):
+    """Moments in bfloat16, the second one rounded by chance. A master is float32, in two halves or whole.
+
+    Args:
+        has_halves: The parameter is bfloat16 and one half of its master; [Note: nudged split].
+    """
+
+    name = "bf16"
+    is_plain = False
+
+    def __init__(self, *, has_halves: bool) -> None:
+        self.has_halves = has_halves
+        moments = {"exp_avg": (FIRST_BF16,), "exp_avg_sq": (SECOND_BF16,)}
+        self._files = {**moments, "master": (NUDGED,)} if has_halves else moments
+
+    def encode(self, kind: str, value: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Form.encode`; rounds to nearest."""
+        value = value.float()
+        if kind == "master" and self.has_halves:
+            return {NUDGED: bits.nudged_encode(value)[1]}
+        if kind == "exp_avg_sq":
+            _require_positive(value, self.name)
+            return {SECOND_BF16: bits.positive_bfloat16(value)}
+        return {FIRST_BF16 if kind == "exp_avg" else kind: value}
+
+    def reset(self, states: Mapping[str, Tensor]) -> None:
+        """See `Form.reset`."""
+        super().reset({kind: state for kind, state in states.items() if kind != NUDGED})
+
+    def adam_(self, piece: Piece, options: AdamOptions) -> None:
+        """See `Form.adam_`."""
+        states = piece.states
+        narrow_adam_(
+            piece.param,
+            states.get(NUDGED),
+            piece.grad,
+            states[FIRST_BF16],
+            states[SECOND_BF16],
+            options,
+            Counter(_key(piece.name, options.step), piece.offset),
+            out=piece.out,
+        )
+
+
+def _require_positive(value: Tensor, form: str) -> None:
+    if bool((value < 0).any()):
+        raise CheckpointError(
+            f"a second moment of Adam is negative, which no run of Adam makes, and state={form!r} keeps no sign of it: "
+            "use state='fp32', or begin with the weights alone"
+        )
+
+
+def _key(name: str, step: int) -> int:
+    """The key of a parameter's random bits in a step; nothing else decides them, so a resumed run has the same."""
+    return int.from_bytes(blake2b(f"{step} {name}".encode(), digest_size=8).digest(), "little")
 
 
 PLAIN = Form()
 SPLIT = Split()
+NARROW = {has_halves: NarrowMoments(has_halves=has_halves) for has_halves in (False, True)}

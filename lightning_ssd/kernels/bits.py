@@ -13,6 +13,7 @@ _MAGNITUDE = 0x7FFFFFFF
 _SIGN = -0x80000000
 _LOWER = 0xFFFF
 _TIE = 0x8000
+_WORD = 0xFFFFFFFF
 
 
 def split_encode(master: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,10 +37,48 @@ def split_encode(master: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Te
 def split_decode(high: Tensor, low: Tensor, tied: Tensor | None) -> Tensor:
     """The master that `split_encode` was given; ``tied`` is None if no sign is set."""
     went_up = torch.zeros(1, dtype=torch.int32) if tied is None else (_words(tied) < 0).to(torch.int32)
-    lower = low.view(torch.int16).to(torch.int32) & _LOWER
-    upper = high.view(torch.int16).to(torch.int32)
-    is_up = (lower + went_up > _TIE) & _is_number(upper << 16)
-    return (((upper - is_up.to(torch.int32)) << 16) | lower).view(torch.float32)
+    return _joined(high, low, went_up)
+
+
+def nudged_encode(master: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 master as two halves, with a tie that stays one unit nearer to zero; [Note: nudged split]."""
+    words = _words(master)
+    lower = words & _LOWER
+    stayed = (lower == _TIE) & ~((words >> 16) & 1).bool() & _is_number(words)
+    low = (lower - stayed.to(torch.int32)).to(torch.int16).view(torch.uint16)
+    return master.to(torch.bfloat16), low
+
+
+def nudged_decode(high: Tensor, low: Tensor) -> Tensor:
+    """The master that `nudged_encode` was given, but for ties that it nudged."""
+    return _joined(high, low, torch.ones(1, dtype=torch.int32))
+
+
+def positive_bfloat16(values: Tensor, counter: tuple[int, int] | None = None) -> Tensor:
+    """bfloat16 of non-negative float32 values. What is not zero stays so, and what is finite too.
+
+    Args:
+        values: float32; their signs are not looked at.
+        counter: Key and number of the first element: rounded up or down by chance, in proportion to the distance. None:
+            rounded to nearest.
+    """
+    words = _words(values) & _MAGNITUDE
+    if counter is None:
+        add: Tensor | int = 0x7FFF + ((words >> 16) & 1)
+    else:
+        add = (random_bits(*counter, values.numel()) & _LOWER).to(torch.int32)
+    upper = ((words.long() + add) >> 16).to(torch.int32)
+    upper = torch.where(words != 0, upper.clamp_min(1), upper)
+    upper = torch.where(words < _INFINITY, upper.clamp_max(0x7F7F), words >> 16)
+    upper = torch.where(words > _INFINITY, 0x7FC0, upper)
+    return upper.to(torch.int16).view(torch.bfloat16)
+
+
+def random_bits(key: int, first: int, num: int) -> Tensor:
+    """32 random bits, as int64, of each of ``num`` elements; see ``native/codec/random_bits.hpp``."""
+    index = torch.arange(first, first + num, dtype=torch.int64)
+    low = _mixed((index & _WORD) ^ (key & _WORD))
+    return _mixed(low ^ (key >> 32) ^ (((index >> 32) * 0x9E3779B9) & _WORD))
 
 
 def without_sign(values: Tensor) -> Tensor:
@@ -57,9 +96,24 @@ def with_sign(values: Tensor, signs: Tensor) -> Tensor:
     return (_words(values) | (_words(signs) & _SIGN)).view(torch.float32)
 
 
+def _joined(high: Tensor, low: Tensor, tie_went_up: Tensor) -> Tensor:
+    lower = low.view(torch.int16).to(torch.int32) & _LOWER
+    upper = high.view(torch.int16).to(torch.int32)
+    is_up = (lower + tie_went_up > _TIE) & _is_number(upper << 16)
+    return (((upper - is_up.to(torch.int32)) << 16) | lower).view(torch.float32)
+
+
 def _words(values: Tensor) -> Tensor:
     return values.view(torch.int32)
 
 
 def _is_number(words: Tensor) -> Tensor:
     return (words & _MAGNITUDE) <= _INFINITY
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & _WORD
+    x = x ^ (x >> 15)
+    x = (x * 0xD35A2D97) & _WORD
+    return x ^ (x >> 15)

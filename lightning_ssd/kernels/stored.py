@@ -5,6 +5,8 @@ As in `kernels.api`, the native module computes it if it was built, else torch's
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,18 @@ from lightning_ssd._extension import _native
 from lightning_ssd.kernels import bits, reference
 from lightning_ssd.kernels.api import adam_arguments, check, is_native, require_step
 from lightning_ssd.kernels.options import AdamOptions
+
+
+class Counter(NamedTuple):
+    """Which random bits an element is rounded by: those of a hash of the key and the element's number.
+
+    Attributes:
+        key: 64 bits, of the parameter and the step.
+        first: Number, in the parameter, of the first element of a piece.
+    """
+
+    key: int
+    first: int
 
 
 def split_adam_(
@@ -30,21 +44,95 @@ def split_adam_(
     Raises:
         ValueError: A tensor's dtype, shape, device or layout does not fit, or the step is below 1.
     """
-    numel = high.numel()
-    for name, tensor, dtype in (
-        ("high", high, torch.bfloat16),
-        ("low", low, torch.uint16),
-        ("exp_avg", exp_avg, torch.float32),
-        ("exp_avg_sq", exp_avg_sq, torch.float32),
-    ):
-        check(name, tensor, numel, dtype)
-    check("grad", grad, numel)
-    require_step(options)
+    _check(options, grad, high, low, exp_avg, exp_avg_sq, torch.float32)
     if not is_native():
         _split_adam(high, low, grad, exp_avg, exp_avg_sq, options)
         return
     places = {"high": high.data_ptr(), "low": low.data_ptr()}
     _native.adam(**adam_arguments(grad, options), **places, **_moments(exp_avg, exp_avg_sq))
+
+
+def narrow_adam_(
+    param: Tensor,
+    low: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    options: AdamOptions,
+    counter: Counter,
+    *,
+    out: Tensor | None = None,
+) -> None:
+    """One Adam or AdamW step with bfloat16 moments, in place.
+
+    The first moment is rounded to nearest, the second by chance, in proportion to the distance: to nearest it would
+    stand still where a step changes it by less than half of a unit in its last place. It never becomes zero.
+
+    Args:
+        param: float32 values; with ``low`` the bfloat16 parameter, a master rounded.
+        low: uint16 lower half of the master; [Note: nudged split] in ``native/codec/codec.hpp``.
+        grad: Gradient; widened exactly to float32, not changed.
+        exp_avg: bfloat16 first moment.
+        exp_avg_sq: bfloat16 second moment.
+        options: Settings of the step.
+        counter: Which random bits are used.
+        out: Receives the updated values in its own dtype; if that is bfloat16, ``param`` is nudged as with ``low``.
+
+    Raises:
+        ValueError: A tensor's dtype, shape, device or layout does not fit, or the step is below 1.
+    """
+    _check(options, grad, param, low, exp_avg, exp_avg_sq, torch.bfloat16)
+    if out is not None:
+        check("out", out, param.numel())
+    if not is_native():
+        _narrow_adam(param, low, grad, exp_avg, exp_avg_sq, options, counter, out)
+        return
+    places = {"param": param.data_ptr()} if low is None else {"high": param.data_ptr(), "low": low.data_ptr()}
+    form = {"form": _native.MomentForm.bfloat16, "key": counter.key, "first": counter.first}
+    _native.adam(**adam_arguments(grad, options, out), **_moments(exp_avg, exp_avg_sq) | places, **form)
+
+
+def _check(
+    options: AdamOptions,
+    grad: Tensor,
+    param: Tensor,
+    low: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    moments: torch.dtype,
+) -> None:
+    numel = param.numel()
+    check("param", param, numel, torch.float32 if low is None else torch.bfloat16)
+    if low is not None:
+        check("low", low, numel, torch.uint16)
+    check("exp_avg", exp_avg, numel, moments)
+    check("exp_avg_sq", exp_avg_sq, numel, moments)
+    check("grad", grad, numel)
+    require_step(options)
+
+
+@torch.no_grad()
+def _narrow_adam(
+    param: Tensor,
+    low: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    options: AdamOptions,
+    counter: Counter,
+    out: Tensor | None,
+) -> None:
+    master = param if low is None else bits.nudged_decode(param, low)
+    first, second = exp_avg.float(), exp_avg_sq.float()
+    reference.adam_(master, grad, first, second, options, out=out)
+    exp_avg.copy_(first)
+    exp_avg_sq.copy_(bits.positive_bfloat16(second, counter))
+    if low is not None:
+        high, lower = bits.nudged_encode(master)
+        param.copy_(high)
+        low.copy_(lower)
+    elif out is not None and out.dtype == torch.bfloat16:
+        param.copy_(bits.nudged_decode(*bits.nudged_encode(master)))
 
 
 def _moments(exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, int]:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_ssd.codec.forms import Piece
 from lightning_ssd.errors import ResidencyError
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.plan import CHUNK_STEP_NUMEL
@@ -224,7 +225,8 @@ class UpdatePipeline:
                 if unit.form.is_plain:
                     rule.update(master, grad, states, part.scalars, part.options, is_first=is_first, out=param)
                 else:
-                    rule.update_encoded(unit.form, master, grad, states, part.scalars, part.options)
+                    piece = Piece(master, grad, states, param, unit.names[segment.index], segment.offset)
+                    rule.update_encoded(unit.form, piece, part.scalars, part.options)
 
     # -- any rule ------------------------------------------------------------------------------------------------
 

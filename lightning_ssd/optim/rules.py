@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_ssd.codec.forms import Form
+from lightning_ssd.codec.forms import Form, Piece
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.kernels.options import AdamOptions, SGDOptions
@@ -67,22 +67,12 @@ class Rule:
         """
         raise NotImplementedError(f"{type(self).__name__} does not update parameters one by one")
 
-    def update_encoded(
-        self,
-        form: Form,
-        param: Tensor,
-        grad: Tensor,
-        states: dict[str, Tensor],
-        scalars: dict[str, Any],
-        options: Options,
-    ) -> None:
+    def update_encoded(self, form: Form, piece: Piece, scalars: dict[str, Any], options: Options) -> None:
         """Update a piece of one parameter whose master and states have another form than plain values.
 
         Args:
             form: Which.
-            param: The parameter; updated in place.
-            grad: As of `update`.
-            states: What the files of the form have, by kind; updated in place.
+            piece: The piece.
             scalars: As of `update`.
             options: As of `update`.
         """
@@ -125,17 +115,9 @@ class AdamRule(Rule):
         settings = self._settings(scalars, options)
         kernels.adam_(param, grad, states["exp_avg"], states["exp_avg_sq"], settings, out=out)
 
-    def update_encoded(
-        self,
-        form: Form,
-        param: Tensor,
-        grad: Tensor,
-        states: dict[str, Tensor],
-        scalars: dict[str, Any],
-        options: Options,
-    ) -> None:
+    def update_encoded(self, form: Form, piece: Piece, scalars: dict[str, Any], options: Options) -> None:
         """See `Rule.update_encoded`."""
-        form.adam_(param, grad, states, self._settings(scalars, options))
+        form.adam_(piece, self._settings(scalars, options))
 
     def _settings(self, scalars: dict[str, Any], options: Options) -> AdamOptions:
         return AdamOptions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from lightning_ssd.codec.forms import PLAIN, SPLIT
+from lightning_ssd.codec.forms import NARROW, PLAIN, SPLIT, Form
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.rules import AdamRule
@@ -35,19 +35,35 @@ def choose_forms(
     """
     for unit in units:
         owners = _owners(unit, optimizers)
-        why_not = _why_not_split(unit, owners) if owners and wanted != "fp32" else "-"
-        if why_not and owners and wanted == "split":
+        form, why_not = (PLAIN, "") if not owners else _form(unit, owners, wanted, is_in_memory=unit.name in in_memory)
+        if why_not and wanted != "auto":
             raise ConfigurationError(
-                f"state='split' cannot keep the state of {unit.label}: {why_not}; use state='auto' or 'fp32'"
+                f"state={wanted!r} cannot keep the state of {unit.label}: {why_not}; use state='auto' or 'fp32'"
             )
-        change_form(store, unit, PLAIN if why_not or unit.name in in_memory else SPLIT)
+        change_form(store, unit, form)
 
 
 def keep_possible_forms(store: StateStore, units: Sequence[Unit], optimizers: Sequence[OptimizerAdapter]) -> None:
     """Convert what optimizers that were adopted meanwhile cannot update."""
     for unit in units:
-        if not unit.form.is_plain and _why_not_split(unit, _owners(unit, optimizers)):
+        if not unit.form.is_plain and _why_no_kernel(_owners(unit, optimizers)):
             change_form(store, unit, PLAIN)
+
+
+def _form(unit: Unit, owners: Sequence[OptimizerAdapter], wanted: str, *, is_in_memory: bool) -> tuple[Form, str]:
+    """The form for ``unit``, and why it is not the one that is wanted; that is empty if it is."""
+    if wanted == "fp32":
+        return PLAIN, ""
+    can_halve = unit.has_master and unit.layout.dtype == "BF16"
+    why_not = _why_no_kernel(owners)
+    if not why_not and wanted != "bf16" and not can_halve:
+        why_not = "it needs bfloat16 parameters with a float32 master, as precision='bf16-true' gives them"
+    if why_not:
+        return PLAIN, why_not
+    has_halves = can_halve and not is_in_memory
+    if wanted == "bf16":
+        return NARROW[has_halves], ""
+    return SPLIT if has_halves else PLAIN, ""
 
 
 def _owners(unit: Unit, optimizers: Sequence[OptimizerAdapter]) -> list[OptimizerAdapter]:
@@ -55,13 +71,11 @@ def _owners(unit: Unit, optimizers: Sequence[OptimizerAdapter]) -> list[Optimize
     return [adopted for adopted in optimizers if not mine.isdisjoint(adopted.params())]
 
 
-def _why_not_split(unit: Unit, owners: Sequence[OptimizerAdapter]) -> str:
-    """Why the master of ``unit`` cannot be kept in two halves; empty if it can."""
-    if not unit.has_master or unit.layout.dtype != "BF16":
-        return "it needs bfloat16 parameters with a float32 master, as precision='bf16-true' gives them"
+def _why_no_kernel(owners: Sequence[OptimizerAdapter]) -> str:
+    """Why what ``owners`` update cannot have another form than plain values; empty if it can."""
     for adopted in owners:
         if not isinstance(adopted.rule, AdamRule):
             return f"{type(adopted.optimizer).__name__} is not run by the kernel of Adam, which alone keeps this form"
         if adopted.suffix:
-            return "two optimizers update it, and its second moments, of which the form needs one, would be two"
+            return "two optimizers update it, and the form is that of one"
     return ""

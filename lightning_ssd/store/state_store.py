@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from lightning_ssd.codec.encodings import LOW
+from lightning_ssd.codec.encodings import HALVES
 from lightning_ssd.errors import Ending, StoreError
 from lightning_ssd.io.engine import Engine, IOOptions, Transfer
 from lightning_ssd.io.file import File
@@ -107,7 +107,7 @@ class StateStore:
 
     def state_kinds(self, unit: str) -> list[str]:
         """Kinds of files with optimizer state of which a unit has a generation."""
-        return [kind for kind in self.kinds(unit) if kind not in ("param", "master", LOW)]
+        return [kind for kind in self.kinds(unit) if kind not in ("param", "master", *HALVES)]
 
     def kinds(self, unit: str) -> list[str]:
         """Kinds of which ``unit`` has a generation."""

@@ -53,7 +53,8 @@ class Options:
             parameter at a time, bit-equal to plain torch; ``"auto"``: native where there is a kernel.
         state: Form of the optimizer state on disk. ``"fp32"``: float32, one file for each. ``"split"``: the float32
             master of a bfloat16 parameter in two halves, of which the upper one is the parameter itself: 12 bytes per
-            parameter with Adam in place of 14, and the same bits in everything. ``"auto"``: split where it is possible
+            parameter with Adam in place of 14, and the same bits in everything. ``"bf16"``: split, with both moments in
+            bfloat16, the second one rounded by chance: 8 bytes, not exact. ``"auto"``: split where it is possible
             (``bf16-true`` with Adam or AdamW), else fp32.
         master: ``"param"`` updates 16-bit parameters themselves, as plain Lightning does in every precision; ``"fp32"``
             updates a float32 master of each, and rounds it to the parameter. ``"auto"``: a master under ``bf16-true``
@@ -80,7 +81,7 @@ class Options:
     activations: Literal["auto", "recompute", "keep"] = "auto"
     overlap: Literal["auto", "off"] = "auto"
     update: Literal["auto", "native", "torch"] = "auto"
-    state: Literal["auto", "fp32", "split"] = "auto"
+    state: Literal["auto", "fp32", "split", "bf16"] = "auto"
     master: Literal["auto", "param", "fp32"] = "auto"
     window: Union[int, Literal["auto"]] = "auto"  # noqa: UP007
     prefetch_batch: Union[int, Literal["auto"]] = "auto"  # noqa: UP007

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_ssd.codec.encodings import LOW
+from lightning_ssd.codec.encodings import HALVES
 from lightning_ssd.errors import as_io_failure
 from lightning_ssd.memory.forked import make_private
 from lightning_ssd.memory.mapped_file import flush
@@ -54,9 +54,8 @@ class MappedParams:
         file = generation.file  # by its name, not its descriptor: after a run the store has closed its files
         found = store.stat(generation)
         layout = generation.layout
-        is_half = (
-            store.current(layout.unit, LOW) is not None
-        )  # of masters, which the values before a write are needed for
+        # The values before a write are one half of masters.
+        is_half = any(kind in HALVES for kind in store.kinds(layout.unit))
         self.is_private = layout.kind != "param" or is_half or found.st_nlink > 1 or generation.is_inherited
         self._was_written = False  # while it was shared
         self._checks = list(generation.checks)

@@ -385,7 +385,7 @@ class Unit:
     @property
     def update_reads_param(self) -> bool:
         """Whether an update reads the parameters themselves, not only a master."""
-        return not self.has_master or not self.form.is_plain
+        return not self.has_master or self.form.has_halves
 
     def __repr__(self) -> str:
         forms = [

@@ -16,6 +16,8 @@ struct Piece {  // as float32
   alignas(64) uint32_t master[kPieceNumel];
   alignas(64) uint32_t exp_avg[kPieceNumel];
   alignas(64) uint32_t exp_avg_sq[kPieceNumel];
+  alignas(64) uint16_t high[kPieceNumel];
+  alignas(64) uint16_t low[kPieceNumel];
 };
 
 template <class T>
@@ -91,6 +93,10 @@ void update_piece(const optim::Kernels& kernels, const optim::AdamUpdate& u, con
                         at<uint32_t>(s.exp_avg_sq.data, first), num);
   } else if (s.high != nullptr) {
     codecs.nudged_encode(piece.master, s.high + first, s.low + first, num);
+  } else if (!is_exact && u.out != nullptr && u.out_dtype == optim::Dtype::bfloat16) {
+    uint32_t* master = reinterpret_cast<uint32_t*>(u.param) + first;  // the bits that two halves would keep
+    codecs.nudged_encode(master, piece.high, piece.low, num);
+    codecs.nudged_decode(piece.high, piece.low, master, num);
   }
 }
 

@@ -18,7 +18,7 @@ struct StoredAdam {
   uint16_t* low;
   Moment exp_avg;
   Moment exp_avg_sq;
-  MomentForm form;  // of both moments; [Note: split] with float32, else [Note: nudged split]
+  MomentForm form;  // of both moments; [Note: split] with float32, else [Note: nudged split], also of whole masters
   Counter counter;  // of the first element
 };
 

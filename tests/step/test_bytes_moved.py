@@ -111,7 +111,9 @@ def test_every_byte_comes_and_goes_in_every_step(tmp_path: Path, model: str, act
 
 
 @pytest.mark.not_simulated(reason="on a device units are not read ahead: they stay there, and copies run ahead")
-@pytest.mark.parametrize(("state", "num_read", "num_written"), [("fp32", 12 + 4, 12 + 2), ("split", 10 + 4, 10 + 2)])
+@pytest.mark.parametrize(
+    ("state", "num_read", "num_written"), [("fp32", 12 + 4, 12 + 2), ("split", 10 + 4, 10 + 2), ("bf16", 6 + 4, 6 + 2)]
+)
 def test_forms_of_the_state_move_the_bytes_of_their_table(
     tmp_path: Path, state: str, num_read: int, num_written: int
 ) -> None:
