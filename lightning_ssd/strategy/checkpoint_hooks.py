@@ -24,12 +24,13 @@ from lightning_ssd.strategy import checkpoint_forms
 from lightning_ssd.strategy.checkpoint_plugin import CheckpointPlugin
 from lightning_ssd.strategy.guards import require_set
 from lightning_ssd.strategy.handover import Handover, take_masters
-from lightning_ssd.strategy.lightning_classes import LightningModule, StrategyBase
+from lightning_ssd.strategy.lightning_classes import LightningModule
 from lightning_ssd.strategy.resume import Resume
 from lightning_ssd.strategy.session import Session
+from lightning_ssd.strategy.trainer_parts import TrainerPartsMixin
 
 
-class CheckpointMixin(StrategyBase):
+class CheckpointMixin(TrainerPartsMixin):
     """Saves, loads and removes checkpoints of the session."""
 
     _namespace: str
@@ -53,7 +54,7 @@ class CheckpointMixin(StrategyBase):
 
     @property
     def _checkpoint_plugin(self) -> CheckpointPlugin:
-        return CheckpointPlugin(self._checkpoint_io, self._given["checkpoint"])
+        return CheckpointPlugin(self._known_checkpoint_io, self._given["checkpoint"])
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:

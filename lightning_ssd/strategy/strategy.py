@@ -37,10 +37,9 @@ from lightning_ssd.strategy.runtime import Runtime
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.strategy.settings import Options, Settings, argument_docs
 from lightning_ssd.strategy.summary import summary
-from lightning_ssd.strategy.trainer_parts import TrainerPartsMixin
 
 
-class StrategyMixin(TrainerPartsMixin, CheckpointMixin):
+class StrategyMixin(CheckpointMixin):
     """Streams parameters, optimizer state, gradients and activations through NVMe SSDs.
 
     Args:

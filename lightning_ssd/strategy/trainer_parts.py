@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from lightning_ssd.strategy.lightning_classes import StrategyBase
@@ -10,11 +11,12 @@ from lightning_ssd.strategy.precision import PrecisionMixin
 
 
 class TrainerPartsMixin(StrategyBase):
-    """Accelerator and precision plugin, so that one strategy object can be in several Trainers, one after the other.
+    """Accelerator and plugins, so that one strategy object can be in several Trainers, one after the other.
 
-    A Trainer reads ``_accelerator`` and ``_precision_plugin`` as what the user gave to the constructor. If they are
-    set, it refuses an accelerator of its own, and ignores its own precision. Lightning's classes keep there what a
-    Trainer gives, too: a package that makes one Trainer to fit and another to predict, from the same arguments, fails.
+    A Trainer reads ``_accelerator``, ``_precision_plugin`` and ``_checkpoint_io`` as what the user gave to the
+    constructor. If they are set, it refuses an accelerator or checkpoint plugin of its own, and ignores its own
+    precision. Lightning's classes keep there what a Trainer gives, too: a package that makes one Trainer to fit and
+    another to predict, from the same arguments, fails.
     """
 
     _stock_precision: Mapping[str, Any]  # Lightning's own classes by name; set in `for_lightning` and its twin
@@ -29,6 +31,22 @@ class TrainerPartsMixin(StrategyBase):
     @accelerator.setter
     def accelerator(self, accelerator: Any) -> None:
         self._of_trainer["accelerator"] = accelerator
+
+    @property
+    def checkpoint_io(self) -> Any:
+        """The checkpoint plugin; where there is none, Lightning's own, which is made here."""
+        holder = SimpleNamespace(_checkpoint_io=self._known_checkpoint_io)
+        self._of_trainer["checkpoint_io"] = super(TrainerPartsMixin, type(self)).checkpoint_io.fget(holder)  # type: ignore[attr-defined]
+        return self._of_trainer["checkpoint_io"]
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, plugin: Any) -> None:
+        self._of_trainer["checkpoint_io"] = plugin
+
+    @property
+    def _known_checkpoint_io(self) -> Any:
+        """The checkpoint plugin; None where there is none."""
+        return self._of_trainer.get("checkpoint_io", self._checkpoint_io)
 
     @property
     def precision_plugin(self) -> Any:

@@ -218,14 +218,15 @@ def test_copies_of_a_trainer(tmp_path: Path, copied: Callable[[Any], Any]) -> No
 @pytest.mark.compatibility("Trainer", "one strategy object in several Trainers")
 def test_one_strategy_object_in_several_trainers(tmp_path: Path) -> None:
     """As a package does that makes each of its Trainers from the same arguments; each has its own precision."""
-    results = []
+    results, plugin = [], OwnFormat()
     for strategy in (None, streamed(update="torch")):
         module = small()
         for precision in ("bf16-mixed", "32-true"):
-            trainer = make_trainer(tmp_path, strategy or "auto", max_steps=4, precision=precision)
-            assert trainer.precision == precision
+            options: dict[str, Any] = {"strategy": strategy or "auto", "precision": precision, "plugins": [plugin]}
+            trainer = make_trainer(tmp_path, max_steps=4, **options)
+            assert (trainer.precision, trainer.strategy.checkpoint_io) == (precision, plugin)
             trainer.fit(module, DATA)
-            predictor = make_trainer(tmp_path, strategy or "auto", precision=precision)
+            predictor = make_trainer(tmp_path, **options)
             predictions = predictor.predict(module, DATA)
             trainer.validate(module, DATA, verbose=False)  # the first Trainer again
         results.append((module.losses, module.val_losses, torch.cat(predictions), *module.state_dict().values()))
