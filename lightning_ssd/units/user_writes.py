@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.store.strides import is_dense, memory_order
 from lightning_ssd.units.holders import is_held
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams, is_assigned
 from lightning_ssd.units.masters import follow_values
@@ -194,8 +195,14 @@ def _memory_of(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> list
     def place(param: nn.Parameter, tensor: Tensor) -> Tensor:
         data = param.data
         is_same = data.data_ptr() == tensor.data_ptr() or not data.numel()
-        if is_same or not data.is_contiguous() or data.is_inference() or data.device != tensor.device:
+        if is_same or not _are_alike(data, tensor) or data.is_inference() or data.device != tensor.device:
             return tensor
         return data if is_held(param, tensor) or is_held(param, data) else tensor
 
     return [place(param, tensor) for param, tensor in zip(params, before, strict=True)]
+
+
+def _are_alike(data: Tensor, tensor: Tensor) -> bool:
+    """Whether the elements of ``data`` lie in the order that those of ``tensor`` have, without gaps."""
+    orders = [memory_order(each.shape, each.stride()) for each in (data, tensor)]
+    return is_dense(data.shape, data.stride()) and orders[0] == orders[1]
