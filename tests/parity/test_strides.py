@@ -139,6 +139,21 @@ def test_checkpoints_are_those_of_plain_lightning_and_go_on_in_either(
         assert_same(again.state_dict(), end.state_dict())
 
 
+@pytest.mark.parametrize("form", ["file", "links"])
+def test_masters_in_two_halves_have_strides_too(tmp_path: Path, form: str) -> None:
+    """``state="split"`` computes the bits of "fp32", and shows the same tensors."""
+    saved = []
+    for state in ("fp32", "split"):
+        strategy = streamed(update="native", state=state, checkpoint=form)
+        options: dict[str, Any] = {"max_steps": 3, "data": Images(12), "schedule": False, "precision": "bf16-true"}
+        result = train(tmp_path, Net, strategy, **options)
+        result.trainer.save_checkpoint(tmp_path / f"{state}.ckpt")
+        saved.append(torch.load(tmp_path / f"{state}.ckpt", map_location="cpu", weights_only=True))
+    expected, found = saved
+    assert_same(found["state_dict"], expected["state_dict"])
+    assert_same(found["ssd_offload_masters"], expected["ssd_offload_masters"])
+
+
 def test_other_formats_hold_the_tensors_in_the_order_of_their_shapes(
     tmp_path: Path, plain: tuple[Path, Module]
 ) -> None:
