@@ -23,13 +23,13 @@ from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.saving.uploads import form_for_loggers
+from lightning_ssd.step.grad_consumers import find_grad_consumer, find_late_reader
 from lightning_ssd.step.moving import move_all_but_params
 from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy import guards
 from lightning_ssd.strategy.checkpoint_hooks import CheckpointMixin
 from lightning_ssd.strategy.checkpoint_plugin import ASYNC_IS_NOT_NEEDED
 from lightning_ssd.strategy.free_space import prepare_checkpoints
-from lightning_ssd.strategy.grad_consumers import find_grad_consumer, find_late_reader
 from lightning_ssd.strategy.handover import Handover
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.resume import Resume

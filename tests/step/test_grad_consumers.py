@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.strategy.grad_consumers import find_grad_consumer, find_late_reader
+from lightning_ssd.step.grad_consumers import find_grad_consumer, find_late_reader
 from lightning_ssd.strategy.guards import require_set
 
 MODULE_HOOKS = (
