@@ -134,24 +134,37 @@ def staging(target: str, recycle: Recycle | None = None) -> Iterator[Folder]:
     check_replaceable(target)
     folder, name = os.path.split(target)
     make_folders(folder)
-    with Folder.open(folder) as parent, claimed(parent, name) as old:
+    with Folder.open(folder) as parent, staged_beside(parent, name) as (staged, old):
+        yield staged
+        aside = _publish(parent, staged, name, old)
+        # If this fails, the old one is not removed: on the disk it may still have the name.
+        parent.sync()
+        if old is not None:
+            discard(parent, aside, old, name, recycle)
+
+
+@contextmanager
+def staged_beside(parent: Folder, name: str) -> Iterator[tuple[Folder, Folder | None]]:
+    """Give an empty folder under a hidden name, and the checkpoint that has the name ``name``, if one has; both locked.
+
+    If the folder still has its hidden name when an error leaves this, it is removed.
+
+    Raises:
+        CheckpointError: The checkpoint is another user's, or another process saves to it too.
+    """
+    with claimed(parent, name) as old:
         clean_stale(parent, name)
         with make_locked(parent, partial(sibling, name, "tmp")) as staged:
+            hidden = os.path.basename(staged.path)
             try:
-                require_own(old, staged)
-                yield staged
-                aside = _publish(parent, staged, name, old)
+                _require_own(old, staged)
+                yield staged, old
             except BaseException:
-                own = os.path.basename(staged.path)
                 with suppress(OSError):  # the next save removes what cannot be removed now
-                    if parent.is_at(own, staged):  # not published yet
+                    if parent.is_at(hidden, staged):
                         discard_contents(staged)
-                        rmdir(parent, own, staged)
+                        rmdir(parent, hidden, staged)
                 raise
-            # If this fails, the old one is not removed: on the disk it may still have the name.
-            parent.sync()
-            if old is not None:
-                discard(parent, aside, old, name, recycle)
 
 
 def check_replaceable(target: str) -> None:
@@ -216,7 +229,7 @@ def _in_use_error(target: str, what: str) -> CheckpointError:
     )
 
 
-def require_own(old: Folder | None, staged: Folder) -> None:
+def _require_own(old: Folder | None, staged: Folder) -> None:
     """Refuse to replace another user's checkpoint; root may."""
     if old is None or os.geteuid() == 0:
         return

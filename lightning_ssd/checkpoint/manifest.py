@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lightning_ssd.codec.encodings import is_encoded
 from lightning_ssd.errors import listed
 from lightning_ssd.store.safetensors_header import TensorEntry
 
@@ -14,7 +15,8 @@ FORMAT = "lightning-ssd-checkpoint"
 VERSION = 3
 """The newest version of the format that is read."""
 PLAIN_VERSION = 2
-"""What is written where all files have values as they are computed, so that older versions of the library read it."""
+"""What is written where all files have values as they are computed, in the order of their shapes, so that older
+versions of the library read it."""
 MANIFEST = "manifest.json"
 STATE = "state.pt"
 BUFFERS = "buffers.safetensors"
@@ -70,6 +72,12 @@ class FileRecord:
     def parameters(self) -> str:
         """Its parameters, for a message."""
         return listed(entry.name for entry in self.entries)
+
+
+def version_for(files: Sequence[FileRecord]) -> int:
+    """The oldest version of the format that can say what ``files`` are: encodings and strides are new in version 3."""
+    has_strides = any(entry.stride is not None for record in files for entry in record.entries)
+    return VERSION if has_strides or is_encoded(record.kind for record in files) else PLAIN_VERSION
 
 
 @dataclass(frozen=True)

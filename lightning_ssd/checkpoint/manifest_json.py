@@ -131,10 +131,13 @@ def _encode_file(record: FileRecord) -> dict[str, Any]:
         "kind": record.kind,
         "data_begin": record.data_begin,
         "crc32c_per_mib": None if sums is None else b"".join(s.to_bytes(4, "big") for s in sums).hex(),
-        "parameters": {
-            e.name: {"dtype": e.dtype, "shape": list(e.shape), "range": [e.begin, e.end]} for e in record.entries
-        },
+        "parameters": {e.name: _encode_entry(e) for e in record.entries},
     } | ({"renamed": dict(record.renamed)} if record.renamed else {})
+
+
+def _encode_entry(entry: TensorEntry) -> dict[str, Any]:
+    content: dict[str, Any] = {"dtype": entry.dtype, "shape": list(entry.shape), "range": [entry.begin, entry.end]}
+    return content if entry.stride is None else content | {"stride": list(entry.stride)}
 
 
 def _decode_file(value: object, where: str) -> FileRecord:
@@ -169,7 +172,10 @@ def _decode_entry(name: str, value: object, where: str) -> TensorEntry:
     shape, span = _take(content, "shape", list, where), _take(content, "range", list, where)
     if len(span) != 2 or not all(map(is_count, (*shape, *span))):
         raise CheckpointError(f"{where}: parameter {name!r}: shape and range must be counts below 2^63")
-    entry = TensorEntry(name, _take(content, "dtype", str, where), tuple(shape), span[0], span[1])
+    stride = tuple(_take(content, "stride", list, where)) if "stride" in content else None
+    if not all(map(is_count, stride or ())):
+        raise CheckpointError(f"{where}: parameter {name!r}: strides must be counts below 2^63")
+    entry = TensorEntry(name, _take(content, "dtype", str, where), tuple(shape), span[0], span[1], stride)
     check_entry(entry, where)
     return entry
 

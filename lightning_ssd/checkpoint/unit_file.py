@@ -13,6 +13,7 @@ from lightning_ssd.checkpoint.checksum import PIECE_NBYTES, checksum
 from lightning_ssd.checkpoint.writer import StreamWriter, as_bytes, new_file
 from lightning_ssd.io.deadline import in_time
 from lightning_ssd.io.folder import Folder
+from lightning_ssd.store.decoded import values_of
 from lightning_ssd.store.safetensors_header import TensorEntry, encode_header
 
 
@@ -118,14 +119,16 @@ class ComposedFile:
             writer = StreamWriter(fd)
             report(writer.write(header))
             for entry in self.entries:
-                self._write_tensor(entry.name, writer, pieces, report)
+                self._write_tensor(entry, writer, pieces, report)
                 self.source.drop(entry.name)
             writer.finish()
         return pieces.finish()
 
     # A method of its own, so that no local variable keeps a tensor alive while the next one is loaded.
-    def _write_tensor(self, name: str, writer: StreamWriter, pieces: _Pieces, report: Callable[[int], None]) -> None:
-        for part in _parts(as_bytes(self.source.tensor(name)).data):
+    def _write_tensor(
+        self, entry: TensorEntry, writer: StreamWriter, pieces: _Pieces, report: Callable[[int], None]
+    ) -> None:
+        for part in _parts(as_bytes(entry.flatten(values_of(self.source.tensor(entry.name)))).data):
             pieces.add(part)
             report(writer.write(part))
 

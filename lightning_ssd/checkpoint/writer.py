@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import IO, Any, cast
 
@@ -22,6 +23,7 @@ from lightning_ssd.sizes import MiB
 from lightning_ssd.store.decoded import values_of
 from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
 from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry, encode_header
+from lightning_ssd.store.strides import stride_of
 
 _save = torch.save
 
@@ -113,7 +115,8 @@ def lay_out(items: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorEn
 
 def lay_out_tensors(tensors: Mapping[str, Tensor]) -> tuple[TensorEntry, ...]:
     """Place tensors that are at hand."""
-    return lay_out((name, name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items())
+    entries = lay_out((name, name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items())
+    return tuple(replace(entry, stride=stride_of(tensors[entry.name])) for entry in entries)
 
 
 def write_tensors(
@@ -126,7 +129,7 @@ def write_tensors(
     ordered = tuple(entries)
     writer.write(encode_header(ordered, metadata))
     for entry in ordered:
-        writer.write(as_bytes(tensor_of(entry.name)))
+        writer.write(as_bytes(entry.flatten(values_of(tensor_of(entry.name)))))
 
 
 def write_pickle(writer: StreamWriter, content: Mapping[str, Any], *, is_result: bool = False) -> None:

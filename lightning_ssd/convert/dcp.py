@@ -43,7 +43,7 @@ def is_dcp(path: str) -> bool:
     return os.path.isdir(path) and os.path.lexists(os.path.join(path, METADATA))
 
 
-def open_dcp(path: str | os.PathLike[str], *, weights_only: bool = True) -> ImportSource:
+def open_dcp(path: str | os.PathLike[str], *, weights_only: bool = True, with_state: bool = True) -> ImportSource:
     """Open the folder. Tensors of the module are below ``model`` or ``state_dict``, or everything that is below no
     ``optimizer``; optimizer state is below ``optimizer_0.state.NAME`` and the like, as Lightning and torch write it.
 
@@ -68,7 +68,7 @@ def open_dcp(path: str | os.PathLike[str], *, weights_only: bool = True) -> Impo
                 states.setdefault(number, {}).setdefault(".".join(map(str, parts[2:-1])), {})[str(parts[-1])] = key
             elif parts[1] == "param_groups":
                 groups.setdefault(number, {})[parts[2:]] = folder.value(key)
-        for number in sorted({*states, *groups}):
+        for number in sorted({*states, *groups}) if with_state else ():
             _add_optimizer(source, folder, number, states.get(number, {}), groups.get(number, {}))
         source.state = folder.meta()
         source.stack = stack.pop_all()

@@ -39,8 +39,9 @@ from lightning_ssd.convert.shards import HF_INDEX, Shard, attribute_of_all, cut_
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.sizes import parse_nbytes, round_up
-from lightning_ssd.store.decoded import DecodedTensor
+from lightning_ssd.store.decoded import DecodedTensor, values_of
 from lightning_ssd.store.mapped_safetensors import drop_pages, map_bytes
+from lightning_ssd.store.strides import flatten, stride_of, unflatten
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json", ".h5", ".msgpack", ".gguf")
 
@@ -207,8 +208,10 @@ class Spill:
     def write(self, name: str, tensor: Tensor) -> None:
         """Append a tensor."""
         os.lseek(self._fd, self._nbytes, os.SEEK_SET)
-        StreamWriter(self._fd).write(as_bytes(tensor))
-        self._entries.append((name, self._nbytes, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")))
+        shape, stride = tensor.shape, stride_of(tensor)
+        StreamWriter(self._fd).write(as_bytes(flatten(values_of(tensor), shape, stride)))
+        like = unflatten(torch.empty(tensor.numel(), dtype=tensor.dtype, device="meta"), shape, stride)
+        self._entries.append((name, self._nbytes, like))
         self._nbytes += round_up(tensor.nbytes)
 
     def map(self) -> dict[str, Tensor]:
@@ -220,7 +223,9 @@ class Spill:
         self._mapped.append(mapped)
         with torch.inference_mode(False):
             return {
-                name: torch.from_numpy(mapped[begin : begin + like.nbytes]).view(like.dtype).view(like.shape)
+                name: unflatten(
+                    torch.from_numpy(mapped[begin : begin + like.nbytes]).view(like.dtype), like.shape, stride_of(like)
+                )
                 for name, begin, like in self._entries
             }
 

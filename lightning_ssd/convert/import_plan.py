@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -106,7 +106,7 @@ class ImportPlan:
             # The file cannot be linked if one of its tensors has two names in the target, or none.
             if sorted(names.values()) == sorted(entry.name for entry in record.entries):
                 new = {old: name for name, old in names.items()}
-                entries = tuple(type(e)(new[e.name], e.dtype, e.shape, e.begin, e.end) for e in record.entries)
+                entries = tuple(replace(e, name=new[e.name]) for e in record.entries)
                 inside = {new[e.name]: record.renamed.get(e.name, e.name) for e in record.entries}
                 renamed = {name: old for name, old in inside.items() if name != old}
                 where = (record.checksums, record.data_begin, renamed, reader.folder_of(record))

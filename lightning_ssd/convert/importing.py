@@ -115,7 +115,8 @@ def import_checkpoint(
         if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
             raise CheckpointError(f"{path!r} exists; choose a name that does not exist")
     with ExitStack() as stack:
-        found = stack.enter_context(open_source(source, trust=options.trust))
+        with_state = not options.weights_only
+        found = stack.enter_context(open_source(source, trust=options.trust, with_state=with_state))
         like = None if options.like is None else stack.enter_context(open_checkpoint(options.like))
         if options.weights_only:
             _leave_weights(found)
@@ -140,21 +141,26 @@ def import_checkpoint(
     return report
 
 
-def open_source(path: str | os.PathLike[str], *, trust: bool = False) -> ImportSource:
+def open_source(path: str | os.PathLike[str], *, trust: bool = False, with_state: bool = True) -> ImportSource:
     """Open a source of any known format; see `import_checkpoint`.
+
+    Args:
+        path: The source.
+        trust: See `ImportOptions`.
+        with_state: Optimizer state is wanted; else it may be anything.
 
     Raises:
         CheckpointError: If the format is unknown, or the source is malformed.
     """
     name = os.path.abspath(os.fspath(path))
     if is_checkpoint(name) or mark_of(name) is not None:
-        return open_checkpoint(name, weights_only=not trust)
+        return open_checkpoint(name, weights_only=not trust, with_state=with_state)
     if is_dcp(name):
-        return open_dcp(name, weights_only=not trust)
+        return open_dcp(name, weights_only=not trust, with_state=with_state)
     if is_universal(name):
         return open_universal(name, weights_only=not trust)
     if os.path.lexists(name) and not os.path.isdir(name) and not name.endswith(".safetensors"):
-        return open_torch_file(name, weights_only=not trust)
+        return open_torch_file(name, weights_only=not trust, with_state=with_state)
     return open_weight_files(name)
 
 

@@ -26,6 +26,7 @@ from lightning_ssd.errors import CheckpointError, listed
 from lightning_ssd.store.dtypes import TORCH_DTYPE, name_of
 from lightning_ssd.store.mapped_safetensors import drop_pages
 from lightning_ssd.store.safetensors_header import TensorEntry
+from lightning_ssd.store.strides import is_dense
 from lightning_ssd.store.torch_file import load_pickle
 
 
@@ -107,7 +108,9 @@ class ImportSource:
             self.buffers[name] = ref
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) -> ImportSource:
+def open_checkpoint(
+    path: str | os.PathLike[str], *, weights_only: bool = True, with_state: bool = True
+) -> ImportSource:
     """A checkpoint of ours.
 
     Raises:
@@ -133,7 +136,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
             }
         source.buffers = {name: tensor_ref(tensor) for name, tensor in buffers.items()}
         source.aliases = dict(reader.manifest.aliases)
-        source.optimizers = reader.optimizers(weights_only)
+        source.optimizers = reader.optimizers(weights_only) if with_state else []
         lost = [name for name in reader.manifest.parameters if name not in valued]
         if lost and source.optimizers:
             raise CheckpointError(
@@ -146,7 +149,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, weights_only: bool = True) 
     return source
 
 
-def open_torch_file(path: str | os.PathLike[str], *, weights_only: bool = True) -> ImportSource:
+def open_torch_file(
+    path: str | os.PathLike[str], *, weights_only: bool = True, with_state: bool = True
+) -> ImportSource:
     """A plain Lightning ``.ckpt``, or another torch file that holds a state dict.
 
     Raises:
@@ -172,7 +177,7 @@ def open_torch_file(path: str | os.PathLike[str], *, weights_only: bool = True) 
             source.aliases[name] = stored
     if not source.parameters and not source.buffers:
         raise CheckpointError(f"{where} holds no named tensors, neither at the top nor under 'state_dict'")
-    for number, state in enumerate(states):
+    for number, state in enumerate(states if with_state else ()):
         _add_optimizer(source, number, state)
     return source
 
@@ -183,7 +188,7 @@ def tensor_ref(tensor: Tensor) -> TensorRef:
     dtype = name_of(tensor.dtype) if tensor.layout == torch.strided and tensor.dtype in TORCH_DTYPE.values() else ""
 
     def drop() -> None:
-        if tensor.layout == torch.strided and tensor.is_contiguous():
+        if tensor.layout == torch.strided and is_dense(tensor.shape, tensor.stride()):
             drop_pages(tensor.data_ptr(), tensor.nbytes)
 
     return TensorRef(tuple(tensor.shape), dtype, lambda: tensor, drop)

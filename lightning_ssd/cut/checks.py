@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.store.dtypes import TORCH_DTYPE
+from lightning_ssd.store.strides import is_dense
 
 
 def require_streamable(root: nn.Module) -> None:
@@ -46,13 +47,12 @@ def _require_manageable(name: str, param: nn.Parameter) -> None:
         raise ConfigurationError(
             f"parameter {name!r} is {param.dtype}, which a safetensors file cannot hold; {way_out}"
         )
-    if not param.is_contiguous():
-        # Files and the memory they are read into have the order of the shape. torch adds in another order over other
-        # strides, so the run would not be plain Lightning's to the bit, and the module would lose its layout.
+    if not is_dense(param.shape, param.stride()):
+        # A file has no gaps. Without them torch may add in another order, so the run would not be plain Lightning's.
         raise ConfigurationError(
-            f"parameter {name!r} is not contiguous (shape {tuple(param.shape)}, strides {param.stride()}); "
-            "strategy='ssd_offload' streams contiguous ones: before the Trainer starts, use nn.Parameter("
-            "p.detach().contiguous()), or module.to(memory_format=torch.contiguous_format) for channels_last"
+            f"parameter {name!r} (shape {tuple(param.shape)}, strides {param.stride()}) is a part of a larger tensor, "
+            "or shows elements of it more than once; strategy='ssd_offload' streams parameters without gaps, in any "
+            "order of dimensions: before the Trainer starts, use nn.Parameter(p.detach().contiguous())"
         )
 
 

@@ -98,7 +98,7 @@ class CopyToDevice:
     def place(self, layout: UnitLayout, buffer: Buffer, generation: Generation) -> DeviceCopy:
         """See `Placement.place`; ``buffer`` is in use until the copy is over, and may be given back before."""
         dtype = dtype_of(layout.dtype)
-        tensors = [buffer.tensor(entry.begin, dtype, entry.shape) for entry in layout.entries]
+        tensors = [buffer.tensor(entry.begin, dtype, entry.shape, entry.stride) for entry in layout.entries]
         return self.place_tensors(tensors, generation)
 
     def place_tensors(self, tensors: Sequence[Tensor], generation: Generation) -> DeviceCopy:

@@ -143,7 +143,7 @@ class CudaStreams:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._params):
             # Allocated here, not on compute's stream: memory of compute's may be in use by what compute has queued,
             # and the copy would have to wait for all of that.
-            tensors = [torch.empty(host.shape, dtype=host.dtype, device=self._device) for host in hosts]
+            tensors = [torch.empty_like(host, device=self._device) for host in hosts]
             for tensor, host in zip(tensors, hosts, strict=True):
                 tensor.copy_(host, non_blocking=True)
             copied = self._event_on(self._params)

@@ -40,9 +40,11 @@ class Buffer:
         self.nbytes = nbytes
         self.owner = owner
 
-    def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """A tensor of ``shape`` at byte ``offset`` of this buffer; the buffer is in use as long as it lives."""
-        return self._views.tensor(self.offset + offset, dtype, shape)
+    def tensor(
+        self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None
+    ) -> Tensor:
+        """A tensor at byte ``offset`` of this buffer, see `Views.tensor`; the buffer is in use as long as it lives."""
+        return self._views.tensor(self.offset + offset, dtype, shape, stride)
 
     def hold(self) -> object:
         """An object for a transfer to keep: the buffer is in use as long as it lives, also if the transfer hangs."""

@@ -26,8 +26,17 @@ class Views:
         self._refs: list[weakref.ref[Any]] = []
         self._holds: list[weakref.ref[Any]] = []
 
-    def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """A tensor of ``shape`` whose storage starts at byte ``offset`` of the memory and ends where it ends."""
+    def tensor(
+        self, offset: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None
+    ) -> Tensor:
+        """A tensor of ``shape`` whose storage starts at byte ``offset`` of the memory and ends where it ends.
+
+        Args:
+            offset: Where its first element lies.
+            dtype: Its dtype.
+            shape: Its shape.
+            stride: Its strides in elements, which leave no gaps; None for those of the shape.
+        """
         numel = math.prod(shape)
         with torch.inference_mode(False):
             if numel == 0:
@@ -35,7 +44,8 @@ class Views:
             nbytes = numel * dtype.itemsize
             exported = (ctypes.c_char * nbytes).from_buffer(self._memory, offset)
             self._refs.append(weakref.ref(exported))
-            return torch.frombuffer(exported, dtype=dtype, count=numel).view(tuple(shape))
+            flat = torch.frombuffer(exported, dtype=dtype, count=numel)
+            return flat.view(tuple(shape)) if stride is None else flat.as_strided(tuple(shape), tuple(stride))
 
     def hold(self, offset: int) -> object:
         """An object that counts for `in_use` as a tensor does."""

@@ -132,7 +132,7 @@ class UpdatePipeline:
     # -- elementwise ---------------------------------------------------------------------------------------------
 
     def _in_chunks(self, unit: Unit, rule: Rule, parts: Mapping[int, ParameterUpdate], writes: _Writes) -> None:
-        flats = {i: part.grad.detach().reshape(-1) for i, part in parts.items()}
+        flats = {i: unit.layout.entries[i].flatten(part.grad.detach()) for i, part in parts.items()}
         tensors = writes.tensors
         if not tensors.moves:
             tensors.is_touched = True
@@ -199,7 +199,8 @@ class UpdatePipeline:
         def view(kind: str, segment: Segment) -> Tensor:
             held, out = tensors.by_kind[kind].in_memory, tensors.by_kind[kind].out
             if held is not None:
-                return held[segment.index].view(-1)[segment.offset : segment.offset + segment.numel]
+                flat = unit.layout.entries[segment.index].flatten(held[segment.index])
+                return flat[segment.offset : segment.offset + segment.numel]
             if out is not None:
                 return out[segment.begin : segment.end]
             return staged[kind][segment.begin - begin : segment.end - begin]
@@ -292,7 +293,7 @@ class UpdatePipeline:
             master.copy_(views["param"])
         elif tensors.master_source is not None:
             entry, itemsize = tensors.by_kind["param"].layout.entries[index], master.itemsize
-            master.copy_(tensors.master_source[entry.begin // itemsize : entry.end // itemsize].view(master.shape))
+            master.copy_(entry.unflatten(tensors.master_source[entry.begin // itemsize : entry.end // itemsize]))
         if part is not None:
             states = {k: v for k, v in places.items() if k in part.initialised}
             grad = part.grad.detach().to(master.dtype)

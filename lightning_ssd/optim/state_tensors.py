@@ -17,6 +17,7 @@ from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.store.strides import Stride
 from lightning_ssd.units.host_copy import UpdateTarget
 
 
@@ -72,10 +73,11 @@ class ChunkBuffer:
         """Zeros, for a kind that has no generation yet."""
         self._buffer.fill(0, *self._places[kind])
 
-    def tensor(self, kind: str, dtype: torch.dtype, shape: int | tuple[int, ...], offset: int = 0) -> Tensor:
+    def tensor(
+        self, kind: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0, stride: Stride | None = None
+    ) -> Tensor:
         """A tensor at byte ``offset`` of the memory of ``kind``."""
-        begin = self._places[kind][0] + offset
-        return self._buffer.tensor(begin, dtype, (shape,) if isinstance(shape, int) else shape)
+        return self._buffer.tensor(self._places[kind][0] + offset, dtype, shape, stride)
 
     def wait(self) -> None:
         """Return when the transfers are over.
@@ -123,10 +125,10 @@ class StateTensor:
         """Parameter ``index`` of a buffer that holds the whole unit."""
         if self.in_memory is not None:
             return self.in_memory[index]
-        entry = self.layout.entries[index]
+        entry, itemsize = self.layout.entries[index], self.layout.itemsize
         if self.out is not None:
-            return self.out[entry.begin // self.layout.itemsize : entry.end // self.layout.itemsize].view(entry.shape)
-        return buffer.tensor(self.kind, self.dtype, entry.shape, entry.begin)
+            return entry.unflatten(self.out[entry.begin // itemsize : entry.end // itemsize])
+        return buffer.tensor(self.kind, self.dtype, entry.shape, entry.begin, entry.stride)
 
 
 class UpdateTensors:
@@ -179,7 +181,7 @@ class UpdateTensors:
 
     def staged(self, buffer: ChunkBuffer, numel: int) -> dict[str, Tensor]:
         """The streamed kinds' tensors of a chunk."""
-        return {state.kind: buffer.tensor(state.kind, state.dtype, numel) for state in self.streamed}
+        return {state.kind: buffer.tensor(state.kind, state.dtype, (numel,)) for state in self.streamed}
 
     def read(self, buffer: ChunkBuffer, begin: int, end: int) -> None:
         """Start reading elements ``[begin, end)`` of what is not in memory."""

@@ -250,7 +250,7 @@ def require_finite(unit: Unit, grads: Mapping[int, Tensor]) -> None:
         NonFiniteGradientError: Names the parameter.
     """
     for index, grad in grads.items():
-        flat = grad.detach().reshape(-1)
+        flat = unit.layout.entries[index].flatten(grad.detach())
         fast = flat.dtype in (torch.float32, torch.bfloat16, torch.float16)
         if not (kernels.sum_of_squares(flat)[1] if fast else bool(torch.isfinite(flat).all())):
             raise NonFiniteGradientError(

@@ -17,23 +17,20 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 
 from lightning_ssd.checkpoint.directory import (
     check_replaceable,
     claimed,
-    clean_stale,
     discard,
     free_name,
     is_checkpoint,
     make_folders,
-    make_locked,
     recover,
     remove,
-    require_own,
     sibling,
+    staged_beside,
 )
-from lightning_ssd.checkpoint.discard import Recycle, discard_contents, rmdir
+from lightning_ssd.checkpoint.discard import Recycle
 from lightning_ssd.checkpoint.link_file import LINKS, NEW, find_links, folder_id, mark_in, mark_is, mark_of
 from lightning_ssd.checkpoint.manifest import LINK_FILE
 from lightning_ssd.errors import CheckpointError, with_remedy
@@ -55,23 +52,20 @@ def staging_links(target: str, recycle: Recycle | None = None) -> Iterator[Folde
     make_folders(folder)
     with Folder.open(folder) as parent:
         settle(parent, name, recycle)
-        with claimed(parent, links) as old:
-            clean_stale(parent, links)
-            with make_locked(parent, partial(sibling, links, "tmp")) as staged:
-                try:
-                    require_own(old, staged)
-                    yield staged
-                    mark = mark_in(parent, name)
-                    _publish(parent, staged, links if old is None else name + NEW)
-                    _commit(parent, staged, name)
-                except BaseException:
-                    _undo(parent, staged, links)
-                    raise
-                # A move between two folders is durable when both are synced.
-                staged.sync()
-                parent.sync()
-                if old is not None:
-                    _retire(parent, old, links, None if mark is None else mark.id, recycle, follower=name + NEW)
+        with staged_beside(parent, links) as (staged, old):
+            yield staged
+            mark, hidden = mark_in(parent, name), os.path.basename(staged.path)
+            try:
+                _publish(parent, staged, links if old is None else name + NEW)
+                _commit(parent, staged, name)
+            except BaseException:
+                _hide(parent, staged, hidden)
+                raise
+            # A move between two folders is durable when both are synced.
+            staged.sync()
+            parent.sync()
+            if old is not None:
+                _retire(parent, old, links, None if mark is None else mark.id, recycle, follower=name + NEW)
 
 
 def settle(parent: Folder, name: str, recycle: Recycle | None = None) -> None:
@@ -194,19 +188,12 @@ def _commit(parent: Folder, staged: Folder, name: str) -> None:
         warnings.warn(f"a checkpoint directory had the checkpoint's name and is now {aside!r}", stacklevel=2)
 
 
-def _undo(parent: Folder, staged: Folder, links: str) -> None:
-    """Remove what was staged, unless the file has been moved out of it."""
+def _hide(parent: Folder, staged: Folder, hidden: str) -> None:
+    """Give ``staged`` its hidden name back, under which it is removed, unless the file has been moved out of it."""
     own = os.path.basename(staged.path)
-    with suppress(OSError):  # the next save removes what cannot be removed now
-        is_published = own in (links, links.removesuffix(LINKS) + NEW)
-        if not parent.is_at(own, staged) or (is_published and not staged.has(LINK_FILE)):
-            return
-        if is_published:
-            hidden = sibling(links, "tmp")
+    with suppress(OSError):  # the next save removes what cannot be hidden now
+        if own != hidden and parent.is_at(own, staged) and staged.has(LINK_FILE):
             parent.rename(own, hidden)
-            own = hidden
-        discard_contents(staged)
-        rmdir(parent, own, staged)
 
 
 def _retire(

@@ -116,7 +116,7 @@ class Saver:
 def _without_linked_states(checkpoint: Mapping[str, Any], optimizers: Sequence[OptimizerAdapter]) -> dict[str, Any]:
     """A copy of ``checkpoint`` with only those optimizer states that are not in the store."""
     small = dict(checkpoint)
-    if not checkpoint.get("optimizer_states"):  # what is deleted, or empty, stays so
+    if not checkpoint.get("optimizer_states") or not optimizers:  # what is deleted, empty, or of no optimizer stays so
         return small
     states = small.pop("optimizer_states")
     for number, (state, adopted) in enumerate(zip(states, optimizers, strict=False)):

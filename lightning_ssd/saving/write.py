@@ -36,14 +36,13 @@ from lightning_ssd.checkpoint.manifest import (
     EXTRA_TENSORS,
     LINK_FILE,
     MANIFEST,
-    PLAIN_VERSION,
     STATE,
     UNITS,
-    VERSION,
     FileRecord,
     Manifest,
     OptimizerRecord,
     SmallFile,
+    version_for,
 )
 from lightning_ssd.checkpoint.manifest_json import ENCODED, decode_manifest, encode_manifest
 from lightning_ssd.checkpoint.progress import byte_bar
@@ -153,7 +152,6 @@ def _write_content(staged: Folder, content: CheckpointContent, job: _Job, target
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions(),
         codec=ENCODED if has_encoded else float32.NAME,
-        version=VERSION if has_encoded else PLAIN_VERSION,
         world_size=1,
         files=records,
         dtypes=content.dtypes,
@@ -161,6 +159,7 @@ def _write_content(staged: Folder, content: CheckpointContent, job: _Job, target
         optimizers=optimizers,
         small_files=small,
         names=None if content.names is None else tuple(content.names),
+        version=version_for(records),
         id=secrets.token_hex(16),
     )
     require_whole(manifest, content.buffers, target)

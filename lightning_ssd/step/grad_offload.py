@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_ssd.device.streams import Event, Streams, WaitFor
 from lightning_ssd.memory.pool import Pool
+from lightning_ssd.store.strides import stride_of
 
 
 @dataclass(eq=False)
@@ -112,6 +113,6 @@ class GradOffloader:
         buffer = self._pool.try_lend(grad.nbytes, "a gradient")
         if buffer is None:
             return None
-        memory = buffer.tensor(0, grad.dtype, grad.shape)
+        memory = buffer.tensor(0, grad.dtype, grad.shape, stride_of(grad))
         self._pool.give_back(buffer)  # it lingers until the tensor dies, wherever that goes
         return memory

@@ -235,8 +235,10 @@ class GradientStore:
         unit.is_submitted = True  # what was written to it until now is in the store
 
     def _offload(self, unit: Unit, index: int, grad: Tensor) -> None:
-        param = unit.params[index]
+        param, stride = unit.params[index], unit.shapes[index].stride
         param.grad = None
+        if stride is not None and grad.stride() != stride:  # it was accumulated while the parameter was offloaded
+            grad = grad.new_empty_strided(grad.shape, stride).copy_(grad)
         copy = self._offloader.offload(grad, self._end_copies if self._optimizer is None else lambda: None)
         self._in_flight.setdefault(param, []).append((unit, index, copy))
 

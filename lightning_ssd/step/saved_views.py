@@ -33,7 +33,7 @@ class ParameterView:
         param = self.unit.params[self.index]
         unchanged(param, self.version)
         with torch.no_grad():
-            flat = param.detach().view(-1)
+            flat = param.detach().as_strided((param.numel(),), (1,))  # in the order of its memory
             saved = (flat if dtype == flat.dtype else flat.view(dtype)).as_strided(size, stride, offset)
             # `conj()` and `imag` of what is conjugated are views with a mark, not other bytes.
             saved = torch._neg_view(saved) if is_neg else saved

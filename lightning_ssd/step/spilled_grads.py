@@ -33,7 +33,6 @@ class SpilledGrads:
         self._verify = verify
         self._unit = unit
         self._checks: dict[int, list[int]] = {}  # of gradients at the step, by parameter index
-        self._shapes = [shape.shape for shape in unit.shapes]
         sizes = (-(-shape.numel * dtype.itemsize // MEMORY_ALIGNMENT) * MEMORY_ALIGNMENT for shape in unit.shapes)
         self._offsets = list(itertools.accumulate(sizes, initial=0))
         self._file = file = scratch.make(f"{number:08d}-grad.safetensors", max(self._offsets[-1], 1))
@@ -68,7 +67,8 @@ class SpilledGrads:
         return (self._tensor(index) if ready is None else ready).copy_(grad.detach())
 
     def _tensor(self, index: int) -> Tensor:
-        return self._views[index].tensor(self._offsets[index], self.dtype, self._shapes[index])
+        shape = self._unit.shapes[index]
+        return self._views[index].tensor(self._offsets[index], self.dtype, shape.shape, shape.stride)
 
     def require_written(self) -> None:
         """Refuse to go on where the system could not write back what lies here; [Note: spilled]."""

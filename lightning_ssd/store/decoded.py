@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_ssd.codec.encodings import Encoding
+from lightning_ssd.store.strides import Stride, flatten, stride_of, unflatten
 from lightning_ssd.store.tensor_metadata import METADATA
 
 _VERSION = vars(torch._C.TensorBase)["_version"].__get__
@@ -27,6 +28,7 @@ class DecodedTensor(Tensor):
     _encoding: Encoding
     _parts: Mapping[str, Tensor]
     _kept: Tensor | None
+    _stride: Stride | None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,8 +63,8 @@ class DecodedTensor(Tensor):
 
     def _decode(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            flat = {kind: part.detach().reshape(-1) for kind, part in self._parts.items()}
-            return self._encoding.decode(flat).view(self.shape)
+            flat = {k: flatten(part.detach(), self.shape, self._stride) for k, part in self._parts.items()}
+            return unflatten(self._encoding.decode(flat), self.shape, self._stride)
 
 
 def decoded(encoding: Encoding, parts: Mapping[str, Tensor], shape: Sequence[int]) -> DecodedTensor:
@@ -74,8 +76,9 @@ def decoded(encoding: Encoding, parts: Mapping[str, Tensor], shape: Sequence[int
         shape: Of the parameter.
     """
     with torch.inference_mode(False):
-        made = Tensor._make_wrapper_subclass(DecodedTensor, tuple(shape), dtype=torch.float32)
-    made._encoding, made._parts, made._kept = encoding, parts, None
+        stride = stride_of(next(iter(parts.values())))  # all parts have the parameter's
+        made = Tensor._make_wrapper_subclass(DecodedTensor, tuple(shape), strides=stride, dtype=torch.float32)
+    made._encoding, made._parts, made._kept, made._stride = encoding, parts, None, stride
     return made
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from lightning_ssd.errors import listed
 from lightning_ssd.sizes import BLOCK_NBYTES, round_up
 from lightning_ssd.store.safetensors_header import ITEMSIZE, TensorEntry, encode_header
+from lightning_ssd.store.strides import Stride
 
 CHECK_NBYTES = 1 << 20
 """Bytes of the data section under one CRC32C."""
@@ -23,10 +24,11 @@ MEMORY_ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """Name and shape of one parameter."""
+    """Name, shape and, where they are not those of the shape, strides of one parameter; [Note: strides]."""
 
     name: str
     shape: tuple[int, ...]
+    stride: Stride | None = None
 
     @property
     def numel(self) -> int:
@@ -134,7 +136,7 @@ def lay_out(unit: str, kind: str, shapes: Sequence[Shape], dtype: str) -> UnitLa
     position = 0
     for shape in shapes:
         end = position + shape.numel * itemsize
-        entries.append(TensorEntry(shape.name, dtype, shape.shape, position, end))
+        entries.append(TensorEntry(shape.name, dtype, shape.shape, position, end, shape.stride))
         position = end
     header = encode_header(entries, {"unit": unit, "kind": kind, "format": "pt"})
     places, buffer_nbytes = _places(entries, position)

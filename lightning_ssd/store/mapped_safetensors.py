@@ -171,4 +171,4 @@ def _view(data: npt.NDArray[np.uint8], data_begin: int, entry: TensorEntry) -> T
     if raw.ctypes.data % dtype.itemsize:
         raw = raw.copy()
     with torch.inference_mode(False):
-        return torch.from_numpy(raw).view(dtype).view(entry.shape)
+        return entry.unflatten(torch.from_numpy(raw).view(dtype))

@@ -12,9 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.sizes import round_up
+from lightning_ssd.store.strides import Stride, flatten, is_dense, memory_shape, unflatten
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_HEADER_NBYTES = 100_000_000
 """Longest JSON header that the format's own library accepts, in bytes."""
@@ -31,19 +36,30 @@ ITEMSIZE: Mapping[str, int] = MappingProxyType(
 """Bytes per element of each safetensors dtype that we read; dtypes of less than a byte are not supported."""
 
 _METADATA = "__metadata__"
+_STRIDES = "lightning_ssd.strides"
 _MAX_COUNT = 2**63
 _MAX_DIMS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file. ``begin`` and ``end`` are byte offsets inside the data section."""
+    """One tensor of a file.
+
+    Attributes:
+        name: Of the tensor.
+        dtype: Its safetensors dtype.
+        shape: Its shape.
+        begin: Offset of its first byte in the data section.
+        end: Offset behind its last byte.
+        stride: Its strides in elements, if its elements lie in another order than that of its shape; [Note: strides].
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    stride: Stride | None = None
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +70,14 @@ class TensorEntry:
     def numel(self) -> int:
         """Elements of the tensor."""
         return self.nbytes // ITEMSIZE[self.dtype]
+
+    def flatten(self, tensor: Tensor) -> Tensor:
+        """``tensor``, of as many elements, 1D in the order of the file; a view if it has the strides."""
+        return flatten(tensor, self.shape, self.stride)
+
+    def unflatten(self, flat: Tensor) -> Tensor:
+        """``flat``, 1D in the order of the file, with the shape and the strides of the tensor."""
+        return unflatten(flat, self.shape, self.stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +109,17 @@ def encode_header(entries: Iterable[TensorEntry], metadata: Mapping[str, str] | 
     where = "header to be written"
     ordered = sorted(entries, key=lambda entry: (entry.begin, entry.end))
     content: dict[str, object] = {}
-    if metadata:
-        content[_METADATA] = dict(metadata)
+    strided = {entry.name: [entry.shape, entry.stride] for entry in ordered if entry.stride is not None}
+    told = {**(metadata or {}), **({_STRIDES: json.dumps(strided)} if strided else {})}
+    if told:
+        content[_METADATA] = told
     for entry in ordered:
         if entry.name in content or entry.name == _METADATA:
             raise CheckpointError(f"{where}: the name {entry.name!r} is taken twice")
         check_entry(entry, where)
         content[entry.name] = {
             "dtype": entry.dtype,
-            "shape": list(entry.shape),
+            "shape": list(entry.shape if entry.stride is None else memory_shape(entry.shape, entry.stride)),
             "data_offsets": [entry.begin, entry.end],
         }
     check_contiguous(ordered, where)
@@ -150,8 +176,10 @@ def decode_header(first_bytes: bytes, file_nbytes: int, where: str = "safetensor
     metadata = content.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{where}: {_METADATA} must map text to text")
+    strided = _decode_strides(metadata, where)
     entries = sorted(
-        (_decode_entry(name, value, where) for name, value in content.items()), key=lambda e: (e.begin, e.end)
+        (_decode_entry(name, value, strided.get(name), where) for name, value in content.items()),
+        key=lambda e: (e.begin, e.end),
     )
     data_nbytes = check_contiguous(entries, where)
     if data_begin + data_nbytes != file_nbytes:
@@ -189,6 +217,12 @@ def check_entry(entry: TensorEntry, where: str) -> None:
             f"{what}: {entry.dtype} of shape {list(entry.shape)} needs {need} bytes, "
             f"its range [{entry.begin}, {entry.end}) is another"
         )
+    if entry.stride is not None and not (
+        len(entry.stride) == len(entry.shape)
+        and all(0 <= step < _MAX_COUNT for step in entry.stride)
+        and is_dense(entry.shape, entry.stride)
+    ):
+        raise CheckpointError(f"{what} of shape {list(entry.shape)} cannot have the strides {list(entry.stride)}")
 
 
 def check_contiguous(ordered: Iterable[TensorEntry], where: str) -> int:
@@ -211,6 +245,11 @@ def check_contiguous(ordered: Iterable[TensorEntry], where: str) -> int:
 def is_count(value: object) -> bool:
     """Whether a JSON value is an integer in [0, 2^63); a boolean is not."""
     return type(value) is int and 0 <= value < _MAX_COUNT
+
+
+def is_counts(value: object) -> bool:
+    """Whether a JSON value is a list of such integers."""
+    return isinstance(value, list) and all(map(is_count, value))
 
 
 def parse_json_object(text: bytes, where: str) -> dict[str, object]:
@@ -249,16 +288,29 @@ def _is_unicode(content: object) -> bool:
     return True
 
 
-def _decode_entry(name: str, value: object, where: str) -> TensorEntry:
+def _decode_strides(metadata: Mapping[str, str], where: str) -> dict[str, tuple[tuple[int, ...], Stride]]:
+    """Shape and strides of the tensors whose elements lie in another order than that of the shape."""
+    found: dict[str, tuple[tuple[int, ...], Stride]] = {}
+    for name, value in parse_json_object(metadata.get(_STRIDES, "{}").encode(), where).items():
+        if not isinstance(value, list) or len(value) != 2 or not all(map(is_counts, value)):
+            raise CheckpointError(f"{where}: parameter {name!r}: {_STRIDES} must give shape and strides, in counts")
+        found[name] = tuple(value[0]), tuple(value[1])
+    return found
+
+
+def _decode_entry(name: str, value: object, strided: tuple[tuple[int, ...], Stride] | None, where: str) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: parameter {name!r} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str):
         raise CheckpointError(f"{where}: parameter {name!r}: dtype {dtype!r} is not text")
-    if not isinstance(shape, list) or not all(map(is_count, shape)):
+    if not is_counts(shape):
         raise CheckpointError(f"{where}: parameter {name!r}: shape must be a list of counts below 2^63")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
+    if not is_counts(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: parameter {name!r}: data_offsets must be two counts below 2^63")
-    entry = TensorEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
+    own_shape, stride = (tuple(shape), None) if strided is None else strided
+    entry = TensorEntry(name, dtype, own_shape, offsets[0], offsets[1], stride)
     check_entry(entry, where)
+    if stride is not None and memory_shape(own_shape, stride) != tuple(shape):
+        raise CheckpointError(f"{where}: parameter {name!r}: {_STRIDES} and shape {shape} disagree")
     return entry

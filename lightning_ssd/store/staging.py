@@ -51,7 +51,7 @@ class Staging:
             return generation
 
     def read(self, generation: Generation, tensors: Sequence[Tensor]) -> None:
-        """Read a generation into ``tensors``, contiguous, one per parameter, converted to their dtype.
+        """Read a generation into ``tensors``, one per parameter in the layout's strides, converted to their dtype.
 
         Raises:
             IOFailure: The disk failed.
@@ -73,8 +73,8 @@ class Staging:
                 staged = buffer.tensor(0, dtype, (end - begin,))
                 for segment in layout.segments(begin, end):
                     if segment.index != index:
-                        found = source(segment.index)
-                        index, flat = segment.index, None if found is None else values_of(found).detach().reshape(-1)
+                        index, found = segment.index, source(segment.index)
+                        flat = None if found is None else layout.entries[index].flatten(values_of(found).detach())
                     part = staged[segment.begin - begin : segment.end - begin]
                     if flat is None:
                         part.zero_()
@@ -96,7 +96,8 @@ class Staging:
                 offset = begin * layout.itemsize
                 self._files.read(generation, offset, buffer.address, staged.nbytes, staged).wait()  # sync: staging
                 for segment in layout.segments(begin, end):
-                    part = tensors[segment.index].view(-1)[segment.offset : segment.offset + segment.numel]
+                    flat = layout.entries[segment.index].flatten(tensors[segment.index])
+                    part = flat[segment.offset : segment.offset + segment.numel]
                     part.copy_(staged[segment.begin - begin : segment.end - begin])
         finally:
             staged = None  # as above

@@ -189,7 +189,7 @@ class StateStore:
     # -- in memory: see [Note: in memory] ------------------------------------------------------------------------
 
     def hold_in_memory(self, layout: UnitLayout, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """From now on hold a kind of a unit in ``tensors``, contiguous, one per parameter; returns them.
+        """From now on hold a kind of a unit in ``tensors``, one per parameter in the layout's strides; returns them.
 
         The values of the current generation are read into them; if there is none, they keep what they hold.
 

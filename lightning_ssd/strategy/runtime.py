@@ -170,7 +170,8 @@ class Runtime:
             for layout, pool in layouts:
                 buffer, dtype = pool.lend(layout.buffer_nbytes, f"unit {unit.name!r}"), dtype_of(layout.dtype)
                 places = zip(layout.entries, layout.places, strict=True)
-                held = store.hold_in_memory(layout, [buffer.tensor(place, dtype, e.shape) for e, place in places])
+                tensors = [buffer.tensor(place, dtype, entry.shape, entry.stride) for entry, place in places]
+                held = store.hold_in_memory(layout, tensors)
                 if layout is unit.layout:
                     unit.hold_in_memory(held)
 

@@ -23,13 +23,13 @@ from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.saving.uploads import form_for_loggers
+from lightning_ssd.step.grad_consumers import find_grad_consumer, find_late_reader
 from lightning_ssd.step.moving import move_all_but_params
 from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy import guards
 from lightning_ssd.strategy.checkpoint_hooks import CheckpointMixin
 from lightning_ssd.strategy.checkpoint_plugin import ASYNC_IS_NOT_NEEDED
 from lightning_ssd.strategy.free_space import prepare_checkpoints
-from lightning_ssd.strategy.grad_consumers import find_grad_consumer
 from lightning_ssd.strategy.handover import Handover
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.resume import Resume
@@ -100,6 +100,7 @@ class StrategyMixin(CheckpointMixin):
         self._dumped = {}
         self._opened = SeenFiles({})
         self._own_entries = {}
+        self._late_reader: str | None = None  # a hook that may read gradients after the step
 
     # -- one process -------------------------------------------------------------------------------------------
 
@@ -196,6 +197,7 @@ class StrategyMixin(CheckpointMixin):
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
             self._handover.move_into(self.session, ())
+            self._late_reader = find_late_reader(trainer, module)
         self.setup_precision_plugin()
         waits_for_all_grads = trainer.accumulate_grad_batches > 1 or not all(
             map(self._may_update_in_backward, self.optimizers)
@@ -285,6 +287,7 @@ class StrategyMixin(CheckpointMixin):
             and (adopted is None or (not isinstance(adopted, WholeOptimizer) and adopted.makes_steps))
             and self.precision_plugin.scaler is None
             and not self.precision_plugin.is_custom  # it may read gradients
+            and self._late_reader is None
             and find_grad_consumer(module.trainer, module) is None
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from lightning_ssd.kernels.api import crc32c, is_native
+from lightning_ssd.store.strides import flatten, stride_of
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
@@ -17,7 +18,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    host = tensor.cpu().contiguous()
+    host = flatten(tensor.cpu(), tensor.shape, stride_of(tensor)).contiguous()  # in the order of its memory
     if is_native():
         return crc32c(host.data_ptr(), host.nbytes)
     return zlib.crc32((ctypes.c_char * host.nbytes).from_address(host.data_ptr()))

@@ -47,7 +47,7 @@ def lazy_class(owner: ModelUnits) -> type[nn.Parameter]:
                 owner.load(lazy, [p for p in tensors if type(p) is not LazyParameter])
             with torch._C.DisableTorchFunctionSubclass():
                 if func in _OF_STRIDES or (func in _OF_DEVICE and owner.loads_to_host):
-                    args = tuple(_in_loaded_form(a, func) if type(a) is LazyParameter else a for a in args)
+                    args = tuple(_in_loaded_form(a, func, owner) if type(a) is LazyParameter else a for a in args)
                 return func(*args, **kwargs)
 
         def as_subclass(self, cls: type[Tensor]) -> Tensor:  # type: ignore[override]
@@ -58,7 +58,7 @@ def lazy_class(owner: ModelUnits) -> type[nn.Parameter]:
         def is_contiguous(self, *args: Any, **kwargs: Any) -> bool:
             # Through __torch_function__ torch (up to 2.10) loses a reference to the class, and with it to the session.
             with torch._C.DisableTorchFunctionSubclass():
-                return Tensor.is_contiguous(_in_loaded_form(self, Tensor.is_contiguous), *args, **kwargs)
+                return Tensor.is_contiguous(_in_loaded_form(self, Tensor.is_contiguous, owner), *args, **kwargs)
 
         def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
             # Not through __torch_function__: nn.Parameter looks at type(self) before it touches a value.
@@ -82,12 +82,14 @@ def set_grad(param: nn.Parameter, grad: Tensor | None) -> None:
         param.grad.data = grad
 
 
-def _in_loaded_form(param: nn.Parameter, func: Any) -> Tensor:
+def _in_loaded_form(param: nn.Parameter, func: Any, owner: ModelUnits) -> Tensor:
     """A tensor that ``func`` returns the same for as for ``param`` once that is loaded."""
     if param.device.type == "cpu":
         return param
     if func in _OF_STRIDES:
-        return torch.empty(param.shape, dtype=param.dtype, device="meta")
+        stride = owner.stride_of(param)
+        like = torch.empty(param.shape, dtype=param.dtype, device="meta")
+        return like if stride is None else like.as_strided(param.shape, stride)
     return torch.empty((), dtype=param.dtype).expand(param.shape)
 
 

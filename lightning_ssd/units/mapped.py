@@ -154,4 +154,5 @@ def is_assigned(params: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> bo
 
 def _tensors(views: Views, layout: UnitLayout) -> tuple[Tensor, ...]:
     dtype = dtype_of(layout.dtype)
-    return tuple(views.tensor(layout.data_begin + entry.begin, dtype, entry.shape) for entry in layout.entries)
+    begin = layout.data_begin
+    return tuple(views.tensor(begin + entry.begin, dtype, entry.shape, entry.stride) for entry in layout.entries)

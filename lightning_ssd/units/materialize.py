@@ -23,6 +23,7 @@ from lightning_ssd.memory.mapped_file import map_file
 from lightning_ssd.memory.views import Views
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.decoded import DecodedTensor, values_of
+from lightning_ssd.store.strides import is_dense, stride_of
 from lightning_ssd.units.own_initialisation import initialises_whole, mark, require_initialised
 
 MIN_NBYTES = MiB // 4
@@ -142,7 +143,7 @@ class ParamMaterializer:
     def _on_register(self, module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
         if type(param) is not nn.Parameter or param.is_meta or param.nbytes < MIN_NBYTES:
             return None
-        if param.device.type != "cpu" or param.data_ptr() in self._ours or not param.is_contiguous():
+        if param.device.type != "cpu" or param.data_ptr() in self._ours or not is_dense(param.shape, param.stride()):
             return None
         # The same object with other memory: whoever made it may have marked it, and looks for the mark (transformers).
         values = self._map(param)
@@ -160,7 +161,7 @@ class ParamMaterializer:
             memory = map_file(file.tail_fd, file.nbytes, file.path, lambda offset: "a parameter that is being created")
         finally:
             file.close()
-        tensor = Views(memory).tensor(0, dtype, tuple(param.shape))
+        tensor = Views(memory).tensor(0, dtype, param.shape, stride_of(param))
         self._ours.add(tensor.data_ptr())
         return tensor
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.store.strides import Stride
 from lightning_ssd.units import transforms
 from lightning_ssd.units.holders import give
 from lightning_ssd.units.inherited import Inherited
@@ -78,6 +79,11 @@ class ModelUnits:
     def loads_to_host(self) -> bool:
         """Whether values that are loaded now come to the host, wherever compute runs."""
         return self.inherited is not None or not self.step.is_running or self.streaming is None
+
+    def stride_of(self, param: nn.Parameter) -> Stride | None:
+        """The strides that ``param`` has when it is loaded; None for those of its shape."""
+        unit = self._unit_of[param]
+        return next(shape.stride for own, shape in zip(unit.params, unit.shapes, strict=True) if own is param)
 
     def load(self, params: Sequence[nn.Parameter], operands: Sequence[Tensor] = ()) -> None:
         """Make ``params`` plain parameters on their current values, all at the same time; ``operands`` stay usable."""

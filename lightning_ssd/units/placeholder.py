@@ -51,7 +51,7 @@ def _on_host(units: Sequence[Unit], scratch: Scratch) -> dict[str, tuple[Tensor,
     views = Views(memory)
     return {
         unit.name: tuple(
-            views.tensor(place, unit.dtype, shape.shape)
+            views.tensor(place, unit.dtype, shape.shape, shape.stride)
             for place, shape in zip(unit.layout.places, unit.shapes, strict=True)
         )
         for unit in units

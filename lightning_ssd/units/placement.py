@@ -85,4 +85,5 @@ class InPlace(Placement):
 
 def _tensors(layout: UnitLayout, buffer: Buffer) -> list[Tensor]:
     dtype = dtype_of(layout.dtype)
-    return [buffer.tensor(place, dtype, e.shape) for e, place in zip(layout.entries, layout.places, strict=True)]
+    placed = zip(layout.entries, layout.places, strict=True)
+    return [buffer.tensor(place, dtype, entry.shape, entry.stride) for entry, place in placed]

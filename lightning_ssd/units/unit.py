@@ -43,6 +43,7 @@ from lightning_ssd.store.dtypes import dtype_of, name_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Shape, UnitLayout, file_order, lay_out
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.store.strides import stride_of
 from lightning_ssd.units.fingerprint import fingerprint
 from lightning_ssd.units.holders import give, is_held, is_saved
 from lightning_ssd.units.host_copy import HostCopy
@@ -126,7 +127,7 @@ class Unit:
         if dtype is None or not spec.params[0].is_floating_point():
             dtype = spec.params[0].dtype
         by_name = dict(zip(spec.names, spec.params, strict=True))
-        shapes = file_order((Shape(n, tuple(p.shape)) for n, p in by_name.items()), dtype.itemsize)
+        shapes = file_order((Shape(n, tuple(p.shape), stride_of(p)) for n, p in by_name.items()), dtype.itemsize)
         self.names = tuple(shape.name for shape in shapes)
         self.params: tuple[nn.Parameter, ...] = tuple(by_name[name] for name in self.names)
         self.shapes = tuple(shapes)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
+from lightning_ssd.store.strides import is_dense, memory_order
 from lightning_ssd.units.holders import is_held
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams, is_assigned
 from lightning_ssd.units.masters import follow_values
@@ -39,7 +40,8 @@ class UserWrites:
         self._store = store
         self._units = units
         self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
-        self._left: dict[int, tuple[str, Any]] = {}  # memory that was a parameter's, while somebody else views it
+        # Memory that was a parameter's, by number of its storage, while somebody else views it.
+        self._left: dict[int, tuple[str, _Place, Any]] = {}
         self._told: set[str] = set()
 
     # -- inside a step -------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ class UserWrites:
             ResidencyError: A parameter was given the memory of another one; an update of one should change both.
         """
         self._require_untied(unit)
-        left = {name for name, storage in self._left.values() if name in unit.names and not storage.expired()}
+        left = {name for name, _, storage in self._left.values() if name in unit.names and not storage.expired()}
         for name in sorted(left - self._told):
             self._told.add(name)
             warnings.warn(
@@ -159,21 +161,24 @@ class UserWrites:
             return
         owners = self._owners(except_for=names)
         for i in moved:
-            name, param = unit.names[i], unit.params[i]
-            other = owners.setdefault(param.untyped_storage()._cdata, name) if param.numel() else name
-            if other != name:
-                self._ties[name] = other
+            name, place = unit.names[i], _place_of(unit.params[i])
+            others = owners.setdefault(place.storage, [])
+            tied = next((other for at, other in others if place.overlaps(at)), None)
+            if tied is not None:
+                self._ties[name] = tied
+            others.append((place, name))
 
-    def _owners(self, *, except_for: set[str]) -> dict[int, str]:
+    def _owners(self, *, except_for: set[str]) -> dict[int, list[tuple[_Place, str]]]:
         """The parameter that memory is of, or was of as long as somebody else views it, by number of the storage."""
-        self._left = {number: left for number, left in self._left.items() if not left[1].expired()}
-        owners = {number: name for number, (name, _) in self._left.items() if name not in except_for}
+        self._left = {number: left for number, left in self._left.items() if not left[2].expired()}
+        owners = {number: [(at, name)] for number, (name, at, _) in self._left.items() if name not in except_for}
         for unit in self._units:
             is_offloaded = unit.device_copy is None and unit.mapped is None
             tensors = (unit.in_memory or ()) if is_offloaded else unit.params
             for name, tensor in zip(unit.names, tensors, strict=bool(tensors)):
-                if name not in except_for and tensor.numel():
-                    owners[tensor.untyped_storage()._cdata] = name
+                if name not in except_for:
+                    place = _place_of(tensor)
+                    owners.setdefault(place.storage, []).append((place, name))
         return owners
 
     def leave(self, unit: Unit, tensors: Sequence[Tensor]) -> None:
@@ -181,21 +186,47 @@ class UserWrites:
         for name, param, tensor in zip(unit.names, unit.params, tensors, strict=bool(tensors)):
             if is_held(param, tensor):
                 storage = tensor.untyped_storage()
-                self._left[storage._cdata] = name, StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                held = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._left[storage._cdata] = name, _place_of(tensor), held
+
+
+class _Place(NamedTuple):
+    """Where the elements of a tensor lie: number of the storage, and the first and last address in bytes."""
+
+    storage: int
+    begin: int
+    end: int
+
+    def overlaps(self, other: _Place) -> bool:
+        return self.storage == other.storage and self.begin < other.end and other.begin < self.end
+
+
+def _place_of(tensor: Tensor) -> _Place:
+    begin = tensor.data_ptr()
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    nbytes = (last + 1) * tensor.itemsize if tensor.numel() else 0
+    return _Place(tensor.untyped_storage()._cdata, begin, begin + nbytes)
 
 
 def _memory_of(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> list[Tensor]:
     """Where ``params`` are from now on: where they were ``before``, or in the memory that ``p.data`` was assigned.
 
     That memory becomes the parameter's, as in plain torch, where the user holds it or what was there before: an average
-    that is swapped in, and the weights to be swapped back.
+    that is swapped in, and the weights to be swapped back. A part of a larger tensor stays a part of that.
     """
 
     def place(param: nn.Parameter, tensor: Tensor) -> Tensor:
         data = param.data
         is_same = data.data_ptr() == tensor.data_ptr() or not data.numel()
-        if is_same or not data.is_contiguous() or data.is_inference() or data.device != tensor.device:
+        is_part = data.untyped_storage().nbytes() != data.nbytes
+        if is_same or is_part or not _are_alike(data, tensor) or data.is_inference() or data.device != tensor.device:
             return tensor
         return data if is_held(param, tensor) or is_held(param, data) else tensor
 
     return [place(param, tensor) for param, tensor in zip(params, before, strict=True)]
+
+
+def _are_alike(data: Tensor, tensor: Tensor) -> bool:
+    """Whether the elements of ``data`` lie in the order that those of ``tensor`` have, without gaps."""
+    orders = [memory_order(each.shape, each.stride()) for each in (data, tensor)]
+    return is_dense(data.shape, data.stride()) and orders[0] == orders[1]

@@ -148,8 +148,8 @@ def test_a_damaged_manifest_is_refused(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_bytes(text.replace(b'"lr":0.0005', b'"lr":0.0015'))
     with pytest.raises(CheckpointError, match="changed or damaged"):
         CheckpointReader(checkpoint)
-    rewrite(checkpoint, json.loads(text) | {"version": 3})
-    with pytest.raises(CheckpointError, match=r"version '3'.*reads versions 1 to 2; update it"):
+    rewrite(checkpoint, json.loads(text) | {"version": 4})
+    with pytest.raises(CheckpointError, match=r"version '4'.*reads versions 1 to 3; update it"):
         CheckpointReader(checkpoint)
 
 

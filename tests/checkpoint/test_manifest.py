@@ -18,12 +18,13 @@ from lightning_ssd.checkpoint.manifest import (
     Manifest,
     OptimizerRecord,
     SmallFile,
+    version_for,
 )
 from lightning_ssd.checkpoint.manifest_json import decode_manifest, encode_manifest, seal
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.safetensors_header import TensorEntry
 
-ENTRIES = (TensorEntry("é", "F32", (2, 3), 0, 24), TensorEntry("b", "F32", (), 24, 28))
+ENTRIES = (TensorEntry("é", "F32", (2, 3), 0, 24, (1, 2)), TensorEntry("b", "F32", (), 24, 28))
 MANIFEST = Manifest(
     step=7,
     created_at="2026-01-01T00:00:00+00:00",
@@ -54,6 +55,11 @@ def test_text_and_back() -> None:
     assert decode_manifest(text, "m") == MANIFEST
     without = replace(MANIFEST, names=None)
     assert decode_manifest(encode_manifest(without), "m") == without
+
+
+def test_readers_of_version_2_are_kept_from_strides() -> None:
+    assert version_for(MANIFEST.files) == 3
+    assert version_for([replace(file, entries=ENTRIES[1:]) for file in MANIFEST.files]) == 2
 
 
 def test_what_is_derived() -> None:
@@ -95,6 +101,8 @@ def test_other_versions_are_refused(version: object) -> None:
         (lambda c: c["files"][0].update(nbytes=4125), "do not make 4125 bytes"),
         (lambda c: c["files"][0].update(crc32c_per_mib=""), "0 checksums for 1 pieces"),
         (lambda c: c["state_dict"].append("b"), "a name twice"),
+        (lambda c: c["files"][0]["parameters"]["é"].update(stride=[1, 3]), "cannot have the strides"),
+        (lambda c: c["files"][0]["parameters"]["é"].update(stride=[1, -2]), "strides must be counts"),
     ],
 )
 def test_what_contradicts_itself_is_refused(change: Callable[[dict[str, Any]], object], says: str) -> None:

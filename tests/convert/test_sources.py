@@ -330,3 +330,14 @@ def test_a_manifest_that_lies_about_names_is_refused(training: Training, tmp_sto
         manifest.write_bytes(seal(json.dumps(content, separators=(",", ":")).encode()))
         with pytest.raises(CheckpointError, match=message), CheckpointReader(tmp_store / "c") as reader:
             reader.tensor("a.weight", "master")
+
+
+def test_weights_alone_need_no_optimizer_that_makes_sense(tmp_path: Path) -> None:
+    path, weights = tmp_path / "a.ckpt", {"w": torch.ones(3), "b": torch.zeros(3)}
+    strange = {"state": {}, "param_groups": [{"params": [0, 1, 2]}]}
+    for state in (strange, {"of": "another form"}):
+        torch.save({"state_dict": weights, "optimizer_states": [state]}, path)
+        with pytest.raises(CheckpointError, match=r"does not follow from order|is not what torch.optim saves"):
+            import_checkpoint(path, tmp_path / "x")
+        report = import_checkpoint(path, tmp_path / "x", ImportOptions(weights_only=True, dry_run=True))
+        assert (report.matched, report.optimizers) == (2, "none")

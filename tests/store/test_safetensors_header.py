@@ -52,6 +52,21 @@ def test_round_trip() -> None:
     assert (decoded.metadata, decoded.data_begin, decoded.data_nbytes) == ({"a": "b"}, len(header), 26)
 
 
+def test_a_tensor_of_other_strides_is_listed_in_the_order_of_its_memory(tmp_path: Path) -> None:
+    values = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4).permute(2, 0, 1)
+    entry = TensorEntry("w", "F32", (4, 2, 3), 0, 96, values.stride())
+    header = encode_header([entry])
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(header + entry.flatten(values).numpy().tobytes())
+    with safe_open(path, "pt") as file:
+        assert torch.equal(file.get_tensor("w"), values.permute(1, 2, 0))
+    assert decode_header(path.read_bytes(), len(header) + 96).entries["w"] == entry
+
+
+def strided(value: Any, shape: Any = (2, 3)) -> dict[str, Any]:
+    return {"w": item(shape=shape), "__metadata__": {"lightning_ssd.strides": json.dumps({"w": value})}}
+
+
 @pytest.mark.parametrize(
     ("header", "says"),
     [
@@ -66,6 +81,15 @@ def test_round_trip() -> None:
         ({"w": item(dtype="F31")}, "F31"),
         ({"w": item(offsets=(24, 0))}, "another"),
         ({"w": item(), "__metadata__": {"a": 1}}, "text to text"),
+        (strided([[3, 2], [1, 4]]), "cannot have the strides"),
+        (strided([[3, 2], [0, 1]]), "cannot have the strides"),
+        (strided([[3, 2], [1]]), "cannot have the strides"),
+        (strided([[3, 2], [1, 2**62, 1]]), "cannot have the strides"),
+        (strided([[3, 2], [1, -3]]), "in counts"),
+        (strided([[3, 2], 1]), "in counts"),
+        (strided([[3, 2], [1, 3]], shape=(3, 2)), "disagree"),
+        (strided([[2, 2], [1, 2]]), "needs 16 bytes"),
+        (strided([[3, 2], [1, 3]]) | {"__metadata__": {"lightning_ssd.strides": "[]"}}, "not an object"),
         (b'{"w":1,"w":1}', "twice"),
         (b"[]", "start with"),
         (b'{"a":' + b"[" * 100_000, "JSON"),

@@ -351,8 +351,9 @@ assert not isinstance(other, (ParallelStrategy, SingleDeviceStrategy))
 
 
 @pytest.mark.compatibility("Namespaces", "pytorch_lightning")
+@pytest.mark.compatibility("Refused", "the same of lightning_fabric")
 def test_pytorch_lightning_alone(fresh_python: Run) -> None:
-    fresh_python("""
+    out = fresh_python("""
 import sys
 sys.modules["lightning"] = None  # not installed
 import pytorch_lightning as pl
@@ -361,4 +362,11 @@ import lightning_ssd
 assert type(strategy) is lightning_ssd.SSDOffloadStrategy
 assert type(strategy).__module__ == "lightning_ssd.strategy.for_pytorch_lightning"
 assert issubclass(lightning_ssd.SSDOffloadPrecision, pl.plugins.precision.Precision)
+from lightning_fabric import Fabric
+try:
+    Fabric(strategy="ssd_offload", accelerator="cpu")
+except lightning_ssd.errors.ConfigurationError as error:
+    print(error)
 """)
+    assert "does not work with Fabric" in out
+    assert "Trainer(strategy='ssd_offload')" in out

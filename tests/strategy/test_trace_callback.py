@@ -126,7 +126,7 @@ def test_the_log_names_the_limit(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 def test_gradients_do_not_become_visible(tmp_path: Path) -> None:
     """A callback that looked as if it watched gradients would change how training runs, and what is measured."""
-    from lightning_ssd.strategy.grad_consumers import find_grad_consumer
+    from lightning_ssd.step.grad_consumers import find_grad_consumer
 
     module = Module()
     fit(tmp_path, callback := SSDOffloadTrace(str(tmp_path / "trace.json")), module=module)

@@ -6,10 +6,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LambdaCallback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    Timer,
+)
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_ssd.errors import ConfigurationError
-from lightning_ssd.strategy.grad_consumers import find_grad_consumer
+from lightning_ssd.step.grad_consumers import find_grad_consumer, find_late_reader
 from lightning_ssd.strategy.guards import require_set
 
 MODULE_HOOKS = (
@@ -58,6 +67,34 @@ def test_a_hook_that_is_set_on_the_instance() -> None:
 @pytest.mark.parametrize("name", ["training_step", "on_train_batch_end"])
 def test_other_hooks_do_not_count(name: str) -> None:
     assert consumer(made(LightningModule, name), made(Callback, "on_train_batch_end")) is None
+
+
+def norms(module: LightningModule) -> list[Any]:
+    return [param.grad for param in module.parameters()]
+
+
+class ReadsLate(LightningModule):
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.note()
+
+    def note(self) -> None:
+        norms(self)
+
+
+class Penalty(LightningModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            return torch.autograd.grad(batch, batch)
+
+
+def test_code_after_the_step_that_mentions_gradients() -> None:
+    late = LambdaCallback(on_train_batch_end=lambda trainer, module, *args: norms(module))
+    every: Any = [cls() for cls in (EMAWeightAveraging, Timer, LearningRateMonitor, ModelCheckpoint)]
+    trainer = SimpleNamespace(callbacks=every)
+    assert find_late_reader(trainer, ReadsLate()) == "ReadsLate.on_train_batch_end"
+    assert find_late_reader(trainer, Penalty()) is None
+    assert find_late_reader(trainer, BoringModel()) is None
+    assert find_late_reader(SimpleNamespace(callbacks=[late]), BoringModel()) == "LambdaCallback.on_train_batch_end"
 
 
 def test_what_the_trainer_has_not_set_yet_is_named() -> None:
