@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ssd.device.on_host import plain
 from lightning_ssd.errors import CheckpointError, ConfigurationError, OptimizerStateError, StoreError
 from lightning_ssd.optim.rules import Rule, is_full
 from lightning_ssd.optim.state_view import StateView
@@ -57,7 +58,7 @@ class OptimizerState(ABC):
     def _units_with_grad(self) -> Iterable[tuple[Unit, dict[int, Tensor]]]:
         """Units that have a visible gradient, with their gradients by parameter index."""
         for unit in self._units():
-            grads = {i: p.grad for i, p in enumerate(unit.params) if p.grad is not None}
+            grads = {i: plain(p.grad) for i, p in enumerate(unit.params) if p.grad is not None}
             if grads:
                 yield unit, grads
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ssd.device.on_host import PLAIN, HostClasses, plain, set_grad
 from lightning_ssd.device.streams import HostStreams
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.scratch import Scratch
@@ -30,7 +31,6 @@ from lightning_ssd.memory.heap import HeapWatch
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.step.grad_offload import GradOffloader, OffloadedGrad, OffloadedSums
 from lightning_ssd.step.spilled_grads import SpilledGrads
-from lightning_ssd.units.lazy_param import set_grad
 from lightning_ssd.units.unit import Unit
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class GradientStore:
     Args:
         scratch: Makes files on which waiting gradients are mapped; None keeps them in memory.
         off_device: Compute runs elsewhere than on the host: gradients are copied to the host as they arrive.
+        on_host: What they are for code that looks at them.
         offloader: Makes these copies.
         heap: Is told how much memory gradients took that came and went; None if that does not matter.
         waits_for_all_grads: All gradients wait: their places in mapped files are made before backward begins. Made as
@@ -55,6 +56,7 @@ class GradientStore:
         scratch: Scratch | None,
         *,
         off_device: bool = False,
+        on_host: HostClasses = PLAIN,
         offloader: GradOffloader | None = None,
         heap: HeapWatch | None = None,
         waits_for_all_grads: bool = False,
@@ -64,6 +66,7 @@ class GradientStore:
         self._optimizer: OptimizerAdapter | None = None  # updates units in the backward that runs
         self._hooks: dict[nn.Parameter, list[RemovableHandle]] = {}
         self._off_device = off_device
+        self._on_host = on_host
         self._offloader = GradOffloader(HostStreams()) if offloader is None else offloader
         self._heap = heap
         self._waits_for_all_grads = waits_for_all_grads
@@ -135,7 +138,7 @@ class GradientStore:
         backward.note()
         with torch._C.DisableTorchFunctionSubclass():
             if param.grad is not None:
-                self._hidden[param] = param.grad
+                self._hidden[param] = plain(param.grad)
                 param.grad = None
 
     def _arrive(self, unit: Unit, index: int, backward: BackwardPass, param: Tensor) -> None:
@@ -180,7 +183,7 @@ class GradientStore:
         """Backward is over, or failed: what was taken off the device is ``.grad``, as far as no update has it."""
         self._end_copies()
         while self._hidden:
-            set_grad(*self._hidden.popitem())
+            set_grad(*self._hidden.popitem(), self._on_host)
 
     @contextmanager
     def backward(self, units: Iterable[Unit], optimizer: OptimizerAdapter | None) -> Iterator[None]:
@@ -224,8 +227,8 @@ class GradientStore:
         grads: dict[int, Tensor] = {}
         sums: list[tuple[Tensor, OffloadedGrad]] = []
         for index, param in enumerate(unit.params):
-            grad = self._hidden.pop(param, param.grad)
-            param.grad = None
+            shown, param.grad = param.grad, None
+            grad = self._hidden.pop(param, plain(shown) if self._off_device and shown is not None else shown)
             for _, _, copy in self._in_flight.pop(param, ()):
                 grad = copy.tensor if grad is None else grad
                 sums.append((grad, copy))

@@ -42,3 +42,13 @@ def functions_of_form() -> Iterator[Any]:
 
 METADATA = frozenset([*_accessors(), *functions_of_form()])
 """As ``__torch_function__`` is given them."""
+SET_GRAD = vars(torch._C.TensorBase)["grad"].__set__
+OF_STRIDES = frozenset([Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.dim_order])
+FACTORIES = frozenset(f for f in functions_of_form() if f.__name__.startswith("new_") or f.__name__.endswith("_like"))
+OF_DEVICE = frozenset(
+    [
+        *(getattr(Tensor, name).__get__ for name in ("device", "is_cpu", "is_cuda")),
+        *(f for f in functions_of_form() if f.__name__ == "get_device"),
+        *FACTORIES,
+    ]
+)

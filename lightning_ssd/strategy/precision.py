@@ -128,6 +128,10 @@ class PrecisionMixin(PrecisionBase):
             unscale_on_host(self.scaler, optimizer)
         return self.inner.optimizer_step(optimizer, *args, **kwargs)
 
+    def clip_gradients(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        with torch._C.DisableTorchFunctionSubclass():  # gradients are on the host: none of it needs the device
+            self.inner.clip_gradients(*args, **kwargs)
+
     def teardown(self) -> None:  # noqa: D102
         if self.inner is not None:
             self.inner.teardown()
@@ -136,7 +140,7 @@ class PrecisionMixin(PrecisionBase):
 for _name in (
     "connect", "tensor_init_context", "module_init_context", "forward_context", "train_step_context",
     "val_step_context", "test_step_context", "predict_step_context", "convert_input", "convert_output", "pre_backward",
-    "post_backward", "clip_gradients", "main_params", "state_dict", "load_state_dict",
+    "post_backward", "main_params", "state_dict", "load_state_dict",
     "on_save_checkpoint", "on_load_checkpoint",
 ):  # fmt: skip
     setattr(PrecisionMixin, _name, _stock(_name))
@@ -152,6 +156,7 @@ def unscale_on_host(scaler: Any, optimizer: Any) -> None:
 
     def unscale_here(optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
         # torch copies both numbers to the host asynchronously and reads them before the copy is done: copy them here.
-        return unscale(optimizer, inv_scale.cpu(), found_inf.cpu(), allow_fp16)  # sync: two numbers
+        with torch._C.DisableTorchFunctionSubclass():
+            return unscale(optimizer, inv_scale.cpu(), found_inf.cpu(), allow_fp16)  # sync: two numbers
 
     scaler._unscale_grads_ = unscale_here

@@ -190,6 +190,7 @@ class Runtime:
         return GradientStore(
             None if plan.in_memory_grads or plan.fits else self._model.store.scratches[0],
             off_device=settings.is_off_host,
+            on_host=self._model.classes_on_host,
             offloader=offloader,
             heap=None if plan.fits or settings.is_off_host else HeapWatch(),
             waits_for_all_grads=waits_for_all_grads,

@@ -139,7 +139,7 @@ class Session:
             self.model.offload(unit)
 
     def _make_model(self, units: list[Unit]) -> ModelUnits:
-        return ModelUnits(units, self.store)
+        return ModelUnits(units, self.store, self.settings.device)
 
     def adopted(self, optimizer: Optimizer) -> OptimizerAdapter | None:
         """What ``optimizer`` was adopted as; None if it was not."""

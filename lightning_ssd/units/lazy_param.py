@@ -5,8 +5,8 @@ memory, and have the class made here. Metadata (shape, dtype, device, ``requires
 without values. Any other operation first calls `ModelUnits.load`, which makes the parameters that it is given plain
 `nn.Parameter`s on their values: inside a step by fetching their units, outside by mapping their files.
 
-On a GPU a placeholder has stride 0, and is on the device, outside of a step too, where values come to the host. What
-depends on strides or on the device is therefore asked of a tensor that has the form of what `ModelUnits.load` brings.
+On a GPU a placeholder is on the device, and has stride 0. What depends on strides, or before and after a run on the
+device, is therefore asked of a tensor that has the form of what `ModelUnits.load` brings.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ssd.device.on_host import set_grad
 from lightning_ssd.errors import ResidencyError
-from lightning_ssd.store.tensor_metadata import METADATA, functions_of_form
+from lightning_ssd.store.tensor_metadata import METADATA, OF_DEVICE, OF_STRIDES, SET_GRAD
 from lightning_ssd.units import transforms
 
 if TYPE_CHECKING:
@@ -39,16 +40,16 @@ def lazy_class(owner: ModelUnits) -> type[nn.Parameter]:
             kwargs = kwargs or {}
             if func in (torch.autograd.grad, torch.autograd.backward):
                 return _differentiate(func, *args, **kwargs)
-            if func == _SET_GRAD:
-                return set_grad(*args)
+            if func == SET_GRAD:
+                return set_grad(args[0], args[1], owner.host)
             if func not in METADATA:
                 tensors = list(tensors_in((args, kwargs)))
                 lazy = [p for p in tensors if type(p) is LazyParameter]
                 owner.load(lazy, [p for p in tensors if type(p) is not LazyParameter])
             with torch._C.DisableTorchFunctionSubclass():
-                if func in _OF_STRIDES or (func in _OF_DEVICE and owner.loads_to_host):
+                if func in OF_STRIDES or (func in OF_DEVICE and owner.loads_to_host):
                     args = tuple(_in_loaded_form(a, func, owner) if type(a) is LazyParameter else a for a in args)
-                return func(*args, **kwargs)
+            return owner.host.run(func, args, kwargs)
 
         def as_subclass(self, cls: type[Tensor]) -> Tensor:  # type: ignore[override]
             # Not through __torch_function__ either: torch does not let it be overridden there.
@@ -70,23 +71,11 @@ def lazy_class(owner: ModelUnits) -> type[nn.Parameter]:
     return LazyParameter
 
 
-def set_grad(param: nn.Parameter, grad: Tensor | None) -> None:
-    """``param.grad = grad``, also if the parameter is on a device and the gradient on the host."""
-    # Torch refuses a gradient of another device when it is set, but not that its data changes afterwards. That the
-    # parameter changed its device for a moment would end its place in graphs that are still needed.
-    with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
-        if grad is None or grad.device == param.device or grad.shape != param.shape or grad.device.type != "cpu":
-            param.grad = grad
-            return
-        param.grad = torch.empty_strided(param.shape, [0] * param.dim(), dtype=grad.dtype, device=param.device)
-        param.grad.data = grad
-
-
 def _in_loaded_form(param: nn.Parameter, func: Any, owner: ModelUnits) -> Tensor:
     """A tensor that ``func`` returns the same for as for ``param`` once that is loaded."""
     if param.device.type == "cpu":
         return param
-    if func in _OF_STRIDES:
+    if func in OF_STRIDES:
         stride = owner.stride_of(param)
         like = torch.empty(param.shape, dtype=param.dtype, device="meta")
         return like if stride is None else like.as_strided(param.shape, stride)
@@ -157,17 +146,3 @@ def tensors_in(value: Any) -> Iterator[Any]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
-
-
-_SET_GRAD = vars(torch._C.TensorBase)["grad"].__set__
-_OF_STRIDES = frozenset([Tensor.stride, Tensor.storage_offset, Tensor.is_contiguous, Tensor.dim_order])
-_OF_DEVICE = frozenset(
-    [
-        *(getattr(Tensor, name).__get__ for name in ("device", "is_cpu", "is_cuda")),
-        *(
-            f
-            for f in functions_of_form()
-            if f.__name__.startswith(("new_", "get_device")) or f.__name__.endswith("_like")
-        ),
-    ]
-)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from lightning_ssd.device.on_host import PLAIN, HostClasses, host_classes, make_plain
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.store.strides import Stride
@@ -48,6 +50,7 @@ class ModelUnits:
     Args:
         units: All units.
         store: Where their values are.
+        device: Where modules compute.
 
     Attributes:
         step: Whether a step runs.
@@ -56,9 +59,10 @@ class ModelUnits:
         writes: What the user wrote to parameters.
         streaming: What streams the units; None before `start` and after the end.
         inherited: In a forked process, where values are; None in the one that trains.
+        classes_on_host: Of tensors on the host, while the units are streamed.
     """
 
-    def __init__(self, units: list[Unit], store: StateStore) -> None:
+    def __init__(self, units: list[Unit], store: StateStore, device: torch.device) -> None:
         self.units = units
         self.store = store
         self.step = StepState()
@@ -68,6 +72,7 @@ class ModelUnits:
         self.inherited: Inherited | None = None
         self._unit_of = {param: unit for unit in units for param in unit.params}
         self.lazy_class = lazy_class(self)
+        self.classes_on_host = host_classes(device)
 
     # -- lazy parameters -----------------------------------------------------------------------------------------
 
@@ -77,8 +82,13 @@ class ModelUnits:
 
     @property
     def loads_to_host(self) -> bool:
-        """Whether values that are loaded now come to the host, wherever compute runs."""
-        return self.inherited is not None or not self.step.is_running or self.streaming is None
+        """Whether values that are loaded now are on the host for everybody, wherever compute runs."""
+        return self.inherited is not None or self.streaming is None
+
+    @property
+    def host(self) -> HostClasses:
+        """What values on the host are for code that looks at them."""
+        return PLAIN if self.loads_to_host else self.classes_on_host
 
     def stride_of(self, param: nn.Parameter) -> Stride | None:
         """The strides that ``param`` has when it is loaded; None for those of its shape."""
@@ -121,6 +131,8 @@ class ModelUnits:
             # Not placed if the disk failed or filled before.
             if unit.mapped is None and self.store.current(unit.name, "param") is not None:
                 unit.map(MappedParams(self.store, self.store.newest(unit.name, "param")))
+            for param in unit.params:
+                make_plain(param)
 
     def release_memory(self) -> None:
         """Write what is held in memory into files; nothing computes with it any more."""
@@ -151,9 +163,9 @@ class ModelUnits:
             if unit.mapped is None:
                 generation = self.store.newest(unit.name, "param")
                 if unit.in_memory is not None:
-                    unit.map(InMemoryParams(generation, unit.in_memory))
+                    unit.map(InMemoryParams(generation, unit.in_memory), self.host.param)
                 else:
-                    unit.map(MappedParams(self.store, generation))
+                    unit.map(MappedParams(self.store, generation), self.host.param)
         if self.streaming is not None:
             self.streaming.after_map(unit)
 

@@ -231,15 +231,15 @@ class Unit:
         self.released_copy = placement.release(device_copy)
         self.is_touched = False
 
-    def map(self, mapped: MappedParams | InMemoryParams) -> None:
-        """Its parameters are plain ones that view ``mapped``.
+    def map(self, mapped: MappedParams | InMemoryParams, cls: type[nn.Parameter] = nn.Parameter) -> None:
+        """Its parameters are of ``cls`` and view ``mapped``.
 
         Raises:
             ResidencyError: They view a device copy, or another mapping.
         """
         if self.device_copy is not None or self.mapped is not None:
             raise ResidencyError(f"{self} was to be mapped")
-        self._view(mapped.tensors, nn.Parameter)
+        self._view(mapped.tensors, cls)
         self.mapped = mapped
         if self.released_copy is not None:
             self.released_copy.is_stale = True  # what is mapped may be written to

@@ -184,7 +184,8 @@ class UserWrites:
     def leave(self, unit: Unit, tensors: Sequence[Tensor]) -> None:
         """The parameters of ``unit`` are about to view ``tensors`` no longer; who else does may have them from it."""
         for name, param, tensor in zip(unit.names, unit.params, tensors, strict=bool(tensors)):
-            if is_held(param, tensor):
+            # What was given other memory does not own its first any more: two parameters may have exchanged theirs.
+            if param.data_ptr() == tensor.data_ptr() and is_held(param, tensor):
                 storage = tensor.untyped_storage()
                 held = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
                 self._left[storage._cdata] = name, _place_of(tensor), held

@@ -40,7 +40,6 @@ FOUND = {
 }
 
 
-@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md", only=["[6]", "-6]"])
 @pytest.mark.parametrize("seed", QUICK)
 def test_a_program_is_equal_or_refused(seed: int) -> None:
     program = draw(seed)

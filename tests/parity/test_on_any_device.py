@@ -283,20 +283,3 @@ def test_after_fit_all_of_a_module_is_where_it_says(tmp_path: Path) -> None:
     assert module.device == torch.device("cpu")
     fit(tmp_path, module, "auto")
     assert len(module.seen) == 12
-
-
-def test_outside_of_a_step_what_is_made_like_a_parameter_goes_with_its_values(tmp_path: Path) -> None:
-    """There values come to the host, whatever the device."""
-
-    class Averages(pl.Callback):
-        def on_fit_start(self, trainer: Any, module: Any) -> None:
-            self.average = torch.zeros_like(module.net[0].weight)
-
-        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-            like = torch.zeros_like(module.net[0].weight)
-            self.average.lerp_(module.net[0].weight.detach(), 0.5).add_(like)
-
-    plain, ours = Averages(), Averages()
-    fit(tmp_path, Net(), "auto", callbacks=[plain])
-    fit(tmp_path, Net(), streamed(), callbacks=[ours])
-    assert torch.equal(plain.average.cpu(), ours.average.cpu())

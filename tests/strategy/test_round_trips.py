@@ -148,7 +148,8 @@ class ByStep(Module):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         data = Tokens(36)
         rows = [data[4 * self.global_step + row] for row in range(4)]
-        return super().training_step((torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])), batch_idx)
+        x, y = (torch.stack([row[i] for row in rows]).to(self.device) for i in (0, 1))
+        return super().training_step((x, y), batch_idx)
 
 
 def make_module() -> Module:
@@ -167,7 +168,6 @@ def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert_equal(found["state"][number], entry)
 
 
-@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md")
 @pytest.mark.parametrize("update", ["torch", "native"])
 def test_a_plain_checkpoint_goes_through_and_on_under_plain_lightning(tmp_path: Path, update: str) -> None:
     if update == "native" and not kernels.is_bit_equal_to_torch():

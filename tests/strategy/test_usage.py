@@ -362,7 +362,6 @@ def _logger(case: Case) -> dict[str, Any]:
     return {"logger": pl.loggers.logger.DummyLogger()} if wants else {}
 
 
-@pytest.mark.not_simulated(reason="not right there yet: docs/results/simulated_cuda.md", only=["pruning"])
 @pytest.mark.not_simulated(
     reason="its plain side reads tensors of the device by numpy", only=["touches outside a step"]
 )

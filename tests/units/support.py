@@ -68,7 +68,7 @@ class CacheWorld:
         for unit in self.units:
             self.store.put(unit.layout, lambda i, unit=unit: unit.params[i].data)  # type: ignore[misc]
         placeholders = make_placeholders(self.units, self.store.scratches[0], torch.device("cpu"))
-        self.model = ModelUnits(self.units, self.store)
+        self.model = ModelUnits(self.units, self.store, torch.device("cpu"))
         nbytes = pool_nbytes(self.units[0].layout.buffer_nbytes)
         self.pool = Pool(num_buffers * nbytes, "parameter", poison=True)
         for i, unit in enumerate(self.units):
