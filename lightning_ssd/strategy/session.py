@@ -78,7 +78,7 @@ class Session:
         except BaseException:
             self.engine.close()
             raise
-        self.materializer = ParamMaterializer(self.store.scratches[0])
+        self.materializer = ParamMaterializer(self.store.scratches[0], settings.device)
         self._saver = Saver(self.store)
         self.model = self._make_model([])
         self.optimizers: list[OptimizerAdapter] = []

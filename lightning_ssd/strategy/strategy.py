@@ -175,7 +175,7 @@ class StrategyMixin(CheckpointMixin):
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """For `trainer.init_module()`: tensors are made on the host, in the precision's dtype."""
+        """For `trainer.init_module()`: tensors are made where compute runs, in the precision's dtype."""
         with self.precision_plugin.tensor_init_context(), self._materializing():
             yield
 

@@ -8,15 +8,18 @@ unlinked at once; their space is free when the values are in the store.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from lightning_ssd.device.on_host import host_classes, make_plain
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.memory.mapped_file import map_file
@@ -31,21 +34,37 @@ MIN_NBYTES = MiB // 4
 
 
 class ParamMaterializer:
-    """Makes mapped parameters in files of ``scratch``."""
+    """Makes mapped parameters in files of ``scratch``.
 
-    def __init__(self, scratch: Scratch) -> None:
+    Args:
+        scratch: Makes the files.
+        device: Where plain Lightning makes parameters: random values are drawn there.
+    """
+
+    def __init__(self, scratch: Scratch, device: torch.device) -> None:
         self._scratch = scratch
+        self._device = device
+        self._on_host = host_classes(device)
         self._numbers = itertools.count()
         self._ours: set[int] = set()  # addresses of the mappings made here
 
     @contextmanager
     def armed(self) -> Iterator[None]:
-        """Inside, parameters are mapped files as soon as they are registered."""
-        handle = register_module_parameter_registration_hook(self._on_register)  # type: ignore[arg-type]
+        """Inside, parameters are mapped files as soon as they are registered; tensors are made on the device.
+
+        On a GPU they say until the end that they are there: [Note: values on the host].
+        """
+        made: list[weakref.ref[nn.Parameter]] = []
+        hook = partial(self._on_register, made)
+        handle = register_module_parameter_registration_hook(hook)  # type: ignore[arg-type]
         try:
-            yield
+            with nullcontext() if self._device.type == "cpu" else self._device:
+                yield
         finally:
             handle.remove()
+            for param in (ref() for ref in made):
+                if param is not None:
+                    make_plain(param)
 
     def materialize(self, root: nn.Module) -> None:
         """Replace parameters on the meta device by mapped ones and let their modules initialise them.
@@ -140,16 +159,24 @@ class ParamMaterializer:
         plain.update(found)  # type: ignore[attr-defined]
         return plain
 
-    def _on_register(self, module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+    def _on_register(
+        self, made: list[weakref.ref[nn.Parameter]], module: nn.Module, name: str, param: nn.Parameter | None
+    ) -> nn.Parameter | None:
         if type(param) is not nn.Parameter or param.is_meta or param.nbytes < MIN_NBYTES:
             return None
-        if param.device.type != "cpu" or param.data_ptr() in self._ours or not is_dense(param.shape, param.stride()):
+        if param.device.type not in ("cpu", self._device.type) or not is_dense(param.shape, param.stride()):
+            return None
+        if param.data_ptr() in self._ours:
             return None
         # The same object with other memory: whoever made it may have marked it, and looks for the mark (transformers).
         values = self._map(param)
+        is_on_device = param.device.type != "cpu"
         with torch.no_grad(), torch.inference_mode(False):
-            values.copy_(param)
+            values.copy_(param)  # sync: only if it was on the device
             param.data = values
+        if is_on_device:
+            param.__class__ = self._on_host.param
+            made.append(weakref.ref(param))
         return None
 
     def _map(self, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:

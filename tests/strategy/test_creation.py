@@ -23,6 +23,7 @@ from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision
+from lightning_ssd.units import materialize
 from lightning_ssd.units.materialize import ParamMaterializer
 from tests.conftest import REPOSITORY
 from tests.helpers.hugging_face import Causal, make_folder
@@ -57,9 +58,12 @@ def assert_same(a: Module, b: Module) -> None:
     assert not [name for name in x if not torch.equal(x[name], y[name])]
 
 
-@pytest.mark.not_simulated(reason="initial values are drawn on the host")
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_configure_model_is_as_under_plain_lightning(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "min_nbytes"), [("32-true", None), ("bf16-true", None), ("32-true", 0)])
+def test_configure_model_is_as_under_plain_lightning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, min_nbytes: int | None
+) -> None:
+    if min_nbytes is not None:
+        monkeypatch.setattr(materialize, "MIN_NBYTES", min_nbytes)
     results = []
     for ours in (False, True):
         pl.seed_everything(1, verbose=False)
@@ -276,7 +280,7 @@ def test_what_a_model_leaves_without_values_is_refused(tmp_path: Path, what: str
     with torch.device("meta"):
         root = nn.Sequential(Forgets(what))
     with closing(Folder.open(str(tmp_path))) as folder:
-        materializer = ParamMaterializer(Scratch(folder, False, Patience(60)))
+        materializer = ParamMaterializer(Scratch(folder, False, Patience(60)), torch.device("cpu"))
         if left:
             with pytest.raises(
                 ConfigurationError, match=rf"its init_weights\(\) leaves {left} without values; build it"
