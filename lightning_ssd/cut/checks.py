@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.store.dtypes import TORCH_DTYPE
@@ -21,7 +21,7 @@ def require_streamable(root: nn.Module) -> None:
     """
     for name, param in root.named_parameters():
         _require_manageable(name, param)
-    _require_apart(dict(root.named_parameters()))
+    _require_apart(dict(root.named_parameters()), dict(root.named_buffers()))
 
 
 def _require_manageable(name: str, param: nn.Parameter) -> None:
@@ -56,18 +56,25 @@ def _require_manageable(name: str, param: nn.Parameter) -> None:
         )
 
 
-def _require_apart(params: Mapping[str, nn.Parameter]) -> None:
+def _require_apart(params: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]) -> None:
     """Refuse parameters that share memory: units have memory of their own, which would untie them."""
     places: dict[tuple[object, int], list[tuple[int, int, str]]] = {}
-    for name, param in params.items():
-        if param.numel() and not param.is_meta:
-            key = (param.device, param.untyped_storage().data_ptr())
-            places.setdefault(key, []).append((param.data_ptr(), param.data_ptr() + param.nbytes, name))
+    for name, tensor in itertools.chain(params.items(), buffers.items()):
+        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta and tensor.is_contiguous():
+            key = (tensor.device, tensor.untyped_storage().data_ptr())
+            places.setdefault(key, []).append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name))
     for stretches in places.values():
         for (_, end, name), (begin, _, other) in itertools.pairwise(sorted(stretches)):
-            if begin < end:
+            if begin < end and (name in params or other in params):
+                names = sorted((name, other), key=lambda each: each not in params)
+                buffer = names.pop() if names[1] in buffers else None
                 raise ConfigurationError(
                     f"parameters {name!r} and {other!r} share memory (one was assigned to .data of the other); "
                     "strategy='ssd_offload' gives each its own, which would untie them: make them one parameter "
                     "(module.weight = other.weight), or copy the values (.data.copy_)"
+                    if buffer is None
+                    else f"buffer {buffer!r} views the memory of parameter {names[0]!r}; strategy='ssd_offload' gives "
+                    "the parameter memory of its own, so the buffer would keep the values of now: clone it when it is "
+                    "registered (register_buffer(name, weight.detach().clone())) if that is meant, or use the "
+                    "parameter where the buffer is used"
                 )

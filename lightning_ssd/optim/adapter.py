@@ -238,6 +238,7 @@ class OptimizerAdapter(OptimizerState):
             )
 
     def _finish_step(self) -> None:
+        self._require_known(self.params())  # a group's list may have been changed without `add_param_group`
         self._require_updates().cache.end_step()  # from now on an access to a parameter waits for its new value
         for unit, grads in self._units_with_grad():
             self.update(unit, grads)

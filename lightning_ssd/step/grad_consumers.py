@@ -51,6 +51,11 @@ def find_late_reader(trainer: Any, module: Any) -> str | None:
     return None
 
 
+def has_code_after_backward(closure: Any) -> bool:
+    """Whether the closure of a step is not Lightning's own, but one of the user's around it (by `optimizer_step`)."""
+    return not type(closure).__module__.endswith(".loops.optimization.automatic")
+
+
 def _is_overridden(obj: Any, name: str) -> bool:
     if name in vars(obj):
         return True

@@ -153,7 +153,9 @@ class GradientStore:
                 "use sparse=False in its nn.Embedding"
             )
         self._arrived.setdefault(unit, set()).add(index)
-        if self._off_device:
+        if grad.requires_grad:  # of a backward with create_graph=True; a copy would not lead back into its graph
+            pass
+        elif self._off_device:
             self._offload(unit, index, grad)
         elif self._optimizer is None:
             param.grad = self._held(unit, index, grad)

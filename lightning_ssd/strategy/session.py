@@ -130,6 +130,8 @@ class Session:
         what = f"{len(self.units)} units of parameters (with the state of an Adam about {adam} open files)"
         require_handles(handles(len(self.units), 0, 0, direct=self.store.disks.are_direct), what)
         placeholders = make_placeholders(self.units, self.store.scratches[0], self.settings.device)
+        if settings.device.type == "cpu":  # to other devices plain Lightning moves parameters away from views, too
+            self.model.writes.note_views()
         for unit in self.units:
             for param in unit.params:
                 if param.is_cuda:

@@ -23,7 +23,7 @@ from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.saving.uploads import form_for_loggers
-from lightning_ssd.step.grad_consumers import find_grad_consumer, find_late_reader
+from lightning_ssd.step.grad_consumers import find_grad_consumer, find_late_reader, has_code_after_backward
 from lightning_ssd.step.moving import move_all_but_params
 from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy import guards
@@ -260,7 +260,8 @@ class StrategyMixin(CheckpointMixin):
         """Run the step. If no code may read gradients, units are updated during its backward."""
         if self._runtime is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
-        with self.session.step_of(optimizer if self._may_update_in_backward(optimizer) else None):
+        in_backward = self._may_update_in_backward(optimizer) and not has_code_after_backward(closure)
+        with self.session.step_of(optimizer if in_backward else None):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     @contextmanager

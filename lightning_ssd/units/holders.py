@@ -22,13 +22,19 @@ def is_saved(param: nn.Parameter) -> bool:
     return num_holders > (1 if accumulator is None else 2)
 
 
-def is_held(param: nn.Parameter, tensor: Tensor) -> bool:
-    """Whether anybody but these two has a tensor on the storage of ``tensor``, which ``param`` views or once viewed."""
+def is_held(param: nn.Parameter, tensor: Tensor, *, num_known: int = 0) -> bool:
+    """Whether anybody but these two has a tensor on the storage of ``tensor``, which ``param`` views or once viewed.
+
+    Args:
+        param: The parameter.
+        tensor: What it views or once viewed.
+        num_known: Further tensors on the storage, which do not count.
+    """
     if not tensor.numel():
         return False
     storage = tensor.untyped_storage()
     # This storage object, the tensor, the one that it was made a view of, and the parameter.
-    own = 2 + (tensor._base is not None) + (param.data_ptr() == tensor.data_ptr())
+    own = 2 + num_known + (tensor._base is not None) + (param.data_ptr() == tensor.data_ptr())
     return int(torch._C._storage_Use_Count(storage._cdata)) > own
 
 

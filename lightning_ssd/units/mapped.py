@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +36,9 @@ _PAGE = mmap.PAGESIZE
 _EVEN_NS = 2 * 10**9  # some file systems store times in steps of two seconds
 _FILE_PAGE = 1 << 61
 _PRESENT_OR_SWAPPED = (1 << 63) | (1 << 62)
+
+
+_mappings: weakref.WeakSet[MappedParams] = weakref.WeakSet()  # those of ended sessions, too
 
 
 def snapshot(store: StateStore, generation: Generation) -> tuple[Tensor, ...]:
@@ -66,6 +71,7 @@ class MappedParams:
             self._dated_ns = file.stat().st_mtime_ns
         self._views = Views(self._memory)
         self.tensors = _tensors(self._views, generation.layout)
+        _mappings.add(self)
 
     def is_assigned(self, params: Sequence[nn.Parameter]) -> bool:
         """Whether the user gave a parameter other memory (``p.data = ...``) than the mapping."""
@@ -144,6 +150,12 @@ class InMemoryParams:
 
     def _content(self) -> tuple[int, ...]:
         return fingerprint(self.tensors) if self._has_master else ()
+
+
+def tensors_of_mappings() -> Counter[int]:
+    """How many tensors mappings have, by address: those of ended sessions show parameters that a new one places."""
+    shown = (tensor for mapping in list(_mappings) for tensor in mapping.tensors)
+    return Counter(address for t in shown for address in [t.data_ptr()] * (1 + (t._base is not None)))
 
 
 def is_assigned(params: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> bool:

@@ -22,7 +22,7 @@ from lightning_ssd.errors import ResidencyError, SSDOffloadError
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.store.strides import is_dense, memory_order
 from lightning_ssd.units.holders import is_held
-from lightning_ssd.units.mapped import InMemoryParams, MappedParams, is_assigned
+from lightning_ssd.units.mapped import InMemoryParams, MappedParams, is_assigned, tensors_of_mappings
 from lightning_ssd.units.masters import follow_values
 from lightning_ssd.units.unit import Unit
 from lightning_ssd.units.unit_state import tensors_of
@@ -40,7 +40,7 @@ class UserWrites:
         self._store = store
         self._units = units
         self._ties: dict[str, str] = {}  # parameters that were given the memory of another one, and which
-        # Memory that was a parameter's, by number of its storage, while somebody else views it.
+        # Memory that was a parameter's, by its first address, while somebody else views it.
         self._left: dict[int, tuple[str, _Place, Any]] = {}
         self._told: set[str] = set()
 
@@ -159,6 +159,7 @@ class UserWrites:
         self._require_untied(unit)
         if not moved:
             return
+        self._left = {address: left for address, left in self._left.items() if left[0] not in names}
         owners = self._owners(except_for=names)
         for i in moved:
             name, place = unit.names[i], _place_of(unit.params[i])
@@ -170,8 +171,11 @@ class UserWrites:
 
     def _owners(self, *, except_for: set[str]) -> dict[int, list[tuple[_Place, str]]]:
         """The parameter that memory is of, or was of as long as somebody else views it, by number of the storage."""
-        self._left = {number: left for number, left in self._left.items() if not left[2].expired()}
-        owners = {number: [(at, name)] for number, (name, at, _) in self._left.items() if name not in except_for}
+        self._left = {address: left for address, left in self._left.items() if not left[2].expired()}
+        owners: dict[int, list[tuple[_Place, str]]] = {}
+        for name, at, _ in self._left.values():
+            if name not in except_for:
+                owners.setdefault(at.storage, []).append((at, name))
         for unit in self._units:
             is_offloaded = unit.device_copy is None and unit.mapped is None
             tensors = (unit.in_memory or ()) if is_offloaded else unit.params
@@ -184,11 +188,23 @@ class UserWrites:
     def leave(self, unit: Unit, tensors: Sequence[Tensor]) -> None:
         """The parameters of ``unit`` are about to view ``tensors`` no longer; who else does may have them from it."""
         for name, param, tensor in zip(unit.names, unit.params, tensors, strict=bool(tensors)):
-            # What was given other memory does not own its first any more: two parameters may have exchanged theirs.
-            if param.data_ptr() == tensor.data_ptr() and is_held(param, tensor):
-                storage = tensor.untyped_storage()
-                held = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-                self._left[storage._cdata] = name, _place_of(tensor), held
+            # Who assigns p.data leaves what was there, in plain torch too, and shares what is there now.
+            is_moved = is_assigned([param], [tensor])
+            shown = param.data if is_moved else tensor
+            if not (is_moved and unit.in_memory is not None) and is_held(param, shown):
+                self._note_left(name, shown)
+
+    def note_views(self) -> None:
+        """All parameters are about to be placed: they leave memory that the user's code may view."""
+        known = tensors_of_mappings()
+        for unit in self._units:
+            for name, param in zip(unit.names, unit.params, strict=True):
+                if param.dtype == unit.dtype and is_held(param, param.data, num_known=known[param.data_ptr()]):
+                    self._note_left(name, param.data)
+
+    def _note_left(self, name: str, tensor: Tensor) -> None:
+        place = _place_of(tensor)
+        self._left[place.begin] = name, place, StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 class _Place(NamedTuple):

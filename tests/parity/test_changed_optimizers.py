@@ -84,6 +84,18 @@ def test_an_optimizer_that_changes_midway_with_the_default_settings(tmp_path: Pa
         assert_equal(plain, train(tmp_path, streamed(**settings), make, Midway(act)))
 
 
+def replace_parameter(trainer: pl.Trainer, module: Net) -> None:
+    """Not by `add_param_group`, which would refuse it."""
+    (group,) = trainer.optimizers[0].param_groups
+    module.head.weight = torch.nn.Parameter(module.head.weight.detach().clone())
+    group["params"][:] = module.parameters()
+
+
+def test_a_parameter_that_is_new_in_a_group_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="was not in the LightningModule when the Trainer set it up"):
+        train(tmp_path, streamed(), lambda m: AdamW(m.parameters(), lr=1e-2), Midway(replace_parameter))
+
+
 class Pair(Alternating):
     """Two rules in one unit, by classes that need different memory for an update."""
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
 
 from lightning_ssd.errors import ConfigurationError, ResidencyError
@@ -254,6 +255,33 @@ def test_parameters_that_share_memory_are_refused_by_name(tmp_path: Path) -> Non
     with pytest.raises(ConfigurationError, match=r"net\.0\.weight.*net\.2\.weight.*one parameter"):
         run(tmp_path, streamed(), Tied)
 
+    class Registered(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("before", self.net[0].weight.data)
+
+    with pytest.raises(ConfigurationError, match=r"buffer 'before' views .* 'net\.0\.weight'.*clone"):
+        run(tmp_path, streamed(), Registered)
+
+
+class Rearrange(Callback):
+    """Gives parameters memory of their own in other ways than one by one."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:  # pieces of one tensor
+            values = parameters_to_vector(module.parameters()).detach()
+            vector_to_parameters(values * 0.9, module.parameters())
+        elif batch_idx == 3:  # in turns
+            weights = [layer.weight for layer in module.net]
+            data = [weight.data for weight in weights]
+            for index, weight in enumerate(weights):
+                weight.data = data[index - 1]
+
+
+@pytest.mark.parametrize("memory", ["min", "256MiB"])
+def test_parameters_get_pieces_of_one_tensor_and_each_other_s_memory(tmp_path: Path, memory: str) -> None:
+    assert_as_plain(tmp_path, Net, [{"host_memory": memory}], callbacks=lambda: [Rearrange()])
+
 
 class Tie(Callback):
     def __init__(self, *, unties: bool) -> None:
@@ -283,9 +311,76 @@ class Alias(Callback):
         self.alias = module.net[0].weight.data
 
 
-def test_a_view_that_an_update_would_leave_behind_is_told_of(tmp_path: Path) -> None:
+class Lend(Alias):
+    """Gives a parameter memory that it goes on to hold."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.alias = module.net[0].weight.data = torch.ones(WIDTH, WIDTH)
+
+
+class AliasFromTheStart(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.alias = self.net[0].weight.detach()
+
+
+@pytest.mark.parametrize(("make", "callback"), [(Net, Alias), (Net, Lend), (AliasFromTheStart, Callback)])
+def test_a_view_that_an_update_would_leave_behind_is_told_of(tmp_path: Path, make: Any, callback: Any) -> None:
     with pytest.warns(UserWarning, match=r"made from parameter 'net\.0\.weight'.*is still held"):
-        run(tmp_path, streamed(), Net, callbacks=[Alias()])
+        run(tmp_path, streamed(), make, callbacks=[callback()])
+
+
+def test_what_a_fit_shows_is_no_view_of_the_user_s(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    module = Net()
+    data = DataLoader(torch.randn(8, WIDTH), batch_size=4)  # type: ignore[arg-type]
+    trainers = [make_trainer(tmp_path, streamed(), max_steps=2, limit_val_batches=0) for _ in range(2)]
+    for trainer in trainers:
+        trainer.fit(module, data)
+    assert not [warning for warning in recwarn if "is still held" in str(warning.message)]
+
+
+class AroundTheClosure(Net):
+    """Computes with rounded weights, and updates the exact ones."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        exact = [param.detach().clone() for param in self.parameters()]
+
+        def closure() -> Any:
+            for param in self.parameters():
+                param.data.mul_(16).round_().div_(16)
+            loss = optimizer_closure()
+            for param, value in zip(self.parameters(), exact, strict=True):
+                param.data.copy_(value)
+            return loss
+
+        optimizer.step(closure)
+
+
+def test_a_closure_around_lightnings_writes_before_the_update(tmp_path: Path) -> None:
+    assert_as_plain(tmp_path, AroundTheClosure, [{}, {"host_memory": "256MiB"}])
+
+
+class SecondOrder(Net):
+    """Divides gradients by the diagonal of the Hessian: differentiates them once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx), create_graph=True)
+        params = list(self.parameters())
+        grads = [param.grad for param in params if param.grad is not None]
+        curvature = torch.autograd.grad(grads, params, [torch.ones_like(grad) for grad in grads])
+        for param, grad, each in zip(params, grads, curvature, strict=True):
+            param.grad = grad.detach() / (each.abs() + 1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_gradients_that_have_a_graph_keep_it(tmp_path: Path) -> None:
+    assert_as_plain(tmp_path, SecondOrder, [{}, {"host_memory": "256MiB"}])
 
 
 def write_after_forward(module: Net) -> None:
