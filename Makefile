@@ -1,4 +1,4 @@
-# make test | demo | examples | docs | lint | soak | soak-device | versions | bench | gpu | native-test | clean
+# make test | demo | examples | docs | lint | soak | soak-device | versions | packages | bench | gpu | native-test | clean
 # A fresh machine needs Python 3.10+, make and a C++ compiler; everything else goes into .venv. PYTHON=python3.12 picks another.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 NATIVE := $(shell find native -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: test demo examples docs lint soak soak-device versions bench gpu native-test clean
+.PHONY: test demo examples docs lint soak soak-device versions packages bench gpu native-test clean
 .DELETE_ON_ERROR:
 
 # The environment is built in steps, each with a stamp, so that nothing is installed twice.
@@ -69,6 +69,11 @@ soak-device: $(VENV)/.test $(VENV)/.simulated_cuda
 # and removed in .versions (6 GB of downloads each). VERSIONS="torch==2.9.1,lightning==2.6.6" tries other pairs.
 versions: $(VENV)/.test
 	$(PY) -m tests.soak.versions $(VERSIONS)
+
+# Models of packages built on Lightning, trained by their own entry points, in environments that are made and removed in
+# .packages (3 GB of downloads each). PACKAGES=lightning-2.5 makes one of them.
+packages: $(VENV)/.test
+	$(PY) -m tests.packages $(PACKAGES)
 
 # What is made of docstrings and of docs/results: the API reference, the table of compatibility, the README's picture.
 docs: $(VENV)/.test
@@ -140,4 +145,4 @@ native-test:
 	ctest --test-dir build/native --output-on-failure
 
 clean:
-	rm -rf $(VENV) $(DEMO) .versions .examples build dist
+	rm -rf $(VENV) $(DEMO) .versions .packages .examples build dist

@@ -1,7 +1,8 @@
 """Makes docs/compatibility.md from the tests: ``python -m tests.helpers.compatibility_page``.
 
 A row is a mark ``@pytest.mark.compatibility("area", "what")`` at a test, or a pattern of
-`tests.strategy.test_compatibility`; so there is no row that no test proves.
+`tests.strategy.test_compatibility`; so there is no row that no test proves. The packages are those of
+`python -m tests.packages`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.helpers.packages_table import packages_table
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "compatibility.md"
+PACKAGES = REPOSITORY / "docs" / "results" / "packages.jsonl"
 AREAS = (
     "Trainer", "Loops", "LightningModule", "Optimizers", "Precision", "Callbacks", "Checkpoints", "Loggers",
     "Profilers", "Tuner", "torch.compile", "Namespaces", "Refused",
@@ -70,6 +74,7 @@ def page() -> str:
         if found.get(area):
             lines = [f"| {_cell(what)} | `{test}` |" for what, test in found[area]]
             text.append("\n".join([f"## {area}\n", "| what | test |", "|---|---|", *lines]) + "\n")
+    text.append(packages_table(PACKAGES))
     return "\n".join(text)
 
 
