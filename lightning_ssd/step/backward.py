@@ -23,6 +23,7 @@ from lightning_ssd.step.gradients import GradientStore
 from lightning_ssd.step.recompute import Frame
 from lightning_ssd.step.saved_views import ParameterView, form_of, unchanged
 from lightning_ssd.step.step_on_device import StepOnDevice
+from lightning_ssd.step.users_hooks import around_users
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units import transforms
@@ -98,7 +99,11 @@ class BackwardPass:
 
     def hooks(self) -> saved_tensors_hooks:
         """Under these, a saved tensor that views a resident parameter does not hold its memory."""
-        return saved_tensors_hooks(self.pack, self.unpack)
+        return around_users(self._pack_view, self.unpack) or saved_tensors_hooks(self.pack, self.unpack)
+
+    def _pack_view(self, tensor: Tensor) -> object:
+        """As `pack`, and any other tensor as it is."""
+        return tensor if self._cache.resident.find(tensor) is None else self.pack(tensor)
 
     def pack(self, tensor: Tensor) -> object:
         """What stands for a saved tensor."""

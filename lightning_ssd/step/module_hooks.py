@@ -23,6 +23,7 @@ from lightning_ssd.step.own_writes import may_write
 from lightning_ssd.step.recompute import Frame
 from lightning_ssd.step.step_on_device import StepOnDevice
 from lightning_ssd.step.trial import Verdicts
+from lightning_ssd.step.users_hooks import is_around_users
 from lightning_ssd.trace.recorder import Lane, Trace
 from lightning_ssd.units import transforms
 from lightning_ssd.units.lazy_param import require_loaded
@@ -253,9 +254,12 @@ class ModuleHooks:
             if not transforms.is_on_top(around.frame.pack):
                 call.enter(self._backward.hooks())
             return
-        frame = call.frame = self._frame(call.module, call.units, args, kwargs)
-        hooks = torch.autograd.graph.saved_tensors_hooks
-        call.enter(self._backward.hooks() if frame is None else hooks(frame.pack, frame.unpack))
+        hooks = self._backward.hooks()
+        if not is_around_users(hooks):  # else the user's hooks get what is saved, and nothing is recomputed
+            frame = call.frame = self._frame(call.module, call.units, args, kwargs)
+            if frame is not None:
+                hooks = torch.autograd.graph.saved_tensors_hooks(frame.pack, frame.unpack)
+        call.enter(hooks)
 
     def _frame(self, module: nn.Module, units: list[Unit], args: Any, kwargs: Any) -> Frame | None:
         """The frame of a module that is about to run and will be recomputed; None for any other."""

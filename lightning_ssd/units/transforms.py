@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class StepHooks:
 
     def begin(self) -> None:
         """Set them, unless other hooks are set, of a module or the user's, which then handle what is saved."""
-        if self._hooks is None and not self._is_suspended and _may_set() and _top() is None:
+        if self._hooks is None and not self._is_suspended and _may_set() and top_hooks() is None:
             hooks = self._make()
             hooks.__enter__()
             self._hooks = hooks
@@ -94,7 +95,7 @@ class StepHooks:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Inside, they are not set."""
-        top = _top()
+        top = top_hooks()
         is_ours = self._hooks is not None and top is not None and top[0] == self._hooks.pack_hook and _may_set()
         before, self._is_suspended = self._is_suspended, True
         if is_ours:
@@ -112,12 +113,12 @@ def _may_set() -> bool:
     return not are_active() and torch._C._current_graph_task_id() == -1
 
 
-def _top() -> tuple[Callable[..., object], Callable[..., object]] | None:
+def top_hooks() -> tuple[Callable[[Tensor], object], Callable[[Any], Tensor]] | None:
     """The innermost hooks that are set now."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def is_on_top(pack: Callable[..., object]) -> bool:
     """Whether ``pack`` is of the innermost hooks, to which tensors that are saved now go."""
-    top = _top()
+    top = top_hooks()
     return top is not None and top[0] == pack

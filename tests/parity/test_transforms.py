@@ -1,4 +1,4 @@
-"""torch.func in a step: plain Lightning's numbers, or an error that says what to do."""
+"""torch.func and saved-tensor hooks in a step: plain Lightning's numbers, or an error that says what to do."""
 
 from __future__ import annotations
 
@@ -138,3 +138,34 @@ def test_parameters_on_disk_that_are_given_to_it_are_refused(tmp_path: Path) -> 
     with pytest.raises(ResidencyError, match=r"given parameter 'weight' of a Linear.*with lightning_ssd.gathered"):
         run(tmp_path, streamed(host_memory="256MiB"), with_respect_to_parameters)
     finish_backward()
+
+
+def rounded(module: Net, x: Tensor) -> Tensor:
+    """Hooks that change what they are given, and are not asked twice."""
+    num_packed = num_unpacked = 0
+
+    def pack(tensor: Tensor) -> Any:
+        nonlocal num_packed
+        num_packed += 1
+        return {"rounded": [tensor.bfloat16().float()]} if num_packed % 2 else tensor
+
+    def unpack(packed: Any) -> Tensor:
+        nonlocal num_unpacked
+        num_unpacked += 1
+        return packed["rounded"][0] if isinstance(packed, dict) else packed  # type: ignore[no-any-return]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss = module.net(module.net(x)).square().mean()
+    (grad,) = torch.autograd.grad(loss, module.net[0][0].bias, retain_graph=True)
+    module.losses += [num_packed, num_unpacked, grad.abs().sum().item()]
+    return loss
+
+
+def on_the_host(module: Net, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return module.net(x).square().mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("extra", [rounded, on_the_host])
+def test_the_users_saved_tensor_hooks_get_what_is_saved(tmp_path: Path, extra: Any) -> None:
+    assert_equal_to_plain(tmp_path, extra, {}, {"activations": "keep"}, ALL, {"units": ["Linear"]})
