@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lightning_ssd.checkpoint.manifest import FileRecord, Manifest, OptimizerRecord
 from lightning_ssd.checkpoint.unit_file import ComposedFile, UnitFile
-from lightning_ssd.codec.encodings import DECODED_DTYPE, STORED_DTYPE, Encoding, decoded_kinds, encoding_of
+from lightning_ssd.codec.encodings import (
+    DECODED_DTYPE,
+    STORED_DTYPE,
+    Encoding,
+    decoded_kinds,
+    encoding_of,
+    stored_shape,
+)
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.safetensors_header import TensorEntry
@@ -126,10 +133,11 @@ class Contents(ABC):
         if encoding is None:
             return None
         found = {part: places[part] for part in encoding.parts if part in places}
-        shapes = {entry.shape for _, entry in found.values()}
+        shape = found[encoding.parts[0]][1].shape
         wanted = {part: STORED_DTYPE.get(part, "BF16") for part in encoding.parts}
         lacks = [part for part in encoding.needed if part not in found]
-        if lacks or len(shapes) > 1 or any(entry.dtype != wanted[part] for part, (_, entry) in found.items()):
+        fits = all(e.dtype == wanted[part] and e.shape == stored_shape(part, shape) for part, (_, e) in found.items())
+        if lacks or not fits:
             raise CheckpointError(
                 f"{self.directory}: {kind} of {name!r} cannot be decoded from {', '.join(found)}: "
                 + (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_ssd.checkpoint.link_file import LinkMark, find_links
-from lightning_ssd.codec.encodings import STORED_DTYPE, encoding_of
+from lightning_ssd.codec.encodings import STORED_DTYPE, encoding_of, stored_shape
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder, closing_fd
 from lightning_ssd.io.safe_open import open_inside
@@ -97,12 +97,14 @@ class Links:
                 case _:
                     raise self._malformed(place)
         encoding = encoding_of(str(kind), parts)
-        shapes = {tensor.shape for tensor in parts.values()}
-        if encoding is None or not parts.keys() >= set(encoding.needed) or len(shapes) != 1:
+        if encoding is None or not parts.keys() >= set(encoding.needed):
             raise self._malformed(place)
-        if any(name_of(t.dtype) != STORED_DTYPE.get(part, "BF16") for part, t in parts.items()):
-            raise self._malformed(place)
-        return decoded(encoding, parts, shapes.pop())
+        shape = tuple(parts[encoding.parts[0]].shape)
+        for part, tensor in parts.items():
+            wanted = STORED_DTYPE.get(part, "BF16"), stored_shape(part, shape)
+            if (name_of(tensor.dtype), tuple(tensor.shape)) != wanted:
+                raise self._malformed(place)
+        return decoded(encoding, parts, shape)
 
     def _tensor(self, path: str, nbytes: int, name: str, dtype: str = "") -> Tensor:
         if path not in self._files:

@@ -40,7 +40,10 @@ class StateDictView(Mapping[str, Tensor]):
         self._buffers, _ = split_buffers(reader, weights_only)
         manifest = reader.manifest
         require_whole(manifest, self._buffers, reader.directory)
-        stored = {name: next(iter(places.values()))[1].shape for name, places in valued(manifest).items()}
+        stored = {
+            name: next(places[k] for k in VALUE_KINDS if k in places)[1].shape
+            for name, places in valued(manifest).items()
+        }
         stored |= {name: tuple(tensor.shape) for name, tensor in self._buffers.items()}
         stored |= {alias: stored[name] for alias, name in manifest.aliases.items()}
         names = stored if manifest.names is None else manifest.names

@@ -8,13 +8,18 @@ one has a file of another name, so that no reader takes its bytes for values. Al
     master.nudged      uint16: the lower half of the master, where a tie is never rounded down
     exp_avg.bf16       bfloat16: the first moment of Adam, rounded
     exp_avg_sq.bf16    bfloat16: the second moment of Adam, rounded
+    exp_avg.log8       uint8: a sign, and steps below the largest first moment of a block of 128 elements
+    exp_avg.scale      float32: the largest first moment of each block
+    exp_avg_sq.log8    uint8: steps below the largest second moment of a block
+    exp_avg_sq.scale   float32: the largest second moment of each block
 
-See [Note: split] and [Note: nudged split] in ``native/codec/codec.hpp``. docs/checkpoints.md says how other programs
-read them.
+See [Note: split], [Note: nudged split] and [Note: logarithmic codes] in ``native/codec/codec.hpp``.
+docs/checkpoints.md says how other programs read them.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -30,7 +35,15 @@ HALVES = (LOW, NUDGED)
 FIRST_BF16 = "exp_avg.bf16"
 SECOND_BF16 = "exp_avg_sq.bf16"
 
-STORED_DTYPE: Mapping[str, str] = {LOW: "U16", TIE: "F32", NUDGED: "U16", FIRST_BF16: "BF16", SECOND_BF16: "BF16"}
+FIRST_LOG8, FIRST_SCALE = "exp_avg.log8", "exp_avg.scale"
+SECOND_LOG8, SECOND_SCALE = "exp_avg_sq.log8", "exp_avg_sq.scale"
+BY_BLOCK = frozenset({FIRST_SCALE, SECOND_SCALE})
+"""Kinds of files with one number for each block of a parameter; what has the blocks decodes them."""
+
+STORED_DTYPE: Mapping[str, str] = {
+    **{LOW: "U16", TIE: "F32", NUDGED: "U16", FIRST_BF16: "BF16", SECOND_BF16: "BF16"},
+    **{FIRST_LOG8: "U8", FIRST_SCALE: "F32", SECOND_LOG8: "U8", SECOND_SCALE: "F32"},
+}
 """Safetensors dtype of each kind of encoded file."""
 
 
@@ -90,6 +103,20 @@ class _NarrowMoment(Encoding):
         return parts[self.parts[0]].float()
 
 
+class _SignedLog8(Encoding):
+    kind, parts, needed = "exp_avg", (FIRST_LOG8, FIRST_SCALE), (FIRST_LOG8, FIRST_SCALE)
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return bits.signed_log8_decode(parts[FIRST_LOG8], parts[FIRST_SCALE])
+
+
+class _Log8(Encoding):
+    kind, parts, needed = "exp_avg_sq", (SECOND_LOG8, SECOND_SCALE), (SECOND_LOG8, SECOND_SCALE)
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return bits.log8_decode(parts[SECOND_LOG8], parts[SECOND_SCALE])
+
+
 _ENCODINGS: Mapping[str, Encoding] = {
     each.parts[0]: each
     for each in (
@@ -98,6 +125,8 @@ _ENCODINGS: Mapping[str, Encoding] = {
         _NudgedMaster(),
         _NarrowMoment("exp_avg", FIRST_BF16),
         _NarrowMoment("exp_avg_sq", SECOND_BF16),
+        _SignedLog8(),
+        _Log8(),
     )
 }
 
@@ -109,7 +138,12 @@ def encoding_of(kind: str, stored: Iterable[str]) -> Encoding | None:
 
 def decoded_kinds(stored: Iterable[str]) -> list[str]:
     """The kinds whose values are in files of the kinds ``stored``, in that order."""
-    return [_ENCODINGS[name].kind if name in _ENCODINGS else name for name in stored]
+    return [_ENCODINGS[name].kind if name in _ENCODINGS else name for name in stored if name not in BY_BLOCK]
+
+
+def stored_shape(file: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape, in a kind of file, of what belongs to a parameter of ``shape``."""
+    return (-(-math.prod(shape) // bits.BLOCK_NUMEL),) if file in BY_BLOCK else shape
 
 
 def files_with(kinds: Sequence[str], stored: Iterable[str]) -> set[str]:

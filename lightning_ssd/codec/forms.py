@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from lightning_ssd.codec.encodings import FIRST_BF16, LOW, NUDGED, SECOND_BF16, TIE
+from lightning_ssd.codec.encodings import (
+    FIRST_BF16,
+    FIRST_LOG8,
+    FIRST_SCALE,
+    LOW,
+    NUDGED,
+    SECOND_BF16,
+    SECOND_LOG8,
+    SECOND_SCALE,
+    TIE,
+)
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.kernels import bits
 from lightning_ssd.kernels.options import AdamOptions
@@ -129,11 +139,11 @@ class NarrowMoments(Form):
 
     name = "bf16"
     is_plain = False
+    _moments: Mapping[str, tuple[str, ...]] = {"exp_avg": (FIRST_BF16,), "exp_avg_sq": (SECOND_BF16,)}
 
     def __init__(self, *, has_halves: bool) -> None:
         self.has_halves = has_halves
-        moments = {"exp_avg": (FIRST_BF16,), "exp_avg_sq": (SECOND_BF16,)}
-        self._files = {**moments, "master": (NUDGED,)} if has_halves else moments
+        self._files = {**self._moments, **({"master": (NUDGED,)} if has_halves else {})}
 
     def encode(self, kind: str, value: Tensor, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Form.encode`; rounds to nearest."""
@@ -142,8 +152,8 @@ class NarrowMoments(Form):
             return {NUDGED: bits.nudged_encode(value)[1]}
         if kind == "exp_avg_sq":
             _require_positive(value, self.name)
-            return {SECOND_BF16: bits.positive_bfloat16(value)}
-        return {FIRST_BF16 if kind == "exp_avg" else kind: value}
+            return self._second(value)
+        return self._first(value) if kind == "exp_avg" else {kind: value}
 
     def reset(self, states: Mapping[str, Tensor]) -> None:
         """See `Form.reset`."""
@@ -151,17 +161,41 @@ class NarrowMoments(Form):
 
     def adam_(self, piece: Piece, options: AdamOptions) -> None:
         """See `Form.adam_`."""
-        states = piece.states
+        low, first, *scale = (piece.states.get(file) for file in (NUDGED, *self._moments["exp_avg"]))
+        second, *other = (piece.states[file] for file in self._moments["exp_avg_sq"])
         narrow_adam_(
             piece.param,
-            states.get(NUDGED),
+            low,
             piece.grad,
-            states[FIRST_BF16],
-            states[SECOND_BF16],
+            cast(Tensor, first),
+            second,
             options,
             Counter(_key(piece.name, options.step), piece.offset),
+            scales=(cast(Tensor, scale[0]), other[0]) if other else None,
             out=piece.out,
         )
+
+    def _first(self, value: Tensor) -> dict[str, Tensor]:
+        return {FIRST_BF16: value}
+
+    def _second(self, value: Tensor) -> dict[str, Tensor]:
+        return {SECOND_BF16: bits.positive_bfloat16(value)}
+
+
+class Log8Moments(NarrowMoments):
+    """The same with moments in 8 bits: steps of their logarithm; [Note: logarithmic codes]."""
+
+    name = "int8"
+    _moments: Mapping[str, tuple[str, ...]] = {
+        "exp_avg": (FIRST_LOG8, FIRST_SCALE),
+        "exp_avg_sq": (SECOND_LOG8, SECOND_SCALE),
+    }
+
+    def _first(self, value: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._moments["exp_avg"], bits.signed_log8_encode(value), strict=True))
+
+    def _second(self, value: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._moments["exp_avg_sq"], bits.log8_encode(value), strict=True))
 
 
 def _require_positive(value: Tensor, form: str) -> None:
@@ -179,4 +213,9 @@ def _key(name: str, step: int) -> int:
 
 PLAIN = Form()
 SPLIT = Split()
-NARROW = {has_halves: NarrowMoments(has_halves=has_halves) for has_halves in (False, True)}
+NARROW = {
+    (cls.name, has_halves): cls(has_halves=has_halves)
+    for cls in (NarrowMoments, Log8Moments)
+    for has_halves in (False, True)
+}
+"""Forms with narrow moments, by name, and whether the parameter is one half of its master."""

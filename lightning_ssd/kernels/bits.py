@@ -14,6 +14,12 @@ _SIGN = -0x80000000
 _LOWER = 0xFFFF
 _TIE = 0x8000
 _WORD = 0xFFFFFFFF
+_STEP_BITS = 20
+_STEP = 1 << _STEP_BITS
+_ZERO_CODE = 127
+
+BLOCK_NUMEL = 128
+"""Elements under one largest value. A parameter begins with a block; its last one may be shorter."""
 
 
 def split_encode(master: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,6 +80,56 @@ def positive_bfloat16(values: Tensor, counter: tuple[int, int] | None = None) ->
     return upper.to(torch.int16).view(torch.bfloat16)
 
 
+def log8_encode(values: Tensor, counter: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """Non-negative float32 values as steps below the largest of their block; [Note: logarithmic codes].
+
+    Args:
+        values: float32; their signs are not looked at.
+        counter: As of `positive_bfloat16`.
+
+    Returns:
+        A code for each value, uint8, and the largest value of each block of `BLOCK_NUMEL`, float32.
+    """
+    words = _blocks(_words(values) & _MAGNITUDE)
+    most = words.amax(1, keepdim=True)
+    below = (most - words).long()
+    if counter is None:  # the smallest number stands for all that is too far below
+        add: Tensor = torch.where(words == 1, _STEP - 1, _STEP // 2)
+    else:
+        add = _blocks(random_bits(*counter, values.numel()) & (_STEP - 1))
+    codes = ((below + add) >> _STEP_BITS).clamp_max(255).to(torch.uint8)
+    return codes.reshape(-1)[: values.numel()], most.reshape(-1).view(torch.float32)
+
+
+def log8_decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """The values of `log8_encode`, rounded. Of a block that is not all zero, none is zero."""
+    most = _words(scale).unsqueeze(1)
+    below = torch.minimum(_blocks(codes.to(torch.int32)) << _STEP_BITS, most)
+    found = torch.maximum(most - below, (most != 0).to(torch.int32))
+    return found.reshape(-1)[: codes.numel()].view(torch.float32)
+
+
+def signed_log8_encode(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of values with a sign, which takes one bit; zero has a code of its own. Rounds to nearest."""
+    words = _blocks(_words(values))
+    magnitude = words & _MAGNITUDE
+    most = magnitude.amax(1, keepdim=True)
+    below = (most - magnitude).long()
+    nearest = ((below + _STEP // 2) >> _STEP_BITS).clamp_max(_ZERO_CODE - 1)
+    is_zero = (magnitude == 0) | (below > ((_ZERO_CODE - 1) << _STEP_BITS) + (1 << 23))
+    codes = torch.where(is_zero, _ZERO_CODE, nearest) | ((words < 0).long() << 7)
+    return codes.to(torch.uint8).reshape(-1)[: values.numel()], most.reshape(-1).view(torch.float32)
+
+
+def signed_log8_decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """The values of `signed_log8_encode`, rounded."""
+    most, words = _words(scale).unsqueeze(1), _blocks(codes.to(torch.int32))
+    steps = words & 0x7F
+    magnitude = torch.where(steps == _ZERO_CODE, 0, most - torch.minimum(steps << _STEP_BITS, most))
+    found = magnitude | torch.where(words >= 0x80, _SIGN, 0).to(torch.int32)
+    return found.reshape(-1)[: codes.numel()].view(torch.float32)
+
+
 def random_bits(key: int, first: int, num: int) -> Tensor:
     """32 random bits, as int64, of each of ``num`` elements; see ``native/codec/random_bits.hpp``."""
     index = torch.arange(first, first + num, dtype=torch.int64)
@@ -101,6 +157,11 @@ def _joined(high: Tensor, low: Tensor, tie_went_up: Tensor) -> Tensor:
     upper = high.view(torch.int16).to(torch.int32)
     is_up = (lower + tie_went_up > _TIE) & _is_number(upper << 16)
     return (((upper - is_up.to(torch.int32)) << 16) | lower).view(torch.float32)
+
+
+def _blocks(flat: Tensor) -> Tensor:
+    """Rows of `BLOCK_NUMEL`; the last one is filled up with zeros."""
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_NUMEL)).view(-1, BLOCK_NUMEL)
 
 
 def _words(values: Tensor) -> Tensor:

@@ -61,9 +61,10 @@ def narrow_adam_(
     options: AdamOptions,
     counter: Counter,
     *,
+    scales: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
 ) -> None:
-    """One Adam or AdamW step with bfloat16 moments, in place.
+    """One Adam or AdamW step with moments in bfloat16 or in 8 bits, in place.
 
     The first moment is rounded to nearest, the second by chance, in proportion to the distance: to nearest it would
     stand still where a step changes it by less than half of a unit in its last place. It never becomes zero.
@@ -72,23 +73,29 @@ def narrow_adam_(
         param: float32 values; with ``low`` the bfloat16 parameter, a master rounded.
         low: uint16 lower half of the master; [Note: nudged split] in ``native/codec/codec.hpp``.
         grad: Gradient; widened exactly to float32, not changed.
-        exp_avg: bfloat16 first moment.
-        exp_avg_sq: bfloat16 second moment.
+        exp_avg: First moment, bfloat16; with ``scales`` codes of `bits.signed_log8_encode`.
+        exp_avg_sq: Second moment, bfloat16; with ``scales`` codes of `bits.log8_encode`.
         options: Settings of the step.
         counter: Which random bits are used.
+        scales: float32, the largest value of each block of the first and of the second moment.
         out: Receives the updated values in its own dtype; if that is bfloat16, ``param`` is nudged as with ``low``.
 
     Raises:
         ValueError: A tensor's dtype, shape, device or layout does not fit, or the step is below 1.
     """
-    _check(options, grad, param, low, exp_avg, exp_avg_sq, torch.bfloat16)
+    _check(options, grad, param, low, exp_avg, exp_avg_sq, torch.bfloat16 if scales is None else torch.uint8)
+    for scale in scales or ():
+        check("scale", scale, -(-param.numel() // bits.BLOCK_NUMEL), torch.float32)
     if out is not None:
         check("out", out, param.numel())
     if not is_native():
-        _narrow_adam(param, low, grad, exp_avg, exp_avg_sq, options, counter, out)
+        _narrow_adam(param, low, grad, exp_avg, exp_avg_sq, options, counter, scales, out)
         return
     places = {"param": param.data_ptr()} if low is None else {"high": param.data_ptr(), "low": low.data_ptr()}
     form = {"form": _native.MomentForm.bfloat16, "key": counter.key, "first": counter.first}
+    if scales is not None:
+        form["form"] = _native.MomentForm.log8
+        form |= {"exp_avg_scale": scales[0].data_ptr(), "exp_avg_sq_scale": scales[1].data_ptr()}
     _native.adam(**adam_arguments(grad, options, out), **_moments(exp_avg, exp_avg_sq) | places, **form)
 
 
@@ -120,19 +127,26 @@ def _narrow_adam(
     exp_avg_sq: Tensor,
     options: AdamOptions,
     counter: Counter,
+    scales: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
 ) -> None:
     master = param if low is None else bits.nudged_decode(param, low)
-    first, second = exp_avg.float(), exp_avg_sq.float()
+    if scales is None:
+        first, second = exp_avg.float(), exp_avg_sq.float()
+    else:
+        first, second = bits.signed_log8_decode(exp_avg, scales[0]), bits.log8_decode(exp_avg_sq, scales[1])
     reference.adam_(master, grad, first, second, options, out=out)
-    exp_avg.copy_(first)
-    exp_avg_sq.copy_(bits.positive_bfloat16(second, counter))
+    if scales is None:
+        new = {exp_avg: first.bfloat16(), exp_avg_sq: bits.positive_bfloat16(second, counter)}
+    else:
+        new = dict(zip((exp_avg, scales[0]), bits.signed_log8_encode(first), strict=True))
+        new |= dict(zip((exp_avg_sq, scales[1]), bits.log8_encode(second, counter), strict=True))
     if low is not None:
-        high, lower = bits.nudged_encode(master)
-        param.copy_(high)
-        low.copy_(lower)
+        new |= dict(zip((param, low), bits.nudged_encode(master), strict=True))
     elif out is not None and out.dtype == torch.bfloat16:
-        param.copy_(bits.nudged_decode(*bits.nudged_encode(master)))
+        new[param] = bits.nudged_decode(*bits.nudged_encode(master))
+    for tensor, values in new.items():
+        tensor.copy_(values)
 
 
 def _moments(exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, int]:

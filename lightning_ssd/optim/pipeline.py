@@ -14,29 +14,26 @@ that another one updates too, its kinds have a suffix: ``exp_avg@1``.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
-from typing import NamedTuple
 
 from torch import Tensor
 
 from lightning_ssd.codec.forms import Piece
 from lightning_ssd.errors import ResidencyError
 from lightning_ssd.kernels import api as kernels
-from lightning_ssd.memory.plan import CHUNK_STEP_NUMEL
 from lightning_ssd.memory.pool import Pool
+from lightning_ssd.optim.chunking import UpdatePools
 from lightning_ssd.optim.rules import Rule
-from lightning_ssd.optim.state_tensors import ChunkBuffer, UpdateTensors
+from lightning_ssd.optim.state_tensors import UpdateTensors
 from lightning_ssd.optim.update import ParameterUpdate, PendingUpdate
 from lightning_ssd.sizes import round_up
-from lightning_ssd.store.layout import Segment, chunks, suffix_of
+from lightning_ssd.store.chunk_buffer import ChunkBuffer
+from lightning_ssd.store.layout import Segment, suffix_of
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.trace.recorder import Lane, Trace
 from lightning_ssd.units.host_copy import UpdateTarget
 from lightning_ssd.units.unit import Unit
-
-CHUNKS_PER_UNIT = 16
-"""A unit is cut into at least this many chunks, unless they would be too small."""
 
 
 class UpdatePipeline:
@@ -52,12 +49,8 @@ class UpdatePipeline:
 
     def __init__(self, store: StateStore, pool: Pool, *, chunk_numel: int, depth: int, trace: Trace) -> None:
         self._store = store
-        self._pool = pool
-        self._chunk_numel = chunk_numel
-        self._depth = depth
+        self._pools = UpdatePools(pool, chunk_numel=chunk_numel, depth=depth)
         self._trace = trace
-        self._buffer_nbytes = pool.nbytes // depth
-        self._larger: Pool | None = None
         self._behind: _Writes | None = None
 
     def update(self, update: PendingUpdate, target: UpdateTarget | None = None) -> None:
@@ -114,6 +107,9 @@ class UpdatePipeline:
             while writes.buffers:
                 self._wait(writes.buffers[0], writes.update.unit)  # sync: the last writes
                 writes.buffers.popleft().close()
+            if writes.blocks is not None:
+                self._wait(writes.blocks, writes.update.unit)  # sync: the last write
+                writes.end_blocks()
             writes.tensors.commit()
         except BaseException as error:
             writes.fail(error)
@@ -138,7 +134,10 @@ class UpdatePipeline:
             tensors.is_touched = True
             self._compute(unit, rule, parts, flats, tensors, None, 0, unit.layout.numel)
             return
-        chunking = self._chunking(unit, tensors)
+        if tensors.by_block:
+            writes.blocks = self._pools.lend_blocks(unit.name, tensors, self._finish_one)
+            tensors.read_blocks(writes.blocks)
+        chunking = self._pools.chunking(unit.layout, tensors)
         pending: deque[tuple[ChunkBuffer, int, int]] = deque()
         # One buffer is left free of reads, so that its writes run while the next chunk is computed.
         most_pending = max(chunking.depth - 1, 1)
@@ -147,13 +146,15 @@ class UpdatePipeline:
             self.finish()  # the writes of the update before were submitted before the reads that we wait for now
             buffer, begin, end = pending.popleft()
             self._wait(buffer, unit)  # sync: the chunk's reads
+            if writes.blocks is not None:
+                self._wait(writes.blocks, unit)  # sync: the same
             tensors.is_touched = True
-            self._compute(unit, rule, parts, flats, tensors, buffer, begin, end)
+            self._compute(unit, rule, parts, flats, tensors, buffer, begin, end, writes.blocks)
             tensors.write(buffer, begin, end)
 
-        for i, (begin, end) in enumerate(chunks(unit.layout.numel, chunking.numel)):
+        for i, (begin, end) in enumerate(chunking.ranges):
             if i < chunking.depth:
-                buffer = chunking.lend(unit, self._make_room)
+                buffer = chunking.lend(unit.name, self._make_room)
                 writes.buffers.append(buffer)
             else:
                 writes.buffers.rotate(-1)  # the one whose writes began first comes to the front
@@ -165,19 +166,8 @@ class UpdatePipeline:
                 compute_one()
         while pending:
             compute_one()
-
-    def _chunking(self, unit: Unit, tensors: UpdateTensors) -> _Chunking:
-        # Many chunks: nothing is computed while the first is read.
-        most = unit.layout.numel // CHUNKS_PER_UNIT // CHUNK_STEP_NUMEL * CHUNK_STEP_NUMEL
-        numel = min(max(min(self._chunk_numel, most), CHUNK_STEP_NUMEL), max(unit.layout.numel, 1))
-        sizes = [(state_tensor.kind, state_tensor.layout.itemsize * numel) for state_tensor in tensors.streamed]
-        depth = min(self._depth, -(-unit.layout.numel // numel))
-        nbytes = sum(round_up(nbytes) for _, nbytes in sizes)
-        if nbytes <= self._buffer_nbytes:
-            return _Chunking(numel, depth, sizes, self._pool, self._buffer_nbytes)
-        # The plan was for another rule: that of another optimizer, or of the one that this one replaced.
-        depth = max(min(depth, self._pool.nbytes // nbytes), 1)
-        return _Chunking(numel, depth, sizes, self._pool_for(nbytes), nbytes)
+        if writes.blocks is not None:
+            tensors.write_blocks(writes.blocks)
 
     def _wait(self, buffer: ChunkBuffer, unit: Unit) -> None:
         with self._trace.span(Lane.WAIT, "update waits for the disk", unit.name):
@@ -193,17 +183,13 @@ class UpdatePipeline:
         buffer: ChunkBuffer | None,
         begin: int,
         end: int,
+        blocks: ChunkBuffer | None = None,
     ) -> None:
         staged = {} if buffer is None else tensors.staged(buffer, end - begin)
+        staged |= {} if blocks is None else tensors.staged_blocks(blocks)
 
         def view(kind: str, segment: Segment) -> Tensor:
-            held, out = tensors.by_kind[kind].in_memory, tensors.by_kind[kind].out
-            if held is not None:
-                flat = unit.layout.entries[segment.index].flatten(held[segment.index])
-                return flat[segment.offset : segment.offset + segment.numel]
-            if out is not None:
-                return out[segment.begin : segment.end]
-            return staged[kind][segment.begin - begin : segment.end - begin]
+            return tensors.by_kind[kind].piece(segment, staged.get(kind), begin)
 
         with self._trace.span(Lane.UPDATE, "rule", unit.name):
             for segment in unit.layout.segments(begin, end):
@@ -237,7 +223,7 @@ class UpdatePipeline:
         self.finish()
         numel, tensors = unit.layout.numel, writes.tensors
         sizes = [(state_tensor.kind, state_tensor.layout.itemsize * numel) for state_tensor in tensors.streamed]
-        buffer = ChunkBuffer(self._pool_for(sum(round_up(nbytes) for _, nbytes in sizes)), sizes, unit.name)
+        buffer = ChunkBuffer(self._pools.pool_for(sum(round_up(nbytes) for _, nbytes in sizes)), sizes, unit.name)
         writes.buffers.append(buffer)
         tensors.read(buffer, 0, numel)
         self._wait(buffer, unit)  # sync: the unit's state
@@ -249,17 +235,11 @@ class UpdatePipeline:
         self._add_kinds(unit, parts, late, suffix)
         tensors.write(buffer, 0, numel)
 
-    def _pool_for(self, nbytes: int) -> Pool:
-        """The pool for updates, or a larger one where that is too small.
-
-        It is if the optimizer class makes states that it did not make when it was tried, or if the optimizer replaced
-        another one after setup.
-        """
-        if nbytes <= self._pool.nbytes:
-            return self._pool
-        if self._larger is None or self._larger.nbytes < nbytes:
-            self._larger = Pool(nbytes, "update, beside the plan")
-        return self._larger
+    def _finish_one(self) -> bool:
+        """Wait until the update before is written, and give its memory back; False if there is none."""
+        is_behind = self._behind is not None
+        self.finish()
+        return is_behind
 
     def _add_kinds(
         self,
@@ -319,28 +299,6 @@ class UpdatePipeline:
         return UpdateTensors(self._store, {"param": unit.layout, **layouts}, target, suffix=suffix)
 
 
-class _Chunking(NamedTuple):
-    """How the update of one unit is cut.
-
-    Attributes:
-        numel: Elements of a chunk; the last one may have fewer.
-        depth: Chunks in memory at a time.
-        sizes: Kinds that stream, and bytes of a chunk of each.
-        pool: Memory for chunks.
-        buffer_nbytes: Bytes of the buffer for one chunk.
-    """
-
-    numel: int
-    depth: int
-    sizes: list[tuple[str, int]]
-    pool: Pool
-    buffer_nbytes: int
-
-    def lend(self, unit: Unit, make_room: Callable[[], bool]) -> ChunkBuffer:
-        """A buffer for one chunk of ``unit``; see `Pool.lend`."""
-        return ChunkBuffer(self.pool, self.sizes, unit.name, nbytes=self.buffer_nbytes, make_room=make_room)
-
-
 class _Writes:
     """What an update writes, until its generations are current or dropped.
 
@@ -350,20 +308,29 @@ class _Writes:
 
     Attributes:
         buffers: Its chunk buffers; the one whose writes began first is at the front.
+        blocks: The buffer of what is by block, if there is any.
     """
 
     def __init__(self, update: PendingUpdate, tensors: UpdateTensors) -> None:
         self.update = update
         self.tensors = tensors
         self.buffers: deque[ChunkBuffer] = deque()
+        self.blocks: ChunkBuffer | None = None
         # A step count belongs to the tensors: if the update fails, both stay as they were.
         parts = update.parts.values()
         self._before = [(p.scalars, deepcopy(p.scalars), p.initialised, set(p.initialised)) for p in parts]
+
+    def end_blocks(self) -> None:
+        """Give the buffer of what is by block back, after the transfers on it are over."""
+        blocks, self.blocks = self.blocks, None
+        if blocks is not None:
+            blocks.close()
 
     def fail(self, error: BaseException) -> None:
         """The current generations stay the current ones."""
         while self.buffers:
             self.buffers.popleft().close()
+        self.end_blocks()
         self.tensors.abandon(error)
         for scalars, old_scalars, initialised, old_initialised in self._before:
             scalars.clear()

@@ -12,6 +12,8 @@ from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.units.unit import Unit
 from lightning_ssd.units.unit_state import change_form
 
+_NARROW_NAMES = {name for name, _ in NARROW}
+
 
 def choose_forms(
     store: StateStore,
@@ -56,13 +58,13 @@ def _form(unit: Unit, owners: Sequence[OptimizerAdapter], wanted: str, *, is_in_
         return PLAIN, ""
     can_halve = unit.has_master and unit.layout.dtype == "BF16"
     why_not = _why_no_kernel(owners)
-    if not why_not and wanted != "bf16" and not can_halve:
+    if not why_not and wanted not in _NARROW_NAMES and not can_halve:
         why_not = "it needs bfloat16 parameters with a float32 master, as precision='bf16-true' gives them"
     if why_not:
         return PLAIN, why_not
     has_halves = can_halve and not is_in_memory
-    if wanted == "bf16":
-        return NARROW[has_halves], ""
+    if wanted in _NARROW_NAMES:
+        return NARROW[wanted, has_halves], ""
     return SPLIT if has_halves else PLAIN, ""
 
 

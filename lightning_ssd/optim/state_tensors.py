@@ -2,103 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from lightning_ssd.errors import SSDOffloadError
-from lightning_ssd.io.engine import Transfer
-from lightning_ssd.memory.pool import Pool
-from lightning_ssd.sizes import round_up
+from lightning_ssd.codec.encodings import BY_BLOCK
+from lightning_ssd.kernels.bits import BLOCK_NUMEL
+from lightning_ssd.store.chunk_buffer import ChunkBuffer
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import Generation
-from lightning_ssd.store.layout import UnitLayout
+from lightning_ssd.store.layout import Segment, UnitLayout
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.store.strides import Stride
 from lightning_ssd.units.host_copy import UpdateTarget
 
 
-class ChunkBuffer:
-    """A buffer for one chunk of every kind, and the transfers under way on it.
-
-    Args:
-        pool: Lends the buffer.
-        sizes: Kinds and their bytes.
-        owner: The unit, for messages.
-        nbytes: At least so many bytes are lent: buffers of equal size leave no gaps in the pool.
-        make_room: See `Pool.lend`.
-    """
-
-    def __init__(
-        self,
-        pool: Pool,
-        sizes: list[tuple[str, int]],
-        owner: str,
-        *,
-        nbytes: int = 0,
-        make_room: Callable[[], bool] | None = None,
-    ) -> None:
-        self._pool = pool
-        self._transfers: list[Transfer] = []
-        self._places: dict[str, tuple[int, int]] = {}  # offset and bytes of a kind
-        end = 0
-        for kind, size in sizes:
-            self._places[kind] = (end, size)
-            end += round_up(size)
-        self._buffer = pool.lend(max(end, nbytes), f"update of unit {owner!r}", make_room)
-
-    def add(
-        self,
-        start: Callable[..., Transfer],
-        generation: Generation,
-        kind: str,
-        offset: int,
-        nbytes: int,
-        out: Tensor | None = None,
-    ) -> None:
-        """Start a transfer of bytes of a generation's data section: from or to ``out``, else the buffer's memory."""
-        if not nbytes:  # a unit of parameters without elements
-            return
-        if out is None:
-            address = self._buffer.address + self._places[kind][0]
-            transfer = start(generation, offset, address, nbytes, keep=self._buffer.hold())
-        else:
-            transfer = start(generation, offset, out.data_ptr() + offset, nbytes, keep=out)
-        self._transfers.append(transfer)
-
-    def clear(self, kind: str) -> None:
-        """Zeros, for a kind that has no generation yet."""
-        self._buffer.fill(0, *self._places[kind])
-
-    def tensor(
-        self, kind: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0, stride: Stride | None = None
-    ) -> Tensor:
-        """A tensor at byte ``offset`` of the memory of ``kind``."""
-        return self._buffer.tensor(self._places[kind][0] + offset, dtype, shape, stride)
-
-    def wait(self) -> None:
-        """Return when the transfers are over.
-
-        Raises:
-            IOFailure: One of them failed.
-        """
-        while self._transfers:
-            self._transfers[0].wait()
-            del self._transfers[0]
-
-    def close(self) -> None:
-        """Give the buffer back, after the transfers on it are over."""
-        for transfer in self._transfers:
-            with suppress(SSDOffloadError):  # reported by `wait`, or another error is on its way up
-                transfer.wait()
-        self._transfers.clear()
-        self._pool.give_back(self._buffer)
-
-
-@dataclass
+@dataclass(eq=False)
 class StateTensor:
     """One kind of a unit in an update: streamed through buffers, or in memory and changed there.
 
@@ -121,6 +41,27 @@ class StateTensor:
         """Dtype of its tensors."""
         return dtype_of(self.layout.dtype)
 
+    @property
+    def is_by_block(self) -> bool:
+        """Whether it has one number for each block of a parameter, and streams as a whole."""
+        return self.kind in BY_BLOCK
+
+    def piece(self, segment: Segment, staged: Tensor | None, begin: int) -> Tensor:
+        """The part of ``segment``; ``staged`` has the elements from ``begin`` on, or the whole of what is by block."""
+        if self.is_by_block:
+            first = segment.offset // BLOCK_NUMEL
+            num = -(-segment.numel // BLOCK_NUMEL)
+            if self.in_memory is not None:
+                return self.in_memory[segment.index][first : first + num]
+            first += self.layout.entries[segment.index].begin // self.layout.itemsize
+            return cast(Tensor, staged)[first : first + num]
+        if self.in_memory is not None:
+            flat = self.layout.entries[segment.index].flatten(self.in_memory[segment.index])
+            return flat[segment.offset : segment.offset + segment.numel]
+        if self.out is not None:
+            return self.out[segment.begin : segment.end]
+        return cast(Tensor, staged)[segment.begin - begin : segment.end - begin]
+
     def whole(self, buffer: ChunkBuffer, index: int) -> Tensor:
         """Parameter ``index`` of a buffer that holds the whole unit."""
         if self.in_memory is not None:
@@ -136,7 +77,8 @@ class UpdateTensors:
 
     Attributes:
         by_kind: By kind.
-        streamed: Those in buffers.
+        streamed: Those in buffers, chunk by chunk.
+        by_block: Those in buffers that have one number for each block; they stream as a whole.
         moves: Whether any is read or written.
         state_kinds: All but the parameter and its master, by the name that the rule has for each.
         master_kind: Which kind the rule updates.
@@ -163,7 +105,9 @@ class UpdateTensors:
             self.by_kind["param"].out = target.values
         elif target is not None and target.is_current and self.master_kind == "param":
             self.master_source = target.values
-        self.streamed = [c for c in self.by_kind.values() if c.in_memory is None and c.out is None]
+        staged = [c for c in self.by_kind.values() if c.in_memory is None and c.out is None]
+        self.streamed = [c for c in staged if not c.is_by_block]
+        self.by_block = [c for c in staged if c.is_by_block]
         # Else it is in memory, or written from the master.
         self._reads_param = not (target is not None and target.is_current) and (
             self.master_kind == "param" or self.makes_master
@@ -188,7 +132,8 @@ class UpdateTensors:
         if begin == end:  # a unit without elements: its files are headers
             return
         for state in self.by_kind.values():
-            if state.in_memory is not None or (state.kind == "param" and not self._reads_param):
+            is_read = state.kind != "param" or self._reads_param
+            if state.in_memory is not None or state.is_by_block or not is_read:
                 continue
             if state.current is None:
                 buffer.clear(state.kind)
@@ -208,9 +153,27 @@ class UpdateTensors:
         if begin == end:
             return
         for state, new in zip(self.by_kind.values(), self._new, strict=True):
-            if state.in_memory is None:
+            if state.in_memory is None and not state.is_by_block:
                 size = state.layout.itemsize
                 buffer.add(self._store.write, new, state.kind, begin * size, (end - begin) * size, state.out)
+
+    def read_blocks(self, buffer: ChunkBuffer) -> None:
+        """Start reading what is by block."""
+        for state in self.by_block:
+            if state.current is None:
+                buffer.clear(state.kind)
+            else:
+                buffer.add(self._store.read, state.current, state.kind, 0, state.layout.data_nbytes)
+
+    def write_blocks(self, buffer: ChunkBuffer) -> None:
+        """Start writing it."""
+        for state, new in zip(self.by_kind.values(), self._new, strict=True):
+            if state in self.by_block:
+                buffer.add(self._store.write, new, state.kind, 0, state.layout.data_nbytes)
+
+    def staged_blocks(self, buffer: ChunkBuffer) -> dict[str, Tensor]:
+        """The tensors of what is by block."""
+        return {state.kind: buffer.tensor(state.kind, state.dtype, (state.layout.numel,)) for state in self.by_block}
 
     def end_source(self) -> None:
         """All is computed: give the buffer back if it was only read."""

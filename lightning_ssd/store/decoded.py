@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lightning_ssd.codec.encodings import Encoding
+from lightning_ssd.codec.encodings import BY_BLOCK, Encoding
 from lightning_ssd.store.strides import Stride, flatten, stride_of, unflatten
 from lightning_ssd.store.tensor_metadata import METADATA
 
@@ -63,7 +63,10 @@ class DecodedTensor(Tensor):
 
     def _decode(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            flat = {k: flatten(part.detach(), self.shape, self._stride) for k, part in self._parts.items()}
+            flat = {
+                kind: part.detach() if kind in BY_BLOCK else flatten(part.detach(), self.shape, self._stride)
+                for kind, part in self._parts.items()
+            }
             return unflatten(self._encoding.decode(flat), self.shape, self._stride)
 
 

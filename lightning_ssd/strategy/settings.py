@@ -54,8 +54,9 @@ class Options:
         state: Form of the optimizer state on disk. ``"fp32"``: float32, one file for each. ``"split"``: the float32
             master of a bfloat16 parameter in two halves, of which the upper one is the parameter itself: 12 bytes per
             parameter with Adam in place of 14, and the same bits in everything. ``"bf16"``: split, with both moments in
-            bfloat16, the second one rounded by chance: 8 bytes, not exact. ``"auto"``: split where it is possible
-            (``bf16-true`` with Adam or AdamW), else fp32.
+            bfloat16, the second one rounded by chance: 8 bytes, not exact. ``"int8"``: the same in 8 bits, as steps of
+            the logarithm below the largest of 128: 6.1 bytes. ``"auto"``: split where it is possible (``bf16-true``
+            with Adam or AdamW), else fp32.
         master: ``"param"`` updates 16-bit parameters themselves, as plain Lightning does in every precision; ``"fp32"``
             updates a float32 master of each, and rounds it to the parameter. ``"auto"``: a master under ``bf16-true``
             and ``16-true``; none under the others, where the model came with 16-bit parameters.
@@ -81,7 +82,7 @@ class Options:
     activations: Literal["auto", "recompute", "keep"] = "auto"
     overlap: Literal["auto", "off"] = "auto"
     update: Literal["auto", "native", "torch"] = "auto"
-    state: Literal["auto", "fp32", "split", "bf16"] = "auto"
+    state: Literal["auto", "fp32", "split", "bf16", "int8"] = "auto"
     master: Literal["auto", "param", "fp32"] = "auto"
     window: Union[int, Literal["auto"]] = "auto"  # noqa: UP007
     prefetch_batch: Union[int, Literal["auto"]] = "auto"  # noqa: UP007

@@ -6,11 +6,13 @@ from collections import Counter
 
 from torch import nn
 
+from lightning_ssd.kernels.bits import BLOCK_NUMEL
 from lightning_ssd.memory.plan import Demand, MemoryPlan, UnitSize, make_plan
 from lightning_ssd.memory.pool import pool_nbytes
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.temporaries import temporary_share
 from lightning_ssd.optim.whole import WholeRule
+from lightning_ssd.sizes import round_up
 from lightning_ssd.step.recompute import keeps_activations
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
@@ -38,10 +40,9 @@ class Sizing:
     @property
     def disk_nbytes(self) -> int:
         """Bytes that the run still needs on disk: optimizer state, generations being written, gradients."""
-        state = sum(self._state_nbytes(unit) * unit.layout.numel for unit in self.trained())
-        in_flight = max(
-            (self._state_nbytes(u) * u.layout.numel + u.layout.data_nbytes for u in self.trained()), default=0
-        )
+        nbytes = {unit: sum(layout.data_nbytes for layout in self.state_layouts(unit)) for unit in self.trained()}
+        state = sum(nbytes.values())
+        in_flight = max((own + unit.layout.data_nbytes for unit, own in nbytes.items()), default=0)
         spilled = sum(unit.layout.data_nbytes for unit in self.trained())
         return state + in_flight + spilled
 
@@ -107,7 +108,7 @@ class Sizing:
     def _state_nbytes(self, unit: Unit, num_kinds: int | None = None) -> int:
         """Bytes per element of a unit's state beyond the parameter itself."""
         if num_kinds is None:
-            return sum(layout.itemsize for layout in self.state_layouts(unit))
+            num_kinds = len(self._state_kinds(unit))
         return dtype_of(unit.state_dtype).itemsize * (num_kinds + unit.has_master)
 
     def plan(self, module: nn.Module, *, waits_for_all_grads: bool) -> MemoryPlan:
@@ -177,7 +178,10 @@ class Sizing:
         return sum(entry.nbytes for param, entry in entries if param in shared and param.requires_grad)
 
     def _temporary_nbytes(self, unit: Unit) -> int:
-        """Bytes that an optimizer class allocates itself to update the largest parameter of ``unit``."""
+        """Bytes that an update allocates beside the plan's buffers: of the optimizer class, or of blocks of moments."""
+        if self._settings.state == "int8":
+            num_blocks = unit.layout.numel // BLOCK_NUMEL + len(unit.params)
+            return 2 * 2 * round_up(num_blocks * 4)  # of two moments, in this update and the one before
         if not any(self._temporary_share(param.dim()) for param in unit.params):
             return 0
         dtype = dtype_of(unit.state_dtype)

@@ -73,7 +73,7 @@ class StrategyMixin(CheckpointMixin):
         activations: Literal["auto", "recompute", "keep"] = "auto",
         overlap: Literal["auto", "off"] = "auto",
         update: Literal["auto", "native", "torch"] = "auto",
-        state: Literal["auto", "fp32", "split", "bf16"] = "auto",
+        state: Literal["auto", "fp32", "split", "bf16", "int8"] = "auto",
         master: Literal["auto", "param", "fp32"] = "auto",
         window: Union[int, Literal["auto"]] = "auto",  # noqa: UP007
         prefetch_batch: Union[int, Literal["auto"]] = "auto",  # noqa: UP007

@@ -24,7 +24,7 @@ parameters]). These moves change the forms, and refuse what would lose one:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 from weakref import WeakSet
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssd.codec import float32
-from lightning_ssd.codec.encodings import STORED_DTYPE
+from lightning_ssd.codec.encodings import BY_BLOCK, STORED_DTYPE, stored_shape
 from lightning_ssd.codec.forms import PLAIN, Form
 from lightning_ssd.device.param_copies import DeviceCopy
 from lightning_ssd.device.streams import WaitFor
@@ -381,7 +381,10 @@ class Unit:
 
     def layout_of(self, kind: str) -> UnitLayout:
         """Layout of a kind of file beside ``param``."""
-        return lay_out(self.name, kind, self.shapes, STORED_DTYPE.get(kind, self.state_dtype))
+        shapes: Sequence[Shape] = self.shapes
+        if kind in BY_BLOCK:
+            shapes = [Shape(each.name, stored_shape(kind, each.shape)) for each in self.shapes]
+        return lay_out(self.name, kind, shapes, STORED_DTYPE.get(kind, self.state_dtype))
 
     @property
     def update_reads_param(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ssd.codec.encodings import decoded_kinds, encoding_of
+from lightning_ssd.codec.encodings import BY_BLOCK, decoded_kinds, encoding_of
 from lightning_ssd.codec.forms import Form
 from lightning_ssd.store.decoded import DecodedTensor, decoded, values_of
 from lightning_ssd.store.generation import Generation
@@ -136,11 +136,13 @@ class _Encoded:
         self._before = before
 
     def tensor(self, index: int) -> Tensor:
-        value = _plain(self._source(index))
+        value, entry = _plain(self._source(index)), self._unit.layout.entries[index]
         if value is None:
-            value = torch.zeros(self._unit.shapes[index].shape)
-        stored = {file: tensors[index].reshape(-1) for file, tensors in self._before.items()}
-        return self._form.encode(self._kind, value.detach().cpu().reshape(-1), stored)[self._file]
+            value = torch.zeros(entry.shape)
+        # In the order of the files: a block is 128 elements of these.
+        stored = {f: t[index] if f in BY_BLOCK else entry.flatten(t[index]) for f, t in self._before.items()}
+        found = self._form.encode(self._kind, entry.flatten(value.detach().cpu()), stored)[self._file]
+        return found if self._file in BY_BLOCK else entry.unflatten(found)
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:

@@ -75,46 +75,87 @@ def test_a_master_in_two_halves_is_a_master(level: None, num: int) -> None:
     assert same(bits.without_sign(tied), second)
 
 
+def narrow(form: str, num: int) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
+    """Zero moments, and the scales of those in 8 bits."""
+    if form == "bf16":
+        return [torch.zeros(num).bfloat16() for _ in range(2)], None
+    num_blocks = -(-num // bits.BLOCK_NUMEL)
+    return [torch.zeros(num, dtype=torch.uint8) for _ in range(2)], (torch.zeros(num_blocks), torch.zeros(num_blocks))
+
+
+def values(moments: list[Tensor], scales: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+    if scales is None:
+        return [moment.float() for moment in moments]
+    return [bits.signed_log8_decode(moments[0], scales[0]), bits.log8_decode(moments[1], scales[1])]
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
 @pytest.mark.parametrize("halves", [True, False])
-def test_narrow_moments_are_torchs_operations(level: None, halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut anywhere, with a master in two halves or whole: the bits of the slow version over all of it."""
-    num = 30_011
+def test_narrow_moments_are_torchs_operations(level: None, halves: bool, form: str) -> None:
+    """Cut at blocks, with a master in two halves or whole: the bits of the slow version over all of it."""
+    num, exact = 30_011, torch.zeros(30_011)
     high, low = bits.nudged_encode(masters(num))
-    expected = [high, low, torch.zeros(num).bfloat16(), torch.zeros(num).bfloat16()]
-    ours = [tensor.clone() for tensor in expected]
+    ours = (high.clone(), low.clone(), *narrow(form, num))
+    slow = (high, low, *narrow(form, num))
     whole = bits.nudged_decode(high, low)
     for step in range(1, 4):
         grad = grad_of(step, num)
         grad[::3] *= 1e-12
+        exact.mul_(0.999).addcmul_(grad.float(), grad.float(), value=0.001)
         key = _key("some.weight", step)
-        a, b, first, second = expected
-        stored._narrow_adam(a, b, grad, first, second, settings(step), Counter(key, 7), None)
-        for begin, end in ((0, 1000), (1000, 1001), (1001, num)):
-            x, y, first, second = (tensor[begin:end] for tensor in ours)
-            param, out = (x, None) if halves else (whole[begin:end], x)
-            lower = y if halves else None
-            at = Counter(key, 7 + begin)
-            narrow_adam_(param, lower, grad[begin:end], first, second, settings(step), at, out=out)
-    if not halves:
-        ours[1] = bits.nudged_encode(whole)[1]
-        assert same(whole, bits.nudged_decode(expected[0], expected[1]))
-    assert all(map(same, ours, expected))
-    assert bool((ours[3][len(SPECIAL) :] > 0).all())
+        stored._narrow_adam(high, low, grad, *slow[2], settings(step), Counter(key, 0), slow[3], None)
+        for begin, end in ((0, 1024), (1024, 1152), (1152, num)):
+            x, y, first, second = (tensor[begin:end] for tensor in (*ours[:2], *ours[2]))
+            blocks = slice(begin // bits.BLOCK_NUMEL, -(-end // bits.BLOCK_NUMEL))
+            scales = None if ours[3] is None else (ours[3][0][blocks], ours[3][1][blocks])
+            param, lower, out = (x, y, None) if halves else (whole[begin:end], None, x)
+            at = Counter(key, begin)
+            narrow_adam_(param, lower, grad[begin:end], first, second, settings(step), at, scales=scales, out=out)
+    if halves:
+        whole = bits.nudged_decode(*ours[:2])
+    assert same(whole, bits.nudged_decode(high, low))
+    assert same(ours[0], high)
+    found = values(*ours[2:])
+    assert all(map(same, found, values(*slow[2:])))
+    assert not ((found[1] == 0) & (exact > 0)).any()
 
 
+def test_eight_bits_keep_what_they_keep() -> None:
+    """Zeros, a block with one huge value, denormals, a short last block: decoded values are encoded to themselves."""
+    generator = torch.Generator().manual_seed(4)
+    blocks = [torch.zeros(128), torch.randn(128, generator=generator) * 1e-20, torch.randn(128, generator=generator)]
+    blocks += [torch.full((128,), 1e-42), torch.randn(37, generator=generator) * 1e30]
+    blocks[2][5] = 3e38
+    flat = torch.cat(blocks)
+    first = bits.signed_log8_decode(*bits.signed_log8_encode(flat))
+    second = bits.log8_decode(*bits.log8_encode(flat.abs()))
+    assert torch.equal(first.sign(), torch.where(first == 0, 0.0, flat.sign()))
+    assert not ((second == 0) & (flat != 0)).any()
+    for begin, end in ((128, 256), (384, 549)):
+        torch.testing.assert_close(
+            first[begin:end], flat[begin:end], rtol=1 / 15, atol=float(flat[begin:end].abs().max()) / 2**15
+        )
+    torch.testing.assert_close(second[128:256], flat[128:256].abs(), rtol=1 / 15, atol=1e-29)
+    assert float(first[261]) == float(second[261]) == float(flat[261])
+    assert same(bits.signed_log8_decode(*bits.signed_log8_encode(first)), first)
+    assert same(bits.log8_decode(*bits.log8_encode(second)), second)
+
+
+@pytest.mark.parametrize(("form", "low", "high", "share"), [("bf16", 0.9, 1.1, 0.95), ("int8", 0.7, 1.4, 0.94)])
 @pytest.mark.parametrize("beta2", [0.95, 0.99, 0.999])
-def test_second_moments_track_a_tenfold_fall(beta2: float) -> None:
+def test_second_moments_track_a_tenfold_fall(beta2: float, form: str, low: float, high: float, share: float) -> None:
     """Rounded to nearest they would stand still at 0.999 and be 7 times too large."""
     num = 4096
-    param, first, second = torch.zeros(num), torch.zeros(num).bfloat16(), torch.zeros(num).bfloat16()
+    param, (moments, scales) = torch.zeros(num), narrow(form, num)
     exact, generator = torch.zeros(num), torch.Generator().manual_seed(1)
     for step in range(1, 5001):
         grad = torch.randn(num, generator=generator)
         if step > 1000:
             grad[::2] *= 0.1
-        narrow_adam_(param, None, grad, first, second, settings(step, beta2), Counter(_key("w", step), 0))
+        at = Counter(_key("w", step), 0)
+        narrow_adam_(param, None, grad, *moments, settings(step, beta2), at, scales=scales)
         exact.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    ratio = (second.float() / exact).sqrt()
-    assert ratio.mean() == pytest.approx(1, abs=0.01)
-    assert ((ratio > 0.9) & (ratio < 1.1)).float().mean() > 0.95
-    assert bool((second > 0).all())
+    ratio = (values(moments, scales)[1] / exact).sqrt()
+    assert ratio.mean() == pytest.approx(1, abs=0.05)
+    assert ((ratio > low) & (ratio < high)).float().mean() > share
+    assert bool((ratio > 0).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def test_every_byte_comes_and_goes_in_every_step(tmp_path: Path, model: str, act
 
 @pytest.mark.not_simulated(reason="on a device units are not read ahead: they stay there, and copies run ahead")
 @pytest.mark.parametrize(
-    ("state", "num_read", "num_written"), [("fp32", 12 + 4, 12 + 2), ("split", 10 + 4, 10 + 2), ("bf16", 6 + 4, 6 + 2)]
+    ("state", "num_read", "num_written"),
+    [("fp32", 12 + 4, 12 + 2), ("split", 10 + 4, 10 + 2), ("bf16", 6 + 4, 6 + 2), ("int8", 4 + 4, 4 + 2)],
 )
 def test_forms_of_the_state_move_the_bytes_of_their_table(
     tmp_path: Path, state: str, num_read: int, num_written: int
@@ -121,13 +123,18 @@ def test_forms_of_the_state_move_the_bytes_of_their_table(
     steps, session = run(tmp_path, GPT, state=state, precision="bf16-true")
     net, units = GPT(), session.units
     numel = sum(unit.layout.numel for unit in units)
+    num_blocks = (
+        sum(-(-math.prod(shape.shape) // 128) for unit in units for shape in unit.shapes) if state == "int8" else 0
+    )
     # What backward does not read, its update reads, where the parameter is one half of the master.
     unread = [unit.layout.data_nbytes for unit in units if not in_backward(unit, net)] if state == "fp32" else []
     turn = next(unit.layout.data_nbytes for unit in units if unit.name == "net.head")
     first = units[0].layout.data_nbytes  # read ahead for the next step, or not yet
     for step in steps[1:]:
-        assert step.read_nbytes == pytest.approx(num_read * numel - sum(unread) - turn, rel=0.01, abs=first)
-        assert step.written_nbytes == num_written * numel
+        assert step.read_nbytes == pytest.approx(
+            num_read * numel + 8 * num_blocks - sum(unread) - turn, rel=0.01, abs=first
+        )
+        assert step.written_nbytes == num_written * numel + 8 * num_blocks
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5}], ids=str)

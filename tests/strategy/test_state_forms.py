@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ssd.checkpoint.load import CheckpointReader
-from lightning_ssd.codec.encodings import LOW, NUDGED, TIE
+from lightning_ssd.codec.encodings import FIRST_BF16, LOW, NUDGED, TIE
 from lightning_ssd.convert.export import consolidate
 from lightning_ssd.convert.export_dcp import to_dcp
 from lightning_ssd.convert.importing import import_checkpoint
@@ -36,7 +36,7 @@ def adamw(module: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
 
 
 def fit(tmp_path: Path, state: str, make_net: Callable[[], nn.Module] = MODEL, **options: Any) -> Result:
-    given = {"host_memory", "overlap", "checkpoint", "min_unit_numel", "update"}
+    given = {"host_memory", "overlap", "checkpoint", "min_unit_numel", "update", "units"}
     settings = {key: options.pop(key) for key in given & options.keys()}
     strategy = streamed(**({"update": "auto", "state": state} | settings))
     options = {"precision": "bf16-true", "max_steps": 6, "optimizer": adamw} | options
@@ -268,21 +268,32 @@ def test_the_lines_in_the_docs_read_the_files(tmp_path: Path) -> None:
     assert_read(lines, tmp_path / "a.ckpt")
     fit(tmp_path, "bf16", max_steps=2, checkpoint="links").trainer.save_checkpoint(tmp_path / "b.ckpt")
     assert_read(lines, tmp_path / "b.ckpt")
+    fit(tmp_path, "int8", max_steps=2, checkpoint="links").trainer.save_checkpoint(tmp_path / "c.ckpt")
+    assert_read(lines, tmp_path / "c.ckpt")
 
 
 def assert_read(lines: dict[str, Any], path: Path) -> None:
     """The functions in ``lines`` give the values that our reader gives."""
     with CheckpointReader(path) as reader:
         for name in reader.parameter_names:
-            there = {kind: reader.path_of(place[0]) for kind, place in reader.manifest.parameters[name].items()}
-            words = {k: lines["read"](file, name, "u4" if k in (TIE, "exp_avg") else "u2") for k, file in there.items()}
-            if TIE in there:
+            widths = {"U8": "u1", "U16": "u2", "BF16": "u2", "F32": "u4"}
+            words = {
+                kind: lines["read"](reader.path_of(record), name, widths[entry.dtype])
+                for kind, (record, entry) in reader.manifest.parameters[name].items()
+            }
+            if TIE in words:
                 found = dict(
                     zip(("master", "exp_avg_sq"), lines["split"](words["param"], words[LOW], words[TIE]), strict=True)
                 )
                 assert (words[TIE] >> 31).any() or len(words[TIE]) < 500
-            else:
+            elif FIRST_BF16 in words:
                 found = {kind: lines["bf16"](words[f"{kind}.bf16"]) for kind in ("exp_avg", "exp_avg_sq")}
+            else:
+                found = {
+                    kind: lines["log8"](words[f"{kind}.log8"], words[f"{kind}.scale"], kind == "exp_avg")
+                    for kind in ("exp_avg", "exp_avg_sq")
+                }
+            if NUDGED in words:
                 found["master"] = lines["nudged"](words["param"], words[NUDGED])
             for kind, values in found.items():
                 ours = reader.tensor(name, kind).numpy().reshape(-1)
