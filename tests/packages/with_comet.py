@@ -18,6 +18,7 @@ from tests.packages.job import Job, Trained
 
 NAMESPACE = "pytorch_lightning"
 NAMES_ONLY = True  # the configuration is a file
+RESUME_NOTE = "its checkpoints do not say whether the encoder is frozen, with plain Lightning neither"
 WORDS = (
     *("the", "a", "cat", "dog", "house", "sees", "finds", "big", "small", "red"),
     *("runs", "and", "or", "under", "over", "tree", "bird", "old"),
@@ -50,7 +51,7 @@ def train(name: str, options: dict[str, Any], trainer: dict[str, Any], folder: P
 
 
 def resume(name: str, options: dict[str, Any], trainer: dict[str, Any], folder: Path, epochs: int) -> Trained:
-    return _fit(name, options, trainer, folder, epochs, folder / "checkpoints" / "epoch=1.ckpt")
+    return _fit(name, options, trainer, folder, epochs, folder / "checkpoints" / "after-epoch=1.ckpt")
 
 
 def _fit(
@@ -72,7 +73,7 @@ def _fit(
         "dirpath": str(folder / "checkpoints"),
         "save_last": True,
         "save_top_k": -1,
-        "filename": "{epoch}",
+        "filename": "after-{epoch}",
         "monitor": "val_kendall",
         "mode": "max",
     }
@@ -103,7 +104,10 @@ def predict(network: Any, data: str) -> Any:
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "regression_metric": ("RegressionMetric", {}),
-    "referenceless_regression_metric": ("ReferencelessRegression", {"keep_embeddings_frozen": False}),
+    "referenceless_regression_metric": (
+        "ReferencelessRegression",
+        {"keep_embeddings_frozen": False, "nr_frozen_epochs": 0},
+    ),
 }
 JOBS = [
     Job("unbabel-comet", name, "comet-train", "load_from_checkpoint", partial(train, key, o), partial(resume, key, o))

@@ -71,8 +71,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "DLinearEstimator": {},
     "TiDEEstimator": {"freq": "D"},
     "LagTSTEstimator": {"freq": "D", "d_model": 16, "nhead": 2, "dim_feedforward": 16},
-    "ITransformerEstimator": {"d_model": 16, "nhead": 2, "dim_feedforward": 16},
-    "DeepNPTSEstimator": {"freq": "D", "context_length": 8},
 }
 JOBS = [
     Job("gluonts", name, f"{name}.train", "Predictor.deserialize", partial(train, name, o), partial(resume, name, o))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import scvi
+import scvi.external
 import scvi.model
 from scvi.train import SaveCheckpoint
 
@@ -27,7 +28,7 @@ Setup = tuple[dict[str, Any], dict[str, Any], Callable[[Any], Any]]
 
 def train(name: str, setup: Setup, saves: bool, trainer: dict[str, Any], folder: Path, epochs: int) -> Trained:
     of_data, of_model, predict = setup
-    kind = getattr(scvi.model, name)
+    kind = getattr(scvi.model, name, None) or getattr(scvi.external, name)
     scvi.settings.seed = 0
     data = cells()
     kind.setup_anndata(data, **of_data)
