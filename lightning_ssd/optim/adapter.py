@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -248,3 +249,16 @@ class OptimizerAdapter(OptimizerState):
                 self.rule.idle(self._options.hand_out(group))
             self.rule.finish()
         self._options.finish()
+
+
+def use_adopted_methods(wrapper: Any) -> None:
+    """Have Lightning's ``wrapper`` of an optimizer call that one's own methods, which may be ours.
+
+    Its class is derived from the optimizer's class, and so it calls the methods of that class otherwise.
+    """
+    for name in ("zero_grad", "add_param_group"):
+        setattr(wrapper, name, partial(_call, wrapper.optimizer, name))
+
+
+def _call(optimizer: Optimizer, name: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(optimizer, name)(*args, **kwargs)

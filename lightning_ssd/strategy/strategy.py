@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import IOOptions, IOStats
+from lightning_ssd.optim.adapter import use_adopted_methods
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.saving.uploads import form_for_loggers
 from lightning_ssd.step.grad_consumers import find_grad_consumer, find_late_reader, has_code_after_backward
@@ -223,6 +224,8 @@ class StrategyMixin(CheckpointMixin):
         if session is not None and session.units and module is not None and module.trainer.state.fn == "fit":
             session.adopt_all([o for o in optimizers if isinstance(o, Optimizer) and o.param_groups])
         super(StrategyMixin, type(self)).optimizers.fset(self, optimizers)  # type: ignore[attr-defined]
+        for wrapper in self._lightning_optimizers:
+            use_adopted_methods(wrapper)
 
     # -- steps -------------------------------------------------------------------------------------------------
 

@@ -112,10 +112,25 @@ class Pair(Alternating):
             optimizer.zero_grad()
 
 
-def test_two_rules_in_one_unit(tmp_path: Path) -> None:
+class Zeroes(Alternating):
+    """By Lightning's wrapper of the optimizer, which has methods of the optimizer's class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._make = lambda module: AdamW(module.parameters(), lr=1e-2)
+
+    def training_step(self, x: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        self.manual_backward(Net.training_step(self, x))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize("make", [Pair, Zeroes])
+def test_steps_and_zeroed_gradients_by_hand(tmp_path: Path, make: type[Alternating]) -> None:
     def run(strategy: Any) -> Net:
         torch.manual_seed(0)
-        model = Pair()
+        model = make()
         data = DataLoader(torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(1)), 4)
         make_trainer(tmp_path, strategy, max_epochs=1, max_steps=-1).fit(model, data)
         return model
