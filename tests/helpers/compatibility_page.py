@@ -1,8 +1,8 @@
 """Makes docs/compatibility.md from the tests: ``python -m tests.helpers.compatibility_page``.
 
 A row is a mark ``@pytest.mark.compatibility("area", "what")`` at a test, or a pattern of
-`tests.strategy.test_compatibility` or `tests.strategy.test_habits`; so there is no row that no test proves. The packages
-are those of `python -m tests.packages`.
+`tests.strategy.test_compatibility` or `tests.strategy.test_habits`; so there is no row that no test proves. The
+packages are those of `python -m tests.packages`.
 """
 
 from __future__ import annotations
