@@ -115,11 +115,8 @@ def import_checkpoint(
         if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
             raise CheckpointError(f"{path!r} exists; choose a name that does not exist")
     with ExitStack() as stack:
-        with_state = not options.weights_only
-        found = stack.enter_context(open_source(source, trust=options.trust, with_state=with_state))
+        found = stack.enter_context(_open_wanted(source, options))
         like = None if options.like is None else stack.enter_context(open_checkpoint(options.like))
-        if options.weights_only:
-            _leave_weights(found)
         places, report = _pair(found, like, options)
         plan = ImportPlan(found, like, places)
         records, extra = optimizers_for(found, like, plan.names, options.step)
@@ -162,6 +159,14 @@ def open_source(path: str | os.PathLike[str], *, trust: bool = False, with_state
     if os.path.lexists(name) and not os.path.isdir(name) and not name.endswith(".safetensors"):
         return open_torch_file(name, weights_only=not trust, with_state=with_state)
     return open_weight_files(name)
+
+
+def _open_wanted(path: str | os.PathLike[str], options: ImportOptions) -> ImportSource:
+    """A source, without what is left behind."""
+    source = open_source(path, trust=options.trust, with_state=not options.weights_only)
+    if options.weights_only:
+        _leave_weights(source)
+    return source
 
 
 def _verify(source: ImportSource | None, kinds: Collection[str] | None) -> None:

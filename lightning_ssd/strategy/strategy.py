@@ -17,6 +17,7 @@ from typing import Any, Literal, Union
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from lightning_ssd.errors import SSDOffloadError
 from lightning_ssd.io.deadline import within
@@ -38,6 +39,8 @@ from lightning_ssd.strategy.runtime import Runtime
 from lightning_ssd.strategy.session import Session
 from lightning_ssd.strategy.settings import Options, Settings, argument_docs
 from lightning_ssd.strategy.summary import summary
+
+_ON_ONE_DEVICE = "[pl][profile][Strategy]SingleDeviceStrategy."
 
 
 class StrategyMixin(CheckpointMixin):
@@ -231,7 +234,7 @@ class StrategyMixin(CheckpointMixin):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step; its parameters stream."""
-        with self._stepping("train"):
+        with self._stepping("training_step"):
             output = super().training_step(*args, **kwargs)
         if self._runtime is not None and self._pl_module.automatic_optimization:
             self._runtime.hooks.await_backward()
@@ -239,17 +242,17 @@ class StrategyMixin(CheckpointMixin):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step; its parameters stream."""
-        with self._stepping("eval", ends=True):
+        with self._stepping("validation_step"):
             return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step; its parameters stream."""
-        with self._stepping("eval", ends=True):
+        with self._stepping("test_step"):
             return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step; its parameters stream."""
-        with self._stepping("eval", ends=True):
+        with self._stepping("predict_step"):
             return super().predict_step(*args, **kwargs)
 
     def streaming_backward(self) -> AbstractContextManager[None]:
@@ -268,14 +271,15 @@ class StrategyMixin(CheckpointMixin):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     @contextmanager
-    def _stepping(self, kind: str, *, ends: bool = False) -> Iterator[None]:
+    def _stepping(self, name: str) -> Iterator[None]:
+        """Around a step of the user's. In traces of torch it has the name that it has without us, inside of ours."""
         if self._runtime is None:  # called by the user outside of a run, when all values are in the parameters
             yield
             return
-        hooks = self._runtime.hooks
-        with hooks.step(kind):
+        hooks, is_training = self._runtime.hooks, name == "training_step"
+        with hooks.step("train" if is_training else "eval"), record_function(_ON_ONE_DEVICE + name):
             yield
-        if ends:
+        if not is_training:
             hooks.end_step()
 
     @property

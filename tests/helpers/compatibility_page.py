@@ -1,8 +1,8 @@
 """Makes docs/compatibility.md from the tests: ``python -m tests.helpers.compatibility_page``.
 
 A row is a mark ``@pytest.mark.compatibility("area", "what")`` at a test, or a pattern of
-`tests.strategy.test_compatibility`; so there is no row that no test proves. The packages are those of
-`python -m tests.packages`.
+`tests.strategy.test_compatibility` or `tests.strategy.test_habits`; so there is no row that no test proves. The
+packages are those of `python -m tests.packages`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "compatibility.md"
 PACKAGES = REPOSITORY / "docs" / "results" / "packages.jsonl"
 AREAS = (
-    "Trainer", "Loops", "LightningModule", "Optimizers", "Precision", "Callbacks", "Checkpoints", "Loggers",
+    "Trainer", "Loops", "LightningModule", "Models", "Optimizers", "Precision", "Callbacks", "Checkpoints", "Loggers",
     "Profilers", "Tuner", "torch.compile", "Namespaces", "Refused",
 )  # fmt: skip
 
@@ -29,18 +29,21 @@ Made by `python -m tests.helpers.compatibility_page` from the tests; do not edit
 
 Each row is proved by the test beside it, which trains with plain Lightning (`strategy="auto"`) and with
 `strategy="ssd_offload"` and compares losses, logged values, weights and checkpoints. Patterns of
-`test_compatibility.py` are trained in the smallest memory and with all of it, `torch.load` opens their checkpoints, and
-plain Lightning resumes from them. What the area *Refused* lists stops at setup, with an error that says what to do.
+`test_compatibility.py` and `test_habits.py` are trained in the smallest memory and with all of it, `torch.load` opens
+their checkpoints, and plain Lightning resumes from them. What the area *Refused* lists stops at setup, with an error
+that says what to do.
 """
 
 
 def rows() -> dict[str, list[tuple[str, str]]]:
     """Area -> what is proved, and by which test."""
-    from tests.strategy.test_compatibility import PATTERNS
+    from tests.strategy import test_compatibility, test_habits
 
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for pattern in PATTERNS.values():
-        found[pattern.area].append((pattern.what, "strategy/test_compatibility.py::test_is_as_in_plain_lightning"))
+    for tests in (test_compatibility, test_habits):
+        test = f"strategy/{tests.__name__.rpartition('.')[2]}.py::test_is_as_in_plain_lightning"
+        for pattern in tests.PATTERNS.values():
+            found[pattern.area].append((pattern.what, test))
     for file in sorted((REPOSITORY / "tests").rglob("test_*.py")):
         text = file.read_text()
         if "compatibility(" in text:

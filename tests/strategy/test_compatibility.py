@@ -8,8 +8,7 @@ resumes from both checkpoints. `docs/compatibility.md` lists the patterns.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ import torch
 from lightning.pytorch import callbacks as cb
 from lightning.pytorch import loggers, profilers
 from lightning.pytorch.tuner import Tuner
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
+from tests.helpers.compatibility import Pattern, compare, each_strategy, make
 from tests.helpers.compatibility_modules import (
     Backbone,
     Clips,
@@ -55,27 +54,7 @@ class HalfOfIt(pl.plugins.HalfPrecision):
         return module.to(torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """One row of the page.
-
-    Attributes:
-        area: Its table.
-        what: The row.
-        module: The module.
-        trainer: Arguments of the Trainer, made anew for each run.
-        callbacks: Further callbacks.
-        same_checkpoint: The whole checkpoint is compared; else weights only.
-        resumes: Plain Lightning can resume from it.
-    """
-
-    area: str
-    what: str
-    module: Callable[[], Net] = Net
-    trainer: Callable[[], dict[str, Any]] = dict
-    callbacks: Callable[[], list[pl.Callback]] = list
-    same_checkpoint: bool = True
-    resumes: bool = True
+_TIMES = ("Timer", "DeviceStatsMonitor", "BatchSizeFinder", "LearningRateFinder")  # they note times, or file names
 
 
 def flag(name: str, value: Any, module: Callable[[], Net] = Net, **others: Any) -> Pattern:
@@ -83,7 +62,9 @@ def flag(name: str, value: Any, module: Callable[[], Net] = Net, **others: Any) 
 
 
 def callback(make: Callable[[], pl.Callback], module: Callable[[], Net] = Net, **trainer: Any) -> Pattern:
-    return Pattern("Callbacks", type(make()).__name__, module, lambda: trainer, lambda: [make()])
+    name = type(make()).__name__
+    is_stable = name not in _TIMES
+    return Pattern("Callbacks", name, module, lambda: trainer, lambda: [make()], same_logs=is_stable, resumes=is_stable)
 
 
 FLAGS = [
@@ -164,44 +145,6 @@ LOGGERS = [
 ]
 PATTERNS = {f"{each.area}: {each.what}": each for each in (*FLAGS, *PRECISIONS, *HOOKS, *CALLBACKS, *LOGGERS)}
 
-_TIMES = ("Timer", "DeviceStatsMonitor", "BatchSizeFinder", "LearningRateFinder")  # they note times, or file names
-
-
-class Watch(pl.Callback):
-    """Notes what is logged, batch by batch."""
-
-    def __init__(self) -> None:
-        self.logged: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.logged.append({key: float(value) for key, value in trainer.callback_metrics.items()})
-
-    on_validation_end = on_train_batch_end
-
-
-def fit(folder: Path, pattern: Pattern, strategy: Any, ckpt_path: Path | None = None, **more: Any) -> Any:
-    pl.seed_everything(2, verbose=False)
-    folder.mkdir(exist_ok=True)
-    options: dict[str, Any] = {
-        "max_steps": 6,
-        "logger": loggers.logger.DummyLogger(),
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    module, watch = pattern.module(), Watch()
-    trainer = pl.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=1,
-        default_root_dir=folder,
-        callbacks=[watch, *pattern.callbacks()],
-        **(options | pattern.trainer() | more),
-    )
-    trainer.fit(module, ckpt_path=ckpt_path)
-    return trainer, module, watch.logged
-
 
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -212,70 +155,13 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.use_deterministic_algorithms(False)
 
 
-def ours(memory: str) -> SSDOffloadStrategy:
-    return SSDOffloadStrategy(host_memory=memory, min_unit_numel=0, update="torch", checkpoint="file")
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other) and one.dtype == other.dtype
-    if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
 @pytest.mark.not_simulated(reason="the smallest models; tests/parity has the device")
 @pytest.mark.parametrize("name", PATTERNS)
 def test_is_as_in_plain_lightning(tmp_path: Path, name: str) -> None:
-    pattern = PATTERNS[name]
-    trainer, module, logged = fit(tmp_path / "plain", pattern, "auto")
-    saves = not trainer.barebones
-    if saves:
-        trainer.save_checkpoint(tmp_path / "plain.ckpt")
-        saved = torch.load(tmp_path / "plain.ckpt", weights_only=False)
-    for memory in ("min", "auto"):
-        our_trainer, our_module, our_logged = fit(tmp_path / memory, pattern, ours(memory))
-        if not name.endswith(_TIMES):
-            assert our_logged == logged
-        assert our_module.notes == module.notes
-        assert same(dict(our_module.state_dict()), dict(module.state_dict()))
-        if saves:
-            our_trainer.save_checkpoint(tmp_path / f"{memory}.ckpt")
-            found = torch.load(tmp_path / f"{memory}.ckpt", weights_only=False)
-            parts = {"state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"} & set(saved)
-            assert saved.keys() <= found.keys()
-            for part in parts if pattern.same_checkpoint else {"state_dict"}:
-                assert same(found[part], saved[part]), part
-    if saves and pattern.resumes and not name.endswith(_TIMES):
-        more = {"max_steps": trainer.global_step + 2, "max_epochs": 10}
-        _, plain_again, _ = fit(tmp_path / "plain", pattern, "auto", tmp_path / "plain.ckpt", **more)
-        _, ours_again, _ = fit(tmp_path / "plain", pattern, "auto", tmp_path / "min.ckpt", **more)
-        assert same(dict(ours_again.state_dict()), dict(plain_again.state_dict()))
+    compare(tmp_path, PATTERNS[name])
 
 
 # ------------------------------------------------------------------------------------------------- beyond one fit
-
-
-def each_strategy(use: Callable[[Any], Any]) -> None:
-    """``use`` returns the same with plain Lightning, and with the strategy in each memory."""
-    expected = use(lambda: "auto")
-    for memory in ("min", "auto"):
-        assert same(use(lambda memory=memory: ours(memory)), expected), memory
-
-
-def make(tmp_path: Path, strategy: Any, **options: Any) -> pl.Trainer:
-    pl.seed_everything(2, verbose=False)
-    defaults = {"max_steps": 4, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return pl.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=1,
-        default_root_dir=tmp_path,
-        enable_model_summary=False,
-        **(defaults | options),
-    )
 
 
 @pytest.mark.compatibility("Loops", "fit, validate, test, predict, each with ckpt_path, then fit again")

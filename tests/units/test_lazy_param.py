@@ -219,7 +219,7 @@ def test_what_is_written_at_rest_is_used_and_reaches_no_checkpoint(
     layer = offloaded.net[2]
 
     def forward() -> Tensor:
-        with torch.no_grad(), offloaded.strategy._stepping("eval", ends=True):
+        with torch.no_grad(), offloaded.strategy._stepping("validation_step"):
             return layer(x) - layer(torch.zeros(3, 3))
 
     before = offloaded.values[name]
