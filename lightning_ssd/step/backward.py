@@ -27,7 +27,7 @@ from lightning_ssd.step.users_hooks import around_users
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units import transforms
-from lightning_ssd.units.fingerprint import fingerprint
+from lightning_ssd.units.fingerprint import Fingerprint, fingerprint
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.param_cache import ParamCache
 from lightning_ssd.units.transforms import StepHooks
@@ -279,7 +279,7 @@ class _Used:
     unit: Unit
     generation: Generation
     num_writes: int
-    fingerprint: tuple[int, ...] | None = None  # what it held when code outside of modules first touched it after that
+    fingerprint: Fingerprint | None = None  # what it held when code outside of modules first touched it after that
 
 
 @dataclass(eq=False)

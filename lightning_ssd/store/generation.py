@@ -42,7 +42,7 @@ class Generation:
         self.damage = ""
         self.lineage = object()
         self.is_inherited = False
-        self.fingerprint: tuple[int, ...] | None = None
+        self.fingerprint: object | None = None
         self.naming: Started[None] | None = None
         self.is_misnamed = False
 

@@ -30,7 +30,7 @@ from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import UnitLayout
 from lightning_ssd.store.state_store import StateStore
-from lightning_ssd.units.fingerprint import fingerprint
+from lightning_ssd.units.fingerprint import Fingerprint, fingerprint
 
 _PAGE = mmap.PAGESIZE
 _EVEN_NS = 2 * 10**9  # some file systems store times in steps of two seconds
@@ -148,7 +148,7 @@ class InMemoryParams:
     def unmap(self, *, is_written: bool) -> None:
         """See `MappedParams.unmap`."""
 
-    def _content(self) -> tuple[int, ...]:
+    def _content(self) -> Fingerprint:
         return fingerprint(self.tensors) if self._has_master else ()
 
 

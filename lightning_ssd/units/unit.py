@@ -44,7 +44,7 @@ from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.layout import Shape, UnitLayout, file_order, lay_out
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.store.strides import stride_of
-from lightning_ssd.units.fingerprint import fingerprint
+from lightning_ssd.units.fingerprint import Fingerprint, fingerprint
 from lightning_ssd.units.holders import give, is_held, is_saved
 from lightning_ssd.units.host_copy import HostCopy
 from lightning_ssd.units.mapped import InMemoryParams, MappedParams
@@ -151,7 +151,7 @@ class Unit:
         self.num_holds = 0
         self.num_pins = 0
         self.is_touched = False
-        self.seen: tuple[int, ...] | None = None
+        self.seen: Fingerprint | None = None
         self.versions: tuple[int, ...] = ()
         self.num_writes = 0
         self.writes_itself = False
@@ -304,19 +304,19 @@ class Unit:
         """Whether its parameters are not what they were when it became resident."""
         if self.device_copy is None or (self.seen is None and self.versions == self._versions()):
             return False
-        found = fingerprint(self.params)
-        before = self.seen
-        if before is None:
-            before = self.device_copy.generation.fingerprint  # a second forward writes what the first wrote
-        elif found != before and not self.is_touched and self.versions == self._versions():
+        found, before = fingerprint(self.params), self.seen
+        if before is None:  # a second forward writes what the first wrote
+            return found != self.device_copy.generation.fingerprint
+        is_changed = found != before
+        if is_changed and not self.is_touched and self.versions == self._versions():
             self.writes_itself = True
-        return found != before
+        return is_changed
 
     def note_stored(self, generation: Generation) -> None:
         """What its parameters hold now is in the store, as ``generation``."""
-        generation.fingerprint = fingerprint(self.params)
+        found = generation.fingerprint = fingerprint(self.params)
         self.versions = self._versions()
-        self.seen = None if self.seen is None else generation.fingerprint
+        self.seen = None if self.seen is None else found
 
     def forget_writes(self) -> None:
         """What was written to it so far does not count: its step failed."""

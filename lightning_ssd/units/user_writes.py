@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -86,6 +87,10 @@ class UserWrites:
             ResidencyError: It was written to while it shared memory with another parameter.
             SSDOffloadError: A parameter has another form than it was placed with.
         """
+        with torch._C.DisableTorchFunctionSubclass():  # [Note: values on the host]
+            return self._collect_mapped(unit, mapped)
+
+    def _collect_mapped(self, unit: Unit, mapped: MappedParams | InMemoryParams) -> bool:
         was_assigned = mapped.is_assigned(unit.params)
         was_written = mapped.was_written()
         masters = tensors_of(self._store, unit, "master") if was_assigned or was_written else None
@@ -236,8 +241,10 @@ def _memory_of(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> list
         data = param.data
         is_same = data.data_ptr() == tensor.data_ptr() or not data.numel()
         is_part = data.untyped_storage().nbytes() != data.nbytes
-        if is_same or is_part or not _are_alike(data, tensor) or data.is_inference() or data.device != tensor.device:
+        if is_same or is_part or not _are_alike(data, tensor) or data.is_inference():
             return tensor
+        if data.device != tensor.device:  # the host's memory stays the parameter's, unless the user has it
+            return data.to(tensor.device) if is_held(param, tensor) else tensor
         return data if is_held(param, tensor) or is_held(param, data) else tensor
 
     return [place(param, tensor) for param, tensor in zip(params, before, strict=True)]

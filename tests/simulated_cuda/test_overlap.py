@@ -94,10 +94,12 @@ class Watch:
         return Seen(list(self._is_beside), streams.waits.found.copy(), self._host_waits.found.copy())
 
 
-def last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Seen, Seen]:
+def last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: type[Net] = Net, **options: Any
+) -> tuple[Seen, Seen]:
     """The forward of the last of four steps, and the rest of it."""
     begin(0, "late", 0.0)
-    module = Net()
+    module = make()
     with HostWaits() as host_waits:
         module.watch = Watch(monkeypatch, host_waits)  # type: ignore[assignment]
         data = DataLoader(torch.randn(4 * 256, 128), batch_size=256)
@@ -133,6 +135,26 @@ def test_copies_run_beside_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for part in (forward, rest):  # none is hidden
         assert set(part.places) <= {("event", place) for _, place in part.places if "streams.py" in place}
         assert sum(part.places.values()) == sum(part.waits.values())
+
+
+class Normed(Net):
+    """Everybody can reach the small parameters outside of the blocks, whose values are therefore compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(128), nn.Linear(128, 4)
+
+    def training_step(self, x: Tensor, index: int) -> Tensor:
+        return self.out(self.norm(super().training_step(x, index) * x)).square().mean()
+
+
+def test_values_that_everybody_can_reach_are_compared_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, rest = last_step(tmp_path, monkeypatch, Normed, min_unit_numel=1 << 14, activations="keep")
+    found = forward.places + rest.places
+    assert not [place for place in forward.places if "fingerprint.py" in place[1]]
+    assert 0 < sum(found[place] for place in found if "fingerprint.py" in place[1]) <= 4  # of two units
 
 
 def halve_the_mask(block: nn.Module, args: Any) -> None:
