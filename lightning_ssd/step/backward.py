@@ -8,8 +8,9 @@ lent again while any tensor on it lives.
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -72,6 +73,17 @@ class BackwardPass:
             self._is_running = True
             self._on_device.begin_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def note_use(self, units: Sequence[Unit]) -> None:
+        """Code of the user's is about to use ``units``; in backward, say so if they are updated already."""
+        for unit in units if self._is_running and self.rerunning is None else ():
+            if unit.is_submitted:
+                warnings.warn(
+                    f"code that runs inside backward (a hook of a tensor or module) uses parameters of {unit.label}, "
+                    "which backward has updated already: in plain Lightning it would see their old values, here it "
+                    "sees the new ones; set overlap='off' in the strategy",
+                    stacklevel=2,
+                )
 
     def abort(self) -> None:
         """A backward may have failed: hold nothing, expect nothing."""

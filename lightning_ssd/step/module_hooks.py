@@ -187,6 +187,7 @@ class ModuleHooks:
 
     def touch(self, units: Sequence[Unit], operands: Sequence[Tensor]) -> None:
         """See `Streaming.touch`."""
+        self._backward.note_use(units)
         with transforms.suspended():
             self._direct_use.touch(units, operands)
         for unit in units:
@@ -230,6 +231,7 @@ class ModuleHooks:
         is_rerun = self._backward.rerunning is not None
         if self._activations is not None and not is_rerun:
             self._activations.enforce_budget()  # by now the caller has dropped the inputs of the block before
+        self._backward.note_use(units)
         with transforms.suspended():
             call = self._fetch(module, units)
         if torch.is_grad_enabled() and not is_rerun:

@@ -197,6 +197,29 @@ def test_a_write_that_an_update_in_backward_overtakes_is_told_of(tmp_path: Path)
     finish_backward()
 
 
+class ReadsInBackward(Net):
+    """A hook of an activation sends gradients through a later layer, which has its gradients by then."""
+
+    def loss(self, batch: Tensor) -> Tensor:
+        first = self.net[0](batch)
+        if first.requires_grad:
+            first.register_hook(self._through)
+        return (self.net[2](self.net[1](first)) - batch).square().mean()
+
+    @torch.no_grad()
+    def _through(self, grad: Tensor) -> Tensor:
+        return grad + self.net[2](grad)  # type: ignore[no-any-return]
+
+
+def test_a_read_that_an_update_in_backward_overtakes_is_told_of(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    assert_as_plain(tmp_path, ReadsInBackward, [{"overlap": "off"}, {"overlap": "off", "host_memory": "256MiB"}])
+    assert not [warning for warning in recwarn if "updated already" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"inside backward .* unit 'net\.2'.*updated already.*overlap='off'"):
+        run(tmp_path, streamed(), ReadsInBackward)
+
+
 class Unseen(nn.Linear):
     """Scaled by its first input, in a way that no code shows."""
 
