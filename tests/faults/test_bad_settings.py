@@ -191,10 +191,11 @@ def test_more_than_one_process(tmp_path: Path, asked: dict[str, int]) -> None:
 
 
 @pytest.mark.compatibility("Refused", "an accelerator that is neither CPU nor CUDA: one of these")
-def test_a_device_without_a_route(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mps", "xpu"])
+def test_a_device_without_a_route(tmp_path: Path, name: str) -> None:
     strategy = streamed()
-    strategy.parallel_devices = [torch.device("mps")]
-    refused(tmp_path, strategy, "accelerator='cpu' or 'gpu'", "not on 'mps'", error=ConfigurationError)
+    strategy.parallel_devices = [torch.device(name)]
+    refused(tmp_path, strategy, "accelerator='cpu' or 'gpu'", f"not on {name!r}", error=ConfigurationError)
 
 
 class _OwnFormat(TorchCheckpointIO):
