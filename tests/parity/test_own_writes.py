@@ -347,6 +347,7 @@ class AliasFromTheStart(Net):
         self.alias = self.net[0].weight.detach()
 
 
+@pytest.mark.not_simulated(reason="moved to a device, plain Lightning's parameter leaves it behind too", only=["Start"])
 @pytest.mark.parametrize(("make", "callback"), [(Net, Alias), (Net, Lend), (AliasFromTheStart, Callback)])
 def test_a_view_that_an_update_would_leave_behind_is_told_of(tmp_path: Path, make: Any, callback: Any) -> None:
     with pytest.warns(UserWarning, match=r"made from parameter 'net\.0\.weight'.*is still held"):
