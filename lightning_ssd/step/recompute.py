@@ -201,7 +201,7 @@ class Frame:
             return self._backward.unpack(self._trial.kept[index])
         if self._is_given_up:
             self._refuse(
-                "backward reaches its forward of an earlier step, which put results into its arguments; run backward in "
+                "backward reaches its forward of an earlier step, which put results into its arguments; run it in "
                 "the step of its forward"
             )
         if self._values is None:
