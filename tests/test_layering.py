@@ -17,7 +17,7 @@ ORDER = (
     "codec data",
     "store",
     "device",
-    "cut",
+    "creation cut",
     "units",
     "optim activations",
     "step",

@@ -17,14 +17,14 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from lightning_ssd.checkpoint.discard import NOT_THERE
 from lightning_ssd.checkpoint.manifest import MANIFEST
-from lightning_ssd.errors import CheckpointError
-from lightning_ssd.io.folder import Folder, close_fd, closing_fd
+from lightning_ssd.errors import CheckpointError, as_io_failure
+from lightning_ssd.io.folder import Folder, closing_fd
 
 LINKS = ".links"
 """What the name of the folder has behind the name of the file."""
@@ -77,12 +77,13 @@ def mark_of(path: str) -> LinkMark | None:
 
     Raises:
         CheckpointError: Its mark is malformed.
+        IOFailure: It can be opened and not read.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
-    with closing_fd(fd):
+    with closing_fd(fd), as_io_failure(path, 0, _HEAD_NBYTES, "read"):
         return _read_mark(fd)
 
 
@@ -177,9 +178,9 @@ def _candidates(parent: Folder, name: str, mark: LinkMark) -> Iterator[str]:
 
 
 def _open_if(parent: Folder, name: str, checkpoint_id: str) -> Folder | None:
-    with suppress(OSError):
-        found = parent.folder(name)  # a symlink is an error
+    with suppress(OSError), ExitStack() as undo:
+        found = undo.enter_context(parent.folder(name))  # a symlink is an error
         if folder_id(found) == checkpoint_id:
+            undo.pop_all()
             return found
-        close_fd(found.fd)
     return None

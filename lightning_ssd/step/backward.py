@@ -66,6 +66,7 @@ class BackwardPass:
         self._unpacked: dict[str, Unit] = {}  # held because a view of a parameter was unpacked
         self._is_running = False
         self._used: weakref.WeakKeyDictionary[Frame, list[_Used]] = weakref.WeakKeyDictionary()
+        self._frames: weakref.WeakSet[Frame] = weakref.WeakSet()
 
     def note(self) -> None:
         """Something of ours happens inside backward: be told when it ends."""
@@ -86,8 +87,10 @@ class BackwardPass:
                 )
 
     def abort(self) -> None:
-        """A backward may have failed: hold nothing, expect nothing."""
+        """A step is over, or has failed: hold nothing, expect no backward."""
         self._end_holds()
+        for frame in list(self._frames):
+            frame.give_up()
         self._grads.show()
         self._is_running = False
         self.rerunning = None
@@ -185,6 +188,10 @@ class BackwardPass:
                 call()
         finally:
             self.rerunning = outer
+
+    def begin_forward(self, frame: Frame) -> None:
+        """The forward of ``frame`` begins."""
+        self._frames.add(frame)
 
     def end_forward(self, frame: Frame, units: list[Unit]) -> None:
         """The forward of ``frame`` is over, and what it wrote to parameters of ``units`` itself is in the store."""

@@ -283,6 +283,7 @@ class ModuleHooks:
             verdicts=self._verdicts,
         )
         if frame.opaque is None:
+            self._backward.begin_forward(frame)
             return frame
         self._verdicts.keep(module, frame.name, f"what it has or is given holds {frame.opaque}")
         return None

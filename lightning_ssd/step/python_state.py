@@ -86,6 +86,11 @@ class PythonState:
         """Whether a tensor was changed in place since."""
         return any(t._version != version for t, version in self._tensors)
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether an object has other contents now. Tensors in place of those that `map` replaced are not seen."""
+        return any(not _may_be_same(holder.read(), old) for holder, old in self._holders)
+
     @contextmanager
     def restored(self, load: Callable[[object], object] | None = None) -> Iterator[None]:
         """Inside, objects have the contents of the snapshot; afterwards those that they had before.
@@ -178,6 +183,13 @@ def _is_same(a: Any, b: Any) -> bool:
     if type(a) is not tuple or type(b) is not tuple or len(a) != len(b):
         return False
     return all(map(is_, a, b)) or all(map(_is_same, a, b))  # the first is fast
+
+
+def _may_be_same(now: Any, old: Any) -> bool:
+    """As `_is_same`, where ``old`` may have something else in place of a tensor."""
+    if type(now) is tuple and type(old) is tuple:
+        return len(now) == len(old) and all(map(_may_be_same, now, old))
+    return now is old or (isinstance(now, Tensor) and not isinstance(old, Tensor))
 
 
 class _Detached:

@@ -91,6 +91,7 @@ class Frame:
         self._values: list[object] | None = None
         self.opaque = self._given.opaque or self._own.opaque
         self.is_kept = self.is_trying = self.is_stopped = False
+        self._is_given_up = False
         self.error: BaseException | None = None
 
     # -- forward -------------------------------------------------------------------------------------------------
@@ -144,6 +145,20 @@ class Frame:
     def _keep_saved(self, kept: list[object]) -> None:
         self.is_kept = True
         self._values = kept
+        self._drop_inputs()
+
+    def give_up(self) -> None:
+        """The step is over, or has failed: drop what a second forward would need, if that keeps the frame alive itself.
+
+        A forward that puts its result into an argument, such as a cache of keys and values, makes a circle through the
+        graph, which holds the frame. Backward breaks it. Without backward nothing would: Python cannot see it.
+        """
+        if self._given.is_changed:
+            self._is_given_up = True
+            self._values = self._saved_inputs = None
+            self._drop_inputs()
+
+    def _drop_inputs(self) -> None:
         self._args, self._kwargs = (), {}
         self._inputs = []
         self._buffers.drop()
@@ -184,6 +199,11 @@ class Frame:
             raise RecomputeError(self._inner_backward())
         if self._trial is not None:
             return self._backward.unpack(self._trial.kept[index])
+        if self._is_given_up:
+            self._refuse(
+                "backward reaches its forward of an earlier step, which put results into its arguments; run it in "
+                "the step of its forward"
+            )
         if self._values is None:
             self._require_same_inputs("a later operation changed an input of it in place")
             self._values = self._recompute()

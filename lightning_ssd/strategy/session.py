@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ssd.creation.materialize import ParamMaterializer
 from lightning_ssd.errors import CheckpointError, ConfigurationError, Ending, ResidencyError, SSDOffloadError
 from lightning_ssd.io.deadline import within
 from lightning_ssd.io.engine import Engine
@@ -37,7 +38,6 @@ from lightning_ssd.strategy.settings import Settings
 from lightning_ssd.strategy.sizing import Sizing
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.inherited import Inherited
-from lightning_ssd.units.materialize import ParamMaterializer
 from lightning_ssd.units.model_units import ModelUnits
 from lightning_ssd.units.partition import partition
 from lightning_ssd.units.placeholder import make_placeholders

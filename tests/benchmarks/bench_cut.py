@@ -166,7 +166,7 @@ def models() -> dict[str, Callable[[], nn.Module]]:
         transformers.logging.set_verbosity_error()
         for name, overrides in TRANSFORMERS.items():
             found[name] = lambda name=name, overrides=overrides: transformers.AutoModel.from_config(
-                transformers.AutoConfig.for_model(name, **overrides)
+                transformers.AutoConfig.for_model(name, architectures=[], **overrides)
             )
     try:
         import diffusers

@@ -109,7 +109,7 @@ class Work:
         folder = self._folder / f"fit-{next(self._numbers)}"
         (folder / "saved").mkdir(parents=True)
         train(folder, "plain", Hooks(Shared(), None, -1))
-        assert len(list((folder / "saved").glob("[!.]*"))) == 2
+        assert len(list((folder / "saved").glob("[!.]*.ckpt"))) == 2
         shutil.rmtree(folder)
 
     def _next(self) -> None:

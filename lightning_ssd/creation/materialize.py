@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from lightning_ssd.creation.own_initialisation import initialises_whole, mark, require_initialised
 from lightning_ssd.device.on_host import host_classes, make_plain
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.scratch import Scratch
@@ -27,7 +28,6 @@ from lightning_ssd.memory.views import Views
 from lightning_ssd.sizes import MiB
 from lightning_ssd.store.decoded import DecodedTensor, values_of
 from lightning_ssd.store.strides import is_dense, stride_of
-from lightning_ssd.units.own_initialisation import initialises_whole, mark, require_initialised
 
 MIN_NBYTES = MiB // 4
 """Parameters below this stay where they were made: a mapping costs a page and a descriptor."""
