@@ -17,7 +17,7 @@ from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.limits import available_nbytes
-from lightning_ssd.strategy.settings import Options, Settings, argument_docs
+from lightning_ssd.session.settings import Options, Settings, argument_docs
 from lightning_ssd.strategy.strategy import StrategyMixin
 
 

@@ -12,11 +12,11 @@ from lightning_ssd.memory.pool import pool_nbytes
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.temporaries import temporary_share
 from lightning_ssd.optim.whole import WholeRule
+from lightning_ssd.session.settings import AUTO_FILE_NBYTES, Settings
 from lightning_ssd.sizes import round_up
 from lightning_ssd.step.recompute import keeps_activations
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
-from lightning_ssd.strategy.settings import AUTO_FILE_NBYTES, Settings
 from lightning_ssd.units.model_units import chains
 from lightning_ssd.units.unit import Unit
 
