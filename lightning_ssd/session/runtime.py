@@ -96,7 +96,7 @@ class Runtime:
                 saved_inputs_nbytes=plan.activation_nbytes if plan.recomputes else 0,
                 lends=not settings.is_off_host,
             )
-            self.updater = Updater(lock=model.lock, budget=budget, is_async=settings.is_overlapped, trace=trace)
+            self.updater = Updater(lock=model.lock, budget=budget, is_async=sizing.is_overlapped, trace=trace)
             undo.append(self.updater.close)
             placement = self._make_placement(module)
             self.cache = self._make_cache(placement)

@@ -289,7 +289,7 @@ class StrategyMixin(CheckpointMixin):
     def _may_update_in_backward(self, optimizer: Optimizer) -> bool:
         module, adopted = self._pl_module, self.session.adopted(optimizer)
         return (
-            self.session.settings.is_overlapped
+            self.session.sizing.is_overlapped
             and module.automatic_optimization
             and len(self.optimizers) == 1
             and (adopted is None or (not isinstance(adopted, WholeOptimizer) and adopted.makes_steps))
