@@ -18,8 +18,8 @@ from lightning_ssd.checkpoint import manifest_json
 from lightning_ssd.convert import importing
 from lightning_ssd.optim.rules import NATIVE_RULES
 from lightning_ssd.saving import write
-from lightning_ssd.strategy import session
-from lightning_ssd.strategy.settings import Options, argument_docs
+from lightning_ssd.session import session
+from lightning_ssd.session.settings import Options, argument_docs
 from lightning_ssd.units import unit
 from tests.benchmarks import picture
 from tests.helpers import api_page, compatibility_page

@@ -24,6 +24,7 @@ ORDER = (
     "checkpoint",
     "saving",
     "convert",
+    "session",
     "strategy",
     "cli",
     "__init__ __main__",

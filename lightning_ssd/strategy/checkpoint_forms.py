@@ -16,7 +16,7 @@ from lightning_ssd.checkpoint.directory import remove, sibling
 from lightning_ssd.convert.export import Spill, without_decoded
 from lightning_ssd.convert.save_file import save_file
 from lightning_ssd.io.deadline import within
-from lightning_ssd.strategy.session import Session
+from lightning_ssd.session.session import Session
 
 
 def save(session: Session, checkpoint: Mapping[str, Any], path: str, *, is_linked: bool) -> None:

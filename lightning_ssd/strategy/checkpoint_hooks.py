@@ -19,14 +19,14 @@ from lightning_ssd.optim.dumped import Dumped, are_unchanged
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.paths import home_path
 from lightning_ssd.saving.link_staging import remove_checkpoint
+from lightning_ssd.session.handover import Handover, take_masters
+from lightning_ssd.session.session import Session
 from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy import checkpoint_forms
 from lightning_ssd.strategy.checkpoint_plugin import CheckpointPlugin
 from lightning_ssd.strategy.guards import require_set
-from lightning_ssd.strategy.handover import Handover, take_masters
 from lightning_ssd.strategy.lightning_classes import LightningModule
 from lightning_ssd.strategy.resume import Resume
-from lightning_ssd.strategy.session import Session
 from lightning_ssd.strategy.trainer_parts import TrainerPartsMixin
 
 

@@ -25,19 +25,19 @@ from lightning_ssd.io.engine import IOOptions, IOStats
 from lightning_ssd.optim.adapter import use_adopted_methods
 from lightning_ssd.optim.whole import WholeOptimizer
 from lightning_ssd.saving.uploads import form_for_loggers
+from lightning_ssd.session.free_space import prepare_checkpoints
+from lightning_ssd.session.handover import Handover
+from lightning_ssd.session.runtime import Runtime
+from lightning_ssd.session.session import Session
+from lightning_ssd.session.settings import Options, Settings, argument_docs
+from lightning_ssd.session.summary import summary
 from lightning_ssd.step.grad_consumers import find_grad_consumer, find_late_reader, has_code_after_backward
 from lightning_ssd.store.mapped_safetensors import SeenFiles
 from lightning_ssd.strategy import guards
 from lightning_ssd.strategy.checkpoint_hooks import CheckpointMixin
 from lightning_ssd.strategy.checkpoint_plugin import ASYNC_IS_NOT_NEEDED
-from lightning_ssd.strategy.free_space import prepare_checkpoints
-from lightning_ssd.strategy.handover import Handover
 from lightning_ssd.strategy.precision import PrecisionMixin
 from lightning_ssd.strategy.resume import Resume
-from lightning_ssd.strategy.runtime import Runtime
-from lightning_ssd.strategy.session import Session
-from lightning_ssd.strategy.settings import Options, Settings, argument_docs
-from lightning_ssd.strategy.summary import summary
 from lightning_ssd.units.moving import move_all_but_params
 
 _ON_ONE_DEVICE = "[pl][profile][Strategy]SingleDeviceStrategy."
@@ -289,7 +289,7 @@ class StrategyMixin(CheckpointMixin):
     def _may_update_in_backward(self, optimizer: Optimizer) -> bool:
         module, adopted = self._pl_module, self.session.adopted(optimizer)
         return (
-            self.session.settings.is_overlapped
+            self.session.sizing.is_overlapped
             and module.automatic_optimization
             and len(self.optimizers) == 1
             and (adopted is None or (not isinstance(adopted, WholeOptimizer) and adopted.makes_steps))

@@ -296,7 +296,7 @@ class ParamCache:
         unit.wait_for_update()
         with self._lock:
             self.write_back(unit)
-            self._writes.before_update(unit)
+            self._writes.before_update(unit.names)
             is_pinned = unit.update_reads_param and unit.host_copy is not None and not unit.is_stale(self._store)
             unit.num_pins += is_pinned
             return is_pinned

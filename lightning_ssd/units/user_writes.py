@@ -12,7 +12,7 @@ memory to the end of the step, so that what is written through the view counts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -103,14 +103,14 @@ class UserWrites:
         self._store.drop_file(self._store.newest(unit.name, "param"))
         return was_assigned or was_written
 
-    def before_update(self, unit: Unit) -> None:
-        """Say what an update of ``unit`` will not reach: memory that was a parameter's and that somebody still views.
+    def before_update(self, names: Collection[str]) -> None:
+        """Say what an update of parameters will not reach: memory that was theirs and that somebody still views.
 
         Raises:
             ResidencyError: A parameter was given the memory of another one; an update of one should change both.
         """
-        self._require_untied(unit)
-        left = {name for name, _, storage in self._left.values() if name in unit.names and not storage.expired()}
+        self._require_untied(names)
+        left = {name for name, _, storage in self._left.values() if name in names and not storage.expired()}
         for name in sorted(left - self._told):
             self._told.add(name)
             warnings.warn(
@@ -120,14 +120,14 @@ class UserWrites:
                 stacklevel=2,
             )
 
-    def _require_untied(self, unit: Unit) -> None:
+    def _require_untied(self, names: Collection[str]) -> None:
         """Refuse to change a parameter that was given the memory of another one: both would have to change.
 
         Raises:
             ResidencyError: Names both.
         """
         for name, other in self._ties.items():
-            if name in unit.names or other in unit.names:
+            if name in names or other in names:
                 raise ResidencyError(
                     f"parameter {name!r} was given the memory of parameter {other!r} ({name}.data = {other}.data): in "
                     "plain torch a change of one would change both, here each has memory of its own. Copy the values "
@@ -161,7 +161,7 @@ class UserWrites:
         """Remember which parameters of ``unit`` share memory with others, now that those in ``moved`` were assigned."""
         names = {unit.names[i] for i in moved}
         self._ties = {a: b for a, b in self._ties.items() if a not in names and b not in names}
-        self._require_untied(unit)
+        self._require_untied(unit.names)
         if not moved:
             return
         self._left = {address: left for address, left in self._left.items() if left[0] not in names}

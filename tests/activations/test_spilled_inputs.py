@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ssd.errors import IOFailure
 from lightning_ssd.io import select
-from lightning_ssd.strategy import session as session_module
+from lightning_ssd.session import session as session_module
 from tests.faults.support import finish_backward, streamed
 from tests.helpers.activations import Bench, Spilling
 from tests.helpers.faulty import Fault, FaultyEngine, When

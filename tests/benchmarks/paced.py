@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning_ssd.strategy.session as session_module
+import lightning_ssd.session.session as session_module
 from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.engine import Engine, IOOptions, IOStats, Transfer
 from lightning_ssd.io.file import File

@@ -21,7 +21,7 @@ from lightning_ssd.checkpoint import directory
 from lightning_ssd.io import file as file_module
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.io.select import make_engine
-from lightning_ssd.strategy import session as session_module
+from lightning_ssd.session import session as session_module
 from tests.helpers.faulty import Fault, FaultyEngine, Operation
 
 DELAY_S = 0.03

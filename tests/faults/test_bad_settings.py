@@ -37,7 +37,7 @@ def _nothing_is_lost(tmp_path: Path) -> Iterator[None]:
         ({"activations": "none"}, ("activations='none' is unknown", "'recompute', 'keep'")),
         ({"overlap": True}, ("overlap=True is unknown", "'auto', 'off'")),
         ({"update": "fused"}, ("update='fused' is unknown", "'native', 'torch'")),
-        ({"state": "int8"}, ("state='int8' is unknown", "'fp32'")),
+        ({"state": "int4"}, ("state='int4' is unknown", "'fp32'")),
         ({"verify_reads": "yes"}, ("verify_reads='yes' is unknown", "True, False")),
         ({"verify_reads": 1}, ("verify_reads=1 is unknown",)),
         ({"window": 0}, ("window=0 is unknown", "from 1")),

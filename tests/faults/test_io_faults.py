@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ssd.errors import CorruptionError, IOFailure
 from lightning_ssd.io import select
-from lightning_ssd.strategy import session as session_module
+from lightning_ssd.session import session as session_module
 from tests.faults.support import finish_backward, small_gpt, streamed
 from tests.helpers.faulty import Fault, FaultyEngine, Operation, When
 from tests.helpers.training import Result, assert_equal, train

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ssd.errors import MemoryPlanError
 from lightning_ssd.memory import plan_pools
 from lightning_ssd.memory.pool import Pool
+from lightning_ssd.session import session as session_module
 from lightning_ssd.sizes import KiB
-from lightning_ssd.strategy import session as session_module
 from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision, SSDOffloadStrategy
 from tests.fuzz.model import TIME, VOCAB
 from tests.fuzz.module import Fuzzed, callbacks

@@ -23,8 +23,8 @@ from lightning_ssd.device.param_copies import CopyToDevice
 from lightning_ssd.device.streams import HostStreams, HostWaits, WaitFor
 from lightning_ssd.memory import plan_pools
 from lightning_ssd.memory.pool import Pool
-from lightning_ssd.strategy import runtime as runtime_module
-from lightning_ssd.strategy.settings import Settings
+from lightning_ssd.session import runtime as runtime_module
+from lightning_ssd.session.settings import Settings
 
 
 class SimulatedDevice:

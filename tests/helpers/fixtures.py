@@ -9,8 +9,8 @@ import pytest
 
 from lightning_ssd.memory import plan_pools
 from lightning_ssd.memory.pool import Pool
-from lightning_ssd.strategy import sizing
-from lightning_ssd.strategy.session import Session
+from lightning_ssd.session import sizing
+from lightning_ssd.session.session import Session
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,10 @@ from torch import nn
 
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.optim.rules import NATIVE_RULES, SGDRule
+from lightning_ssd.session import runtime
+from lightning_ssd.session.handover import masters_of
 from lightning_ssd.step.gradients import GradientStore
-from lightning_ssd.strategy import runtime
 from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision
-from lightning_ssd.strategy.handover import masters_of
 from tests.helpers import optimizers as tested_settings
 from tests.helpers.models import GPT, ConvNet, FunctionalTie, ViT
 from tests.helpers.training import Images, Tokens, adamw, assert_equal, streamed, train

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.convert.export import consolidate
 from lightning_ssd.io.select import make_engine
-from lightning_ssd.strategy import session as session_module
+from lightning_ssd.session import session as session_module
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from lightning_ssd.trace.recorder import Trace
 from tests.helpers.faulty import FaultyEngine, Operation

@@ -13,10 +13,10 @@ import pytest
 from torch import nn
 
 from lightning_ssd.io.engine import IOStats
+from lightning_ssd.session.session import Session
 from lightning_ssd.store.generation import Generation
 from lightning_ssd.store.state_store import StateStore
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
-from lightning_ssd.strategy.session import Session
 from lightning_ssd.units.unit import Unit
 from tests.helpers.models import GPT, FunctionalTie, ViT
 from tests.helpers.training import Images, Tokens, train

@@ -19,8 +19,8 @@ from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.cli.main import main
 from lightning_ssd.errors import CheckpointError, ConfigurationError, CorruptionError
-from lightning_ssd.strategy import sizing
-from lightning_ssd.strategy.session import Session
+from lightning_ssd.session import sizing
+from lightning_ssd.session.session import Session
 from tests.helpers.models import GPT
 from tests.helpers.training import Result, assert_equal, streamed, train
 

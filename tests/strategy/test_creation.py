@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_ssd.creation import materialize
 from lightning_ssd.creation.materialize import ParamMaterializer
 from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.deadline import Patience
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.io.scratch import Scratch
 from lightning_ssd.strategy.for_lightning import SSDOffloadPrecision
-from lightning_ssd.units import materialize
 from tests.conftest import REPOSITORY
 from tests.helpers.hugging_face import Causal, make_folder
 from tests.helpers.models import GPT

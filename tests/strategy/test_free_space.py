@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_ssd.errors import CheckpointError, StoreError
-from lightning_ssd.strategy import free_space
+from lightning_ssd.session import free_space
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
 from tests.helpers.models import GPT
 from tests.helpers.training import Result, train

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lightning_ssd.errors import Ending, StoreError
+from lightning_ssd.session.session import Session
 from lightning_ssd.store import handles as handles_module
 from lightning_ssd.store.handles import handles, require_handles
-from lightning_ssd.strategy.session import Session
 from tests.faults.support import finish_backward, refused, run_directories, small_gpt, streamed
 from tests.helpers.training import Module, train
 

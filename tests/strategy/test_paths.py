@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_ssd.cli.main import main
 from lightning_ssd.errors import CheckpointError, ConfigurationError, StoreError
 from lightning_ssd.paths import PATH_MAX_NBYTES, memory_file_system
-from lightning_ssd.strategy.settings import store_roots
+from lightning_ssd.session.settings import store_roots
 from tests.faults.support import finish_backward, run_directories
 from tests.helpers.models import GPT
 from tests.helpers.training import streamed, train

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.engine import IOOptions
+from lightning_ssd.session.handover import masters_of
 from lightning_ssd.strategy.for_lightning import SSDOffloadStrategy
-from lightning_ssd.strategy.handover import masters_of
 from tests.conftest import REPOSITORY
 from tests.helpers.models import GPT
 from tests.helpers.resuming import END, SCENARIOS, STOP, make_net, make_strategy, run

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_ssd import SSDOffloadPrecision
 from lightning_ssd.convert.export import consolidate
 from lightning_ssd.convert.importing import import_checkpoint
-from lightning_ssd.strategy.handover import masters_of
+from lightning_ssd.session.handover import masters_of
 from tests.helpers.training import make_trainer, streamed
 
 DATA = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).repeat(2, 1)

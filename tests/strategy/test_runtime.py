@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lightning_ssd import SSDOffloadStrategy
+from lightning_ssd.session import runtime as runtime_module
 from lightning_ssd.step.module_hooks import is_streamed
-from lightning_ssd.strategy import runtime as runtime_module
 from tests.helpers.models import GPT
 from tests.helpers.training import train
 

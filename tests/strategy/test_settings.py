@@ -17,7 +17,7 @@ from lightning_ssd.errors import ConfigurationError
 from lightning_ssd.io.engine import IOOptions
 from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.limits import available_nbytes
-from lightning_ssd.strategy.settings import Options, Settings, argument_docs
+from lightning_ssd.session.settings import Options, Settings, argument_docs
 from lightning_ssd.strategy.strategy import StrategyMixin
 
 
@@ -63,7 +63,7 @@ INVALID: dict[str, list[tuple[Any, str]]] = {
     "activations": [("none", "activations='none' is unknown; it may be 'auto', 'recompute', 'keep'")],
     "overlap": [(value, f"overlap={value!r} is unknown; it may be 'auto', 'off'") for value in (True, "on", None)],
     "update": [("fused", "update='fused' is unknown; it may be 'auto', 'native', 'torch'")],
-    "state": [("int8", "state='int8' is unknown; it may be 'fp32'")],
+    "state": [("int4", "state='int4' is unknown; it may be 'auto', 'fp32', 'split', 'bf16', 'int8'")],
     "master": [("bf16", "master='bf16' is unknown; it may be 'auto', 'param', 'fp32'")],
     "window": [
         (value, f"window={value!r} is unknown; it may be 'auto' or a number of units from 1") for value in (0, True)

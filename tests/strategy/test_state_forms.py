@@ -20,8 +20,8 @@ from lightning_ssd.convert.export import consolidate
 from lightning_ssd.convert.export_dcp import to_dcp
 from lightning_ssd.convert.importing import import_checkpoint
 from lightning_ssd.errors import CheckpointError, ConfigurationError
-from lightning_ssd.strategy.handover import masters_of
-from lightning_ssd.strategy.session import Session
+from lightning_ssd.session.handover import masters_of
+from lightning_ssd.session.session import Session
 from lightning_ssd.units.mapped import snapshot
 from tests.helpers.docs import DOCS, code_blocks
 from tests.helpers.models import GPT

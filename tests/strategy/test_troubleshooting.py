@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from lightning_ssd import SSDOffloadStrategy
 from lightning_ssd.errors import IOFailure, SSDOffloadError
+from lightning_ssd.session import free_space
 from lightning_ssd.store import disks
-from lightning_ssd.strategy import free_space
 from tests.helpers.docs import quoted_messages
 
 # Used by name, not by argument: sessions end with the test, and small models train on one thread.

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_ssd.session.session import Session
 from lightning_ssd.step.gathered import gathered
-from lightning_ssd.strategy.session import Session
 from tests.faults.support import streamed
 from tests.helpers.models import GPT
 from tests.helpers.plans import choose_plan

@@ -24,12 +24,12 @@ from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.pipeline import UpdatePipeline
 from lightning_ssd.optim.update import Updates
 from lightning_ssd.optim.updater import Updater
+from lightning_ssd.session.settings import Settings
+from lightning_ssd.session.sizing import Sizing
 from lightning_ssd.step.grad_offload import GradOffloader
 from lightning_ssd.step.gradients import GradientStore
 from lightning_ssd.step.module_hooks import ModuleHooks
 from lightning_ssd.store.dtypes import dtype_of
-from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.strategy.sizing import Sizing
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.model_units import ModelUnits, chains
 from lightning_ssd.units.param_cache import ParamCache
@@ -96,7 +96,7 @@ class Runtime:
                 saved_inputs_nbytes=plan.activation_nbytes if plan.recomputes else 0,
                 lends=not settings.is_off_host,
             )
-            self.updater = Updater(lock=model.lock, budget=budget, is_async=settings.is_overlapped, trace=trace)
+            self.updater = Updater(lock=model.lock, budget=budget, is_async=sizing.is_overlapped, trace=trace)
             undo.append(self.updater.close)
             placement = self._make_placement(module)
             self.cache = self._make_cache(placement)

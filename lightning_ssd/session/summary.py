@@ -11,8 +11,8 @@ from lightning_ssd.kernels import api as kernels
 from lightning_ssd.memory.plan import MemoryPlan
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.whole import WholeRule
+from lightning_ssd.session.session import Session
 from lightning_ssd.sizes import fmt
-from lightning_ssd.strategy.session import Session
 
 
 def summary(session: Session) -> str:

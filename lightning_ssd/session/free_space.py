@@ -23,9 +23,9 @@ from lightning_ssd.errors import ConfigurationError, StoreError
 from lightning_ssd.io.folder import device_of
 from lightning_ssd.paths import home_path, is_url, too_long
 from lightning_ssd.saving.probe_save import probe_save
+from lightning_ssd.session.session import Session
 from lightning_ssd.sizes import fmt
 from lightning_ssd.store.disks import free_nbytes
-from lightning_ssd.strategy.session import Session
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lightning_ssd.memory.plan_pools import OFF_HOST
 
 if TYPE_CHECKING:
-    from lightning_ssd.strategy.session import Session
+    from lightning_ssd.session.session import Session
 
 _IS_UPDATING = (
     "this process was forked inside the backward of a step, which updates units as their gradients become "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from torch import nn
 
 from lightning_ssd.kernels.bits import BLOCK_NUMEL
@@ -12,11 +13,11 @@ from lightning_ssd.memory.pool import pool_nbytes
 from lightning_ssd.optim.adapter import OptimizerAdapter
 from lightning_ssd.optim.temporaries import temporary_share
 from lightning_ssd.optim.whole import WholeRule
+from lightning_ssd.session.settings import AUTO_FILE_NBYTES, Settings
 from lightning_ssd.sizes import round_up
 from lightning_ssd.step.recompute import keeps_activations
 from lightning_ssd.store.dtypes import dtype_of
 from lightning_ssd.store.layout import UnitLayout
-from lightning_ssd.strategy.settings import AUTO_FILE_NBYTES, Settings
 from lightning_ssd.units.model_units import chains
 from lightning_ssd.units.unit import Unit
 
@@ -36,6 +37,18 @@ class Sizing:
         self._optimizers = optimizers
         self._is_off_host = settings.is_off_host
         self._temporary_shares: dict[int, float] = {}  # by number of dimensions
+
+    @property
+    def is_overlapped(self) -> bool:
+        """Whether updates run beside compute.
+
+        Under a ``-true`` precision a forward sets the default dtype, which is one for all threads. Code that makes
+        tensors of it, as state, is then not run beside one. torch's own classes ask only whether it is float64.
+        """
+        dtype = self._settings.param_dtype
+        classes = [type(adopted.optimizer) for adopted in self._optimizers if not adopted.rule.has_kernel]
+        may_ask = [c for c in classes if dtype == torch.float64 or not c.__module__.startswith("torch.optim.")]
+        return self._settings.is_overlapped and (dtype is None or not may_ask)
 
     @property
     def disk_nbytes(self) -> int:
@@ -130,7 +143,7 @@ class Sizing:
             budget_nbytes=self._settings.budget_nbytes,
             demand=Demand(
                 is_elementwise=all(adopted.rule.is_elementwise for adopted in self._optimizers),
-                is_overlapped=self._settings.is_overlapped,
+                is_overlapped=self.is_overlapped,
                 waits_for_all_grads=waits_for_all_grads,
                 window=self._settings.window_size,
                 recomputes=recomputes,

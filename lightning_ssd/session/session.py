@@ -30,12 +30,12 @@ from lightning_ssd.optim.choice import choose_rule
 from lightning_ssd.optim.state_forms import choose_forms, keep_possible_forms
 from lightning_ssd.optim.whole import WholeOptimizer, WholeRule
 from lightning_ssd.saving.training_state import Saver
+from lightning_ssd.session.forking import Forking
+from lightning_ssd.session.runtime import Runtime
+from lightning_ssd.session.settings import Settings
+from lightning_ssd.session.sizing import Sizing
 from lightning_ssd.store.handles import handles, require_handles
 from lightning_ssd.store.open_store import end_store, open_store
-from lightning_ssd.strategy.forking import Forking
-from lightning_ssd.strategy.runtime import Runtime
-from lightning_ssd.strategy.settings import Settings
-from lightning_ssd.strategy.sizing import Sizing
 from lightning_ssd.trace.recorder import Trace
 from lightning_ssd.units.inherited import Inherited
 from lightning_ssd.units.model_units import ModelUnits

@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ssd.strategy.session import Session
+from lightning_ssd.session.session import Session
 from lightning_ssd.units.masters import master_of
 from lightning_ssd.units.unit import Unit
 from lightning_ssd.units.unit_state import put, tensors_of
