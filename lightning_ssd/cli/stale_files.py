@@ -58,7 +58,7 @@ def find_stale(path: str) -> StaleFile | None:
     role = _role(path)
     if role is None:
         return None
-    with suppress(OSError), _held(path, shared=True) as held:  # gone or changed while we looked
+    with suppress(OSError), _held(path, role[1], shared=True) as held:  # gone or changed while we looked
         if held is not None and _is_ours(*held, *role):
             return _look(path, *held, *role)
     return None
@@ -74,7 +74,7 @@ def remove_stale(path: str) -> bool:
     if role is None:
         return False
     # The lock is held until all is gone, and everything goes through what was locked: see [Note: by descriptor].
-    with _held(path, shared=False) as held:
+    with _held(path, role[1], shared=False) as held:
         if held is None or not _is_ours(*held, *role) or _look(path, *held, *role).kept_because:
             return False
         parent, found = held
@@ -93,7 +93,7 @@ def remove_stale(path: str) -> bool:
 
 
 @contextmanager
-def _held(path: str, *, shared: bool) -> Iterator[tuple[Folder, Folder] | None]:
+def _held(path: str, role: str, *, shared: bool) -> Iterator[tuple[Folder, Folder] | None]:
     """The folder around it, and the directory (or file) itself, locked; None if it is somebody else's, or gone."""
     folder, name = os.path.split(path)
     with ExitStack() as stack:
@@ -104,7 +104,9 @@ def _held(path: str, *, shared: bool) -> Iterator[tuple[Folder, Folder] | None]:
         except (FileNotFoundError, NotADirectoryError):
             yield None
             return
-        mine = found.try_lock(shared=shared) and parent.is_at(name, found)
+        # The links of a checkpoint are not locked for a look: a run that replaces or removes it would find the lock.
+        is_needed = role == "links" and _is_needed(parent, found)
+        mine = not is_needed and found.try_lock(shared=shared) and parent.is_at(name, found)
         yield (parent, found) if mine else None
 
 
@@ -131,10 +133,13 @@ def _is_ours(parent: Folder, found: Folder, target: str, role: str) -> bool:
         is_units = not inside and name == UNITS and stat.S_ISDIR(each.st_mode)
         if not (stat.S_ISREG(each.st_mode) and known) and not is_units:
             return False
-    if role != "links" or found.has(LINK_FILE):
-        return True
+    return role != "links" or found.has(LINK_FILE) or (folder_id(found) is not None and not _is_needed(parent, found))
+
+
+def _is_needed(parent: Folder, found: Folder) -> bool:
+    """Whether a file refers to a folder of links."""
     own_id = folder_id(found)
-    return own_id is not None and not any(mark_is(parent, name, own_id) for name in parent.names())
+    return own_id is not None and any(mark_is(parent, name, own_id) for name in parent.names())
 
 
 def _look(path: str, parent: Folder, found: Folder, target: str, role: str) -> StaleFile:

@@ -19,6 +19,7 @@ from lightning_ssd.checkpoint.directory import is_checkpoint
 from lightning_ssd.checkpoint.link_file import mark_of
 from lightning_ssd.checkpoint.load import CheckpointReader
 from lightning_ssd.cli.main import main
+from lightning_ssd.cli.stale_files import find_stale, remove_stale
 from lightning_ssd.errors import CheckpointError
 from lightning_ssd.io.folder import Folder
 from lightning_ssd.saving import link_staging
@@ -261,6 +262,26 @@ def test_two_that_save_to_one_name_do_not_mix(saved: Path, training: Training) -
         with pytest.raises(CheckpointError, match="another process"):
             remove_checkpoint(saved)
     assert_loads(saved, training, 1)
+
+
+def test_a_look_for_stale_files_does_not_hold_the_links_of_a_checkpoint(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, locked = Folder.try_lock, list[str]()
+
+    def try_lock(self: Folder, *, shared: bool = False) -> bool | None:
+        locked.append(self.path)
+        return real(self, shared=shared)
+
+    monkeypatch.setattr(Folder, "try_lock", try_lock)
+    assert find_stale(str(links(saved))) is None
+    assert not remove_stale(str(links(saved)))
+    assert not locked
+    saved.unlink()
+    found = find_stale(str(links(saved)))
+    assert found is not None
+    assert "may need it" in found.kept_because
+    assert locked
 
 
 def test_a_save_that_fails_leaves_what_was_there(
